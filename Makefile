@@ -1,0 +1,47 @@
+# The whole life of the project in a few words. `make demo` and `make test` need nothing but Python and a package index.
+PYTHON ?= python3
+PROMPT ?= a red apple on a blue background
+MINUTES ?= 25
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: setup demo test check format gpu-check gpu-bench study train-bundled prepare-data
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: setup  ## writes a picture of PROMPT from the bundled checkpoint and prints its path
+	$(BIN)/diffusers-sana generate "$(PROMPT)"
+
+test: setup  ## the whole CPU suite
+	$(BIN)/pytest -n 2 --dist loadfile -m "not gpu"
+
+check: setup  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+gpu-check: setup  ## what only a GPU can show
+	$(BIN)/pytest -m gpu
+
+gpu-bench: setup  ## writes benchmarks/results/<device>/
+	$(BIN)/python benchmarks/bench_pipeline.py
+
+study: setup  ## solvers on flows with known answers: results, table, picture
+	$(BIN)/python benchmarks/study_flow_solvers.py
+
+outputs/emoji.zip:
+	$(BIN)/python -m examples.train_emoji.prepare_data --out $@
+
+prepare-data: setup outputs/emoji.zip
+
+train-bundled: setup outputs/emoji.zip  ## retrains diffusers_sana/checkpoints/sana-emoji within MINUTES
+	$(BIN)/python -m examples.train_emoji.run --data outputs/emoji.zip --out outputs/sana-emoji --minutes $(MINUTES)

@@ -1,0 +1,48 @@
+"""Sana and its relatives for diffusers: drop-in models, schedulers and pipelines.
+
+Importing this package registers its classes with diffusers (see `_registration.py`) and loads nothing heavy: every
+public name below is imported from its module on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from diffusers_sana._registration import register as register
+from diffusers_sana._registration import unregister as unregister
+
+
+__version__ = "0.1.0"
+
+# Public name -> module. The one list of what the package exports.
+_EXPORTS = {
+    "AutoencoderDC": "diffusers_sana.models.autoencoders.autoencoder_dc",
+    "DiffusionPipeline": "diffusers",  # this and the mixins: diffusers looks for the bases of a class in its package
+    "FlowDPMSolverScheduler": "diffusers_sana.schedulers.scheduling_flow_dpm_solver",
+    "ModelMixin": "diffusers",
+    "SanaPipeline": "diffusers_sana.pipelines.pipeline_sana",
+    "SanaTransformer2DModel": "diffusers_sana.models.transformers.transformer_sana",
+    "SchedulerMixin": "diffusers",
+}
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline as DiffusionPipeline
+    from diffusers import ModelMixin as ModelMixin
+    from diffusers import SchedulerMixin as SchedulerMixin
+
+    from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC as AutoencoderDC
+    from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel as SanaTransformer2DModel
+    from diffusers_sana.pipelines.pipeline_sana import SanaPipeline as SanaPipeline
+    from diffusers_sana.schedulers.scheduling_flow_dpm_solver import FlowDPMSolverScheduler as FlowDPMSolverScheduler
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'diffusers_sana' has no attribute {name!r}; it has {sorted(_EXPORTS)}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])
+
+
+register()

@@ -1,0 +1,140 @@
+"""Seam-free tiling of the convolutional end of DC-AE: the same numbers as without tiles, in a fraction of the memory.
+
+Attention sees the whole image, so a tile that passes through it alone comes out in another tone than its neighbours.
+But the stages next to the pixels, which hold nearly all memory, are convolutions and norms of single pixels: what they
+compute depends on no more than `halo` neighbours. Tiles are therefore cut from the features at the grid between the
+two kinds of stage, with a halo that is dropped after the shallow stages; the deep stages run whole.
+
+One unit is a cell of that grid, `2**num_shallow` pixels of the image wide.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from diffusers_sana.models.autoencoders.stage_config import StageConfig
+
+
+# Each further stage doubles the halo in pixels and holds a quarter of the memory: beyond the third it does not pay.
+MAX_SHALLOW_STAGES = 3
+
+
+@dataclass(frozen=True)
+class ShallowEnd:
+    """The stages of one half that run in tiles.
+
+    Attributes:
+        num_stages: how many, counted from the pixels.
+        halo: units of context a tile needs on each side.
+    """
+
+    num_stages: int
+    halo: int
+
+    @property
+    def unit(self) -> int:
+        """Pixels of the image in one unit."""
+        return 2**self.num_stages
+
+    @property
+    def margin(self) -> int:
+        """Pixels of the image that the two halos of a tile take."""
+        return 2 * self.halo * self.unit
+
+    def core(self, tile_size: int, stride: int) -> int:
+        """Units that a tile of `tile_size` pixels, halo included, contributes; at most `stride` pixels.
+
+        Raises:
+            ValueError: if not one unit is left.
+        """
+        core = min(tile_size - self.margin, stride) // self.unit
+        if core < 1:
+            raise ValueError(
+                f"`tile_sample_min_height` and `tile_sample_min_width` must be at least {self.margin + self.unit} and "
+                f"the strides {self.unit} pixels for this model, got {tile_size} and {stride}."
+            )
+        return core
+
+
+def encoder_shallow_end(stages: Sequence[StageConfig]) -> ShallowEnd:
+    """The front of an encoder, from `conv_in` to the last downsampler before the deep stages."""
+    num_shallow = _num_shallow(stages)
+    radius = 0  # pixels of the current grid, walking from the deep stages back to the image
+    for stage in reversed(stages[:num_shallow]):
+        if stage.num_layers > 0:
+            radius = 2 * radius + 1 + 2 * stage.num_layers
+    radius = radius + 1 if stages[0].num_layers > 0 else 2 * radius + 1
+    return ShallowEnd(num_shallow, halo=math.ceil(radius / 2**num_shallow))
+
+
+def decoder_shallow_end(stages: Sequence[StageConfig], interpolate: bool) -> ShallowEnd:
+    """The tail of a decoder, from the first upsampler after the deep stages to `conv_out`.
+
+    Args:
+        interpolate: whether the upsamplers convolve after they enlarge, not before.
+    """
+    num_shallow = _num_shallow(stages)
+
+    def before_upsampling(radius: int) -> int:
+        return math.ceil((radius + 1) / 2) if interpolate else math.ceil(radius / 2) + 1
+
+    radius = 1 if stages[0].num_layers > 0 else before_upsampling(0)
+    for stage in stages[:num_shallow]:
+        if stage.num_layers > 0:
+            radius = before_upsampling(radius + 2 * stage.num_layers)
+    return ShallowEnd(num_shallow, halo=radius)
+
+
+def _num_shallow(stages: Sequence[StageConfig]) -> int:
+    attention = [i for i, stage in enumerate(stages) if stage.block_type != "ResBlock" and stage.num_layers > 0]
+    return min([MAX_SHALLOW_STAGES, len(stages) - 1, *attention])
+
+
+def map_tiles(
+    function: Callable[[Tensor], Tensor],
+    hidden_states: Tensor,
+    *,
+    core: tuple[int, int],
+    halo: int,
+    unit_in: int,
+    unit_out: int,
+) -> Tensor:
+    """`function(hidden_states)`, computed tile by tile; equal to it where `function` sees no further than `halo`.
+
+    Args:
+        function: `[B, C, h * unit_in, w * unit_in]` to `[B, C', h * unit_out, w * unit_out]` for any h and w.
+        hidden_states: `[B, C, H * unit_in, W * unit_in]`.
+        core: height and width, in units, of what a tile contributes.
+        halo: units of context on each side of it.
+        unit_in, unit_out: width of a unit before and after `function`.
+
+    Returns:
+        `[B, C', H * unit_out, W * unit_out]`.
+    """
+    num_rows, num_columns = (size // unit_in for size in hidden_states.shape[-2:])
+    output = None
+    for top, bottom in _spans(num_rows, core[0]):
+        for left, right in _spans(num_columns, core[1]):
+            # The halo stops at the image's border, where the convolutions' own zero padding is the right context.
+            first_row, first_column = max(top - halo, 0), max(left - halo, 0)
+            rows = slice(first_row * unit_in, (bottom + halo) * unit_in)
+            columns = slice(first_column * unit_in, (right + halo) * unit_in)
+            tile = function(hidden_states[..., rows, columns])
+            if output is None:
+                output = tile.new_empty(*tile.shape[:2], num_rows * unit_out, num_columns * unit_out)
+            rows = slice((top - first_row) * unit_out, (bottom - first_row) * unit_out)
+            columns = slice((left - first_column) * unit_out, (right - first_column) * unit_out)
+            output[..., top * unit_out : bottom * unit_out, left * unit_out : right * unit_out] = tile[
+                ..., rows, columns
+            ]
+    assert output is not None, "an image has at least one tile"
+    return output
+
+
+def _spans(length: int, core: int) -> Iterator[tuple[int, int]]:
+    """Cuts `length` into the fewest spans of at most `core`, of nearly equal length."""
+    num_spans = math.ceil(length / core)
+    for i in range(num_spans):
+        yield i * length // num_spans, (i + 1) * length // num_spans

@@ -1,0 +1,167 @@
+"""The two attention layers of Sana: ReLU linear self-attention and softmax cross-attention to the text.
+
+Legend: B batch, N image tokens, L text tokens, D inner width, S prompts of a single token, H heads, d head width.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+from diffusers_sana.kernels.relu_linear_attention import relu_linear_attention
+from diffusers_sana.kernels.rms_norm import rms_norm
+
+
+class SanaRMSNorm(nn.Module):
+    """RMS norm over the last axis with a learned weight.
+
+    Args:
+        dim: size of the last axis.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return rms_norm(hidden_states, self.weight, eps=self.eps)
+
+
+class SanaLinearAttnProcessor:
+    """ReLU linear self-attention, in fp32 inside (Sana, arXiv 2410.10629, section 2.2).
+
+    Has no attention backend to choose: there is no softmax.
+    """
+
+    def __call__(self, attn: "SanaAttention", hidden_states: Tensor) -> Tensor:
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        if attn.norm_q is not None:
+            query, key = attn.norm_q(query), attn.norm_k(key)
+        heads = (attn.heads, -1)
+        out = relu_linear_attention(query.unflatten(-1, heads), key.unflatten(-1, heads), value.unflatten(-1, heads))
+        out = attn.to_out[1](attn.to_out[0](out.flatten(-2)))  # [B, N, H, d] -> [B, N, D]
+        # Checkpoints trained in fp16 rely on saturation here.
+        return out.clamp(-65504, 65504) if out.dtype == torch.float16 else out
+
+
+class SanaTextState(NamedTuple):
+    """What one cross-attention layer needs of B prompts, the first S of which have a single token.
+
+    Attributes:
+        key, value: `[B - S, L, heads, head_dim]`.
+        constant: `[S, 1, D]`, the layer's output for the first S prompts. A softmax over one key is 1, so the output
+            is the same vector for every image token at every step. The empty negative prompt is such a prompt.
+            None when S is 0.
+    """
+
+    key: Tensor
+    value: Tensor
+    constant: Tensor | None
+
+
+class SanaAttnProcessor:
+    """Softmax cross-attention to the text through the attention backends of diffusers."""
+
+    _attention_backend = None
+
+    def encode_text(self, attn: "SanaAttention", encoder_hidden_states: Tensor, num_single: int = 0) -> SanaTextState:
+        """Does all that depends on the text alone.
+
+        Args:
+            attn: the layer.
+            encoder_hidden_states: projected text `[B, L, D]`.
+            num_single: S, how many of the first prompts consist of their first token only.
+        """
+        key, value = attn.to_k(encoder_hidden_states[num_single:]), attn.to_v(encoder_hidden_states)
+        constant = attn.to_out[0](value[:num_single, :1]) if num_single else None
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        heads = (attn.heads, -1)
+        return SanaTextState(key.unflatten(-1, heads), value[num_single:].unflatten(-1, heads), constant)
+
+    def __call__(
+        self,
+        attn: "SanaAttention",
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | SanaTextState,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        text = encoder_hidden_states
+        if not isinstance(text, SanaTextState):
+            text = self.encode_text(attn, text)
+        if text.constant is not None:
+            constant = text.constant.expand(-1, hidden_states.shape[1], -1)  # [S, N, D]
+            if constant.shape[0] == hidden_states.shape[0]:
+                return constant
+            hidden_states = hidden_states[constant.shape[0] :]
+
+        query = attn.to_q(hidden_states)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        out = dispatch_attention_fn(
+            query.unflatten(-1, (attn.heads, -1)),
+            text.key,
+            text.value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+        )
+        out = attn.to_out[1](attn.to_out[0](out.flatten(-2)))  # [B - S, N, H, d] -> [B - S, N, D]
+        return out if text.constant is None else torch.cat([constant, out])
+
+
+class SanaAttention(nn.Module, AttentionModuleMixin):
+    """Projections of one attention layer; the processor says how they are used.
+
+    Self-attention processors get `(attn, hidden_states)`, cross-attention processors also `encoder_hidden_states`,
+    which is the projected text `[B, L, D]` (a `SanaTextState` only for `SanaAttnProcessor`), and `attention_mask`.
+
+    Args:
+        dim: width of queries and output.
+        heads, head_dim: their product is the inner width.
+        processor: called as `processor(attn, hidden_states, ...)`.
+        cross_attention_dim: width of the text, or None for self-attention.
+        bias: of the query, key and value projections.
+        qk_norm: None, or "rms_norm_across_heads": RMS norm of queries and keys before the heads are split.
+        dropout: probability, on the output.
+    """
+
+    processor: Any
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int,
+        processor: SanaAttnProcessor | SanaLinearAttnProcessor,
+        cross_attention_dim: int | None = None,
+        bias: bool = False,
+        qk_norm: str | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        inner_dim = heads * head_dim
+        self.heads = heads
+        self.is_cross_attention = cross_attention_dim is not None
+        kv_dim = dim if cross_attention_dim is None else cross_attention_dim
+        self.to_q = nn.Linear(dim, inner_dim, bias=bias)
+        self.to_k = nn.Linear(kv_dim, inner_dim, bias=bias)
+        self.to_v = nn.Linear(kv_dim, inner_dim, bias=bias)
+        self.norm_q = SanaRMSNorm(inner_dim) if qk_norm else None
+        self.norm_k = SanaRMSNorm(inner_dim) if qk_norm else None
+        self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim), nn.Dropout(dropout)])
+        self.processor = processor
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        return self.processor(self, hidden_states, **kwargs)
+
+    def fuse_projections(self) -> None:
+        """Refused: a fused copy would not follow the adapters and quantizers that act on the separate projections."""
+        raise NotImplementedError(
+            "Sana's query, key and value projections cannot be fused: adapters and quantizers act on them one by one. "
+            "Remove the call to `fuse_qkv_projections`; the text's keys and values are computed once per prompt "
+            "with `SanaTransformer2DModel.encode_text`."
+        )

@@ -1,0 +1,583 @@
+"""Sana's denoiser: a diffusion transformer with ReLU linear attention and a convolutional feed-forward.
+
+Legend: B batch, C latent channels, H W latent height and width, p patch size, h w token grid (H/p, W/p), N = h*w image
+tokens, L text tokens, D inner width, F feed-forward width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks import HookRegistry
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import (
+    PixArtAlphaTextProjection,
+    TimestepEmbedding,
+    get_1d_sincos_pos_embed_from_grid,
+    get_timestep_embedding,
+)
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import AdaLayerNormSingle
+from diffusers.utils import apply_lora_scale
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusers_sana.kernels.modulated_layer_norm import modulated_layer_norm
+from diffusers_sana.models.transformers.attention_sana import (
+    SanaAttention,
+    SanaAttnProcessor,
+    SanaLinearAttnProcessor,
+    SanaRMSNorm,
+    SanaTextState,
+)
+
+
+class SanaModulatedNorm(nn.LayerNorm):
+    """Layer norm followed by the adaLN modulation `x * (1 + scale) + shift`."""
+
+    def forward(self, hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        if self.elementwise_affine:
+            shift = torch.addcmul(shift, self.bias, 1 + scale)
+            scale = self.weight * (1 + scale) - 1
+        return modulated_layer_norm(hidden_states, scale, shift, eps=self.eps)
+
+
+class SanaPointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution run as a matrix product over channels-last pixels: no layout conversion, no copy.
+
+    A `nn.Conv2d` to everything that looks for one (adapters, quantizers, casting hooks).
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        pixels = hidden_states.movedim(1, -1)  # [B, h, w, C]
+        return F.linear(pixels, self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
+class SanaMixFeedForward(nn.Module):
+    """Mix-FFN: pointwise expansion, depthwise 3x3, gate, pointwise projection (Sana, arXiv 2410.10629, section 2.2).
+
+    The zero padding of the 3x3 convolution is the only source of position in models without a positional table.
+
+    Args:
+        dim: channels in and out.
+        mlp_ratio: hidden channels over `dim`; rounded down.
+    """
+
+    def __init__(self, dim: int, mlp_ratio: float) -> None:
+        super().__init__()
+        hidden_dim = int(mlp_ratio * dim)
+        self.conv_inverted = SanaPointwiseConv2d(dim, 2 * hidden_dim, 1)
+        self.conv_depth = nn.Conv2d(2 * hidden_dim, 2 * hidden_dim, 3, padding=1, groups=2 * hidden_dim)
+        self.conv_point = SanaPointwiseConv2d(hidden_dim, dim, 1, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Maps `[B, D, h, w]` to the same shape; best when channels-last in memory, and then so is the output."""
+        hidden_states = F.silu(self.conv_inverted(hidden_states))  # [B, 2F, h, w]
+        hidden_states, gate = self.conv_depth(hidden_states).chunk(2, dim=1)
+        return self.conv_point(hidden_states * F.silu(gate))
+
+
+class SanaTransformerBlock(nn.Module):
+    """Modulated linear self-attention, cross-attention to the text, modulated Mix-FFN; each added to the stream.
+
+    Args: see `SanaTransformer2DModel`; `dim` is D.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        num_cross_attention_heads: int,
+        cross_attention_head_dim: int,
+        cross_attention_dim: int,
+        mlp_ratio: float = 2.5,
+        dropout: float = 0.0,
+        attention_bias: bool = False,
+        norm_elementwise_affine: bool = False,
+        norm_eps: float = 1e-6,
+        qk_norm: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = SanaModulatedNorm(dim, eps=norm_eps, elementwise_affine=False)
+        self.attn1 = SanaAttention(
+            dim,
+            num_attention_heads,
+            attention_head_dim,
+            SanaLinearAttnProcessor(),
+            bias=attention_bias,
+            qk_norm=qk_norm,
+            dropout=dropout,
+        )
+        # No norm before the cross-attention: `norm2` belongs to the feed-forward.
+        self.attn2 = SanaAttention(
+            dim,
+            num_cross_attention_heads,
+            cross_attention_head_dim,
+            SanaAttnProcessor(),
+            cross_attention_dim=cross_attention_dim,
+            bias=True,
+            qk_norm=qk_norm,
+            dropout=dropout,
+        )
+        self.norm2 = SanaModulatedNorm(dim, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
+        self.ff = SanaMixFeedForward(dim, mlp_ratio)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+
+    def can_encode_text(self, device: torch.device) -> bool:
+        """Whether the cross-attention has its own processor and, outside of `forward`, its weights on `device`."""
+        offloaded = HookRegistry.check_if_exists_or_initialize(self).get_hook("group_offloading") is not None
+        is_ours = isinstance(self.attn2.processor, SanaAttnProcessor)
+        return is_ours and not offloaded and self.scale_shift_table.device == device
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | SanaTextState,
+        encoder_attention_mask: Tensor | None,
+        timestep: Tensor,
+        height: int,
+        width: int,
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            hidden_states: `[B, N, D]`, `N = height * width`, rows first.
+            encoder_hidden_states: projected text `[B, L, D]`, or what this block's `attn2` made of it.
+            encoder_attention_mask: broadcastable to `[B, heads, N, L]`; boolean (True: attend) or additive.
+            timestep: modulation `[B or 1, 6 * D]`.
+            height, width: token grid.
+
+        Returns:
+            `[B, N, D]`.
+        """
+        modulation = self.scale_shift_table + timestep.unflatten(-1, (6, -1))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # [B, 1, D]
+
+        attn_output = self.attn1(self.norm1(hidden_states, shift_msa, scale_msa))
+        hidden_states = torch.addcmul(hidden_states, gate_msa, attn_output)
+
+        hidden_states = hidden_states + self.attn2(
+            hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
+        )
+
+        norm_hidden_states = self.norm2(hidden_states, shift_mlp, scale_mlp)
+        # The tokens seen as an image are channels-last: a view, before and after.
+        ff_output = self.ff(norm_hidden_states.unflatten(1, (height, width)).movedim(-1, 1))  # [B, D, h, w]
+        return torch.addcmul(hidden_states, gate_mlp, ff_output.movedim(1, -1).flatten(1, 2))
+
+
+def sincos_position_axes(
+    height: int, width: int, dim: int, base_size: int, interpolation_scale: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The two halves of the sine-cosine position table of a token grid.
+
+    The table of DiT (arXiv 2212.09748) gives half of the channels to the column and half to the row, so it is held
+    as one small table an axis: a 4K image needs under 1 MB in place of 147 MB.
+
+    Args:
+        height, width: token grid.
+        dim: D, a multiple of 4.
+        base_size: grid side the model was built for; positions are scaled to it.
+        interpolation_scale: positions are divided by it.
+        device: of the result; computed on the CPU, so that every device gets the same bits.
+
+    Returns:
+        Columns `[w, D/2]` and rows `[h, D/2]`, fp32.
+    """
+    columns = torch.arange(width, dtype=torch.float32) / (width / base_size) / interpolation_scale
+    rows = torch.arange(height, dtype=torch.float32) / (height / base_size) / interpolation_scale
+    return tuple(
+        get_1d_sincos_pos_embed_from_grid(dim // 2, axis).to(device, torch.float32) for axis in (columns, rows)
+    )
+
+
+_cached_position_axes = lru_cache(maxsize=16)(sincos_position_axes)
+
+
+class SanaPatchEmbed(nn.Module):
+    """Latent patches to tokens, with a position table if `interpolation_scale` is given.
+
+    Args:
+        sample_size: latent side the model was built for.
+        patch_size: p.
+        in_channels: C.
+        dim: D.
+        interpolation_scale: None for models without positions (all but 2K and 4K).
+    """
+
+    def __init__(
+        self, sample_size: int, patch_size: int, in_channels: int, dim: int, interpolation_scale: float | None
+    ) -> None:
+        super().__init__()
+        self.base_size = sample_size // patch_size
+        self.interpolation_scale = interpolation_scale
+        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[B, C, H, W]` to `[B, N, D]`, contiguous, rows first."""
+        hidden_states = self.proj(hidden_states.contiguous(memory_format=torch.channels_last)).movedim(1, -1)
+        if self.interpolation_scale is not None:
+            _, height, width, dim = hidden_states.shape
+            # Compiled graphs cannot keep a cache; there the axes are a few small operations.
+            axes = sincos_position_axes if torch.compiler.is_compiling() else _cached_position_axes
+            columns, rows = axes(height, width, dim, self.base_size, self.interpolation_scale, hidden_states.device)
+            table = torch.cat([columns.expand(height, -1, -1), rows[:, None].expand(-1, width, -1)], dim=-1)
+            hidden_states = (hidden_states + table).to(hidden_states.dtype)  # fp32 sum, whatever the dtype
+        return hidden_states.flatten(1, 2).contiguous()
+
+
+class SanaCombinedTimestepGuidanceEmbeddings(nn.Module):
+    """Time and guidance scale to the modulation of all blocks (SANA-Sprint, arXiv 2503.09641).
+
+    Args:
+        embedding_dim: D.
+    """
+
+    def __init__(self, embedding_dim: int) -> None:
+        super().__init__()
+        self.timestep_embedder = TimestepEmbedding(in_channels=256, time_embed_dim=embedding_dim)
+        self.guidance_embedder = TimestepEmbedding(in_channels=256, time_embed_dim=embedding_dim)
+        self.linear = nn.Linear(embedding_dim, 6 * embedding_dim)
+
+    def forward(self, timestep: Tensor, guidance: Tensor, hidden_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Time `[B]` and guidance `[B]` to the modulation `[B, 6 * D]` and the embedding `[B, D]`."""
+        time, scale = (
+            get_timestep_embedding(value, 256, flip_sin_to_cos=True, downscale_freq_shift=0).to(hidden_dtype)
+            for value in (timestep, guidance)
+        )
+        embedding = self.timestep_embedder(time) + self.guidance_embedder(scale)
+        return self.linear(F.silu(embedding)), embedding
+
+
+@dataclass(frozen=True)
+class SanaTextContext:
+    """What the blocks need of the prompts, computed once by `SanaTransformer2DModel.encode_text`.
+
+    A snapshot of the weights: make a new one after loading, scaling or removing an adapter, changing an attention
+    processor, or a training step.
+
+    Attributes:
+        states: one entry a block.
+        attention_mask: as in `SanaTransformerBlock.forward`; None when no text token is masked.
+        batch_size: B.
+    """
+
+    states: tuple[Tensor | SanaTextState, ...]
+    attention_mask: Tensor | None
+    batch_size: int
+
+
+def attendable_tokens(mask: Tensor) -> Tensor:
+    """Boolean text mask `[B, L]` (True: attend) of a 0/1 mask.
+
+    A row without any valid token attends to all of its tokens, as in diffusers: a softmax needs at least one key.
+    """
+    mask = mask.bool()
+    return mask | ~mask.any(dim=1, keepdim=True)
+
+
+class SanaTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+    """The denoiser of Sana (arXiv 2410.10629), SANA-1.5 (arXiv 2501.18427) and SANA-Sprint (arXiv 2503.09641).
+
+    Configuration, state-dict keys, `forward` and outputs are those of the diffusers class of the same name. Beyond
+    it, `encode_text` does the text's share of the work once per prompt in place of once per step.
+
+    Args:
+        in_channels, out_channels: latent channels; `out_channels` None means as many as in.
+        num_attention_heads, attention_head_dim: of the linear self-attention; their product is the inner width D.
+        num_layers: transformer blocks.
+        num_cross_attention_heads, cross_attention_head_dim: of the attention to the text; their product is D.
+        cross_attention_dim: width of the projected text, D.
+        caption_channels: width of the text encoder's output.
+        mlp_ratio: hidden channels of the Mix-FFN over D.
+        dropout: probability, on the attention outputs.
+        attention_bias: bias in the query, key and value projections of the self-attention.
+        sample_size: latent side the model was trained for.
+        patch_size: latent pixels a token, along one side.
+        norm_elementwise_affine: weight and bias in the norm before the Mix-FFN.
+        norm_eps: of the norms inside the blocks.
+        interpolation_scale: None for no positional table; else positions are divided by it (2K: 1, 4K: 2).
+        guidance_embeds: the guidance scale is an input (SANA-Sprint).
+        guidance_embeds_scale, timestep_scale: applied by the pipelines.
+        qk_norm: None, or "rms_norm_across_heads" (SANA-1.5, SANA-Sprint).
+
+    Raises:
+        ValueError: widths that do not fit together, or an unknown `qk_norm`.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SanaTransformerBlock", "SanaPatchEmbed", "SanaModulatedNorm"]  # type: ignore[assignment]
+    _repeated_blocks = ["SanaTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "norm"]  # type: ignore[assignment]
+    # `encode_text` calls these outside of `forward`, so each must bring its own weights onto the device.
+    _group_offload_block_modules = ["caption_projection", "caption_norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 32,
+        out_channels: int | None = 32,
+        num_attention_heads: int = 70,
+        attention_head_dim: int = 32,
+        num_layers: int = 20,
+        num_cross_attention_heads: int | None = 20,
+        cross_attention_head_dim: int | None = 112,
+        cross_attention_dim: int | None = 2240,
+        caption_channels: int = 2304,
+        mlp_ratio: float = 2.5,
+        dropout: float = 0.0,
+        attention_bias: bool = False,
+        sample_size: int = 32,
+        patch_size: int = 1,
+        norm_elementwise_affine: bool = False,
+        norm_eps: float = 1e-6,
+        interpolation_scale: int | None = None,
+        guidance_embeds: bool = False,
+        guidance_embeds_scale: float = 0.1,
+        qk_norm: str | None = None,
+        timestep_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        if num_cross_attention_heads is None or cross_attention_head_dim is None or cross_attention_dim is None:
+            raise ValueError(
+                "`num_cross_attention_heads`, `cross_attention_head_dim` and `cross_attention_dim` must be given: "
+                f"every block attends to the text, got {num_cross_attention_heads}, {cross_attention_head_dim} and "
+                f"{cross_attention_dim}. Set `cross_attention_dim={dim}`."
+            )
+        if num_cross_attention_heads * cross_attention_head_dim != dim:
+            raise ValueError(
+                "`num_cross_attention_heads * cross_attention_head_dim` must be `num_attention_heads * "
+                f"attention_head_dim` = {dim}, got {num_cross_attention_heads} * {cross_attention_head_dim} = "
+                f"{num_cross_attention_heads * cross_attention_head_dim}. Change one of the two."
+            )
+        if cross_attention_dim != dim:
+            raise ValueError(
+                "`cross_attention_dim` must be `num_attention_heads * attention_head_dim` = "
+                f"{dim}, the width the text is projected to, got {cross_attention_dim}. Set it to {dim}."
+            )
+        if qk_norm not in (None, "rms_norm_across_heads"):
+            raise ValueError(
+                f'`qk_norm` must be None or "rms_norm_across_heads", got {qk_norm!r}. Norms of single heads do not '
+                "apply: queries and keys are normed before the heads are split."
+            )
+        if interpolation_scale is not None and dim % 4:
+            raise ValueError(
+                "`num_attention_heads * attention_head_dim` must be a multiple of 4 for a positional table, got "
+                f"{dim}. Change the heads, or set `interpolation_scale=None`."
+            )
+
+        self.patch_embed = SanaPatchEmbed(sample_size, patch_size, in_channels, dim, interpolation_scale)
+        self.time_embed = SanaCombinedTimestepGuidanceEmbeddings(dim) if guidance_embeds else AdaLayerNormSingle(dim)
+        self.caption_projection = PixArtAlphaTextProjection(in_features=caption_channels, hidden_size=dim)
+        self.caption_norm = SanaRMSNorm(dim)
+        self.transformer_blocks = nn.ModuleList(
+            SanaTransformerBlock(
+                dim,
+                num_attention_heads,
+                attention_head_dim,
+                num_cross_attention_heads,
+                cross_attention_head_dim,
+                cross_attention_dim,
+                mlp_ratio=mlp_ratio,
+                dropout=dropout,
+                attention_bias=attention_bias,
+                norm_elementwise_affine=norm_elementwise_affine,
+                norm_eps=norm_eps,
+                qk_norm=qk_norm,
+            )
+            for _ in range(num_layers)
+        )
+        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.norm_out = SanaModulatedNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.proj_out = nn.Linear(dim, patch_size * patch_size * (out_channels or in_channels))
+        self.gradient_checkpointing = False
+
+    @apply_forward_hook
+    @apply_lora_scale("attention_kwargs")
+    def encode_text(
+        self,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> SanaTextContext:
+        """Does everything that depends on the prompts alone, for `forward(..., text_context=)` over all steps.
+
+        Masked tokens are dropped. The prompts with a single token at the start of the batch (the empty negative
+        prompts of classifier-free guidance) cost no attention at all. Where the blocks' weights are offloaded or a
+        block has a foreign attention processor, the text is projected here and its keys and values in the blocks.
+        Reads the prompt lengths on the host, so call it outside of compiled code.
+
+        Args:
+            encoder_hidden_states: text encoder output `[B, L, caption_channels]`.
+            encoder_attention_mask: as in `forward`. An additive mask drops nothing.
+            attention_kwargs: as in `forward`; must be the same there.
+
+        Returns:
+            A snapshot, equal in effect to the arguments it was made of.
+        """
+        self._check_text(encoder_hidden_states, encoder_attention_mask, attention_kwargs)
+        text, mask, num_single = encoder_hidden_states, encoder_attention_mask, 0
+        blocks: Any = self.transformer_blocks
+        in_full = all(block.can_encode_text(text.device) for block in blocks)
+        if mask is not None and mask.ndim == 2:
+            valid = attendable_tokens(mask)
+            lengths = valid.sum(dim=1).tolist()
+            if in_full and not self.training:  # in training, dropout may act on the output
+                num_single = next((row for row, length in enumerate(lengths) if length != 1), len(lengths))
+            rest = lengths[num_single:] or [1]
+            order = valid.byte().argsort(dim=1, descending=True, stable=True)[:, : max(rest)]  # valid tokens first
+            text = text.take_along_dim(order[..., None], dim=1)
+            mask = None if min(rest) == max(rest) else valid.take_along_dim(order, dim=1)[num_single:]
+
+        text = self.caption_norm(self.caption_projection(text))  # [B, L, D]
+        states = tuple(
+            block.attn2.processor.encode_text(block.attn2, text, num_single) if in_full else text for block in blocks
+        )
+        return SanaTextContext(states, self._broadcast_mask(mask, text.dtype), text.shape[0])
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        controlnet_block_samples: Sequence[Tensor] | None = None,
+        return_dict: bool = True,
+        text_context: SanaTextContext | None = None,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predicts the model output (flow velocity, unless the scheduler says otherwise) for noisy latents.
+
+        Args:
+            hidden_states: latents `[B, C, H, W]`.
+            encoder_hidden_states: text encoder output `[B, L, caption_channels]`; None with `text_context`.
+            timestep: `[B]`, or `[1]` for all samples.
+            guidance: guidance scale `[B]` or `[1]`, times `config.guidance_embeds_scale`; for models with
+                `config.guidance_embeds`, and only for them.
+            encoder_attention_mask: `[B, L]`, 1 for tokens to attend to and 0 for others, or additive `[B, 1 or N, L]`.
+            attention_mask: must be None: linear self-attention has no mask.
+            attention_kwargs: may hold `scale`, the weight of the loaded LoRAs.
+            controlnet_block_samples: `[B, N, D]` each; number i is added to the output of block i + 1.
+            return_dict: return a `Transformer2DModelOutput` in place of a tuple.
+            text_context: from `encode_text`, in place of `encoder_hidden_states` and `encoder_attention_mask`.
+
+        Returns:
+            `sample`, `[B, out_channels, H, W]`.
+
+        Raises:
+            ValueError: shapes that do not fit the configuration, or arguments that this model would not use.
+        """
+        self._check_inputs(hidden_states, timestep, guidance, attention_mask)
+        if text_context is None:
+            self._check_text(encoder_hidden_states, encoder_attention_mask, attention_kwargs)
+            mask = encoder_attention_mask
+            if mask is not None and mask.ndim == 2:
+                mask = attendable_tokens(mask)
+            text = self.caption_norm(self.caption_projection(encoder_hidden_states))  # [B, L, D]
+            text_context = SanaTextContext(
+                (text,) * len(self.transformer_blocks), self._broadcast_mask(mask, text.dtype), text.shape[0]
+            )
+        elif encoder_hidden_states is not None or encoder_attention_mask is not None:
+            raise ValueError(
+                "`text_context` stands for `encoder_hidden_states` and `encoder_attention_mask`, which must then be "
+                "None. Pass either the context or the two."
+            )
+        if text_context.batch_size != hidden_states.shape[0]:
+            raise ValueError(
+                f"`hidden_states` and the text must have one batch size, got {hidden_states.shape[0]} and "
+                f"{text_context.batch_size}. Repeat the prompts or the latents."
+            )
+
+        p = self.config["patch_size"]
+        height, width = hidden_states.shape[-2] // p, hidden_states.shape[-1] // p
+        hidden_states = self.patch_embed(hidden_states)  # [B, N, D]
+        conditions = {"guidance": guidance} if self.config["guidance_embeds"] else {}
+        modulation, embedded_timestep = self.time_embed(timestep, hidden_dtype=hidden_states.dtype, **conditions)
+
+        for index, (block, text) in enumerate(zip(self.transformer_blocks, text_context.states, strict=True)):
+            arguments = (hidden_states, text, text_context.attention_mask, modulation, height, width)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden_states = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                hidden_states = block(*arguments)
+            if controlnet_block_samples is not None and 1 <= index <= len(controlnet_block_samples):
+                hidden_states = hidden_states + controlnet_block_samples[index - 1]
+
+        # The last modulation takes the time embedding itself, not its projection as the blocks do.
+        table = self.scale_shift_table
+        shift, scale = (table + embedded_timestep[:, None].to(table.device)).chunk(2, dim=1)  # [B, 1, D]
+        hidden_states = self.proj_out(self.norm_out(hidden_states, shift, scale))  # [B, N, p * p * C]
+        hidden_states = hidden_states.unflatten(1, (height, width)).unflatten(-1, (p, p, -1))  # [B, h, w, p, p, C]
+        sample = hidden_states.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # [B, C, H, W]
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    @staticmethod
+    def _broadcast_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """A boolean `[B, L]` or additive `[B, 1 or N, L]` mask with an axis for the heads."""
+        if mask is None:
+            return None
+        return mask[:, None, None] if mask.ndim == 2 else mask[:, None].to(dtype)
+
+    def _check_inputs(
+        self, hidden_states: Tensor, timestep: Tensor, guidance: Tensor | None, attention_mask: Tensor | None
+    ) -> None:
+        channels, p = self.config["in_channels"], self.config["patch_size"]
+        shape = tuple(hidden_states.shape)
+        if len(shape) != 4 or shape[1] != channels or shape[2] % p or shape[3] % p:
+            raise ValueError(
+                f"`hidden_states` must be latents [batch, {channels}, height, width] with sides divisible by "
+                f"`patch_size` {p}, got {shape}. Check the VAE and the image size."
+            )
+        if attention_mask is not None:
+            raise ValueError(
+                "`attention_mask` must be None: linear self-attention has no mask, got a tensor. "
+                "For the text, use `encoder_attention_mask`."
+            )
+        guided = self.config["guidance_embeds"]
+        if guided != (guidance is not None):
+            raise ValueError(
+                f"`guidance` must {'be given' if guided else 'be None'} for a model with `guidance_embeds={guided}`, "
+                f"got {guidance if guidance is None else 'a tensor'}. "
+                + ("Pass the guidance scale." if guided else "Use classifier-free guidance in the pipeline.")
+            )
+        for name, value in (("timestep", timestep), ("guidance", guidance)):
+            if value is not None and (value.ndim != 1 or value.shape[0] not in (1, shape[0])):
+                raise ValueError(
+                    f"`{name}` must have shape ({shape[0]},) or (1,), got {tuple(value.shape)}. "
+                    f"Use `{name}.expand({shape[0]})`."
+                )
+
+    def _check_text(
+        self, encoder_hidden_states: Tensor | None, mask: Tensor | None, attention_kwargs: dict[str, Any] | None
+    ) -> None:
+        width = self.config["caption_channels"]
+        if encoder_hidden_states is None:
+            raise ValueError("`encoder_hidden_states` must be given when `text_context` is not, got None for both.")
+        shape = tuple(encoder_hidden_states.shape)
+        if len(shape) != 3 or shape[2] != width:
+            raise ValueError(
+                f"`encoder_hidden_states` must have shape [batch, tokens, {width}], got {shape}. "
+                "Use the last hidden state of the text encoder this model was trained with."
+            )
+        if mask is not None and (mask.ndim not in (2, 3) or mask.shape[0] != shape[0] or mask.shape[-1] != shape[1]):
+            raise ValueError(
+                f"`encoder_attention_mask` must have shape {shape[:2]}, or ({shape[0]}, 1, {shape[1]}) if additive, "
+                f"got {tuple(mask.shape)}. Select the same tokens in the mask as in `encoder_hidden_states`."
+            )
+        if attention_kwargs:
+            raise ValueError(
+                "`attention_kwargs` may only hold `scale`, as a keyword argument, got "
+                f"{sorted(attention_kwargs)}. Give custom attention processors their options when you make them."
+            )

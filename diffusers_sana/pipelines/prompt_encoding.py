@@ -1,0 +1,133 @@
+"""Prompts to the text features that Sana's denoiser attends to (arXiv 2410.10629, section 2.3).
+
+The last hidden states of a decoder-only language model, which reads the prompt after an instruction to enrich it (the
+"complex human instruction"). The denoiser sees the first token and the tokens of the prompt, not those of the
+instruction.
+
+Legend: B prompts, L text tokens, C width of the language model.
+"""
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from diffusers.pipelines.sana.pipeline_sana import SanaPipeline as UpstreamSanaPipeline
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# The lines of the default instruction, as the installed diffusers has them.
+COMPLEX_HUMAN_INSTRUCTION: tuple[str, ...] = tuple(
+    inspect.signature(UpstreamSanaPipeline.__call__).parameters["complex_human_instruction"].default
+)
+
+
+def clean_captions(captions: Sequence[str], clean_caption: bool = False) -> list[str]:
+    """Lower case without outer spaces; with `clean_caption` what diffusers' pipeline makes of web captions.
+
+    `clean_caption` needs beautifulsoup4 and ftfy; without them diffusers warns and leaves the cleaning out.
+    """
+    if not clean_caption:
+        return [caption.lower().strip() for caption in captions]
+    # The method reads class attributes only, so an empty instance serves.
+    cleaner = object.__new__(UpstreamSanaPipeline)
+    return cleaner._text_preprocessing(list(captions), clean_caption=True)
+
+
+def join_instruction(complex_human_instruction: str | Sequence[str] | None) -> str:
+    """The instruction as one text, from its lines or from the text itself; empty for none."""
+    if not complex_human_instruction:
+        return ""
+    if isinstance(complex_human_instruction, str):
+        return complex_human_instruction
+    if not all(isinstance(line, str) for line in complex_human_instruction):
+        raise TypeError(
+            "`complex_human_instruction` must be a string or a list of strings, or None for no instruction, got"
+            f" {complex_human_instruction!r}."
+        )
+    return "\n".join(complex_human_instruction)
+
+
+def encode_captions(
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: PreTrainedModel,
+    captions: Sequence[str],
+    instruction: str = "",
+    *,
+    max_sequence_length: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Runs the language model.
+
+    Args:
+        tokenizer: must begin every text with a special token.
+        text_encoder: model without a head, such as `Gemma2Model`.
+        captions: B texts; the denoiser sees at most `max_sequence_length - 1` tokens of each.
+        instruction: put before each caption.
+        max_sequence_length: L of the result.
+        device: where the language model runs.
+
+    Returns:
+        Features `[B, L, C]` in the dtype of the model, zero beyond the caption, and their mask `[B, L]`, 1 at tokens.
+    """
+    # Where instruction and caption meet, the tokenizer joins the last space of the one with the first word of the
+    # other; so one token less is skipped than the instruction alone has.
+    skipped = len(tokenizer.encode(instruction)) - 2 if instruction else 0
+    inputs = tokenizer(
+        [instruction + caption for caption in captions],
+        padding="longest",  # the model is causal: padding to the right cannot change a token
+        padding_side="right",
+        max_length=max_sequence_length + skipped,
+        truncation=True,
+        return_tensors="pt",
+    )
+    mask = inputs.attention_mask
+    if not bool(mask.any(dim=-1).all()):
+        raise ValueError(
+            "`tokenizer` gives no token for an empty prompt; it must put a beginning-of-sequence token before each"
+            " text, as Gemma's does."
+        )
+    mask = mask.to(device)
+    embeds = text_encoder(inputs.input_ids.to(device), attention_mask=mask, use_cache=False)[0]
+
+    seen = [0, *range(1 + skipped, mask.shape[1])]
+    embeds, mask = embeds[:, seen], mask[:, seen]
+    embeds = embeds.masked_fill(mask.unsqueeze(-1) == 0, 0)
+    if not bool(embeds.isfinite().all()):
+        raise ValueError(
+            f"`text_encoder` gave NaN or infinite features in {embeds.dtype}. Load it in bfloat16; Gemma overflows"
+            " fp16."
+        )
+    return pad_text(embeds, mask, max_sequence_length)
+
+
+def pad_text(embeds: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Lengthens `[B, L, C]` features and their `[B, L]` mask to `length` tokens, with zeros."""
+    missing = length - embeds.shape[1]
+    return F.pad(embeds, (0, 0, 0, missing)), F.pad(mask, (0, missing))
+
+
+def check_embeds(name: str, embeds: Tensor, mask: Tensor | None, mask_name: str, channels: int) -> None:
+    """Raises where text features given by the user cannot be used; reads them, so once per call.
+
+    Args:
+        name, embeds: argument, which must be finite `[B, L, channels]`.
+        mask_name, mask: argument, which must be `[B, L]`.
+        channels: text width of the denoiser.
+    """
+    if not isinstance(embeds, Tensor) or not embeds.is_floating_point():
+        raise TypeError(f"`{name}` must be a floating point tensor, got {getattr(embeds, 'dtype', type(embeds))}.")
+    if embeds.ndim != 3 or embeds.shape[-1] != channels:
+        raise ValueError(
+            f"`{name}` must have the shape [prompts, tokens, {channels}] (`caption_channels` of the transformer), got"
+            f" {list(embeds.shape)}."
+        )
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"`{mask_name}` must be given with `{name}`, as a tensor [prompts, tokens] that is 1 at tokens."
+        )
+    if mask.shape != embeds.shape[:2]:
+        raise ValueError(f"`{mask_name}` must have the shape {list(embeds.shape[:2])}, got {list(mask.shape)}.")
+    if not bool(embeds.isfinite().all()):
+        raise ValueError(f"`{name}` must be finite, but has NaN or infinite values. Run the text encoder in bfloat16.")

@@ -1,0 +1,63 @@
+"""Image sizes: the aspect ratio tables of the official checkpoints, and the way back to the size asked for.
+
+Legend: B batch, H W height and width in pixels.
+"""
+
+from diffusers.image_processor import PixArtImageProcessor
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_2048_BIN
+from diffusers.pipelines.sana.pipeline_sana import ASPECT_RATIO_4096_BIN
+from torch import Tensor
+from torch.nn import functional as F
+
+
+# Native side in pixels -> aspect ratio -> (height, width) that the checkpoints of that side were trained on.
+ASPECT_RATIO_BINS = {
+    512: ASPECT_RATIO_512_BIN,
+    1024: ASPECT_RATIO_1024_BIN,
+    2048: ASPECT_RATIO_2048_BIN,
+    4096: ASPECT_RATIO_4096_BIN,
+}
+
+
+def bin_size(height: int, width: int, native_size: int) -> tuple[int, int]:
+    """The trained size whose aspect ratio is nearest to that of `height` and `width`.
+
+    Args:
+        height, width: pixels, positive.
+        native_size: side in pixels of the square images that the checkpoint was trained on.
+
+    Returns:
+        Height and width; as they came where no table exists for `native_size`.
+    """
+    if native_size not in ASPECT_RATIO_BINS:
+        return height, width
+    return PixArtImageProcessor.classify_height_width_bin(height, width, ratios=ASPECT_RATIO_BINS[native_size])
+
+
+def check_size(name: str, size: int, multiple: int) -> None:
+    """Raises where `size`, the argument `name` in pixels, is not a positive multiple of `multiple`."""
+    if size > 0 and size % multiple == 0:
+        return
+    below = size // multiple * multiple
+    choices = f"{below} or {below + multiple}" if below > 0 else f"{multiple}"
+    raise ValueError(f"`{name}` must be a multiple of {multiple}, got {size}. Use {choices}.")
+
+
+def resize_and_crop(image: Tensor, height: int, width: int) -> Tensor:
+    """Scales images to cover `height` by `width` and cuts the centre out.
+
+    Args:
+        image: `[B, C, H, W]`.
+        height, width: pixels.
+
+    Returns:
+        `[B, C, height, width]`, exactly; diffusers' function can be a pixel short, because it rounds down.
+    """
+    if image.shape[-2:] == (height, width):
+        return image
+    ratio = max(height / image.shape[-2], width / image.shape[-1])
+    covering = tuple(round(side * ratio) for side in image.shape[-2:])
+    image = F.interpolate(image, size=covering, mode="bilinear", align_corners=False)
+    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
+    return image[..., top : top + height, left : left + width]

@@ -1,0 +1,56 @@
+"""Multi-aspect buckets: which size each image is trained at, and batches that hold one size each."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+
+import torch
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_1024_BIN
+
+
+def bucket_sizes(resolution: int, multiple: int = 32) -> list[tuple[int, int]]:
+    """The (height, width) pairs of Sana's buckets of about `resolution`^2 pixels.
+
+    They are those the pipelines round to at 1024, scaled and rounded to a `multiple`, equal ones merged.
+    """
+    if resolution < multiple:
+        raise ValueError(f"`resolution` must be at least {multiple}, got {resolution}. Use a larger one.")
+    scale = resolution / 1024 / multiple
+    sizes = [tuple(max(1, round(side * scale)) * multiple for side in size) for size in ASPECT_RATIO_1024_BIN.values()]
+    return list(dict.fromkeys(sizes))
+
+
+def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The size whose shape is nearest to `height` : `width`; nearness is the difference of log ratios."""
+    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - math.log(height / width)))
+
+
+def bucket_batches(
+    sizes_of_items: Sequence[tuple[int, int]],
+    batch_size: int,
+    seed: int = 0,
+    start: int = 0,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> Iterator[list[int]]:
+    """Endless batches of item indices, every item once an epoch, one size a batch.
+
+    Args:
+        sizes_of_items: size of each item.
+        batch_size: largest number of items a batch; what is left of a size at the end of an epoch is a smaller batch.
+        seed: seed of the order, which differs between epochs.
+        start: number of batches this process has already used.
+        process_index, num_processes: each process takes every `num_processes`-th batch.
+    """
+    batches = (batch for epoch in count() for batch in _epoch(sizes_of_items, batch_size, seed + epoch))
+    return islice(batches, start * num_processes + process_index, None, num_processes)
+
+
+def _epoch(sizes_of_items: Sequence[tuple[int, int]], batch_size: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    buckets = defaultdict(list)
+    for index in torch.randperm(len(sizes_of_items), generator=generator).tolist():
+        buckets[sizes_of_items[index]].append(index)
+    batches = [items[at : at + batch_size] for items in buckets.values() for at in range(0, len(items), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

@@ -1,0 +1,41 @@
+"""Sana's denoiser together with the text encoder that trains with it."""
+
+from torch import Tensor, nn
+
+from diffusers_sana.training.flow_matching import TRAIN_TIMESTEPS
+from diffusers_sana.training.prompt_conditioning import PromptTokens, drop_prompts, encode_tokens
+
+
+class ConditionedTransformer(nn.Module):
+    """One module for what trains, so that DDP and FSDP see one forward a step.
+
+    Args:
+        transformer: a SanaTransformer2DModel.
+        text_encoder: a Gemma2Model that trains too; None when the vectors of a frozen encoder are given to `forward`.
+    """
+
+    def __init__(self, transformer: nn.Module, text_encoder: nn.Module | None = None):
+        super().__init__()
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        sigmas: Tensor,
+        prompt: PromptTokens | tuple[Tensor, Tensor],
+        dropped: Tensor | None = None,
+    ) -> Tensor:
+        """The predicted velocity `[B, C, h, w]`.
+
+        Args:
+            noisy_latents: `[B, C, h, w]`.
+            sigmas: shares of noise `[B]`.
+            prompt: tokens with a text encoder; without one vectors `[B, L, D]` and mask `[B, L]`.
+            dropped: `[B]`, true where the prompt is to be replaced by the empty one.
+        """
+        embeds, mask = prompt if self.text_encoder is None else encode_tokens(self.text_encoder, prompt)
+        if dropped is not None:
+            mask = drop_prompts(mask, dropped)
+        timestep = sigmas * TRAIN_TIMESTEPS * self.transformer.config.timestep_scale
+        return self.transformer(noisy_latents, embeds, timestep, encoder_attention_mask=mask, return_dict=False)[0]

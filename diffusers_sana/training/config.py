@@ -1,0 +1,89 @@
+"""Training settings as dataclasses, and the command line made from them."""
+
+import argparse
+import types
+import typing
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeVar
+
+
+Config = TypeVar("Config", bound="TrainingConfig")
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field whose help text is shown on the command line."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """The settings every training run has: its budget, optimiser, precision and outputs.
+
+    The run ends when `max_steps` or `max_minutes` is reached, whichever is first. The learning rate follows the
+    larger of the two fractions of the budget used, so that a cosine also ends where the clock ends.
+    """
+
+    output_dir: str = option("outputs/training", "folder for checkpoints, samples, log and result")
+    max_steps: int = option(100_000, "optimiser steps")
+    max_minutes: float | None = option(None, "stop after this many minutes of training, resumed time included")
+    learning_rate: float | None = option(None, "peak learning rate; None takes the paper's")
+    lr_schedule: str = option("constant", "`constant` or `cosine`, after the warm-up")
+    warmup_steps: int = option(0, "steps of linear warm-up")
+    betas: tuple[float, float] | None = option(None, "AdamW betas; None takes the paper's")
+    weight_decay: float | None = option(None, "AdamW weight decay of matrices and kernels; None takes the paper's")
+    max_grad_norm: float = option(1.0, "clip the gradient norm; 0 does not clip")
+    gradient_accumulation_steps: int = option(1, "batches per optimiser step")
+    mixed_precision: str = option("no", "`no`, `bf16` or `fp16` autocast")
+    ema_decay: float = option(0.0, "decay of the averaged weights that are saved; 0 saves the trained weights")
+    compile: bool = option(False, "torch.compile the model's parts in place")
+    seed: int = option(0, "seed of all random numbers")
+    resume: bool = option(False, "continue from the newest checkpoint in `output_dir`")
+    save_minutes: float = option(10.0, "minutes between checkpoints")
+    sample_minutes: float = option(5.0, "minutes between sample grids")
+    log_every: int = option(10, "steps between lines of log.jsonl")
+
+    def __post_init__(self) -> None:
+        check_choice("lr_schedule", self.lr_schedule, ("constant", "cosine"))
+        check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        if self.max_steps < 1:
+            raise ValueError(f"`max_steps` must be at least 1, got {self.max_steps}. Use `max_minutes` to limit time.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}. Use 0 to switch it off.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise a ValueError that names the argument and lists what it may be."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}. Use one of these.")
+
+
+def parse_config(config_class: type[Config], argv: list[str] | None, description: str | None = None) -> Config:
+    """Read a config from the command line: one `--option` a field, with the field's help and default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    hints = typing.get_type_hints(config_class)
+    for item in fields(config_class):
+        if item.default is MISSING:
+            raise TypeError(f"`{item.name}` of {config_class.__name__} must have a default, got none. Use `option`.")
+        parser.add_argument(
+            f"--{item.name}", default=item.default, help=item.metadata.get("help"), **_argument(hints[item.name])
+        )
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def _argument(hint: Any) -> dict[str, Any]:
+    """The `add_argument` keywords for a field's type."""
+    if isinstance(hint, types.UnionType):  # `X | None`
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(hint) is tuple:
+        element, *rest = typing.get_args(hint)
+        return {"type": element, "nargs": "*" if rest == [Ellipsis] else len(rest) + 1, "action": _StoreTuple}
+    return {"type": hint}
+
+
+class _StoreTuple(argparse.Action):
+    """Keeps several values as a tuple, as the dataclass declares them."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(values))

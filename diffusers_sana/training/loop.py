@@ -1,0 +1,278 @@
+"""The loop around the training step: clock, learning rate, averaged weights, log, checkpoints, stopping, resuming.
+
+A script writes only what is particular to it:
+
+    loop = TrainingLoop(config, accelerator, [model], [optimizer], save=..., sample=...)
+    for batch in loop.run(batches):
+        with accelerator.accumulate(model):
+            ...  # loss, backward, optimizer step
+        loop.report(loss=loss)
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, send_to_device
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffusers_sana.training.config import TrainingConfig
+from diffusers_sana.training.plots import plot_losses
+from diffusers_sana.training.schedules import budget_used, learning_rate_factor
+
+
+# Either an iterable, begun anew whenever it ends, or a function from the number of batches already used to the
+# iterable of the batches that follow; only the latter resumes at the very batch where the run had stopped.
+Batches = Iterable[dict[str, Any]] | Callable[[int], Iterable[dict[str, Any]]]
+
+
+class TrainingLoop:
+    """Runs the batches of a training until its budget is used, and survives being stopped.
+
+    Args:
+        config: budget, schedule and output settings.
+        accelerator: the Accelerator that prepared the modules and optimizers.
+        modules: prepared modules; their trainable parameters are averaged when `config.ema_decay` is set.
+        optimizers: prepared optimizers; each keeps the learning rate it was made with as its peak.
+        save: writes the models as they should be published into a folder; called with the averaged weights in place,
+            on every process, at each checkpoint and at the end.
+        sample: writes a picture of the state of training to a path; called like `save`, in evaluation by the callee.
+
+    After SIGTERM or Ctrl-C the current step is finished, a checkpoint is written, and `run` ends normally.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        modules: Sequence[nn.Module],
+        optimizers: Sequence[torch.optim.Optimizer],
+        save: Callable[[Path], None],
+        sample: Callable[[Path], None],
+    ):
+        self.config, self.accelerator, self.optimizers = config, accelerator, optimizers
+        self.save, self.sample = save, sample
+        self.output_dir = Path(config.output_dir)
+        self.step = self.batches_used = 0
+        self._peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        self._parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        self._ema = EMAModel(self._parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
+        self._minutes = 0.0
+        self._started: float | None = None
+        self._stop_requested = False
+        self._window: list[dict[str, Tensor]] = []
+        self._window_images, self._window_start = 0, 0.0
+        accelerator.register_for_checkpointing(self)
+        if config.resume:
+            self._load()
+
+    def run(self, batches: Batches) -> Iterator[dict[str, Any]]:
+        """Yield batches, on the device, until the budget is used or a stop is asked for."""
+        self._started = self._window_start = time.monotonic()
+        self._shared_minutes, self._shared_stop = self._minutes, False
+        last_save = last_sample = self._minutes
+        with self._stop_on_signals(), self._progress_bar() as bar:
+            for batch in iterate_batches(batches, self.batches_used):
+                if self._used() >= 1 or self._shared_stop:
+                    break
+                self._set_learning_rate()
+                yield send_to_device(batch, self.accelerator.device)
+                self.batches_used += 1
+                if not self.accelerator.sync_gradients:
+                    continue
+                self.step += 1
+                self._share_clock()
+                if self._ema is not None:
+                    self._ema.step(self._parameters)
+                if self.step % self.config.log_every == 0:
+                    self._log(bar)
+                bar.update()
+                if self._shared_minutes - last_sample >= self.config.sample_minutes:
+                    last_sample = self._shared_minutes
+                    self._sample()
+                if self._shared_minutes - last_save >= self.config.save_minutes:
+                    last_save = self._shared_minutes
+                    self._checkpoint()
+            self._checkpoint()
+            self._sample()
+
+    def report(self, images: int, **terms: Tensor) -> None:
+        """Take note of what a step measured; the means over `log_every` steps go to log.jsonl.
+
+        Args:
+            images: pictures in the batch, for the speed in the log.
+            terms: scalars by name, such as `loss`.
+        """
+        self._window.append({name: term.detach() for name, term in terms.items()})
+        self._window_images += images
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the modules hold the averaged weights, if any are kept."""
+        if self._ema is None:
+            yield
+            return
+        self._ema.store(self._parameters)
+        self._ema.copy_to(self._parameters)
+        try:
+            yield
+        finally:
+            self._ema.restore(self._parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run is; written into checkpoints by Accelerate."""
+        return {"step": self.step, "batches_used": self.batches_used, "minutes": self._elapsed()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from where a checkpoint was."""
+        self.step, self.batches_used, self._minutes = state["step"], state["batches_used"], state["minutes"]
+
+    def _elapsed(self) -> float:
+        return self._minutes if self._started is None else self._minutes + (time.monotonic() - self._started) / 60
+
+    def _share_clock(self) -> None:
+        """Make all processes agree on the time and on whether to stop: each must take the same branches."""
+        clock = torch.tensor([self._elapsed(), float(self._stop_requested)], device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            clock = self.accelerator.reduce(clock, reduction="sum") / self.accelerator.num_processes
+        self._shared_minutes, self._shared_stop = clock[0].item(), clock[1].item() > 0
+
+    def _used(self) -> float:
+        return budget_used(self.step, self._shared_minutes, self.config.max_steps, self.config.max_minutes)
+
+    def _set_learning_rate(self) -> None:
+        factor = learning_rate_factor(self.step, self._used(), self.config.lr_schedule, self.config.warmup_steps)
+        for optimizer, rates in zip(self.optimizers, self._peak_rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+
+    def _log(self, bar: tqdm) -> None:
+        seconds = time.monotonic() - self._window_start
+        names = list(dict.fromkeys(name for terms in self._window for name in terms))
+        values = [[terms[name].float() for terms in self._window if name in terms] for name in names]
+        means = torch.stack([torch.stack(value).mean() for value in values])
+        if self.accelerator.num_processes > 1:
+            means = self.accelerator.reduce(means, reduction="mean")
+        row: dict[str, float] = {"step": self.step, "minutes": round(self._shared_minutes, 3)}
+        row |= {name: round(value, 6) for name, value in zip(names, means.tolist(), strict=True)}
+        row["lr"] = self.optimizers[0].param_groups[0]["lr"]
+        row["images_per_second"] = round(self._window_images * self.accelerator.num_processes / seconds, 2)
+        self._window, self._window_images, self._window_start = [], 0, time.monotonic()
+        if self.accelerator.is_main_process:
+            with open(self.output_dir / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        bar.set_postfix({names[0]: f"{row[names[0]]:.4f}", "lr": f"{row['lr']:.1e}"}, refresh=False)
+
+    def _progress_bar(self) -> tqdm:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        return tqdm(
+            total=self.config.max_steps,
+            initial=self.step,
+            desc=self.output_dir.name,
+            disable=not self.accelerator.is_main_process,
+            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs no animation
+        )
+
+    def _sample(self) -> None:
+        with self.averaged_weights():
+            self.sample(self.output_dir / "samples" / f"step_{self.step:07d}.png")
+        log_path = self.output_dir / "log.jsonl"
+        if self.accelerator.is_main_process and log_path.exists():
+            plot_losses(log_path, self.output_dir / "loss.png")
+
+    def _checkpoint(self) -> None:
+        """Write checkpoint and models beside their places, then rename: a kill leaves the old or the new, whole."""
+        folder = self.output_dir / "checkpoints" / f"step_{self.step:07d}"
+        temporary = folder.with_suffix(".tmp")
+        self.accelerator.save_state(str(temporary))
+        if self._ema is not None and (self._is_sharded() or self.accelerator.is_main_process):
+            torch.save(self._ema.state_dict(), temporary / self._ema_name())
+        with self.averaged_weights():
+            self.save(self.output_dir / "model.tmp")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            _replace_folder(temporary, folder)
+            _replace_folder(self.output_dir / "model.tmp", self.output_dir / "model")
+            for old in checkpoints(self.output_dir)[:-1]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _load(self) -> None:
+        found = checkpoints(self.output_dir)
+        if not found:
+            raise ValueError(f"`resume` needs a checkpoint in `output_dir`, got none in {self.output_dir}. Drop it.")
+        self.accelerator.load_state(str(found[-1]))
+        if self._ema is not None:
+            self._ema.load_state_dict(torch.load(found[-1] / self._ema_name(), map_location="cpu"))
+            self._ema.to(self.accelerator.device)
+        if self.accelerator.is_main_process:
+            _drop_lines_after(self.output_dir / "log.jsonl", self.step)
+
+    def _is_sharded(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.FSDP
+
+    def _ema_name(self) -> str:
+        """Under FSDP each process averages its own shards; otherwise all hold the same averages."""
+        return f"ema_{self.accelerator.process_index if self._is_sharded() else 0}.pt"
+
+    @contextlib.contextmanager
+    def _stop_on_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main one only
+            yield
+            return
+
+        def request_stop(number: int, frame: Any) -> None:
+            self._stop_requested = True
+
+        previous = {number: signal.signal(number, request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def iterate_batches(batches: Batches, start: int) -> Iterator[dict[str, Any]]:
+    """The batches from the `start`-th on, without end; raises a ValueError when there are none."""
+    while True:
+        found = False
+        for batch in batches(start) if callable(batches) else batches:
+            found = True
+            start += 1
+            yield batch
+        if not found:
+            raise ValueError("`batches` must yield batches, got none. A generator cannot be begun anew; pass a list.")
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(path for path in (output_dir / "checkpoints").glob("step_*") if not path.suffix)
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    if target.exists():
+        retired = target.with_suffix(".old")
+        os.replace(target, retired)
+        os.replace(source, target)
+        shutil.rmtree(retired)
+    else:
+        os.replace(source, target)
+
+
+def _drop_lines_after(log_path: Path, step: int) -> None:
+    """Forget what was logged after the checkpoint that the run continues from."""
+    if log_path.exists():
+        lines = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        log_path.write_text("".join(line + "\n" for line in lines))

@@ -1,0 +1,231 @@
+"""Captioned pictures composed on the fly from emoji art.
+
+A scene is one object (somewhere) or two (side by side) in one style on a plain background; its caption says which,
+or leaves some of it out. Composition is vectorised over the batch and runs on any device.
+"""
+
+import io
+import json
+import random
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+
+STYLES = ("3d", "flat")
+COLORS = {
+    "red": (214, 48, 49),
+    "orange": (245, 146, 50),
+    "yellow": (250, 216, 70),
+    "green": (64, 160, 74),
+    "teal": (60, 180, 175),
+    "blue": (58, 110, 214),
+    "purple": (130, 76, 180),
+    "pink": (247, 160, 190),
+    "brown": (128, 84, 56),
+    "gray": (140, 140, 144),
+    "black": (24, 24, 28),
+    "white": (250, 250, 250),
+}
+# Words of the caption -> centre of the object, in units of half the picture from its centre (x right, y down).
+POSITIONS = {
+    "": (0.0, 0.0),
+    " on the left": (-0.42, 0.0),
+    " on the right": (0.42, 0.0),
+    " at the top": (0.0, -0.42),
+    " at the bottom": (0.0, 0.42),
+}
+# What prompts may name: things with short names. The autoencoder also sees all other emoji.
+OBJECT_SUBGROUPS = (
+    "animal-mammal animal-bird animal-amphibian animal-reptile animal-marine animal-bug plant-flower plant-other "
+    "food-fruit food-vegetable food-prepared food-asian food-sweet drink transport-ground transport-water "
+    "transport-air sky-weather sport musical-instrument"
+).split()
+
+
+def _hash(text: str) -> int:
+    return zlib.crc32(text.encode())  # `hash` differs from process to process
+
+
+def is_held_out(label: str, style: str, color: str) -> bool:
+    """One in sixteen triples of object, style and background never occurs in training: prompts to judge by."""
+    return _hash(f"{label}/{style}/{color}") % 16 == 0
+
+
+def with_article(label: str, adjective: str = "") -> str:
+    words = f"{adjective} {label}".strip()
+    if label.endswith("s") and not label.endswith(("ss", "us")):
+        return words
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows. `labels`: one object, or two from left to right."""
+
+    labels: tuple[str, ...]
+    style: str
+    color: str
+    position: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """The full caption; training also uses shorter ones (`EmojiScenes.caption`)."""
+        subject = " and ".join(with_article(label) for label in self.labels)
+        return f"{subject}{self.position} on {with_article(self.color)} background, {self.style} style"
+
+
+class EmojiArt:
+    """All pictures in memory: `pixels` `[num_emoji, num_styles, 4, 128, 128]`, uint8, colour premultiplied."""
+
+    def __init__(self, path: str | Path):
+        with zipfile.ZipFile(path) as pack:
+            self.rows = json.loads(pack.read("metadata.json"))
+            pixels = np.zeros((len(self.rows), len(STYLES), 4, 128, 128), np.uint8)
+            for i, row in enumerate(self.rows):
+                for j, style in enumerate(STYLES):
+                    picture = Image.open(io.BytesIO(pack.read(f"{style}/{row['hexcode']}.webp"))).convert("RGBa")
+                    pixels[i, j] = np.asarray(picture).transpose(2, 0, 1)
+        self.pixels = torch.from_numpy(pixels)
+        self.objects = [
+            i
+            for i, row in enumerate(self.rows)
+            if row["subgroup"] in OBJECT_SUBGROUPS and len(row["label"].split()) <= 2
+        ]
+        self.index = {self.rows[i]["label"]: i for i in self.objects}
+        self.labels = list(self.index)
+        # Emoji that no training ever sees, to measure the autoencoder by; none of them can be prompted.
+        self.held_out = [
+            i
+            for i, row in enumerate(self.rows)
+            if row["label"] not in self.index and row["subgroup"] != "country-flag" and _hash(row["label"]) % 12 == 0
+        ]
+        self.training = sorted(set(range(len(self.rows))) - set(self.held_out))
+
+    def sprites(self, emoji: Tensor, style: Tensor, device: torch.device | str) -> Tensor:
+        """`[B, 4, 128, 128]` in [0, 1]."""
+        return self.pixels[emoji, style].to(device).float() / 255
+
+
+def paste(canvas: Tensor, sprites: Tensor, center: Tensor, size: Tensor) -> Tensor:
+    """Puts sprite b on canvas b.
+
+    Args:
+        canvas: `[B, 3, H, W]` in [0, 1].
+        sprites: `[B, 4, h, w]`, premultiplied.
+        center: `[B, 2]`, x and y in [-1, 1].
+        size: `[B, 2]`, width and height as a fraction of the canvas; a negative width mirrors.
+    """
+    if size.abs().max() * canvas.shape[-1] < 0.75 * sprites.shape[-1]:
+        sprites = F.avg_pool2d(sprites, 2)  # bilinear sampling alone would alias
+    theta = torch.zeros(len(canvas), 2, 3, device=canvas.device)
+    theta[:, 0, 0], theta[:, 1, 1] = 1 / size[:, 0], 1 / size[:, 1]
+    theta[:, :, 2] = -center / size
+    grid = F.affine_grid(theta, list(canvas.shape), align_corners=False)
+    pasted = F.grid_sample(sprites, grid, align_corners=False)
+    return pasted[:, :3] + canvas * (1 - pasted[:, 3:])
+
+
+class EmojiScenes:
+    """Endless batches of pictures for the autoencoder, and of captioned ones for Sana.
+
+    Args:
+        art: the emoji.
+        resolution: side of the pictures in pixels.
+        device: where pictures are composed.
+        seed: of everything random here.
+    """
+
+    def __init__(self, art: EmojiArt, resolution: int = 128, device: str = "cpu", seed: int = 0):
+        self.art, self.resolution, self.device = art, resolution, device
+        self.random = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def _uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return torch.rand(shape, generator=self.generator) * (high - low) + low
+
+    def draw(
+        self, emoji: list[tuple[int, ...]], style: list[int], color: Tensor, position: list[str], jitter: float = 1.0
+    ) -> Tensor:
+        """Pictures `[B, 3, H, W]` in [-1, 1] of one object, or two, per row of `emoji`."""
+        batch = len(emoji)
+        styles = torch.tensor(style)
+        canvas = color.to(self.device)[:, :, None, None].expand(-1, -1, self.resolution, self.resolution)
+        pair = torch.tensor([len(row) == 2 for row in emoji])
+        center = torch.tensor([POSITIONS[p] for p in position]) + self._uniform(batch, 2, low=-0.04, high=0.04) * jitter
+        aside = torch.tensor([p != "" for p in position])
+        size = torch.where(aside, 0.5, 0.8)[:, None] * (1 + self._uniform(batch, 1, low=-0.06, high=0.06) * jitter)
+        size = size.expand(-1, 2)
+        single = (~pair).nonzero()[:, 0]
+        pictures = torch.empty(canvas.shape, device=self.device)
+        if len(single):
+            sprites = self.art.sprites(torch.tensor([emoji[i][0] for i in single]), styles[single], self.device)
+            pictures[single] = paste(
+                canvas[single], sprites, center[single].to(self.device), size[single].to(self.device)
+            )
+        double = pair.nonzero()[:, 0]
+        if len(double):
+            layer = canvas[double]
+            for slot, x in enumerate((-0.48, 0.48)):
+                sprites = self.art.sprites(torch.tensor([emoji[i][slot] for i in double]), styles[double], self.device)
+                offset = torch.tensor([x, 0.0]) + self._uniform(len(double), 2, low=-0.03, high=0.03) * jitter
+                scale = torch.full((len(double), 2), 0.47)
+                layer = paste(layer, sprites, offset.to(self.device), scale.to(self.device))
+            pictures[double] = layer
+        return pictures.clamp(0, 1) * 2 - 1
+
+    def autoencoder_batches(self, batch_size: int) -> Iterator[dict]:
+        """`{"pixel_values": [B, 3, H, W]}`: any emoji, any style, on any colour."""
+        palette = torch.tensor(list(COLORS.values())) / 255
+        pool = self.art.training + 2 * self.art.objects  # what prompts can name comes three times as often
+        while True:
+            emoji = [tuple(self.random.choices(pool, k=2 if self.random.random() < 0.3 else 1)) for _ in range(batch_size)]
+            style = [self.random.randrange(len(STYLES)) for _ in range(batch_size)]
+            color = palette[torch.randint(len(palette), (batch_size,), generator=self.generator)]
+            color = (color + self._uniform(batch_size, 3, low=-0.06, high=0.06)).clamp(0, 1)
+            color = torch.where(self._uniform(batch_size, 1) < 0.2, self._uniform(batch_size, 3), color)
+            position = [self.random.choice(list(POSITIONS)) if self.random.random() < 0.4 else "" for _ in emoji]
+            pictures = self.draw(emoji, style, color, position)
+            yield {"pixel_values": torch.where(self._uniform(batch_size, 1, 1, 1).to(self.device) < 0.5, pictures, pictures.flip(-1))}
+
+    def sample_scene(self) -> Scene:
+        style, color = self.random.choice(STYLES), self.random.choice(list(COLORS))
+        kind = self.random.random()
+        if kind < 0.2:
+            return Scene(tuple(self.random.sample(self.art.labels, 2)), style, color)
+        position = self.random.choice([p for p in POSITIONS if p]) if kind < 0.4 else ""
+        label = self.random.choice(self.art.labels)
+        if is_held_out(label, style, color):
+            return self.sample_scene()
+        return Scene((label,), style, color, position)
+
+    def caption(self, scene: Scene) -> str:
+        """One of several phrasings; style and background are sometimes left for the model to choose."""
+        style = self.random.choices(("adjective", "suffix", "none"), (0.4, 0.4, 0.2))[0]
+        subject = " and ".join(
+            with_article(label, scene.style if style == "adjective" else "") for label in scene.labels
+        )
+        background = f" on {with_article(scene.color)} background" if self.random.random() < 0.95 else ""
+        return f"{subject}{scene.position}{background}" + (f", {scene.style} style" if style == "suffix" else "")
+
+    def render(self, scenes: list[Scene], jitter: float = 1.0) -> Tensor:
+        """Pictures `[B, 3, H, W]` in [-1, 1] of the scenes."""
+        color = torch.tensor([COLORS[scene.color] for scene in scenes]) / 255
+        color = (color + self._uniform(len(scenes), 3, low=-0.02, high=0.02) * jitter).clamp(0, 1)
+        emoji = [tuple(self.art.index[label] for label in scene.labels) for scene in scenes]
+        style = [STYLES.index(scene.style) for scene in scenes]
+        return self.draw(emoji, style, color, [scene.position for scene in scenes], jitter)
+
+    def captioned_batches(self, batch_size: int) -> Iterator[dict]:
+        """`{"pixel_values": [B, 3, H, W], "text": list of B captions}`."""
+        while True:
+            scenes = [self.sample_scene() for _ in range(batch_size)]
+            yield {"pixel_values": self.render(scenes), "text": [self.caption(scene) for scene in scenes]}

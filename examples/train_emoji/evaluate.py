@@ -1,0 +1,209 @@
+"""How good the emoji checkpoint is, on what it has not seen.
+
+    python -m examples.train_emoji.evaluate --data outputs/emoji.zip [--model FOLDER]
+
+Autoencoder: PSNR and SSIM on emoji that no training showed. Text to image: 64 prompts whose triple of object, style
+and background never occurred in training; each picture is compared, in a fixed feature space (a network with seeded
+random weights), with the true renderings of every object, of both styles, and of every background colour.
+"""
+
+import argparse
+import json
+import platform
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import accelerate
+import diffusers
+import torch
+import transformers
+from PIL import Image, ImageDraw
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffusers_sana import SanaPipeline, __version__
+from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.training.perceptual import RandomFeatures
+from diffusers_sana.training.plots import save_image_grid
+
+from .data import COLORS, POSITIONS, STYLES, EmojiArt, EmojiScenes, Scene, is_held_out
+
+
+def held_out_scenes(art: EmojiArt, singles: int = 52, pairs: int = 12) -> list[Scene]:
+    """Scenes whose prompts no training showed: new triples of object, style and colour, and pairs."""
+    rng = random.Random(1)
+    triples = [
+        (label, style, color)
+        for label in art.labels
+        for style in STYLES
+        for color in COLORS
+        if is_held_out(label, style, color)
+    ]
+    positions = [p for p in POSITIONS if p]
+    chosen = rng.sample(triples, singles)
+    scenes = [
+        Scene((label,), style, color, "" if i % 4 else positions[i // 4 % len(positions)])
+        for i, (label, style, color) in enumerate(chosen)
+    ]
+    scenes += [
+        Scene(tuple(rng.sample(art.labels, 2)), rng.choice(STYLES), rng.choice(list(COLORS))) for _ in range(pairs)
+    ]
+    return scenes
+
+
+def reconstruction(vae, art: EmojiArt, scenes: EmojiScenes) -> tuple[dict, Tensor]:
+    """PSNR (dB) and SSIM over held-out emoji in both styles, and pictures: originals above reconstructions."""
+    emoji = [(i,) for i in art.held_out for _ in STYLES]
+    style = [j for _ in art.held_out for j in range(len(STYLES))]
+    palette = torch.tensor(list(COLORS.values())) / 255
+    color = palette[torch.arange(len(emoji)) % len(palette)]
+    originals = scenes.draw(emoji, style, color, [""] * len(emoji), jitter=0.0)
+    with torch.no_grad():
+        decoded = torch.cat([vae.decode(vae.encode(x).latent).sample for x in originals.split(32)]).clamp(-1, 1)
+    pairs = [(a.numpy(), b.numpy()) for a, b in zip(originals, decoded, strict=True)]
+    psnr = [peak_signal_noise_ratio(a, b, data_range=2) for a, b in pairs]
+    ssim = [structural_similarity(a, b, data_range=2, channel_axis=0) for a, b in pairs]
+    figures = {"pictures": len(pairs), "psnr_db": sum(psnr) / len(psnr), "ssim": sum(ssim) / len(ssim)}
+    shown = slice(None, None, len(pairs) // 16)
+    return figures, torch.cat([originals[shown][:16], decoded[shown][:16]])
+
+
+def feature_space() -> Callable[[Tensor], Tensor]:
+    """Pictures `[B, 3, H, W]` -> unit vectors `[B, F]`; fixed by its seed, learns nothing."""
+    network = RandomFeatures()
+
+    def features(pictures: Tensor) -> Tensor:
+        with torch.no_grad():
+            maps = network(pictures)
+        return torch.cat([F.normalize(F.adaptive_avg_pool2d(m, 8).flatten(1)) for m in maps], dim=1)
+
+    return features
+
+
+def nearest(pictures: Tensor, galleries: list[Tensor], features: Callable[[Tensor], Tensor]) -> list[list[int]]:
+    """For each picture, the entries of its gallery from nearest to farthest."""
+    ranks = []
+    for picture, gallery in zip(pictures, galleries, strict=True):
+        distances = torch.cdist(features(picture[None]), features(gallery))[0]
+        ranks.append(distances.argsort().tolist())
+    return ranks
+
+
+def prompt_following(pictures: Tensor, scenes: list[Scene], art: EmojiArt, renderer: EmojiScenes) -> dict:
+    """How often the nearest true rendering is the prompted one, when only one property of the scene is varied."""
+    features = feature_space()
+    rows = [i for i, scene in enumerate(scenes) if len(scene.labels) == 1]
+    pictures, scenes = pictures[rows], [scenes[i] for i in rows]
+
+    def share(varied: Callable[[Scene], list[Scene]], top: int = 1) -> float:
+        galleries = [renderer.render(varied(scene), jitter=0.0) for scene in scenes]
+        ranked = nearest(pictures, galleries, features)
+        hits = sum(scene in [varied(scene)[i] for i in rank[:top]] for scene, rank in zip(scenes, ranked, strict=True))
+        return hits / len(scenes)
+
+    def objects(scene: Scene) -> list[Scene]:
+        return [Scene((label,), scene.style, scene.color, scene.position) for label in art.labels]
+
+    def colors(scene: Scene) -> list[Scene]:
+        return [Scene(scene.labels, scene.style, color, scene.position) for color in COLORS]
+
+    def styles(scene: Scene) -> list[Scene]:
+        return [Scene(scene.labels, style, scene.color, scene.position) for style in STYLES]
+
+    return {
+        "prompts": len(scenes),
+        "object_top1": share(objects),
+        "object_top5": share(objects, top=5),
+        "object_top1_chance": 1 / len(art.labels),
+        "color_top1": share(colors),
+        "color_top1_chance": 1 / len(COLORS),
+        "style_top1": share(styles),
+        "style_top1_chance": 1 / len(STYLES),
+    }
+
+
+def captioned_grid(pictures: Tensor, captions: list[str], path: Path, columns: int = 8) -> None:
+    """One PNG: pictures `[N, 3, H, W]` with their prompts below."""
+    side, strip = pictures.shape[-1], 34
+    rows = -(-len(captions) // columns)
+    sheet = Image.new("RGB", (columns * side, rows * (side + strip)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        x, y = i % columns * side, i // columns * (side + strip)
+        pixels = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        sheet.paste(Image.fromarray(pixels), (x, y))
+        lines, line = [], ""
+        for word in caption.split():
+            longer = f"{line} {word}".strip()
+            if draw.textlength(longer, font_size=9) > side - 4:
+                lines.append(line)
+                longer = word
+            line = longer
+        draw.multiline_text((x + 2, y + side + 1), "\n".join([*lines, line]), "black", font_size=9, spacing=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def evaluate(pipe: SanaPipeline, data: Path, out: Path, steps: int = 20, guidance_scale: float = 4.5) -> dict:
+    """Measures a pipeline; writes `evaluation.json`, `held_out.png` and `reconstructions.png` into `out`."""
+    art = EmojiArt(data)
+    renderer = EmojiScenes(art)
+    figures, comparison = reconstruction(pipe.vae, art, renderer)
+    scenes = held_out_scenes(art)
+    prompts = [scene.prompt for scene in scenes]
+    pictures = torch.cat(
+        [
+            pipe(
+                prompts[i : i + 16],
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                generator=[torch.Generator().manual_seed(i + j) for j in range(len(prompts[i : i + 16]))],
+                output_type="pt",
+            ).images
+            for i in range(0, len(prompts), 16)
+        ]
+    )
+    pictures = pictures.float().cpu() * 2 - 1
+    truth = renderer.render(scenes, jitter=0.0)
+    with torch.no_grad():
+        decoded = torch.cat([pipe.vae.decode(pipe.vae.encode(x).latent).sample for x in truth.split(16)])
+    out.mkdir(parents=True, exist_ok=True)
+    save_image_grid(comparison, out / "reconstructions.png", columns=16)
+    captioned_grid(pictures, prompts, out / "held_out.png")
+    report = {
+        "command": f"python -m examples.train_emoji.evaluate --steps {steps} --guidance-scale {guidance_scale}",
+        "device": platform.processor() or platform.machine(),
+        "versions": {
+            "diffusers_sana": __version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+            "python": platform.python_version(),
+        },
+        "autoencoder_on_held_out_emoji": figures,
+        "generated_from_held_out_prompts": prompt_following(pictures, scenes, art, renderer),
+        "ceiling_autoencoded_truth": prompt_following(decoded.clamp(-1, 1), scenes, art, renderer),
+    }
+    (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("outputs/emoji.zip"), help="what prepare_data wrote")
+    parser.add_argument("--model", default=SANA_EMOJI, help="pipeline folder; default: the bundled one")
+    parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), help="folder for figures and pictures")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance-scale", type=float, default=4.5)
+    args = parser.parse_args(argv)
+    pipe = SanaPipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    print(json.dumps(evaluate(pipe, args.data, args.out, args.steps, args.guidance_scale), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The sizes of the bundled checkpoint: 30 MB of bf16 weights in all."""
+
+import inspect
+
+import diffusers
+from diffusers import ConfigMixin
+from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerBase
+
+from diffusers_sana import AutoencoderDC, FlowDPMSolverScheduler, SanaTransformer2DModel
+
+
+RESOLUTION = 128
+NO_SCALES: tuple[tuple[int, ...], ...] = ((),) * 6
+
+
+def make_autoencoder() -> ConfigMixin:
+    """A DC-AE of convolutions only (as in DC-AE 1.5), 32x, 32 latent channels; nothing runs at full resolution."""
+    widths = (16, 32, 64, 128, 256, 256)
+    return AutoencoderDC(
+        latent_channels=32,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=(0, 1, 1, 1, 1, 1),
+        decoder_layers_per_block=(0, 1, 1, 1, 1, 2),
+        encoder_qkv_multiscales=NO_SCALES,
+        decoder_qkv_multiscales=NO_SCALES,
+        downsample_block_type="Conv",
+        upsample_block_type="interpolate",
+        decoder_conv_act_fn="silu",
+    )
+
+
+def make_transformer() -> ConfigMixin:
+    """A Sana of 8 blocks and width 192, with the query and key norms of SANA-1.5."""
+    return SanaTransformer2DModel(
+        num_attention_heads=6,
+        attention_head_dim=32,
+        num_layers=8,
+        num_cross_attention_heads=4,
+        cross_attention_head_dim=48,
+        cross_attention_dim=192,
+        caption_channels=192,
+        sample_size=RESOLUTION // 32,
+        qk_norm="rms_norm_across_heads",
+    )
+
+
+def make_text_encoder(tokenizer: PreTrainedTokenizerBase) -> Gemma2Model:
+    """A Gemma-2 of 2 layers and width 192."""
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=48,
+            query_pre_attn_scalar=48,
+            max_position_embeddings=1024,
+            sliding_window=1024,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def make_scheduler() -> ConfigMixin:
+    """As Sana's, with the flow shift that training uses."""
+    return FlowDPMSolverScheduler(flow_shift=FLOW_SHIFT)
+
+
+# Sixteen tokens carry less redundancy than the thousand of a 1024 px picture, and want less shift towards noise.
+FLOW_SHIFT = 1.0
+
+
+def instruction() -> str:
+    """The complex human instruction that SanaPipeline puts before every prompt."""
+    default = inspect.signature(diffusers.SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    return "\n".join(default)

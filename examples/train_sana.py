@@ -1,0 +1,201 @@
+"""Train a Sana text-to-image transformer by flow matching (arXiv 2410.10629).
+
+    python examples/train_sana.py --data captioned_photos --pretrained some/sana-pipeline --output_dir outputs/sana
+
+The folder holds images and `metadata.jsonl` with lines `{"file_name": ..., "text": ...}`. Another script calls
+`train(config, batches, transformer, ...)` with any iterable of batches. Under `output_dir/model` the result is a
+SanaPipeline folder, or the trained parts alone when the other parts are not given.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from diffusers_sana import FlowDPMSolverScheduler, SanaPipeline
+from diffusers_sana.training.conditioned_transformer import ConditionedTransformer
+from diffusers_sana.training.config import TrainingConfig, option
+from diffusers_sana.training.export import copy_with_weights, sub_state
+from diffusers_sana.training.flow_matching import interpolate, sample_euler, sample_sigmas, velocity_target
+from diffusers_sana.training.loop import Batches, TrainingLoop
+from diffusers_sana.training.optimizers import make_adamw
+from diffusers_sana.training.plots import save_image_grid
+from diffusers_sana.training.prompt_conditioning import complex_human_instruction, encode_tokens, tokenize_prompts
+
+
+@dataclass(kw_only=True)
+class SanaTrainingConfig(TrainingConfig):
+    """Settings of a text-to-image training; the defaults are the paper's where it gives any."""
+
+    output_dir: str = option("outputs/sana", "folder for checkpoints, samples, log and result")
+    data: str = option("", "folder of images with metadata.jsonl (command line only)")
+    pretrained: str = option("", "SanaPipeline folder or repository that gives the parts (command line only)")
+    batch_size: int = option(64, "images a batch and process (command line only)")
+    num_workers: int = option(4, "processes that load images (command line only)")
+    resolution: int = option(512, "side of the square whose area the buckets have (command line only)")
+    learning_rate: float | None = option(1e-4, "peak learning rate")
+    betas: tuple[float, float] | None = option((0.9, 0.999), "AdamW betas")
+    weight_decay: float | None = option(0.0, "AdamW weight decay of matrices and kernels")
+    warmup_steps: int = option(2000, "steps of linear warm-up")
+    max_grad_norm: float = option(0.1, "clip the gradient norm; 0 does not clip")
+    flow_shift: float = option(3.0, "shift of the noise shares; 6 for 4096 pixels")
+    logit_mean: float = option(0.0, "mean of the logit-normal noise shares before the shift")
+    logit_std: float = option(1.0, "standard deviation of the logit-normal noise shares before the shift")
+    caption_dropout: float = option(0.1, "share of prompts replaced by the empty one, for guidance")
+    max_sequence_length: int = option(300, "text vectors the transformer sees at most")
+    use_instruction: bool = option(True, "put the complex human instruction before prompts, as the pipeline does")
+    train_text_encoder: bool = option(False, "train the text encoder too; for small ones")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    sample_prompts: tuple[str, ...] = option((), "prompts of the sample grids; default: those of the first batch")
+    sample_steps: int = option(20, "Euler steps of the sample grids")
+    sample_guidance: float = option(4.5, "guidance scale of the sample grids")
+
+
+def train(
+    config: SanaTrainingConfig,
+    batches: Batches,
+    transformer: nn.Module,
+    text_encoder: nn.Module | None = None,
+    tokenizer: Any = None,
+    vae: nn.Module | None = None,
+) -> None:
+    """Train `transformer`, and `text_encoder` with `config.train_text_encoder`; saved in `config.output_dir/model`.
+
+    Args:
+        config: the settings.
+        batches: iterable of batches, or a function from the number of batches already used to the iterable of those
+            that follow, which makes a resumed run exact. A batch holds the images as `pixel_values`
+            `[B, 3, H, W]` in [-1, 1], which need `vae`, or as scaled `latents` `[B, C, h, w]`; and the prompts as
+            `text`, a list of B strings, which needs `text_encoder` and `tokenizer`, or as `prompt_embeds`
+            `[B, L, D]` with `prompt_attention_mask` `[B, L]`.
+        transformer: a SanaTransformer2DModel.
+        text_encoder: a Gemma2Model.
+        tokenizer: its tokenizer.
+        vae: an AutoencoderDC; frozen. Sample grids need it.
+    """
+    if config.train_text_encoder and text_encoder is None:
+        raise ValueError("`text_encoder` must be given to be trained, got None. Pass it, with `tokenizer`.")
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
+    )
+    set_seed(config.seed, device_specific=True)
+    instruction = complex_human_instruction() if config.use_instruction else ""
+    for frozen in (vae, None if config.train_text_encoder else text_encoder):
+        if frozen is not None:
+            frozen.to(accelerator.device).eval().requires_grad_(False)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if config.compile:
+        for block in transformer.transformer_blocks:
+            block.compile()
+    model = ConditionedTransformer(transformer, text_encoder if config.train_text_encoder else None).train()
+    optimizer = make_adamw(model.parameters(), config.learning_rate, config.betas, config.weight_decay)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    def prepare_prompts(batch: dict[str, Any]) -> Any:
+        """What `ConditionedTransformer` takes as `prompt`."""
+        if "prompt_embeds" in batch:
+            return batch["prompt_embeds"], batch["prompt_attention_mask"]
+        tokens = tokenize_prompts(tokenizer, batch["text"], config.max_sequence_length, instruction)
+        tokens = tokens.to(accelerator.device)
+        if config.train_text_encoder:
+            return tokens
+        with torch.no_grad():
+            return encode_tokens(text_encoder, tokens)
+
+    @torch.no_grad()
+    def prepare_latents(batch: dict[str, Any]) -> Tensor:
+        if "latents" in batch:
+            return batch["latents"]
+        return vae.encode(batch["pixel_values"].to(vae.dtype)).latent.float() * vae.config.scaling_factor
+
+    shown: dict[str, Any] = {}  # what the sample grids show: a batch of prompts, each twice, and the noise
+
+    def sample(path: Path) -> None:
+        if vae is None:
+            return
+        prompt, noise = prepare_prompts(shown), shown["noise"]
+        dropped = torch.arange(2 * len(noise), device=noise.device) >= len(noise)
+
+        def predict(latents: Tensor, sigmas: Tensor) -> Tensor:
+            """The velocity with guidance; the second of each prompt is dropped."""
+            velocity = model(latents.repeat(2, 1, 1, 1), sigmas.repeat(2), prompt, dropped).float()
+            guided, empty = velocity.chunk(2)
+            return empty + config.sample_guidance * (guided - empty)
+
+        model.eval()
+        latents = sample_euler(predict, noise, config.sample_steps, config.flow_shift)
+        model.train()
+        with torch.no_grad():
+            images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        if accelerator.is_main_process:
+            save_image_grid(images, path)
+
+    def save(folder: Path) -> None:
+        state = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            trained = copy_with_weights(transformer, sub_state(state, "transformer."))
+            encoder = text_encoder
+            if config.train_text_encoder:
+                encoder = copy_with_weights(text_encoder, sub_state(state, "text_encoder."))
+            save_parts(folder, trained, encoder, tokenizer, vae, config)
+
+    loop = TrainingLoop(config, accelerator, [model], [optimizer], save=save, sample=sample)
+    for batch in loop.run(batches):
+        latents = prepare_latents(batch)
+        shown = shown or sample_inputs(config, batch, latents)
+        prompt = prepare_prompts(batch)
+        noise = torch.randn_like(latents)
+        sigmas = sample_sigmas(
+            len(latents), config.flow_shift, config.logit_mean, config.logit_std, accelerator.device
+        )
+        dropped = torch.rand(len(latents), device=accelerator.device) < config.caption_dropout
+        with accelerator.accumulate(model):
+            velocity = model(interpolate(latents, noise, sigmas), sigmas, prompt, dropped)
+            loss = F.mse_loss(velocity.float(), velocity_target(latents, noise))
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and config.max_grad_norm:
+                accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        loop.report(images=len(latents), loss=loss)
+
+
+def sample_inputs(
+    config: SanaTrainingConfig, batch: dict[str, Any], latents: Tensor, count: int = 8
+) -> dict[str, Any]:
+    """A batch of prompts for the sample grids, each twice for guidance, and the noise they always start from."""
+    inputs: dict[str, Any] = {}
+    if "prompt_embeds" in batch:
+        count = min(count, len(latents))
+        for name in ("prompt_embeds", "prompt_attention_mask"):
+            inputs[name] = torch.cat([batch[name][:count]] * 2)
+    else:
+        prompts = list(config.sample_prompts or batch["text"][:count])
+        count = len(prompts)
+        inputs["text"] = prompts * 2
+    noise = torch.randn(count, *latents.shape[1:], generator=torch.Generator().manual_seed(config.seed))
+    return inputs | {"noise": noise.to(latents.device)}
+
+
+def save_parts(
+    folder: Path,
+    transformer: nn.Module,
+    text_encoder: nn.Module | None,
+    tokenizer: Any,
+    vae: nn.Module | None,
+    config: SanaTrainingConfig,
+) -> None:
+    """Save a whole pipeline when all parts are there, otherwise the trained parts in folders of a pipeline's names."""
+    if text_encoder is not None and tokenizer is not None and vae is not None:
+        scheduler = FlowDPMSolverScheduler(flow_shift=config.flow_shift)
+        SanaPipeline(tokenizer, text_encoder, vae, transformer, scheduler).save_pretrained(folder)
+        return
+    transformer.save_pretrained(folder / "transformer")
+    if config.train_text_encoder:
+        text_encoder.save_pretrained(folder / "text_encoder")
