@@ -162,7 +162,9 @@ def test_tile_attributes():
     assert (model.tile_latent_min_height, model.tile_latent_min_width) == (16, 20)
 
     model.enable_tiling(tile_sample_stride_width=64)
+    model.enable_tiling()
     assert (model.tile_sample_min_width, model.tile_sample_stride_width) == (320, 64)
+    assert (model.tile_sample_min_height, model.tile_sample_stride_height) == (256, 256 - margin)
     assert model.decoder.shallow_end.core(320, 64) == 8
 
 

@@ -496,7 +496,7 @@ class AutoencoderDC(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalModel
             tile_sample_min_height, tile_sample_min_width: size of a tile with its halo; images that exceed it in
                 either direction are tiled. By default what was set before, at first 1024.
             tile_sample_stride_height, tile_sample_stride_width: the most that a tile contributes to the result. By
-                default as much as its halo leaves.
+                default as much as the halo leaves of a size that is given, else what was set before.
 
         Raises:
             ValueError: if a size is not a positive multiple of the compression ratio, a tile cannot hold its halo, or
@@ -582,7 +582,9 @@ class AutoencoderDC(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalModel
         for name, value in ((f"tile_sample_min_{axis}", size), (f"tile_sample_stride_{axis}", stride)):
             if value is not None and (value <= 0 or value % ratio):
                 raise ValueError(f"`{name}` must be a positive multiple of {ratio} pixels, got {value}.")
-        size = size if size is not None else getattr(self, f"tile_sample_min_{axis}")
+        if size is None:
+            size = getattr(self, f"tile_sample_min_{axis}")
+            stride = stride if stride is not None else getattr(self, f"tile_sample_stride_{axis}")
         if size <= margin:
             raise ValueError(
                 f"`tile_sample_min_{axis}` must be more than {margin} pixels, the context this model needs around a "
