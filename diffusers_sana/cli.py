@@ -18,7 +18,7 @@ def generate(args: argparse.Namespace) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = SanaPipeline.from_pretrained(model, torch_dtype=getattr(torch, args.dtype)).to(device)
     loaded = time.perf_counter()
-    result = pipe(
+    images, *_ = pipe(
         args.prompt,
         negative_prompt=args.negative_prompt,
         height=args.height,
@@ -27,10 +27,11 @@ def generate(args: argparse.Namespace) -> None:
         guidance_scale=args.guidance_scale,
         num_images_per_prompt=args.num_images,
         generator=torch.Generator("cpu").manual_seed(args.seed),  # the same noise on every device
+        return_dict=False,
     )
     drawn = time.perf_counter()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(result.images):
+    for i, image in enumerate(images):
         path = args.out if i == 0 else args.out.with_stem(f"{args.out.stem}-{i}")
         image.save(path)
         print(path.resolve())
@@ -38,6 +39,7 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
     root = argparse.ArgumentParser(prog="diffusers-sana", description="Sana and its relatives, from the command line.")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
 
@@ -59,10 +61,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs a command; what a user can mend ends it with one line."""
     args = parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, TypeError, OSError) as error:  # what a user can mend is said in one line
+    except (ValueError, TypeError, OSError) as error:
         sys.exit(f"diffusers-sana: {error}")
 
 

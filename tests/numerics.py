@@ -22,7 +22,7 @@ def assert_close_fp32(actual: Tensor, expected: Tensor, tolerance: float = FP32_
 
 
 def assert_no_worse(actual: Tensor, eager: Tensor, gold: Tensor, factor: float = 1.1) -> None:
-    """`actual` (half precision) errs at most `factor` times what `eager` (the peer, same dtype) errs against `gold`."""
+    """`actual` (half precision) errs at most `factor` times what `eager`, the peer in the same dtype, errs."""
     assert actual.isfinite().all(), "output is not finite"
     ours, theirs = relative_error(actual, gold), relative_error(eager, gold)
     ulp = torch.finfo(actual.dtype).eps

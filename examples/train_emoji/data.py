@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import trange
 
 
 STYLES = ("3d", "flat")
@@ -44,11 +46,28 @@ POSITIONS = {
     " at the bottom": (0.0, 0.42),
 }
 # What prompts may name: things with short names. The autoencoder also sees all other emoji.
-OBJECT_SUBGROUPS = (
-    "animal-mammal animal-bird animal-amphibian animal-reptile animal-marine animal-bug plant-flower plant-other "
-    "food-fruit food-vegetable food-prepared food-asian food-sweet drink transport-ground transport-water "
-    "transport-air sky-weather sport musical-instrument"
-).split()
+OBJECT_SUBGROUPS = {
+    "animal-mammal",
+    "animal-bird",
+    "animal-amphibian",
+    "animal-reptile",
+    "animal-marine",
+    "animal-bug",
+    "plant-flower",
+    "plant-other",
+    "food-fruit",
+    "food-vegetable",
+    "food-prepared",
+    "food-asian",
+    "food-sweet",
+    "drink",
+    "transport-ground",
+    "transport-water",
+    "transport-air",
+    "sky-weather",
+    "sport",
+    "musical-instrument",
+}
 
 
 def _hash(text: str) -> int:
@@ -135,7 +154,7 @@ def paste(canvas: Tensor, sprites: Tensor, center: Tensor, size: Tensor) -> Tens
 
 
 class EmojiScenes:
-    """Endless batches of pictures for the autoencoder, and of captioned ones for Sana.
+    """Scenes drawn at random, their pictures and captions, and endless batches of pictures for the autoencoder.
 
     Args:
         art: the emoji.
@@ -160,7 +179,9 @@ class EmojiScenes:
         styles = torch.tensor(style)
         canvas = color.to(self.device)[:, :, None, None].expand(-1, -1, self.resolution, self.resolution)
         pair = torch.tensor([len(row) == 2 for row in emoji])
-        center = torch.tensor([POSITIONS[p] for p in position]) + self._uniform(batch, 2, low=-0.04, high=0.04) * jitter
+        center = (
+            torch.tensor([POSITIONS[p] for p in position]) + self._uniform(batch, 2, low=-0.04, high=0.04) * jitter
+        )
         aside = torch.tensor([p != "" for p in position])
         size = torch.where(aside, 0.5, 0.8)[:, None] * (1 + self._uniform(batch, 1, low=-0.06, high=0.06) * jitter)
         size = size.expand(-1, 2)
@@ -185,16 +206,22 @@ class EmojiScenes:
     def autoencoder_batches(self, batch_size: int) -> Iterator[dict]:
         """`{"pixel_values": [B, 3, H, W]}`: any emoji, any style, on any colour."""
         palette = torch.tensor(list(COLORS.values())) / 255
-        pool = self.art.training + 2 * self.art.objects  # what prompts can name comes three times as often
+        pool = self.art.training + 7 * self.art.objects  # mostly what prompts can name
         while True:
-            emoji = [tuple(self.random.choices(pool, k=2 if self.random.random() < 0.3 else 1)) for _ in range(batch_size)]
+            emoji = [
+                tuple(self.random.choices(pool, k=2 if self.random.random() < 0.3 else 1)) for _ in range(batch_size)
+            ]
             style = [self.random.randrange(len(STYLES)) for _ in range(batch_size)]
             color = palette[torch.randint(len(palette), (batch_size,), generator=self.generator)]
             color = (color + self._uniform(batch_size, 3, low=-0.06, high=0.06)).clamp(0, 1)
             color = torch.where(self._uniform(batch_size, 1) < 0.2, self._uniform(batch_size, 3), color)
             position = [self.random.choice(list(POSITIONS)) if self.random.random() < 0.4 else "" for _ in emoji]
             pictures = self.draw(emoji, style, color, position)
-            yield {"pixel_values": torch.where(self._uniform(batch_size, 1, 1, 1).to(self.device) < 0.5, pictures, pictures.flip(-1))}
+            yield {
+                "pixel_values": torch.where(
+                    self._uniform(batch_size, 1, 1, 1).to(self.device) < 0.5, pictures, pictures.flip(-1)
+                )
+            }
 
     def sample_scene(self) -> Scene:
         style, color = self.random.choice(STYLES), self.random.choice(list(COLORS))
@@ -224,8 +251,41 @@ class EmojiScenes:
         style = [STYLES.index(scene.style) for scene in scenes]
         return self.draw(emoji, style, color, [scene.position for scene in scenes], jitter)
 
-    def captioned_batches(self, batch_size: int) -> Iterator[dict]:
-        """`{"pixel_values": [B, 3, H, W], "text": list of B captions}`."""
+
+class LatentScenes:
+    """Endless batches of captioned latents: a store of encoded scenes of which each batch renews a part.
+
+    Encoding costs more than a step of the small transformer, so every picture serves several steps, each time with
+    new noise and another phrasing of its caption.
+
+    Args:
+        scenes: draws the pictures.
+        vae: encodes them; latents are scaled by its `scaling_factor`.
+        size: scenes in the store.
+        renewed: scenes drawn anew for each batch.
+    """
+
+    def __init__(self, scenes: EmojiScenes, vae: ModelMixin, size: int, renewed: int):
+        self.scenes, self.vae, self.size, self.renewed = scenes, vae.eval(), size, renewed
+
+    @torch.no_grad()
+    def encode(self, scenes: list[Scene]) -> Tensor:
+        """Scaled latents `[B, C, h, w]` of the scenes."""
+        pictures = self.scenes.render(scenes).to(self.vae.device, self.vae.dtype)
+        return self.vae.encode(pictures).latent.float() * self.vae.config.scaling_factor
+
+    def batches(self, batch_size: int) -> Iterator[dict]:
+        """`{"latents": [B, C, h, w], "text": list of B captions}`."""
+        described = [self.scenes.sample_scene() for _ in range(self.size)]
+        steps = trange(0, self.size, 64, desc="filling the store of latents", mininterval=10)
+        latents = torch.cat([self.encode(described[i : i + 64]) for i in steps])
+        oldest = 0
         while True:
-            scenes = [self.sample_scene() for _ in range(batch_size)]
-            yield {"pixel_values": self.render(scenes), "text": [self.caption(scene) for scene in scenes]}
+            new = [self.scenes.sample_scene() for _ in range(self.renewed)]
+            places = [(oldest + i) % self.size for i in range(self.renewed)]
+            oldest += self.renewed
+            latents[places] = self.encode(new)
+            for place, scene in zip(places, new, strict=True):
+                described[place] = scene
+            chosen = torch.randint(self.size, (batch_size,), generator=self.scenes.generator).tolist()
+            yield {"latents": latents[chosen], "text": [self.scenes.caption(described[i]) for i in chosen]}

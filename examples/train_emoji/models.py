@@ -1,19 +1,18 @@
 """The sizes of the bundled checkpoint: 30 MB of bf16 weights in all."""
 
-import inspect
-
-import diffusers
-from diffusers import ConfigMixin
+from diffusers import ModelMixin
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerBase
 
-from diffusers_sana import AutoencoderDC, FlowDPMSolverScheduler, SanaTransformer2DModel
+from diffusers_sana import AutoencoderDC, SanaTransformer2DModel
 
 
 RESOLUTION = 128
+# Sixteen tokens carry less redundancy than the thousand of a 1024 px picture, and want less shift towards noise.
+FLOW_SHIFT = 1.0
 NO_SCALES: tuple[tuple[int, ...], ...] = ((),) * 6
 
 
-def make_autoencoder() -> ConfigMixin:
+def make_autoencoder() -> ModelMixin:
     """A DC-AE of convolutions only (as in DC-AE 1.5), 32x, 32 latent channels; nothing runs at full resolution."""
     widths = (16, 32, 64, 128, 256, 256)
     return AutoencoderDC(
@@ -30,7 +29,7 @@ def make_autoencoder() -> ConfigMixin:
     )
 
 
-def make_transformer() -> ConfigMixin:
+def make_transformer() -> ModelMixin:
     """A Sana of 8 blocks and width 192, with the query and key norms of SANA-1.5."""
     return SanaTransformer2DModel(
         num_attention_heads=6,
@@ -64,18 +63,3 @@ def make_text_encoder(tokenizer: PreTrainedTokenizerBase) -> Gemma2Model:
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-
-
-def make_scheduler() -> ConfigMixin:
-    """As Sana's, with the flow shift that training uses."""
-    return FlowDPMSolverScheduler(flow_shift=FLOW_SHIFT)
-
-
-# Sixteen tokens carry less redundancy than the thousand of a 1024 px picture, and want less shift towards noise.
-FLOW_SHIFT = 1.0
-
-
-def instruction() -> str:
-    """The complex human instruction that SanaPipeline puts before every prompt."""
-    default = inspect.signature(diffusers.SanaPipeline.__call__).parameters["complex_human_instruction"].default
-    return "\n".join(default)

@@ -2,70 +2,120 @@
 
     python -m examples.train_emoji.run --data outputs/emoji.zip --out outputs/sana-emoji --minutes 25
 
-Stages, each resumed where it stopped when the command is given again: autoencoder (phase 1: all of it; phase 3: the
-decoder's head against a discriminator), then transformer and text encoder together, then the held-out evaluation.
+Three stages, each resumed where it stopped when the command is given again: the autoencoder; the transformer together
+with its text encoder; the autoencoder's decoder once more, alone, on latents that no longer move. Then the pipeline is
+put together in bf16 under `OUT/pipeline` and judged on held-out prompts under `OUT/evaluation`.
 """
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from diffusers_sana import AutoencoderDC
-from examples import train_dc_ae
+from diffusers_sana import AutoencoderDC, SanaPipeline
+from diffusers_sana.training.prompt_conditioning import complex_human_instruction
+from examples import train_dc_ae, train_sana
 
-from .data import EmojiArt, EmojiScenes
-from .models import RESOLUTION, make_autoencoder
+from .data import EmojiArt, EmojiScenes, LatentScenes
+from .evaluate import evaluate, held_out_scenes
+from .models import FLOW_SHIFT, RESOLUTION, make_autoencoder, make_text_encoder, make_transformer
+from .tokenizer import make_tokenizer
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What depends on the machine. Learning rates are for these batch sizes."""
+    """What depends on the machine; learning rates belong to the batch sizes.
+
+    Attributes:
+        store, renewed: see `LatentScenes`.
+    """
 
     mixed_precision: str
     autoencoder_batch: int
     autoencoder_rate: float
     sana_batch: int
     sana_rate: float
-    ema_decay: float
+    store: int
+    renewed: int
     compile: bool
 
 
 PRESETS = {
-    "cpu": Preset("bf16", 16, 8e-4, 64, 1e-3, 0.999, False),
-    "cuda": Preset("bf16", 128, 1e-3, 512, 1e-3, 0.9995, True),
+    "cpu": Preset("bf16", 16, 8e-4, 64, 1.5e-3, 8192, 6, False),
+    "cuda": Preset("bf16", 128, 1e-3, 512, 2e-3, 16384, 256, True),
 }
 # Shares of the time budget.
-AUTOENCODER, REFINEMENT, SANA = 0.5, 0.05, 0.45
+AUTOENCODER, SANA, DECODER = 0.4, 0.45, 0.15
 
 
 def resumable(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("step_*[0-9]"))
 
 
-def train_autoencoder(preset: Preset, art: EmojiArt, out: Path, minutes: float) -> Path:
-    """Phase 1 of DC-AE; returns the folder of the model."""
-    scenes = EmojiScenes(art, RESOLUTION, seed=1)
+def train_autoencoder(
+    preset: Preset, art: EmojiArt, out: Path, minutes: float, decoder_of: Path | None = None
+) -> Path:
+    """Trains a new autoencoder, or only the decoder of `decoder_of`; returns the folder of the model."""
+    scenes = EmojiScenes(art, RESOLUTION, seed=2 if decoder_of else 1)
     config = train_dc_ae.DCAETrainingConfig(
         output_dir=str(out),
         max_minutes=minutes,
         max_steps=10_000_000,
+        trained_prefixes=("decoder.",) if decoder_of else None,
         learning_rate=preset.autoencoder_rate,
         lr_schedule="cosine",
         warmup_steps=100,
         betas=(0.9, 0.99),
         weight_decay=0.01,
         mixed_precision=preset.mixed_precision,
-        ema_decay=preset.ema_decay,
+        ema_decay=0.999,
         compile=preset.compile,
         perceptual_weight=0.1,
         perceptual_crop=64,
         perceptual_every=2,
         resume=resumable(out),
     )
-    train_dc_ae.train(config, scenes.autoencoder_batches(preset.autoencoder_batch), make_autoencoder())
+    model = AutoencoderDC.from_pretrained(decoder_of) if decoder_of else make_autoencoder()
+    train_dc_ae.train(config, scenes.autoencoder_batches(preset.autoencoder_batch), model)
     return out / "model"
+
+
+def train_transformer(preset: Preset, art: EmojiArt, vae_folder: Path, out: Path, minutes: float) -> Path:
+    """Trains the transformer and its text encoder; returns the folder of the pipeline."""
+    tokenizer = make_tokenizer(art, complex_human_instruction())
+    vae = AutoencoderDC.from_pretrained(vae_folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    latents = LatentScenes(EmojiScenes(art, RESOLUTION, seed=3), vae, preset.store, preset.renewed)
+    config = train_sana.SanaTrainingConfig(
+        output_dir=str(out),
+        max_minutes=minutes,
+        max_steps=10_000_000,
+        learning_rate=preset.sana_rate,
+        lr_schedule="cosine",
+        warmup_steps=200,
+        betas=(0.9, 0.99),
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        mixed_precision=preset.mixed_precision,
+        ema_decay=0.999,
+        flow_shift=FLOW_SHIFT,
+        train_text_encoder=True,
+        compile=preset.compile,
+        sample_prompts=tuple(scene.prompt for scene in held_out_scenes(art)[:16]),
+        resume=resumable(out),
+    )
+    transformer, text_encoder = make_transformer(), make_text_encoder(tokenizer)
+    train_sana.train(config, latents.batches(preset.sana_batch), transformer, text_encoder, tokenizer, vae)
+    return out / "model"
+
+
+def assemble(sana: Path, vae_folder: Path, out: Path) -> None:
+    """Puts the trained parts together, in bf16: half the bytes, and what the model was trained in."""
+    pipe = SanaPipeline.from_pretrained(
+        sana, vae=AutoencoderDC.from_pretrained(vae_folder), torch_dtype=torch.bfloat16
+    )
+    pipe.to(torch.bfloat16).save_pretrained(out)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,10 +123,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path("outputs/emoji.zip"), help="what prepare_data wrote")
     parser.add_argument("--out", type=Path, default=Path("outputs/sana-emoji"), help="folder for all stages")
     parser.add_argument("--minutes", type=float, default=25, help="time budget of the training in all")
+    parser.add_argument(
+        "--stage", choices=("autoencoder", "sana", "decoder", "evaluate"), help="only this one; default: all in turn"
+    )
     args = parser.parse_args(argv)
     preset = PRESETS["cuda" if torch.cuda.is_available() else "cpu"]
     art = EmojiArt(args.data)
-    train_autoencoder(preset, art, args.out / "autoencoder", AUTOENCODER * args.minutes)
+    wanted = [args.stage] if args.stage else ["autoencoder", "sana", "decoder", "evaluate"]
+    if "autoencoder" in wanted:
+        train_autoencoder(preset, art, args.out / "autoencoder", AUTOENCODER * args.minutes)
+    encoder = args.out / "autoencoder" / "model"
+    if "sana" in wanted:
+        train_transformer(preset, art, encoder, args.out / "sana", SANA * args.minutes)
+    if "decoder" in wanted:
+        train_autoencoder(preset, art, args.out / "decoder", DECODER * args.minutes, decoder_of=encoder)
+    if "evaluate" in wanted:
+        assemble(args.out / "sana" / "model", args.out / "decoder" / "model", args.out / "pipeline")
+        pipe = SanaPipeline.from_pretrained(args.out / "pipeline")
+        print(json.dumps(evaluate(pipe, args.data, args.out / "evaluation"), indent=1))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,141 @@
+"""The emoji example from end to end on made-up art, and its parts: scenes, captions, tokenizer, held-out prompts."""
+
+import io
+import json
+import zipfile
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from diffusers_sana.training.prompt_conditioning import complex_human_instruction
+from examples.train_emoji import run
+from examples.train_emoji.data import COLORS, STYLES, EmojiArt, EmojiScenes, Scene, is_held_out, with_article
+from examples.train_emoji.evaluate import held_out_scenes, prompt_following
+from examples.train_emoji.models import make_autoencoder, make_text_encoder, make_transformer
+from examples.train_emoji.tokenizer import make_tokenizer
+
+
+NAMES = [f"{color} {shape}" for color in ("red", "blue", "green") for shape in ("ball", "box", "tile")]
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """A zip like that of prepare_data: nine objects in two styles, and nine more that cannot be prompted."""
+    path = tmp_path_factory.mktemp("emoji") / "emoji.zip"
+    rows = [{"hexcode": f"{i:x}", "label": name, "subgroup": "sport"} for i, name in enumerate(NAMES)]
+    rows += [{"hexcode": f"{100 + i:x}", "label": f"sign {i}", "subgroup": "other-symbol"} for i in range(40)]
+    with zipfile.ZipFile(path, "w") as out:
+        out.writestr("metadata.json", json.dumps(rows))
+        for style in STYLES:
+            for i, row in enumerate(rows):
+                picture = Image.new("RGBA", (128, 128))
+                fill = row["label"].split()[0] if i < len(NAMES) else "gray"
+                draw = ImageDraw.Draw(picture)
+                shape = (draw.ellipse, draw.rectangle, draw.chord)[i % 3]
+                shape((16, 16, 112, 112), *((0, 180) if i % 3 == 2 else ()), fill=fill, outline="black")
+                buffer = io.BytesIO()
+                picture.save(buffer, "webp")
+                out.writestr(f"{style}/{row['hexcode']}.webp", buffer.getvalue())
+    return path
+
+
+@pytest.fixture(scope="module")
+def art(pack):
+    return EmojiArt(pack)
+
+
+def test_art(art):
+    assert art.labels == NAMES
+    assert art.held_out
+    assert not set(art.held_out) & {*art.training, *art.objects}
+
+
+def test_scene_shows_what_its_caption_says(art):
+    scenes = EmojiScenes(art, 64)
+    left, both = scenes.render(
+        [Scene(("red ball",), "3d", "blue", " on the left"), Scene(("red ball", "green box"), "flat", "white")],
+        jitter=0,
+    )
+    blue = torch.tensor(COLORS["blue"]) / 127.5 - 1
+    assert (left[:, 32, 60] - blue).abs().max() < 0.05, "the right half is background"
+    assert left[0, 32, 16] > 0.5 and left[2, 32, 16] < 0, "red is on the left"
+    assert both[0, 32, 16] > 0.5 and both[1, 32, 16] < 0, "red is on the left"
+    assert both[1, 32, 48] > -0.1 and both[0, 32, 48] < 0, "green is on the right"
+
+
+def test_batches_are_reproducible(art):
+    first, again = (next(EmojiScenes(art, 32, seed=3).autoencoder_batches(4))["pixel_values"] for _ in range(2))
+    assert first.shape == (4, 3, 32, 32)
+    assert torch.equal(first, again)
+    assert first.abs().max() <= 1
+
+
+def test_captions(art):
+    scenes = EmojiScenes(art)
+    scene = Scene(("red ball",), "3d", "orange", " at the top")
+    assert scene.prompt == "a red ball at the top on an orange background, 3d style"
+    assert {"a 3d red ball at the top on an orange background", scene.prompt} <= {
+        scenes.caption(scene) for _ in range(200)
+    }
+    assert with_article("grapes") == "grapes"
+    assert with_article("cactus") == "a cactus"
+    assert with_article("apple") == "an apple"
+
+
+def test_training_never_shows_what_is_held_out(art):
+    scenes = EmojiScenes(art)
+    drawn = [scenes.sample_scene() for _ in range(2000)]
+    assert not any(is_held_out(s.labels[0], s.style, s.color) for s in drawn if len(s.labels) == 1)
+    for scene in held_out_scenes(art, singles=8, pairs=2)[:8]:
+        assert is_held_out(scene.labels[0], scene.style, scene.color)
+
+
+def test_tokenizer_is_gemmas(art, tmp_path):
+    from transformers import GemmaTokenizerFast
+
+    instruction = complex_human_instruction()
+    tokenizer = make_tokenizer(art, instruction)
+    prefix = tokenizer.encode(instruction)
+    tokens = tokenizer.encode(instruction + "a red ball on a blue background, 3d style")
+    assert tokens[0] == tokenizer.bos_token_id
+    assert tokens[: len(prefix) - 1] == prefix[:-1], "the last token of the instruction is a space that fuses"
+    words = tokenizer.convert_ids_to_tokens(tokens[len(prefix) - 1 :])
+    assert words == ["▁a", "▁red", "▁ball", "▁on", "▁a", "▁blue", "▁background", ",", "▁3d", "▁style"]
+    tokenizer.save_pretrained(tmp_path)
+    assert GemmaTokenizerFast.from_pretrained(tmp_path).encode("zürich ☃") == tokenizer.encode("zürich ☃")
+
+
+def test_sizes(art):
+    """What is bundled stays under 30 MB of bf16."""
+    tokenizer = make_tokenizer(art, complex_human_instruction())
+    with torch.device("meta"):
+        models = [make_autoencoder(), make_transformer(), make_text_encoder(tokenizer)]
+    assert 2 * sum(p.numel() for model in models for p in model.parameters()) < 30e6
+
+
+def test_evaluation_recognises_the_truth(art):
+    """The measure itself: true renderings score 1, renderings of something else do not."""
+    scenes = held_out_scenes(art, singles=6, pairs=0)
+    renderer = EmojiScenes(art, 64)
+    figures = prompt_following(renderer.render(scenes), scenes, art, renderer)
+    assert figures["object_top1"] == figures["color_top1"] == 1
+    wrong = [Scene((NAMES[NAMES.index(s.labels[0]) - 4],), s.style, "black", s.position) for s in scenes]
+    figures = prompt_following(renderer.render(wrong), scenes, art, renderer)
+    assert figures["object_top1"] < 0.5
+    assert figures["color_top1"] < 0.5
+
+
+def test_run(pack, art, tmp_path, monkeypatch):
+    """All stages, a few steps each, then again: a finished stage is only loaded."""
+    small = run.Preset("no", 2, 1e-3, 4, 1e-3, 16, 2, False)
+    monkeypatch.setattr(run, "PRESETS", {"cpu": small, "cuda": small})
+    monkeypatch.setattr(run, "held_out_scenes", lambda art: held_out_scenes(art, singles=2, pairs=0))
+    monkeypatch.setattr("examples.train_emoji.evaluate.held_out_scenes", run.held_out_scenes)
+    arguments = ["--data", str(pack), "--out", str(tmp_path), "--minutes", "0.05"]
+    run.main(arguments)
+    report = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert report["autoencoder_on_held_out_emoji"]["psnr_db"] > 3
+    assert 0 <= report["generated_from_held_out_prompts"]["object_top1"] <= 1
+    assert (tmp_path / "evaluation" / "held_out.png").exists()
+    run.main([*arguments, "--stage", "decoder"])

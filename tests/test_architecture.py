@@ -1,0 +1,91 @@
+"""The architecture as a test: who may import whom, how long files may be, where public classes live."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import diffusers_sana
+
+
+ROOT = Path(diffusers_sana.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# Folder -> what its files may import from this package. A folder's own files are always allowed.
+MAY_IMPORT = {
+    "kernels": set(),
+    "models": {"kernels"},
+    "schedulers": set(),
+    "pipelines": {"kernels", "models", "schedulers", "_registration"},
+    "training": {"models", "schedulers"},
+    "checkpoints": set(),
+}
+# Nothing in the package but these may import a pipeline: data flows from pipelines down.
+TOP_LEVEL = {"__init__.py", "_registration.py", "cli.py"}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module that the file imports at run time, also inside functions, as dotted names."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno} imports relatively; name the module"
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports(path: Path):
+    folder = path.relative_to(ROOT).parts[0]
+    modules = imported_modules(path)
+    if folder not in TOP_LEVEL:
+        allowed = MAY_IMPORT[folder] | {folder}
+        ours = {name.split(".")[1] for name in modules if name.startswith("diffusers_sana.")}
+        assert ours <= allowed, f"{folder} may not import {sorted(ours - allowed)}"
+    roots = {name.split(".")[0] for name in modules}
+    if folder == "kernels":
+        assert roots <= {"torch", "diffusers_sana", *sys.stdlib_module_names}
+    assert "triton" not in roots or path.parent == ROOT / "kernels" / "triton"
+    assert "pickle" not in roots
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_length(path: Path):
+    """A file is one room. 700 lines for a model, a pipeline or a scheduler, 300 for everything else."""
+    lines = len(path.read_text().splitlines())
+    big = path.name.startswith(("transformer_", "autoencoder_", "pipeline_", "scheduling_"))
+    assert lines <= (700 if big else 300)
+
+
+def test_no_folder_is_named_like_a_diffusers_pipeline():
+    """diffusers would take the components in it for its own when it saves a pipeline."""
+    import diffusers.pipelines
+
+    taken = {path.name for path in Path(diffusers.pipelines.__file__).parent.iterdir() if path.is_dir()}
+    ours = {path.parent.name for path in FILES if path.parent != ROOT}
+    assert not ours & (taken - {"__pycache__"})
+
+
+def test_exports():
+    for name in diffusers_sana._EXPORTS:
+        assert getattr(diffusers_sana, name).__name__ == name
+        assert name in dir(diffusers_sana)
+    with pytest.raises(AttributeError, match="NoSuchName"):
+        _ = diffusers_sana.NoSuchName
+
+
+def test_public_docstrings():
+    """Whatever a user can reach says what it is."""
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree) or not tree.body, f"{path.name} has no docstring"
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"

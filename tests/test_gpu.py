@@ -1,0 +1,44 @@
+"""What only a GPU can show: every dtype agrees with fp32 on the CPU, and the same seed gives the same bits."""
+
+import pytest
+import torch
+
+from diffusers_sana import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
+from diffusers_sana.checkpoints import SANA_EMOJI
+from tests.numerics import relative_error
+
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_transformer_and_autoencoder(dtype: torch.dtype):
+    transformer = SanaTransformer2DModel.from_pretrained(SANA_EMOJI, subfolder="transformer").eval()
+    vae = AutoencoderDC.from_pretrained(SANA_EMOJI, subfolder="vae").eval()
+    latents, text = torch.randn(2, 32, 4, 4), torch.randn(2, 7, transformer.config.caption_channels)
+    with torch.no_grad():
+        velocity = transformer(latents, text, torch.tensor([500.0, 500.0])).sample
+        image = vae.decode(latents).sample
+        transformer.to("cuda", dtype)
+        vae.to("cuda", dtype)
+        on_gpu = transformer(latents.to("cuda", dtype), text.to("cuda", dtype), torch.full((2,), 500.0, device="cuda"))
+        image_on_gpu = vae.decode(latents.to("cuda", dtype)).sample
+    assert relative_error(on_gpu.sample.float().cpu(), velocity) < TOLERANCES[dtype]
+    assert relative_error(image_on_gpu.float().cpu(), image) < TOLERANCES[dtype]
+
+
+def test_same_seed_same_bits():
+    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.bfloat16).to("cuda")
+    pictures = [
+        pipe("a red apple", generator=torch.Generator("cpu").manual_seed(0), output_type="pt").images for _ in range(2)
+    ]
+    assert torch.equal(*pictures)
+
+
+def test_model_cpu_offload():
+    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.bfloat16)
+    pipe.enable_model_cpu_offload()
+    pipe("a red apple", num_inference_steps=2)
+    assert pipe.transformer.device.type == "cpu"
