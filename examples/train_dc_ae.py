@@ -23,7 +23,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from diffusers_sana import AutoencoderDC
-from diffusers_sana.training.adaptation import get_phase, select_parameters
+from diffusers_sana.training.adaptation import get_phase, select_parameters, set_training_modes
 from diffusers_sana.training.adversarial import PatchDiscriminator, discriminator_loss, generator_loss
 from diffusers_sana.training.config import TrainingConfig, option, parse_config
 from diffusers_sana.training.data import ImageFolder, make_loader
@@ -108,8 +108,10 @@ def train(
     def sample(path: Path) -> None:
         if latent_mask is not None:
             latent_mask.fill_(1)
-        with torch.no_grad(), accelerator.autocast():
+        model.eval()
+        with torch.no_grad():
             reconstructed = model(shown[0]).sample
+        set_training_modes(model)
         if accelerator.is_main_process:
             save_image_grid(torch.stack([shown[0], reconstructed.float()], dim=1).flatten(0, 1), path)
 
@@ -152,10 +154,11 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
         loop.report(images=len(pixel_values), loss=loss, **terms)
-    with loop.averaged_weights():
-        if (exported := export()) is not None:
-            unseen = islice(iterate_batches(batches, loop.batches_used), config.scaling_batches)
-            save_with_scaling_factor(exported, unseen, loop.output_dir / "model")
+    if any(parameter.requires_grad for parameter in accelerator.unwrap_model(model).encoder.parameters()):
+        with loop.averaged_weights():
+            if (exported := export()) is not None:
+                unseen = islice(iterate_batches(batches, loop.batches_used), config.scaling_batches)
+                save_with_scaling_factor(exported, unseen, loop.output_dir / "model")
 
 
 @torch.no_grad()

@@ -1,27 +1,32 @@
 """Train a Sana text-to-image transformer by flow matching (arXiv 2410.10629).
 
-    python examples/train_sana.py --data captioned_photos --pretrained some/sana-pipeline --output_dir outputs/sana
+    python examples/train_sana.py --data photos --pretrained some/sana-pipeline --output_dir outputs/sana
 
-The folder holds images and `metadata.jsonl` with lines `{"file_name": ..., "text": ...}`. Another script calls
-`train(config, batches, transformer, ...)` with any iterable of batches. Under `output_dir/model` the result is a
-SanaPipeline folder, or the trained parts alone when the other parts are not given.
+The folder holds images and `metadata.jsonl` with lines `{"file_name": ..., "text": ...}`. The parts come from a
+pipeline; `--transformer_config` begins a new transformer, `--cache_dir` computes latents and text vectors once.
+Another script calls `train(config, batches, transformer, ...)` with any iterable of batches. Under `output_dir/model`
+the result is a SanaPipeline folder, or the trained parts alone when the other parts are not given.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from diffusers_sana import FlowDPMSolverScheduler, SanaPipeline
+from diffusers_sana import FlowDPMSolverScheduler, SanaPipeline, SanaTransformer2DModel
+from diffusers_sana.training.buckets import bucket_sizes
 from diffusers_sana.training.conditioned_transformer import ConditionedTransformer
-from diffusers_sana.training.config import TrainingConfig, option
+from diffusers_sana.training.config import TrainingConfig, option, parse_config
+from diffusers_sana.training.data import ImageFolder, make_loader
 from diffusers_sana.training.export import copy_with_weights, sub_state
 from diffusers_sana.training.flow_matching import interpolate, sample_euler, sample_sigmas, velocity_target
+from diffusers_sana.training.latent_cache import fill_cache
 from diffusers_sana.training.loop import Batches, TrainingLoop
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.plots import save_image_grid
@@ -35,6 +40,8 @@ class SanaTrainingConfig(TrainingConfig):
     output_dir: str = option("outputs/sana", "folder for checkpoints, samples, log and result")
     data: str = option("", "folder of images with metadata.jsonl (command line only)")
     pretrained: str = option("", "SanaPipeline folder or repository that gives the parts (command line only)")
+    transformer_config: str = option("", "config.json of a new transformer (command line only)")
+    cache_dir: str = option("", "folder to keep latents and text vectors in (command line only)")
     batch_size: int = option(64, "images a batch and process (command line only)")
     num_workers: int = option(4, "processes that load images (command line only)")
     resolution: int = option(512, "side of the square whose area the buckets have (command line only)")
@@ -99,20 +106,18 @@ def train(
 
     def prepare_prompts(batch: dict[str, Any]) -> Any:
         """What `ConditionedTransformer` takes as `prompt`."""
-        if "prompt_embeds" in batch:
-            return batch["prompt_embeds"], batch["prompt_attention_mask"]
+        if "prompt_embeds" in batch and not config.train_text_encoder:
+            return batch["prompt_embeds"].float(), batch["prompt_attention_mask"]
         tokens = tokenize_prompts(tokenizer, batch["text"], config.max_sequence_length, instruction)
         tokens = tokens.to(accelerator.device)
         if config.train_text_encoder:
             return tokens
         with torch.no_grad():
-            return encode_tokens(text_encoder, tokens)
+            embeds, mask = encode_tokens(text_encoder, tokens)
+        return embeds.float(), mask
 
-    @torch.no_grad()
     def prepare_latents(batch: dict[str, Any]) -> Tensor:
-        if "latents" in batch:
-            return batch["latents"]
-        return vae.encode(batch["pixel_values"].to(vae.dtype)).latent.float() * vae.config.scaling_factor
+        return batch["latents"].float() if "latents" in batch else encode_images(vae, batch["pixel_values"])
 
     shown: dict[str, Any] = {}  # what the sample grids show: a batch of prompts, each twice, and the noise
 
@@ -166,6 +171,12 @@ def train(
         loop.report(images=len(latents), loss=loss)
 
 
+@torch.no_grad()
+def encode_images(vae: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Scaled latents `[B, C, h, w]` of images `[B, 3, H, W]` in [-1, 1]."""
+    return vae.encode(pixel_values.to(vae.dtype)).latent.float() * vae.config.scaling_factor
+
+
 def sample_inputs(
     config: SanaTrainingConfig, batch: dict[str, Any], latents: Tensor, count: int = 8
 ) -> dict[str, Any]:
@@ -199,3 +210,42 @@ def save_parts(
     transformer.save_pretrained(folder / "transformer")
     if config.train_text_encoder:
         text_encoder.save_pretrained(folder / "text_encoder")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line: a captioned image folder, and a pipeline to take the parts from."""
+    config = parse_config(SanaTrainingConfig, argv, description=__doc__)
+    if not config.pretrained:
+        raise ValueError("`pretrained` must be a SanaPipeline folder or repository, got ''. Pass --pretrained.")
+    state = PartialState()
+    set_seed(config.seed)
+    pipeline = SanaPipeline.from_pretrained(config.pretrained)
+    transformer, text_encoder, tokenizer, vae = (
+        pipeline.components[name] for name in ("transformer", "text_encoder", "tokenizer", "vae")
+    )
+    if config.transformer_config:
+        transformer = SanaTransformer2DModel.from_config(json.loads(Path(config.transformer_config).read_text()))
+    if not config.train_text_encoder and config.mixed_precision == "bf16":
+        text_encoder.to(torch.bfloat16)
+    dataset: Any = ImageFolder(config.data, bucket_sizes(config.resolution))
+    if config.cache_dir:
+        vae.to(state.device)
+        text_encoder.to(state.device)
+        instruction = complex_human_instruction() if config.use_instruction else ""
+
+        @torch.no_grad()
+        def encode(item: dict[str, Any]) -> dict[str, Tensor]:
+            """What the cache keeps of an item; text vectors only where the encoder will not change."""
+            tensors = {"latents": encode_images(vae, item["pixel_values"][None].to(state.device))[0]}
+            if not config.train_text_encoder:
+                tokens = tokenize_prompts(tokenizer, [item["text"]], config.max_sequence_length, instruction)
+                tensors["prompt_embeds"] = encode_tokens(text_encoder, tokens.to(state.device))[0][0]
+            return tensors
+
+        dataset = fill_cache(dataset, config.cache_dir, encode)
+    batches = make_loader(dataset, config.batch_size, config.seed, config.num_workers)
+    train(config, batches, transformer, text_encoder, tokenizer, vae)
+
+
+if __name__ == "__main__":
+    main()

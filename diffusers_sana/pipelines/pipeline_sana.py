@@ -7,7 +7,6 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from json import JSONDecodeError
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Self
@@ -108,8 +107,8 @@ class SanaPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             check_complete(folder, cls._get_init_keys(cls) - kwargs.keys())
         try:
             return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
-        except (SafetensorError, JSONDecodeError):
-            check_readable(folder)  # raises with the name of the file, which these errors lack
+        except (SafetensorError, ValueError):  # of JSON and of text encodings: kinds of ValueError
+            check_readable(folder)  # where a file is damaged, raises with its name, which those errors lack
             raise
 
     @classmethod

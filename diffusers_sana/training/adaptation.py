@@ -48,8 +48,7 @@ def get_phase(phase: int) -> Phase:
 def select_parameters(model: nn.Module, prefixes: tuple[str, ...]) -> list[nn.Parameter]:
     """Let exactly the parameters under `prefixes` train, freeze the others, and return those that train.
 
-    Modules whose parameters are all frozen go to evaluation mode, which keeps the running statistics of frozen batch
-    norms as they are. Raises a ValueError when a prefix matches no parameter.
+    Raises a ValueError when a prefix matches no parameter.
     """
     names = [name for name, _ in model.named_parameters()]
     for prefix in prefixes:
@@ -58,9 +57,14 @@ def select_parameters(model: nn.Module, prefixes: tuple[str, ...]) -> list[nn.Pa
             raise ValueError(f"`trained_prefixes` must match parameters, got {prefix!r}. The model has {roots}.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(tuple(prefixes)))
+    set_training_modes(model)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def set_training_modes(model: nn.Module) -> None:
+    """Training mode, but evaluation mode where all parameters are frozen: a frozen batch norm keeps its statistics."""
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             module.eval()
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -17,7 +17,10 @@ def bucket_sizes(resolution: int, multiple: int = 32) -> list[tuple[int, int]]:
     if resolution < multiple:
         raise ValueError(f"`resolution` must be at least {multiple}, got {resolution}. Use a larger one.")
     scale = resolution / 1024 / multiple
-    sizes = [tuple(max(1, round(side * scale)) * multiple for side in size) for size in ASPECT_RATIO_1024_BIN.values()]
+    sizes = (
+        (max(1, round(height * scale)) * multiple, max(1, round(width * scale)) * multiple)
+        for height, width in ASPECT_RATIO_1024_BIN.values()
+    )
     return list(dict.fromkeys(sizes))
 
 

@@ -1,6 +1,10 @@
 """Sana's denoiser together with the text encoder that trains with it."""
 
+from typing import cast
+
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from diffusers_sana.training.flow_matching import TRAIN_TIMESTEPS
 from diffusers_sana.training.prompt_conditioning import PromptTokens, drop_prompts, encode_tokens
@@ -14,7 +18,7 @@ class ConditionedTransformer(nn.Module):
         text_encoder: a Gemma2Model that trains too; None when the vectors of a frozen encoder are given to `forward`.
     """
 
-    def __init__(self, transformer: nn.Module, text_encoder: nn.Module | None = None):
+    def __init__(self, transformer: ModelMixin, text_encoder: PreTrainedModel | None = None):
         super().__init__()
         self.transformer = transformer
         self.text_encoder = text_encoder
@@ -34,7 +38,10 @@ class ConditionedTransformer(nn.Module):
             prompt: tokens with a text encoder; without one vectors `[B, L, D]` and mask `[B, L]`.
             dropped: `[B]`, true where the prompt is to be replaced by the empty one.
         """
-        embeds, mask = prompt if self.text_encoder is None else encode_tokens(self.text_encoder, prompt)
+        if self.text_encoder is not None:
+            embeds, mask = encode_tokens(self.text_encoder, cast(PromptTokens, prompt))
+        else:
+            embeds, mask = cast(tuple[Tensor, Tensor], prompt)
         if dropped is not None:
             mask = drop_prompts(mask, dropped)
         timestep = sigmas * TRAIN_TIMESTEPS * self.transformer.config.timestep_scale

@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from diffusers_sana.training.buckets import bucket_batches, nearest_size
@@ -85,6 +86,20 @@ def make_loader(dataset: Any, batch_size: int, seed: int, num_workers: int) -> C
         indices = bucket_batches(
             dataset.sizes_of_items, batch_size, seed, start, state.process_index, state.num_processes
         )
-        return DataLoader(dataset, batch_sampler=indices, num_workers=num_workers)
+        return DataLoader(dataset, batch_sampler=indices, num_workers=num_workers, collate_fn=collate)
 
     return from_batch
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack items; text vectors of different lengths are padded, and their mask is added."""
+    batch: dict[str, Any] = {}
+    for name in items[0]:
+        values = [item[name] for item in items]
+        if name == "prompt_embeds":
+            batch["prompt_embeds"] = pad_sequence(values, batch_first=True)
+            masks = [torch.ones(len(value), dtype=torch.long) for value in values]
+            batch["prompt_attention_mask"] = pad_sequence(masks, batch_first=True)
+        else:
+            batch[name] = torch.stack(values) if isinstance(values[0], Tensor) else values
+    return batch

@@ -1,22 +1,28 @@
 """Taking trained models out of Accelerate's wrappers."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+from transformers import PreTrainedModel
 
 
-def copy_with_weights(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+def copy_with_weights(
+    model: ModelMixin | PreTrainedModel, state: Mapping[str, Tensor]
+) -> ModelMixin | PreTrainedModel:
     """A plain model of the class and config of `model`, a diffusers or transformers one, that holds `state`.
 
     It shares the tensors of `state`. Meant for saving: compilation, hooks and Accelerate's wrappers stay behind.
     `state` is what `Accelerator.get_state_dict` gathers, or its part for one submodule.
     """
+    model_class: Any = type(model)
     with torch.device("meta"):  # no time for an initialisation that is thrown away
-        if hasattr(model, "from_config"):
-            copy = type(model).from_config(model.config)
+        if isinstance(model, PreTrainedModel):
+            copy = model_class(model.config)
         else:
-            copy = type(model)(model.config)
+            copy = model_class.from_config(model.config)
     copy.load_state_dict(state, assign=True)
     return copy
 

@@ -69,26 +69,25 @@ class TrainingLoop:
         self._peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self._parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         self._ema = EMAModel(self._parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
-        self._minutes = 0.0
+        self._minutes = self._shared_minutes = 0.0
         self._started: float | None = None
-        self._stop_requested = False
+        self._stop_requested = self._shared_stop = False
         self._window: list[dict[str, Tensor]] = []
         self._window_images, self._window_start = 0, 0.0
         accelerator.register_for_checkpointing(self)
-        if config.resume:
-            self._load()
+        self._begin()
 
     def run(self, batches: Batches) -> Iterator[dict[str, Any]]:
         """Yield batches, on the device, until the budget is used or a stop is asked for."""
         self._started = self._window_start = time.monotonic()
-        self._shared_minutes, self._shared_stop = self._minutes, False
-        last_save = last_sample = self._minutes
+        self._shared_minutes = last_save = last_sample = self._minutes
+        stream = iterate_batches(batches, self.batches_used)
+        if self._used() >= 1:
+            return
         with self._stop_on_signals(), self._progress_bar() as bar:
-            for batch in iterate_batches(batches, self.batches_used):
-                if self._used() >= 1 or self._shared_stop:
-                    break
+            while self._used() < 1 and not self._shared_stop:
                 self._set_learning_rate()
-                yield send_to_device(batch, self.accelerator.device)
+                yield send_to_device(next(stream), self.accelerator.device)
                 self.batches_used += 1
                 if not self.accelerator.sync_gradients:
                     continue
@@ -173,6 +172,7 @@ class TrainingLoop:
         if self.accelerator.is_main_process:
             with open(self.output_dir / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
+        bar.set_description(f"{self.output_dir.name} {self._used():.0%}", refresh=False)
         bar.set_postfix({names[0]: f"{row[names[0]]:.4f}", "lr": f"{row['lr']:.1e}"}, refresh=False)
 
     def _progress_bar(self) -> tqdm:
@@ -180,13 +180,12 @@ class TrainingLoop:
         return tqdm(
             total=self.config.max_steps,
             initial=self.step,
-            desc=self.output_dir.name,
             disable=not self.accelerator.is_main_process,
             mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs no animation
         )
 
     def _sample(self) -> None:
-        with self.averaged_weights():
+        with self.averaged_weights(), torch.compiler.set_stance("force_eager"):  # a few pictures pay no compilation
             self.sample(self.output_dir / "samples" / f"step_{self.step:07d}.png")
         log_path = self.output_dir / "log.jsonl"
         if self.accelerator.is_main_process and log_path.exists():
@@ -196,6 +195,10 @@ class TrainingLoop:
         """Write checkpoint and models beside their places, then rename: a kill leaves the old or the new, whole."""
         folder = self.output_dir / "checkpoints" / f"step_{self.step:07d}"
         temporary = folder.with_suffix(".tmp")
+        if self.accelerator.is_main_process:  # what a kill may have left
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(self.output_dir / "model.tmp", ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary))
         if self._ema is not None and (self._is_sharded() or self.accelerator.is_main_process):
             torch.save(self._ema.state_dict(), temporary / self._ema_name())
@@ -209,14 +212,18 @@ class TrainingLoop:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def _load(self) -> None:
+    def _begin(self) -> None:
+        """Load the newest checkpoint, or make sure that there is none to be mixed with."""
         found = checkpoints(self.output_dir)
-        if not found:
-            raise ValueError(f"`resume` needs a checkpoint in `output_dir`, got none in {self.output_dir}. Drop it.")
-        self.accelerator.load_state(str(found[-1]))
-        if self._ema is not None:
-            self._ema.load_state_dict(torch.load(found[-1] / self._ema_name(), map_location="cpu"))
-            self._ema.to(self.accelerator.device)
+        if self.config.resume and not found:
+            raise ValueError(f"`resume` needs a checkpoint, got none in {self.output_dir}. Check `output_dir`.")
+        if found and not self.config.resume:
+            raise ValueError(f"`output_dir` must be new, but {self.output_dir} holds a run. Use `resume` or another.")
+        if found:
+            self.accelerator.load_state(str(found[-1]))
+            if self._ema is not None:
+                self._ema.load_state_dict(torch.load(found[-1] / self._ema_name(), map_location="cpu"))
+                self._ema.to(self.accelerator.device)
         if self.accelerator.is_main_process:
             _drop_lines_after(self.output_dir / "log.jsonl", self.step)
 

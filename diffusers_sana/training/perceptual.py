@@ -29,15 +29,15 @@ class RandomFeatures(nn.Module):
         self.stages = nn.ModuleList()
         in_channels = 3
         for width in channels:
-            layers = [nn.Conv2d(in_channels, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)]
-            self.stages.append(nn.Sequential(*layers, nn.ReLU()))
+            layers = [nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.ReLU()]
+            layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.ReLU()]
+            self.stages.append(nn.Sequential(*layers))
             in_channels = width
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 # sqrt(2) keeps the variance through the ReLUs
                 nn.init.orthogonal_(module.weight, gain=2**0.5, generator=generator)
-                nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images `[B, 3, H, W]` in [-1, 1] to feature maps `[B, C_i, H / 2^i, W / 2^i]`."""

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from diffusers import SanaPipeline
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 
 @dataclass
@@ -73,7 +73,7 @@ def tokenize_prompts(
     return PromptTokens(prefix_ids, tokens.input_ids[:, len(prefix) :], tokens.attention_mask[:, len(prefix) :])
 
 
-def encode_tokens(text_encoder: nn.Module, tokens: PromptTokens) -> tuple[Tensor, Tensor]:
+def encode_tokens(text_encoder: PreTrainedModel, tokens: PromptTokens) -> tuple[Tensor, Tensor]:
     """Conditioning vectors `[B, L, D]` and their mask `[B, L]`, equal to the pipeline's where the mask is 1."""
     batch_size = len(tokens.input_ids)
     prefix = text_encoder(tokens.prefix_ids, past_key_values=DynamicCache(config=text_encoder.config), use_cache=True)

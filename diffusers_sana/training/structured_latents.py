@@ -5,10 +5,11 @@ for many channels (128); with 32 the paper finds the plain autoencoder slightly 
 """
 
 import torch
-from torch import Tensor, nn
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
 
 
-def mask_latents(model: nn.Module) -> None:
+def mask_latents(model: ModelMixin) -> None:
     """Make an autoencoder's decoder multiply its latents with its new buffer `latent_mask`, all ones `[1, C, 1, 1]`.
 
     The buffer stays outside the state dict; the saved model is an ordinary one.

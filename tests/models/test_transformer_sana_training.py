@@ -14,7 +14,7 @@ from tests.numerics import assert_close_fp32, relative_error
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-FEED_FORWARD = ["conv_inverted", "conv_depth", "conv_point"]
+FEED_FORWARD = ["conv_inverted", "conv_point"]  # PEFT asks a rank divisible by the groups of conv_depth
 
 
 def lora(targets, rank=2, **kwargs):
@@ -81,7 +81,7 @@ def test_lora_files(tmp_path):
         other.load_state_dict(
             {key.replace(".base_layer", ""): value for key, value in model.state_dict().items() if "lora_" not in key}
         )
-        other.load_lora_adapter(tmp_path, prefix=None)
+        other.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
         assert_close_fp32(run(other, tiny_inputs(model)), expected)
         assert (
             get_peft_model_state_dict(other, adapter_name="default_0").keys()

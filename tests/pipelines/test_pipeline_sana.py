@@ -131,6 +131,12 @@ def test_latents_in(ours, upstream):
     assert_close_fp32(given, generate(upstream, latents=noise, height=32, width=64))
 
 
+def test_latents_in_decide_on_the_size_where_there_is_a_table():
+    pipe = tiny.pipeline(diffusers_sana, num_stages=6)  # 512 pixels; 480x448 is not a trained size
+    out = pipe(CAT, latents=torch.zeros(1, tiny.LATENT_CHANNELS, 15, 14), num_inference_steps=1, output_type="pt")
+    assert out.images.shape == (1, 3, 480, 448)
+
+
 def test_latents_in_equal_the_generator(ours):
     noise = torch.randn(1, tiny.LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(3))
     assert torch.equal(generate(ours, latents=noise), generate(ours))

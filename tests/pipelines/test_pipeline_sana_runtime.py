@@ -170,14 +170,20 @@ def test_text_is_projected_once(pipe):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
-def test_offload_hooks(pipe, ours, method):
-    expected = generate(ours, output_type="pt")
-    getattr(pipe, method)(device="cpu")
+def test_model_offload(pipe, ours):
+    pipe.enable_model_cpu_offload(device="cpu")
     for _ in range(2):
-        assert_close_fp32(generate(pipe, output_type="pt"), expected)
-    if method == "enable_sequential_cpu_offload":
-        assert pipe.transformer.proj_out.weight.device.type == "meta"
+        assert_close_fp32(generate(pipe, output_type="pt"), generate(ours, output_type="pt"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offload_from_an_accelerator(pipe, ours, method):
+    expected = generate(ours, output_type="pt")
+    getattr(pipe, method)()
+    for _ in range(2):
+        assert_close_fp32(generate(pipe, output_type="pt").cpu(), expected, tolerance=1e-2)
+    assert pipe.transformer.proj_out.weight.device.type in ("cpu", "meta")
 
 
 @pytest.mark.parametrize("options", [{"offload_type": "leaf_level"}, {"offload_type": "block_level"}], ids=str)
@@ -195,7 +201,7 @@ def test_step_cache(pipe, ours):
     for _ in range(2):  # the state of one image must not reach the next
         blocks.clear()
         assert generate(pipe).isfinite().all()
-        assert len(blocks) < STEPS
+        assert len(blocks) == 1
     pipe.transformer.disable_cache()
     assert_close_fp32(generate(pipe), generate(ours))
 

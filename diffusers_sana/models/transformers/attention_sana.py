@@ -15,7 +15,7 @@ from diffusers_sana.kernels.rms_norm import rms_norm
 
 
 class SanaRMSNorm(nn.Module):
-    """RMS norm over the last axis with a learned weight.
+    """RMS norm over the last axis with a learned weight (arXiv 1910.07467).
 
     Args:
         dim: size of the last axis.

@@ -40,9 +40,10 @@ from diffusers_sana.models.transformers.attention_sana import (
 
 
 class SanaModulatedNorm(nn.LayerNorm):
-    """Layer norm followed by the adaLN modulation `x * (1 + scale) + shift`."""
+    """Layer norm, then the adaLN modulation `x * (1 + scale) + shift` (DiT, arXiv 2212.09748)."""
 
     def forward(self, hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Maps `[B, N, D]` to the same shape; `shift` and `scale` are `[B or 1, 1, D]`."""
         if self.elementwise_affine:
             shift = torch.addcmul(shift, self.bias, 1 + scale)
             scale = self.weight * (1 + scale) - 1
@@ -56,6 +57,7 @@ class SanaPointwiseConv2d(nn.Conv2d):
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """Maps `[B, C, h, w]` to `[B, C', h, w]`, channels-last in memory."""
         pixels = hidden_states.movedim(1, -1)  # [B, h, w, C]
         return F.linear(pixels, self.weight.flatten(1), self.bias).movedim(-1, 1)
 
@@ -131,11 +133,13 @@ class SanaTransformerBlock(nn.Module):
         self.ff = SanaMixFeedForward(dim, mlp_ratio)
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
-    def can_encode_text(self, device: torch.device) -> bool:
-        """Whether the cross-attention has its own processor and, outside of `forward`, its weights on `device`."""
-        offloaded = HookRegistry.check_if_exists_or_initialize(self).get_hook("group_offloading") is not None
-        is_ours = isinstance(self.attn2.processor, SanaAttnProcessor)
-        return is_ours and not offloaded and self.scale_shift_table.device == device
+    def can_encode_text(self) -> bool:
+        """Whether the text's share of the cross-attention can be done outside of `forward`.
+
+        Not with a foreign processor, nor while a group offloading hook keeps the weights away until `forward`.
+        """
+        hooks = HookRegistry.check_if_exists_or_initialize(self)
+        return isinstance(self.attn2.processor, SanaAttnProcessor) and hooks.get_hook("group_offloading") is None
 
     def forward(
         self,
@@ -411,10 +415,10 @@ class SanaTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapte
     ) -> SanaTextContext:
         """Does everything that depends on the prompts alone, for `forward(..., text_context=)` over all steps.
 
-        Masked tokens are dropped. The prompts with a single token at the start of the batch (the empty negative
-        prompts of classifier-free guidance) cost no attention at all. Where the blocks' weights are offloaded or a
-        block has a foreign attention processor, the text is projected here and its keys and values in the blocks.
-        Reads the prompt lengths on the host, so call it outside of compiled code.
+        Masked tokens are dropped, wherever they stand. The prompts with a single token at the start of the batch (the
+        empty negative prompts of classifier-free guidance) cost no attention at all. Where a block has a
+        foreign attention processor or is offloaded as a group, the text is projected here and its keys and values in
+        the blocks. Reads the prompt lengths on the host, so call it outside of compiled code.
 
         Args:
             encoder_hidden_states: text encoder output `[B, L, caption_channels]`.
@@ -427,7 +431,7 @@ class SanaTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapte
         self._check_text(encoder_hidden_states, encoder_attention_mask, attention_kwargs)
         text, mask, num_single = encoder_hidden_states, encoder_attention_mask, 0
         blocks: Any = self.transformer_blocks
-        in_full = all(block.can_encode_text(text.device) for block in blocks)
+        in_full = all(block.can_encode_text() for block in blocks)
         if mask is not None and mask.ndim == 2:
             valid = attendable_tokens(mask)
             lengths = valid.sum(dim=1).tolist()
