@@ -1,0 +1,224 @@
+"""Folders: the official layout loads our classes, and what we save is the official layout again."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import diffusers
+import pytest
+import torch
+
+import diffusers_sana
+from tests import tiny
+from tests.numerics import assert_close_fp32
+
+
+OURS = {
+    "transformer": diffusers_sana.SanaTransformer2DModel,
+    "vae": diffusers_sana.AutoencoderDC,
+    "scheduler": diffusers_sana.FlowDPMSolverScheduler,
+}
+
+
+def load(folder, **kwargs):
+    pipe = diffusers_sana.SanaPipeline.from_pretrained(folder, **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe):
+    noise = torch.randn(1, tiny.LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(3))
+    arguments = {"latents": noise, "height": 32, "width": 32, "use_resolution_binning": False}
+    return pipe("a cat", num_inference_steps=2, output_type="pt", **arguments).images
+
+
+@pytest.fixture
+def folder(official_folder, tmp_path):
+    """A copy to be damaged."""
+    return shutil.copytree(official_folder, tmp_path / "pipeline")
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def cut(file):
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) * 2 // 3])
+
+
+def test_official_folder_loads_our_classes(official_folder, upstream):
+    pipe = load(official_folder)
+    assert {name: type(getattr(pipe, name)) for name in OURS} == OURS
+    assert pipe.scheduler.config.flow_shift == tiny.OFFICIAL_SCHEDULER["flow_shift"]
+    assert_close_fp32(generate(pipe), generate(upstream))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, {"transformer": torch.float16, "default": torch.bfloat16}], ids=str)
+def test_dtypes(official_folder, dtype):
+    pipe = load(official_folder, torch_dtype=dtype)
+    wanted = dtype if isinstance(dtype, dict) else {"transformer": dtype, "default": dtype}
+    assert pipe.transformer.dtype == wanted["transformer"]
+    assert pipe.text_encoder.dtype == pipe.vae.dtype == wanted["default"]
+
+
+def test_variant(tmp_path):
+    pipe = tiny.pipeline(diffusers)
+    pipe.save_pretrained(tmp_path)
+    pipe.transformer.proj_out.bias.data += 1
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    biases = [load(tmp_path, **kwargs).transformer.proj_out.bias for kwargs in ({}, {"variant": "fp16"})]
+    assert_close_fp32(biases[1], biases[0] + 1)
+
+
+def test_passed_components_are_used(official_folder):
+    passed = {"transformer": tiny.transformer(diffusers), "scheduler": tiny.scheduler(), "vae": None}
+    pipe = load(official_folder, **passed)
+    assert {name: getattr(pipe, name) for name in passed} == passed
+
+
+def test_other_schedulers_stay(folder):
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    assert type(load(folder).scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
+
+
+def test_folder_of_a_relative_pipeline(folder):
+    # Its components that we do not have are left out, as in diffusers.
+    edit(folder / "model_index.json", _class_name="SanaControlNetPipeline", controlnet=["diffusers", "X"])
+    assert type(load(folder).transformer) is diffusers_sana.SanaTransformer2DModel
+
+
+def test_from_pipe_of_diffusers(upstream):
+    assert diffusers_sana.SanaPipeline.from_pipe(upstream).components == upstream.components
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_saved_index_is_the_official_one(tmp_path, ours, registered):
+    if not registered:
+        diffusers_sana.unregister()
+    try:
+        pipe = diffusers_sana.SanaPipeline(**ours.components)
+        pipe.scheduler = tiny.scheduler(diffusers)
+        pipe.scheduler = tiny.scheduler(diffusers_sana)
+        pipe.save_pretrained(tmp_path)
+    finally:
+        diffusers_sana.register()
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    official = tiny.OFFICIAL_INDEX | {"tokenizer": ["transformers", "GemmaTokenizer"]}
+    assert {name: value for name, value in index.items() if name[0] != "_"} == official
+    assert index["_class_name"] == "SanaPipeline"
+
+
+def test_saved_folder_loads_without_this_package(tmp_path, ours):
+    """In a fresh process that never imports this package: same classes as ever, same image."""
+    ours.save_pretrained(tmp_path)
+    torch.save(generate(ours), tmp_path / "image.pt")
+    script = f"""
+import sys, torch, diffusers
+pipe = diffusers.DiffusionPipeline.from_pretrained({str(tmp_path)!r})
+assert type(pipe) is diffusers.SanaPipeline
+for name, cls in [("transformer", "SanaTransformer2DModel"), ("vae", "AutoencoderDC"),
+                  ("scheduler", "DPMSolverMultistepScheduler")]:
+    assert type(getattr(pipe, name)) is getattr(diffusers, cls), name
+noise = torch.randn(1, {tiny.LATENT_CHANNELS}, 16, 16, generator=torch.Generator().manual_seed(3))
+image = pipe("a cat", latents=noise, height=32, width=32, use_resolution_binning=False, num_inference_steps=2,
+             output_type="pt").images
+assert torch.allclose(image, torch.load({str(tmp_path / "image.pt")!r}), atol=1e-5)
+assert "diffusers_sana" not in sys.modules
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_save_and_load_is_exact(tmp_path, ours):
+    ours.save_pretrained(tmp_path)
+    first, second = load(tmp_path), load(tmp_path)
+    for name in ("text_encoder", "transformer", "vae"):
+        weights = getattr(first, name).state_dict()
+        assert all(torch.equal(weights[key], value) for key, value in getattr(ours, name).state_dict().items())
+    assert torch.equal(generate(first), generate(second))
+    # Weights mapped from a file are aligned otherwise than allocated ones; CPU kernels then sum in another order.
+    assert_close_fp32(generate(first), generate(ours), tolerance=1e-6)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/tokenizer.json",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ],
+)
+class TestDamage:
+    def test_missing_file(self, folder, file):
+        (folder / file).unlink()
+        named = (
+            f"{file.split('/')[0]} has no file of weights" if file.endswith(".safetensors") else f"{file} is missing"
+        )
+        with pytest.raises(OSError, match=named):
+            load(folder)
+
+    def test_truncated_file(self, folder, file):
+        cut(folder / file)
+        with pytest.raises(OSError, match=file):
+            load(folder)
+
+
+@pytest.mark.parametrize("name", tiny.OFFICIAL_INDEX)
+def test_passed_component_needs_no_files(folder, ours, name):
+    shutil.rmtree(folder / name)
+    assert getattr(load(folder, **{name: getattr(ours, name)}), name) is getattr(ours, name)
+
+
+def test_missing_shard(folder):
+    pipe = tiny.pipeline(diffusers)
+    shutil.rmtree(folder / "transformer")
+    pipe.transformer.save_pretrained(folder / "transformer", max_shard_size="20KB")
+    assert type(load(folder).transformer) is diffusers_sana.SanaTransformer2DModel
+    shard = sorted((folder / "transformer").glob("*00002-of*"))[0]
+    shard.unlink()
+    with pytest.raises(OSError, match=shard.name):
+        load(folder)
+
+
+def test_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="neither a valid local path nor a valid repo id"):
+        load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("model_index.json", {"safety": ["diffusers", "Checker"]}, "`safety`: neither a component of SanaPipeline"),
+        ("model_index.json", {"vae": ["diffusers", "AutoencoderXY"]}, "no class `AutoencoderXY`"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "epsilon"}, "`prediction_type` must be"),
+        ("transformer/config.json", {"caption_channels": 8}, "caption_projection.linear_1.weight"),
+    ],
+)
+def test_contradictory_configs(folder, file, changes, message):
+    edit(folder / file, **changes)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_unknown_argument(official_folder):
+    # diffusers warns and loads what was not asked for.
+    with pytest.raises(ValueError, match="`varient`: neither a component of SanaPipeline nor an argument"):
+        load(official_folder, varient="fp16")
+
+
+def test_wrong_component(official_folder):
+    with pytest.raises(ValueError, match="should be"):
+        load(official_folder, vae="a string")

@@ -1,0 +1,125 @@
+"""Which tokens the denoiser sees: equal to diffusers' where a token is valid, and zero elsewhere."""
+
+import hashlib
+import logging
+
+import pytest
+import torch
+
+from diffusers_sana.pipelines import prompt_encoding
+from diffusers_sana.pipelines.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION
+from tests import tiny
+from tests.numerics import assert_close_fp32
+
+
+PROMPTS = ["A cat", "  two DOGS on a rather long walk through a town in the evening, painted in oil  "]
+INSTRUCTION = list(COMPLEX_HUMAN_INSTRUCTION)
+
+
+@pytest.mark.parametrize("instruction", [INSTRUCTION, ["Draw:", ""], None], ids=["default", "short", "none"])
+@pytest.mark.parametrize("max_sequence_length", [300, 40, 1])
+def test_equals_diffusers(ours, upstream, instruction, max_sequence_length):
+    arguments = {
+        "prompt": PROMPTS,
+        "negative_prompt": "Ugly",
+        "max_sequence_length": max_sequence_length,
+        "complex_human_instruction": instruction,
+    }
+    embeds, mask, negative, negative_mask = ours.encode_prompt(**arguments)
+    with torch.no_grad():
+        theirs = upstream.encode_prompt(**arguments)
+    assert embeds.shape == (2, max_sequence_length, tiny.TEXT_WIDTH)
+    for (actual, actual_mask), (expected, expected_mask) in (
+        ((embeds, mask), theirs[:2]),
+        ((negative, negative_mask), theirs[2:]),
+    ):
+        assert torch.equal(actual_mask, expected_mask)
+        assert_close_fp32(actual, expected * expected_mask[..., None])
+
+
+def test_rows_of_a_prompt_are_neighbours(ours):
+    """diffusers interleaves the features and tiles the masks."""
+    single = ours.encode_prompt(PROMPTS, negative_prompt=["x", "yyy"])
+    double = ours.encode_prompt(PROMPTS, negative_prompt=["x", "yyy"], num_images_per_prompt=2)
+    assert not torch.equal(single[1][0], single[1][1])
+    for one, two in zip(single, double, strict=True):
+        assert torch.equal(two, one[[0, 0, 1, 1]])
+
+
+def test_empty_negative_prompt_is_one_token(ours):
+    _, _, negative, mask = ours.encode_prompt(PROMPTS)
+    assert mask.sum(dim=1).tolist() == [1, 1]
+    assert torch.equal(negative[0], negative[1])
+
+
+def test_no_guidance_no_negative(ours):
+    assert ours.encode_prompt("a", do_classifier_free_guidance=False)[2:] == (None, None)
+
+
+def test_one_negative_prompt_is_encoded_once(ours, monkeypatch):
+    rows, forward = [], ours.text_encoder.forward
+
+    def watched(input_ids, **kwargs):
+        rows.append(len(input_ids))
+        return forward(input_ids, **kwargs)
+
+    monkeypatch.setattr(ours.text_encoder, "forward", watched)
+    ours.encode_prompt(PROMPTS, num_images_per_prompt=3)
+    assert rows == [2, 1]
+
+
+def test_the_tokenizer_is_left_alone(ours):
+    before = ours.tokenizer.padding_side
+    ours.encode_prompt("a")
+    assert ours.tokenizer.padding_side == before == "left"
+
+
+def test_dtype_is_that_of_the_text_encoder(ours):
+    given = torch.zeros(1, 4, tiny.TEXT_WIDTH, dtype=torch.float16), torch.ones(1, 4)
+    embeds, _, negative, _ = ours.encode_prompt(None, prompt_embeds=given[0], prompt_attention_mask=given[1])
+    assert embeds.dtype == negative.dtype == torch.float32
+
+
+def test_adapters_of_the_text_encoder_are_scaled_and_scaled_back(ours, monkeypatch):
+    calls = []
+    for name in ("scale_lora_layers", "unscale_lora_layers"):
+        monkeypatch.setattr(
+            f"diffusers_sana.pipelines.pipeline_sana.{name}", lambda _, w, n=name: calls.append((n, w))
+        )
+    monkeypatch.setattr(ours.text_encoder, "forward", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ours.encode_prompt("a", lora_scale=0.5)
+    assert calls == [("scale_lora_layers", 0.5), ("unscale_lora_layers", 0.5)]
+
+
+def test_the_default_instruction_is_the_one_of_the_checkpoints():
+    """A change of it in diffusers would change every image; this is the text that Sana was trained with."""
+    digest = hashlib.sha256("\n".join(COMPLEX_HUMAN_INSTRUCTION).encode()).hexdigest()
+    assert digest == "48290080bb4fd4a264bdc81d0647ac0221359a36506e2b3e954616d6cb48c3da"
+
+
+@pytest.mark.parametrize(
+    ("given", "text"), [(None, ""), ("", ""), ([], ""), (["a", "b "], "a\nb "), ("a\nb ", "a\nb ")]
+)
+def test_join_instruction(given, text):
+    assert prompt_encoding.join_instruction(given) == text
+
+
+class TestCleanCaptions:
+    caption = " <p>A Cat &amp; Dog</p> https://example.com/cat.png 1234567 "
+
+    def test_is_lower_case_by_default(self):
+        assert prompt_encoding.clean_captions([" A Cat "]) == ["a cat"]
+
+    def test_equals_diffusers(self, upstream):
+        cleaned = prompt_encoding.clean_captions([self.caption], clean_caption=True)
+        assert cleaned == upstream._text_preprocessing([self.caption], clean_caption=True)
+        assert "http" not in cleaned[0]
+
+    def test_without_the_packages_it_needs(self, monkeypatch, caplog):
+        from diffusers.pipelines.sana import pipeline_sana
+
+        monkeypatch.setattr(pipeline_sana, "is_ftfy_available", lambda: False)
+        with caplog.at_level(logging.WARNING):
+            assert prompt_encoding.clean_captions([" A <b>Cat"], clean_caption=True) == ["a <b>cat"]
+        assert "ftfy" in caplog.text

@@ -1,0 +1,51 @@
+"""`import diffusers_sana` costs next to nothing, and works in any order with the imports of diffusers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import diffusers_sana
+
+
+SCRIPT = """
+import sys, time
+
+start = time.process_time()  # not the clock: the machine may be busy
+import diffusers_sana
+seconds = time.process_time() - start
+heavy = {"diffusers", "numpy", "torch", "transformers", "triton"} & set(sys.modules)
+assert not heavy, heavy
+assert seconds < 1, seconds
+
+# Hosts that are imported after us, by their users.
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+assert "diffusers_sana" in LOADABLE_CLASSES
+assert "diffusers_sana.pipelines.pipeline_sana" not in sys.modules
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING, _get_task_class
+assert _get_task_class(AUTO_TEXT2IMAGE_PIPELINES_MAPPING, "SanaPipeline") is diffusers_sana.SanaPipeline
+
+from diffusers.hooks._helpers import TransformerBlockRegistry
+assert any(block.__name__ == "SanaTransformerBlock" for block in TransformerBlockRegistry._registry)
+import torch
+assert not torch.cuda.is_initialized()
+assert not any(name.startswith("diffusers_sana.kernels.triton") for name in sys.modules)
+"""
+
+
+def test_fresh_process():
+    command, folder = [sys.executable, "-c", SCRIPT], Path(diffusers_sana.__file__).parents[1]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_exports_exist():
+    for name in diffusers_sana._EXPORTS:
+        assert getattr(diffusers_sana, name).__name__ == name
+        assert name in dir(diffusers_sana)
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match=r"no attribute 'SanaPipelin'; it has .*'SanaPipeline'"):
+        diffusers_sana.SanaPipelin  # noqa: B018

@@ -1,0 +1,209 @@
+"""Entries in the tables of diffusers: made once, taken back exactly, never in place of somebody else's."""
+
+import importlib
+import json
+import logging
+import sys
+
+import diffusers
+import pytest
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.pipelines import pipeline_loading_utils
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+import diffusers_sana
+from diffusers_sana import _registration
+from diffusers_sana.models.transformers.transformer_sana import SanaTransformerBlock
+from tests import tiny
+
+
+TABLES = (LOADABLE_CLASSES, AUTO_TEXT2IMAGE_PIPELINES_MAPPING, TransformerBlockRegistry._registry)
+
+
+@pytest.fixture(autouse=True)
+def _registered_afterwards():
+    yield
+    diffusers_sana.unregister()
+    diffusers_sana.register()
+
+
+def contents():
+    return [list(table.items()) for table in TABLES]
+
+
+def test_registered_by_the_import():
+    assert list(LOADABLE_CLASSES["diffusers_sana"]) == ["ModelMixin", "SchedulerMixin", "DiffusionPipeline"]
+    assert next(iter(AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values())) is diffusers_sana.SanaPipeline
+    assert TransformerBlockRegistry.get(SanaTransformerBlock).return_hidden_states_index == 0
+
+
+def test_twice_is_once():
+    once, finders = contents(), list(sys.meta_path)
+    diffusers_sana.register()
+    diffusers_sana.register(strict=True)
+    assert contents() == once
+    assert sys.meta_path == finders
+
+
+def test_unregister_restores():
+    registered = contents()
+    diffusers_sana.unregister()
+    assert [len(a) - len(b) for a, b in zip(registered, contents(), strict=True)] == [1, 1, 1]
+    assert not any("diffusers_sana" in str(item) for table in contents() for item in table)
+    assert _registration._finder not in sys.meta_path
+    diffusers_sana.unregister()
+    diffusers_sana.register()
+    assert sorted(map(str, contents()[0])) == sorted(map(str, registered[0]))
+    assert contents()[1] == registered[1]  # in front again
+
+
+def test_foreign_entry_stays(caplog):
+    diffusers_sana.unregister()
+    foreign = type("ForeignPipeline", (), {})
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING["diffusers_sana"] = foreign
+    try:
+        with caplog.at_level(logging.WARNING, logger="diffusers_sana._registration"):
+            diffusers_sana.register()
+            diffusers_sana.register()
+        assert len(caplog.records) == 1
+        assert "ForeignPipeline" in caplog.text
+        assert "diffusers_sana.pipelines.pipeline_sana.SanaPipeline" in caplog.text
+        assert "diffusers_sana" in LOADABLE_CLASSES  # the others are made
+
+        diffusers_sana.unregister()
+        before = contents()
+        with pytest.raises(RuntimeError, match=r"auto_pipeline.*ForeignPipeline.*SanaPipeline"):
+            diffusers_sana.register(strict=True)
+        assert contents() == before
+        assert AUTO_TEXT2IMAGE_PIPELINES_MAPPING["diffusers_sana"] is foreign
+    finally:
+        del AUTO_TEXT2IMAGE_PIPELINES_MAPPING["diffusers_sana"]
+
+
+def test_entry_that_somebody_replaced_stays():
+    LOADABLE_CLASSES["diffusers_sana"] = {"ModelMixin": ["save", "load"]}
+    diffusers_sana.unregister()
+    assert LOADABLE_CLASSES.pop("diffusers_sana") == {"ModelMixin": ["save", "load"]}
+
+
+class TestHostsImportedLater:
+    """With a host of our own making; `test_import.py` has the real ones."""
+
+    @pytest.fixture
+    def host(self, tmp_path, monkeypatch):
+        diffusers_sana.unregister()
+        monkeypatch.syspath_prepend(tmp_path)
+        name = "a_host_for_entries"
+        (tmp_path / f"{name}.py").write_text("from collections import OrderedDict\nTABLE = OrderedDict(theirs=1)\n")
+        yield name
+        sys.modules.pop(name, None)
+
+    def entries(self, monkeypatch, *entries):
+        monkeypatch.setattr(_registration, "ENTRIES", entries)
+        diffusers_sana.register()
+
+    def test_entry_waits_for_the_host(self, host, monkeypatch):
+        entry = _registration.Entry(host=host, table="TABLE", key=lambda: "ours", value=lambda: 2, first=True)
+        self.entries(monkeypatch, entry)
+        assert host not in sys.modules
+        module = importlib.import_module(host)
+        assert list(module.TABLE.items()) == [("ours", 2), ("theirs", 1)]
+        assert type(module.__spec__.loader) is type(module.__loader__) is importlib.machinery.SourceFileLoader
+        diffusers_sana.unregister()
+        assert list(module.TABLE.items()) == [("theirs", 1)]
+
+    def test_entry_after_another_module(self, host, monkeypatch):
+        self.entries(
+            monkeypatch,
+            _registration.Entry(host="sys", table="modules", key=lambda: "never", value=lambda: 2, after=host),
+        )
+        assert "never" not in sys.modules
+        importlib.import_module(host)
+        assert sys.modules["never"] == 2
+        diffusers_sana.unregister()
+        assert "never" not in sys.modules
+
+    def test_unregister_stops_waiting(self, host, monkeypatch):
+        self.entries(monkeypatch, _registration.Entry(host=host, table="TABLE", key=lambda: "ours", value=lambda: 2))
+        diffusers_sana.unregister()
+        assert list(importlib.import_module(host).TABLE.items()) == [("theirs", 1)]
+
+    def test_strict_imports_the_host(self, host, monkeypatch):
+        self.entries(monkeypatch, _registration.Entry(host=host, table="TABLE", key=lambda: "ours", value=lambda: 2))
+        diffusers_sana.register(strict=True)
+        assert sys.modules[host].TABLE["ours"] == 2
+
+    def test_table_that_has_moved(self, host, monkeypatch, caplog):
+        entry = _registration.Entry(host=host, table="MOVED", key=lambda: "ours", value=lambda: 2)
+        self.entries(monkeypatch, entry)
+        with caplog.at_level(logging.WARNING, logger="diffusers_sana._registration"):
+            importlib.import_module(host)
+        assert f"cannot register in {host}.MOVED" in caplog.text
+        with pytest.raises(RuntimeError, match="MOVED"):
+            diffusers_sana.register(strict=True)
+
+
+class TestLoading:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """Names our classes by our name, as the folder of a pipeline of another package might."""
+        tiny.write_official_folder(tmp_path)
+        file = tmp_path / "model_index.json"
+        index = json.loads(file.read_text())
+        index |= {
+            "transformer": ["diffusers_sana", "SanaTransformer2DModel"],
+            "vae": ["diffusers_sana", "AutoencoderDC"],
+        }
+        file.write_text(json.dumps(index | {"scheduler": ["diffusers_sana", "FlowDPMSolverScheduler"]}))
+        return tmp_path
+
+    @pytest.mark.parametrize("auto", [diffusers.AutoPipelineForText2Image, diffusers_sana.SanaPipeline])
+    def test_our_pipeline(self, folder, auto):
+        pipe = auto.from_pretrained(folder)
+        assert type(pipe) is diffusers_sana.SanaPipeline
+        assert type(pipe.transformer) is diffusers_sana.SanaTransformer2DModel
+
+    def test_their_pipeline_with_our_components(self, folder):
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+        assert type(pipe) is diffusers.SanaPipeline
+        assert type(pipe.transformer) is diffusers_sana.SanaTransformer2DModel
+        assert type(pipe.vae) is diffusers_sana.AutoencoderDC
+        assert type(pipe.scheduler) is diffusers_sana.FlowDPMSolverScheduler
+        pipe.save_pretrained(folder / "copy")
+        index = json.loads((folder / "copy/model_index.json").read_text())
+        assert index["transformer"] == ["diffusers_sana", "SanaTransformer2DModel"]
+
+    def test_the_gate_of_the_hub(self, folder):
+        """What `from_pretrained` asks of a repository before it downloads from it."""
+        config = json.loads((folder / "model_index.json").read_text())
+        files = {str(file.relative_to(folder)) for file in folder.rglob("*")}
+        ask = pipeline_loading_utils._get_custom_components_and_folders
+        custom, folders = ask("some/repo", config, files)
+        assert custom == {}
+        assert "transformer" in folders
+        diffusers_sana.unregister()
+        with pytest.raises(ValueError, match="diffusers_sana"):
+            ask("some/repo", config, files)
+
+    def test_auto_pipeline_from_pipe(self):
+        theirs = tiny.pipeline(diffusers)
+        assert type(diffusers.AutoPipelineForText2Image.from_pipe(theirs)) is diffusers_sana.SanaPipeline
+
+    def test_auto_pipeline_is_theirs_again(self, folder):
+        diffusers_sana.unregister()
+        pipe = diffusers.AutoPipelineForText2Image.from_pretrained(folder)
+        assert type(pipe) is diffusers.SanaPipeline
+
+
+def test_components_are_recorded_under_the_name_of_the_package():
+    # A parent folder with the name of one of diffusers' pipelines would be taken for that pipeline.
+    for name in _registration.UPSTREAM_NAMES:
+        component = getattr(diffusers_sana, name)
+        assert pipeline_loading_utils._fetch_class_library_tuple(component) == ("diffusers_sana", name)
+
+
+def test_every_drop_in_is_exported_and_exists_in_diffusers():
+    for ours, theirs in _registration.UPSTREAM_NAMES.items():
+        assert hasattr(diffusers_sana, ours)
+        assert hasattr(diffusers, theirs)
