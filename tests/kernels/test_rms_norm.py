@@ -1,0 +1,71 @@
+"""RMS norm against its formula in float64."""
+
+import pytest
+import torch
+from diffusers.models.normalization import RMSNorm
+
+from diffusers_sana.kernels.rms_norm import rms_norm
+from tests.numerics import assert_close_fp32, assert_no_worse, relative_error
+
+
+SHAPES = {"vector": (63,), "one": (2, 1), "tokens": (2, 17, 100), "image": (1, 5, 7, 64)}
+
+
+def formula(x, weight=None, bias=None, residual=None, eps=1e-5):
+    out = x.double() / (x.double().square().mean(dim=-1, keepdim=True) + eps).sqrt()
+    for factor in (weight,):
+        out = out if factor is None else out * factor.double()
+    for summand in (bias, residual):
+        out = out if summand is None else out + summand.double()
+    return out
+
+
+@pytest.mark.parametrize("options", [(), ("weight",), ("weight", "bias"), ("weight", "bias", "residual")], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_equals_the_formula(shape, options):
+    x = torch.randn(shape)
+    tensors = {"weight": torch.randn(shape[-1]), "bias": torch.randn(shape[-1]), "residual": torch.randn(shape)}
+    kwargs = {"weight": None} | {name: tensors[name] for name in options}
+    assert_close_fp32(rms_norm(x, **kwargs), formula(x, **kwargs))
+    assert relative_error(rms_norm(x.double(), **kwargs), formula(x, **kwargs)) < 1e-14
+
+
+def test_epsilon():
+    x, weight = torch.randn(3, 8) * 1e-3, torch.ones(8)
+    assert_close_fp32(rms_norm(x, weight, eps=0.1), formula(x, weight, eps=0.1))
+    assert (rms_norm(torch.zeros(2, 8), weight) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_rounded_once(dtype):
+    x, weight = (torch.randn(64, 300) * 30).to(dtype), torch.randn(300).to(dtype)
+    gold = formula(x, weight)
+    out = rms_norm(x, weight)
+    assert out.dtype == dtype
+    assert_no_worse(out, gold.to(dtype), gold, factor=1.0)
+    stock = RMSNorm(300, eps=1e-5).to(dtype)
+    stock.weight.data.copy_(weight)
+    assert relative_error(out, gold) < relative_error(stock(x), gold)
+
+
+def test_fp16_squares_do_not_overflow():
+    x = torch.full((1, 16), 3e4, dtype=torch.float16)
+    assert_no_worse(rms_norm(x, torch.ones(16)), torch.ones(1, 16, dtype=torch.float16), torch.ones(1, 16))
+
+
+def test_strided_input():
+    x, weight = torch.randn(4, 30, 2, 16)[:, ::3, 1], torch.randn(16)
+    assert_close_fp32(rms_norm(x, weight), formula(x, weight))
+
+
+def test_gradients():
+    x, weight = torch.randn(3, 9, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    bias, residual = torch.randn(9, dtype=torch.float64), torch.randn(3, 9, dtype=torch.float64)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias, residual)]
+    assert torch.autograd.gradcheck(lambda x, w, b, r: rms_norm(x, w, b, residual=r), inputs)
+
+
+def test_compiles_whole():
+    x, weight = torch.randn(3, 33), torch.randn(33)
+    compiled = torch.compile(rms_norm, fullgraph=True, backend="eager")
+    assert_close_fp32(compiled(x, weight), formula(x, weight))
