@@ -35,10 +35,11 @@ def test_set_attention_backend_is_honoured(backend_calls):
     expected = model(**inputs).sample
     assert not backend_calls
     model.set_attention_backend("_native_math")
+    # It also sets the default of the process; undone here, as another model with another backend would.
+    attention_dispatch._AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
     assert_close_fp32(model(**inputs).sample, expected)
     assert len(backend_calls) == 3  # one cross-attention a block
     model.reset_attention_backend()
-    attention_dispatch._AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
     model(**inputs)
     assert len(backend_calls) == 3
 
