@@ -12,7 +12,7 @@ import json
 import platform
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import accelerate
@@ -30,15 +30,15 @@ from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.training.perceptual import RandomFeatures
 from diffusers_sana.training.plots import save_image_grid
 
-from .data import COLORS, POSITIONS, STYLES, EmojiArt, EmojiScenes, Scene, is_held_out
+from .data import COLORS, COMMON_OBJECTS, POSITIONS, STYLES, EmojiArt, EmojiScenes, Scene, is_held_out
 
 
-def held_out_scenes(art: EmojiArt, singles: int = 52, pairs: int = 12) -> list[Scene]:
-    """Scenes whose prompts no training showed: new triples of object, style and colour, and pairs."""
+def held_out_scenes(labels: Sequence[str], singles: int = 52, pairs: int = 12) -> list[Scene]:
+    """Scenes of the objects `labels` that no training showed: new triples of object, style and colour, and pairs."""
     rng = random.Random(1)
     triples = [
         (label, style, color)
-        for label in art.labels
+        for label in labels
         for style in STYLES
         for color in COLORS
         if is_held_out(label, style, color)
@@ -50,7 +50,7 @@ def held_out_scenes(art: EmojiArt, singles: int = 52, pairs: int = 12) -> list[S
         for i, (label, style, color) in enumerate(chosen)
     ]
     scenes += [
-        Scene(tuple(rng.sample(art.labels, 2)), rng.choice(STYLES), rng.choice(list(COLORS))) for _ in range(pairs)
+        Scene(tuple(rng.sample(list(labels), 2)), rng.choice(STYLES), rng.choice(list(COLORS))) for _ in range(pairs)
     ]
     return scenes
 
@@ -93,7 +93,7 @@ def nearest(pictures: Tensor, galleries: list[Tensor], features: Callable[[Tenso
     return ranks
 
 
-def prompt_following(pictures: Tensor, scenes: list[Scene], art: EmojiArt, renderer: EmojiScenes) -> dict:
+def prompt_following(pictures: Tensor, scenes: list[Scene], renderer: EmojiScenes) -> dict:
     """How often the nearest true rendering is the prompted one, when only one property of the scene is varied."""
     features = feature_space()
     rows = [i for i, scene in enumerate(scenes) if len(scene.labels) == 1]
@@ -106,7 +106,7 @@ def prompt_following(pictures: Tensor, scenes: list[Scene], art: EmojiArt, rende
         return hits / len(scenes)
 
     def objects(scene: Scene) -> list[Scene]:
-        return [Scene((label,), scene.style, scene.color, scene.position) for label in art.labels]
+        return [Scene((label,), scene.style, scene.color, scene.position) for label in renderer.labels]
 
     def colors(scene: Scene) -> list[Scene]:
         return [Scene(scene.labels, scene.style, color, scene.position) for color in COLORS]
@@ -118,7 +118,7 @@ def prompt_following(pictures: Tensor, scenes: list[Scene], art: EmojiArt, rende
         "prompts": len(scenes),
         "object_top1": share(objects),
         "object_top5": share(objects, top=5),
-        "object_top1_chance": 1 / len(art.labels),
+        "object_top1_chance": 1 / len(renderer.labels),
         "color_top1": share(colors),
         "color_top1_chance": 1 / len(COLORS),
         "style_top1": share(styles),
@@ -148,12 +148,14 @@ def captioned_grid(pictures: Tensor, captions: list[str], path: Path, columns: i
     sheet.save(path)
 
 
-def evaluate(pipe: SanaPipeline, data: Path, out: Path, steps: int = 20, guidance_scale: float = 4.5) -> dict:
-    """Measures a pipeline; writes `evaluation.json`, `held_out.png` and `reconstructions.png` into `out`."""
+def evaluate(
+    pipe: SanaPipeline, data: Path, labels: Sequence[str], out: Path, steps: int = 20, guidance_scale: float = 4.5
+) -> dict:
+    """Measures a pipeline that knows `labels`; writes `evaluation.json` and two pictures into `out`."""
     art = EmojiArt(data)
-    renderer = EmojiScenes(art)
+    renderer = EmojiScenes(art, labels=labels)
     figures, comparison = reconstruction(pipe.vae, art, renderer)
-    scenes = held_out_scenes(art)
+    scenes = held_out_scenes(labels)
     prompts = [scene.prompt for scene in scenes]
     pictures = torch.cat(
         [
@@ -186,8 +188,8 @@ def evaluate(pipe: SanaPipeline, data: Path, out: Path, steps: int = 20, guidanc
             "python": platform.python_version(),
         },
         "autoencoder_on_held_out_emoji": figures,
-        "generated_from_held_out_prompts": prompt_following(pictures, scenes, art, renderer),
-        "ceiling_autoencoded_truth": prompt_following(decoded.clamp(-1, 1), scenes, art, renderer),
+        "generated_from_held_out_prompts": prompt_following(pictures, scenes, renderer),
+        "ceiling_autoencoded_truth": prompt_following(decoded.clamp(-1, 1), scenes, renderer),
     }
     (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
@@ -198,12 +200,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path("outputs/emoji.zip"), help="what prepare_data wrote")
     parser.add_argument("--model", default=SANA_EMOJI, help="pipeline folder; default: the bundled one")
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), help="folder for figures and pictures")
+    parser.add_argument("--objects", choices=("common", "all"), default="common", help="what the model was taught")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.5)
     args = parser.parse_args(argv)
     pipe = SanaPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
-    print(json.dumps(evaluate(pipe, args.data, args.out, args.steps, args.guidance_scale), indent=1))
+    labels = EmojiArt(args.data).labels if args.objects == "all" else COMMON_OBJECTS
+    print(json.dumps(evaluate(pipe, args.data, labels, args.out, args.steps, args.guidance_scale), indent=1))
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def test_training_never_shows_what_is_held_out(art):
     scenes = EmojiScenes(art)
     drawn = [scenes.sample_scene() for _ in range(2000)]
     assert not any(is_held_out(s.labels[0], s.style, s.color) for s in drawn if len(s.labels) == 1)
-    for scene in held_out_scenes(art, singles=8, pairs=2)[:8]:
+    for scene in held_out_scenes(art.labels, singles=8, pairs=2)[:8]:
         assert is_held_out(scene.labels[0], scene.style, scene.color)
 
 
@@ -116,21 +116,21 @@ def test_sizes(art):
 
 def test_evaluation_recognises_the_truth(art):
     """The measure itself: true renderings score 1, renderings of something else do not."""
-    scenes = held_out_scenes(art, singles=6, pairs=0)
+    scenes = held_out_scenes(art.labels, singles=6, pairs=0)
     renderer = EmojiScenes(art, 64)
-    figures = prompt_following(renderer.render(scenes), scenes, art, renderer)
+    figures = prompt_following(renderer.render(scenes), scenes, renderer)
     assert figures["object_top1"] == figures["color_top1"] == 1
     wrong = [Scene((NAMES[NAMES.index(s.labels[0]) - 4],), s.style, "black", s.position) for s in scenes]
-    figures = prompt_following(renderer.render(wrong), scenes, art, renderer)
+    figures = prompt_following(renderer.render(wrong), scenes, renderer)
     assert figures["object_top1"] < 0.5
     assert figures["color_top1"] < 0.5
 
 
 def test_run(pack, art, tmp_path, monkeypatch):
     """All stages, a few steps each, then again: a finished stage is only loaded."""
-    small = run.Preset("no", 2, 1e-3, 4, 1e-3, 16, 2, False)
+    small = run.Preset("no", 2, 1e-3, 4, 1e-3, 16, 2, True, False, False)
     monkeypatch.setattr(run, "PRESETS", {"cpu": small, "cuda": small})
-    monkeypatch.setattr(run, "held_out_scenes", lambda art: held_out_scenes(art, singles=2, pairs=0))
+    monkeypatch.setattr(run, "held_out_scenes", lambda labels: held_out_scenes(labels, singles=2, pairs=0))
     monkeypatch.setattr("examples.train_emoji.evaluate.held_out_scenes", run.held_out_scenes)
     arguments = ["--data", str(pack), "--out", str(tmp_path), "--minutes", "0.05"]
     run.main(arguments)
