@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from diffusers_sana.training.adversarial import PatchDiscriminator, discriminato
 from diffusers_sana.training.config import TrainingConfig, option, parse_config
 from diffusers_sana.training.data import ImageFolder, make_loader
 from diffusers_sana.training.export import copy_with_weights
-from diffusers_sana.training.loop import Batches, TrainingLoop, iterate_batches
+from diffusers_sana.training.loop import Batches, TrainingLoop, iterate_batches, make_accelerator
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.perceptual import PerceptualLoss
 from diffusers_sana.training.plots import save_image_grid
@@ -72,9 +71,7 @@ def train(
         perceptual_network: module from images to a list of feature maps; default: seeded random features.
     """
     phase = get_phase(config.phase)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
-    )
+    accelerator = make_accelerator(config)
     set_seed(config.seed, device_specific=True)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(memory_format=memory_format)
@@ -91,14 +88,14 @@ def train(
         model.encoder.compile()
         model.decoder.compile()
     model, optimizer = accelerator.prepare(model, optimizer)
-    latent_mask = accelerator.unwrap_model(model).decoder.latent_mask if config.latent_prefix_step else None
+    plain_model = accelerator.unwrap_model(model)
+    latent_mask = plain_model.decoder.latent_mask if config.latent_prefix_step else None
     trained, optimizers = [model], [optimizer]
     discriminator = None
     if phase.adversarial:
         discriminator = PatchDiscriminator(config.discriminator_channels).to(memory_format=memory_format)
-        discriminator, optimizer = accelerator.prepare(
-            discriminator, make_adamw(discriminator.parameters(), *optimizer_settings)
-        )
+        optimizer = make_adamw(discriminator.parameters(), *optimizer_settings)
+        discriminator, optimizer = accelerator.prepare(discriminator, optimizer)
         trained.append(discriminator)
         optimizers.append(optimizer)
     perceptual = PerceptualLoss(perceptual_network, config.perceptual_crop)
@@ -117,7 +114,7 @@ def train(
 
     def export() -> ModelMixin | None:
         state = accelerator.get_state_dict(model)
-        return copy_with_weights(accelerator.unwrap_model(model), state) if accelerator.is_main_process else None
+        return copy_with_weights(plain_model, state) if accelerator.is_main_process else None
 
     def save(folder: Path) -> None:
         if (exported := export()) is not None:
@@ -154,7 +151,7 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
         loop.report(images=len(pixel_values), loss=loss, **terms)
-    if any(parameter.requires_grad for parameter in accelerator.unwrap_model(model).encoder.parameters()):
+    if any(parameter.requires_grad for parameter in plain_model.encoder.parameters()):
         with loop.averaged_weights():
             if (exported := export()) is not None:
                 unseen = islice(iterate_batches(batches, loop.batches_used), config.scaling_batches)
@@ -174,6 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(DCAETrainingConfig, argv, description=__doc__)
     if bool(config.model_config) == bool(config.pretrained):
         raise ValueError("exactly one of `model_config` and `pretrained` must be given. Pass one of them.")
+    make_accelerator(config)
     set_seed(config.seed)
     if config.pretrained:
         model = AutoencoderDC.from_pretrained(config.pretrained)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from diffusers_sana.training.data import ImageFolder, make_loader
 from diffusers_sana.training.export import copy_with_weights, sub_state
 from diffusers_sana.training.flow_matching import interpolate, sample_euler, sample_sigmas, velocity_target
 from diffusers_sana.training.latent_cache import fill_cache
-from diffusers_sana.training.loop import Batches, TrainingLoop
+from diffusers_sana.training.loop import Batches, TrainingLoop, make_accelerator
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.prompt_conditioning import complex_human_instruction, encode_tokens, tokenize_prompts
@@ -86,10 +85,8 @@ def train(
         vae: an AutoencoderDC; frozen. Sample grids need it.
     """
     if config.train_text_encoder and text_encoder is None:
-        raise ValueError("`text_encoder` must be given to be trained, got None. Pass it, with `tokenizer`.")
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
-    )
+        raise ValueError("`text_encoder` must be given to be trained, got None. Pass it and `tokenizer`.")
+    accelerator = make_accelerator(config)
     set_seed(config.seed, device_specific=True)
     instruction = complex_human_instruction() if config.use_instruction else ""
     for frozen in (vae, None if config.train_text_encoder else text_encoder):
@@ -108,6 +105,10 @@ def train(
         """What `ConditionedTransformer` takes as `prompt`."""
         if "prompt_embeds" in batch and not config.train_text_encoder:
             return batch["prompt_embeds"].float(), batch["prompt_attention_mask"]
+        if text_encoder is None or tokenizer is None:
+            raise ValueError(
+                "`text_encoder` and `tokenizer` must be given for batches of `text`, got None. Pass both."
+            )
         tokens = tokenize_prompts(tokenizer, batch["text"], config.max_sequence_length, instruction)
         tokens = tokens.to(accelerator.device)
         if config.train_text_encoder:
@@ -117,7 +118,12 @@ def train(
         return embeds.float(), mask
 
     def prepare_latents(batch: dict[str, Any]) -> Tensor:
-        return batch["latents"].float() if "latents" in batch else encode_images(vae, batch["pixel_values"])
+        """Scaled latents, from the batch or from its images."""
+        if "latents" in batch:
+            return batch["latents"].float()
+        if vae is None:
+            raise ValueError("`vae` must be given for batches of `pixel_values`, got None. Pass it, or `latents`.")
+        return encode_images(vae, batch["pixel_values"])
 
     shown: dict[str, Any] = {}  # what the sample grids show: a batch of prompts, each twice, and the noise
 
@@ -182,14 +188,14 @@ def sample_inputs(
 ) -> dict[str, Any]:
     """A batch of prompts for the sample grids, each twice for guidance, and the noise they always start from."""
     inputs: dict[str, Any] = {}
-    if "prompt_embeds" in batch:
-        count = min(count, len(latents))
-        for name in ("prompt_embeds", "prompt_attention_mask"):
-            inputs[name] = torch.cat([batch[name][:count]] * 2)
-    else:
+    if config.sample_prompts or config.train_text_encoder or "prompt_embeds" not in batch:
         prompts = list(config.sample_prompts or batch["text"][:count])
         count = len(prompts)
         inputs["text"] = prompts * 2
+    else:
+        count = min(count, len(latents))
+        for name in ("prompt_embeds", "prompt_attention_mask"):
+            inputs[name] = torch.cat([batch[name][:count]] * 2)
     noise = torch.randn(count, *latents.shape[1:], generator=torch.Generator().manual_seed(config.seed))
     return inputs | {"noise": noise.to(latents.device)}
 
@@ -217,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(SanaTrainingConfig, argv, description=__doc__)
     if not config.pretrained:
         raise ValueError("`pretrained` must be a SanaPipeline folder or repository, got ''. Pass --pretrained.")
-    state = PartialState()
+    device = make_accelerator(config).device
     set_seed(config.seed)
     pipeline = SanaPipeline.from_pretrained(config.pretrained)
     transformer, text_encoder, tokenizer, vae = (
@@ -229,17 +235,17 @@ def main(argv: list[str] | None = None) -> None:
         text_encoder.to(torch.bfloat16)
     dataset: Any = ImageFolder(config.data, bucket_sizes(config.resolution))
     if config.cache_dir:
-        vae.to(state.device)
-        text_encoder.to(state.device)
+        vae.to(device)
+        text_encoder.to(device)
         instruction = complex_human_instruction() if config.use_instruction else ""
 
         @torch.no_grad()
         def encode(item: dict[str, Any]) -> dict[str, Tensor]:
             """What the cache keeps of an item; text vectors only where the encoder will not change."""
-            tensors = {"latents": encode_images(vae, item["pixel_values"][None].to(state.device))[0]}
+            tensors = {"latents": encode_images(vae, item["pixel_values"][None].to(device))[0]}
             if not config.train_text_encoder:
                 tokens = tokenize_prompts(tokenizer, [item["text"]], config.max_sequence_length, instruction)
-                tensors["prompt_embeds"] = encode_tokens(text_encoder, tokens.to(state.device))[0][0]
+                tensors["prompt_embeds"] = encode_tokens(text_encoder, tokens.to(device))[0][0]
             return tensors
 
         dataset = fill_cache(dataset, config.cache_dir, encode)

@@ -33,7 +33,7 @@ class TrainingConfig:
     weight_decay: float | None = option(None, "AdamW weight decay of matrices and kernels; None takes the paper's")
     max_grad_norm: float = option(1.0, "clip the gradient norm; 0 does not clip")
     gradient_accumulation_steps: int = option(1, "batches per optimiser step")
-    mixed_precision: str = option("no", "`no`, `bf16` or `fp16` autocast")
+    mixed_precision: str = option("no", "`no` or `bf16` autocast; fp16 overflows in Sana")
     ema_decay: float = option(0.0, "decay of the averaged weights that are saved; 0 saves the trained weights")
     compile: bool = option(False, "torch.compile the model's parts in place")
     seed: int = option(0, "seed of all random numbers")
@@ -44,7 +44,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_choice("lr_schedule", self.lr_schedule, ("constant", "cosine"))
-        check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        check_choice("mixed_precision", self.mixed_precision, ("no", "bf16"))
         if self.max_steps < 1:
             raise ValueError(f"`max_steps` must be at least 1, got {self.max_steps}. Use `max_minutes` to limit time.")
         if not 0 <= self.ema_decay < 1:

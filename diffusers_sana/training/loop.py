@@ -26,6 +26,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from diffusers_sana.training.config import TrainingConfig
@@ -36,6 +38,13 @@ from diffusers_sana.training.schedules import budget_used, learning_rate_factor
 # Either an iterable, begun anew whenever it ends, or a function from the number of batches already used to the
 # iterable of the batches that follow; only the latter resumes at the very batch where the run had stopped.
 Batches = Iterable[dict[str, Any]] | Callable[[int], Iterable[dict[str, Any]]]
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """The Accelerator of a run. Make one before anything asks which process this is: it finds that out."""
+    return Accelerator(
+        mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
+    )
 
 
 class TrainingLoop:
@@ -67,8 +76,9 @@ class TrainingLoop:
         self.output_dir = Path(config.output_dir)
         self.step = self.batches_used = 0
         self._peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-        self._parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        self._ema = EMAModel(self._parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
+        self._modules = modules
+        decay = config.ema_decay
+        self._ema = EMAModel(self._parameters(), decay=decay, foreach=True) if decay else None
         self._minutes = self._shared_minutes = 0.0
         self._started: float | None = None
         self._stop_requested = self._shared_stop = False
@@ -94,7 +104,7 @@ class TrainingLoop:
                 self.step += 1
                 self._share_clock()
                 if self._ema is not None:
-                    self._ema.step(self._parameters)
+                    self._ema.step(self._parameters())
                 if self.step % self.config.log_every == 0:
                     self._log(bar)
                 bar.update()
@@ -123,12 +133,12 @@ class TrainingLoop:
         if self._ema is None:
             yield
             return
-        self._ema.store(self._parameters)
-        self._ema.copy_to(self._parameters)
+        self._ema.store(self._parameters())
+        self._ema.copy_to(self._parameters())
         try:
             yield
         finally:
-            self._ema.restore(self._parameters)
+            self._ema.restore(self._parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run is; written into checkpoints by Accelerate."""
@@ -187,6 +197,10 @@ class TrainingLoop:
     def _sample(self) -> None:
         with self.averaged_weights(), torch.compiler.set_stance("force_eager"):  # a few pictures pay no compilation
             self.sample(self.output_dir / "samples" / f"step_{self.step:07d}.png")
+            # After a forward without backward FSDP keeps the root's weights gathered; restored ones would go unseen.
+            for part in (part for module in self._modules for part in module.modules()):
+                if isinstance(part, FSDPModule):
+                    part.reshard()
         log_path = self.output_dir / "log.jsonl"
         if self.accelerator.is_main_process and log_path.exists():
             plot_losses(log_path, self.output_dir / "loss.png")
@@ -226,6 +240,12 @@ class TrainingLoop:
                 self._ema.to(self.accelerator.device)
         if self.accelerator.is_main_process:
             _drop_lines_after(self.output_dir / "log.jsonl", self.step)
+
+    def _parameters(self) -> list[Tensor]:
+        """What trains, and of sharded parameters the part that this process holds."""
+        trained = [p for module in self._modules for p in module.parameters() if p.requires_grad]
+        # An alias of the shard, so that writing into it writes the parameter; EMAModel skips what needs no gradient.
+        return [p.detach().to_local().requires_grad_() if isinstance(p, DTensor) else p for p in trained]
 
     def _is_sharded(self) -> bool:
         return self.accelerator.distributed_type == DistributedType.FSDP

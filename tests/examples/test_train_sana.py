@@ -1,0 +1,168 @@
+"""The text-to-image example at tiny size."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusers_sana import SanaPipeline
+from examples.train_sana import SanaTrainingConfig, main, train
+from tests.training.tiny import (
+    image_batches,
+    tiny_autoencoder,
+    tiny_pipeline,
+    tiny_text_encoder,
+    tiny_tokenizer,
+    tiny_transformer,
+    write_image_folder,
+)
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def make_config(folder, **changes):
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "log_every": 1,
+        "warmup_steps": 0,
+        "max_sequence_length": 32,
+        "sample_steps": 2,
+        "caption_dropout": 0.5,
+    }
+    return SanaTrainingConfig(**settings | changes)
+
+
+def latent_batch():
+    """Cached latents and text vectors."""
+    embeds, mask = torch.randn(4, 6, 16), torch.ones(4, 6, dtype=torch.long)
+    return {"latents": torch.randn(4, 4, 4, 4), "prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_training_learns_a_fixed_batch(tmp_path):
+    config = make_config(tmp_path, max_steps=60, learning_rate=2e-2, max_grad_norm=1.0, caption_dropout=0.0)
+    train(config, [latent_batch()], tiny_transformer())
+    losses = [row["loss"] for row in read_log(tmp_path)]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert (tmp_path / "model" / "transformer" / WEIGHTS).exists()
+    assert (tmp_path / "loss.png").exists()
+    assert not (tmp_path / "samples").exists()  # which need an autoencoder
+
+
+def test_joint_training_saves_a_pipeline_that_runs(tmp_path):
+    transformer, text_encoder = tiny_transformer(), tiny_text_encoder()
+    before = {name: value.clone() for name, value in text_encoder.state_dict().items()}
+    vae = tiny_autoencoder()
+    vae_before = {name: value.clone() for name, value in vae.state_dict().items()}
+    config = make_config(tmp_path, train_text_encoder=True, ema_decay=0.9, learning_rate=1e-2)
+    train(config, image_batches, transformer, text_encoder, tiny_tokenizer(), vae)
+    pipeline = SanaPipeline.from_pretrained(tmp_path / "model")
+    after = pipeline.text_encoder.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(value, vae_before[name]) for name, value in pipeline.vae.state_dict().items())
+    assert pipeline.scheduler.config.flow_shift == 3.0
+    image = pipeline("a red cat", num_inference_steps=2, height=32, width=32, max_sequence_length=32).images[0]
+    assert image.width > 0
+    assert list((tmp_path / "samples").glob("*.png"))
+
+
+def test_a_frozen_text_encoder_stays_as_it_is(tmp_path):
+    text_encoder = tiny_text_encoder()
+    before = {name: value.clone() for name, value in text_encoder.state_dict().items()}
+    config = make_config(tmp_path, learning_rate=1e-2, sample_prompts=("a cat", "a dog"))
+    train(config, image_batches, tiny_transformer(), text_encoder, tiny_tokenizer(), tiny_autoencoder())
+    after = load_file(tmp_path / "model" / "text_encoder" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("train_text_encoder", [True, False], ids=["joint", "frozen"])
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, train_text_encoder):
+    transformer_start, encoder_start = tiny_transformer().state_dict(), tiny_text_encoder().state_dict()
+    vae = tiny_autoencoder()
+
+    def run(folder, resume=False, stop_at=None):
+        transformer, text_encoder = tiny_transformer(), tiny_text_encoder()
+        transformer.load_state_dict(transformer_start)
+        text_encoder.load_state_dict(encoder_start)
+
+        def batches(start):
+            for number, batch in enumerate(image_batches(start), start):
+                if number == stop_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+        config = make_config(
+            folder,
+            max_steps=5,
+            lr_schedule="cosine",
+            ema_decay=0.9,
+            resume=resume,
+            train_text_encoder=train_text_encoder,
+        )
+        train(config, batches, transformer, text_encoder, tiny_tokenizer(), vae)
+        return load_file(folder / "model" / "transformer" / WEIGHTS)
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", stop_at=1)
+    assert len(read_log(tmp_path / "parts")) == 2
+    resumed = run(tmp_path / "parts", resume=True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert any(not torch.equal(whole[name], transformer_start[name]) for name in whole)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    start, batch = tiny_transformer().state_dict(), latent_batch()
+    results = []
+    for checkpointing in (False, True):
+        transformer = tiny_transformer()
+        transformer.load_state_dict(start)
+        config = make_config(tmp_path / str(checkpointing), gradient_checkpointing=checkpointing)
+        train(config, [batch], transformer)
+        results.append(load_file(tmp_path / str(checkpointing) / "model" / "transformer" / WEIGHTS))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in start)
+
+
+def test_train_refuses_to_train_a_missing_text_encoder(tmp_path):
+    with pytest.raises(ValueError, match="`text_encoder` must be given"):
+        train(make_config(tmp_path, train_text_encoder=True), [latent_batch()], tiny_transformer())
+
+
+def test_train_says_which_part_a_batch_needs(tmp_path):
+    batch = latent_batch()
+    with pytest.raises(ValueError, match="`text_encoder` and `tokenizer` must be given"):
+        train(make_config(tmp_path), [{"latents": batch["latents"], "text": ["a"] * 4}], tiny_transformer())
+    with pytest.raises(ValueError, match="`vae` must be given"):
+        train(make_config(tmp_path), image_batches, tiny_transformer())
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["frozen", "joint"])
+def test_main_trains_from_a_folder_with_and_without_cache(tmp_path, joint):
+    write_image_folder(tmp_path / "data", [(40, 40), (40, 40), (40, 90)])
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    tiny_transformer().save_config(tmp_path)
+    arguments = ["--data", str(tmp_path / "data"), "--pretrained", str(tmp_path / "pipeline")]
+    arguments += ["--transformer_config", str(tmp_path / "config.json"), "--max_sequence_length", "32"]
+    arguments += ["--batch_size", "2", "--num_workers", "0", "--resolution", "32", "--max_steps", "2"]
+    arguments += ["--sample_steps", "1", "--log_every", "1", "--warmup_steps", "0"]
+    arguments += ["--train_text_encoder"] if joint else []
+    results = []
+    for name in ("plain", "cached", "cached-again"):
+        cache = [] if name == "plain" else ["--cache_dir", str(tmp_path / "cache")]
+        main([*arguments, *cache, "--output_dir", str(tmp_path / name)])
+        results.append(load_file(tmp_path / name / "model" / "transformer" / WEIGHTS))
+    cached = load_file(tmp_path / "cache" / "00000001.safetensors")
+    assert ("prompt_embeds" in cached) is not joint
+    for result in results[1:]:
+        for name, value in results[0].items():
+            assert torch.allclose(result[name], value, atol=1e-5)
+    with pytest.raises(ValueError, match="`pretrained` must be a SanaPipeline"):
+        main(arguments[:2])

@@ -1,0 +1,123 @@
+"""Buckets, image folders, batches and the latent cache."""
+
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
+from PIL import Image
+
+from diffusers_sana.training.buckets import bucket_batches, bucket_sizes, nearest_size
+from diffusers_sana.training.data import ImageFolder, collate, load_pixels, make_loader
+from diffusers_sana.training.latent_cache import fill_cache
+from tests.training.tiny import write_image_folder
+
+
+SIZES = [(32, 64)] * 5 + [(64, 32)] * 3 + [(32, 32)] * 9
+
+
+def test_bucket_sizes_are_those_of_the_pipelines():
+    assert bucket_sizes(1024) == [(int(h), int(w)) for h, w in ASPECT_RATIO_1024_BIN.values()]
+    assert bucket_sizes(512) == [(int(h), int(w)) for h, w in ASPECT_RATIO_512_BIN.values()]
+
+
+def test_bucket_sizes_of_a_small_resolution():
+    sizes = bucket_sizes(128)
+    assert (128, 128) in sizes
+    assert len(set(sizes)) == len(sizes)
+    assert all(side % 32 == 0 and side > 0 for size in sizes for side in size)
+    with pytest.raises(ValueError, match="`resolution` must be at least 32, got 16"):
+        bucket_sizes(16)
+
+
+def test_nearest_size_treats_both_orientations_alike():
+    sizes = [(512, 512), (256, 1024), (1024, 256)]
+    assert nearest_size(100, 100, sizes) == (512, 512)
+    assert nearest_size(100, 390, sizes) == (256, 1024)
+    assert nearest_size(390, 100, sizes) == (1024, 256)
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_bucket_batches_cover_every_item_once_an_epoch(num_processes):
+    batches_an_epoch = 2 + 1 + 3  # of 4 out of 5, 3 and 9
+    epochs = 3  # a whole number of rounds for 3 processes
+    seen = Counter()
+    for process in range(num_processes):
+        stream = bucket_batches(SIZES, 4, seed=7, process_index=process, num_processes=num_processes)
+        for batch in islice(stream, epochs * batches_an_epoch // num_processes):
+            assert len({SIZES[index] for index in batch}) == 1
+            assert len(batch) <= 4
+            seen.update(batch)
+    assert seen == dict.fromkeys(range(len(SIZES)), epochs)
+
+
+def test_bucket_batches_differ_between_epochs_and_seeds():
+    first = list(islice(bucket_batches(SIZES, 4, seed=7), 12))
+    assert first[:6] != first[6:]
+    assert first != list(islice(bucket_batches(SIZES, 4, seed=8), 12))
+
+
+@pytest.mark.parametrize("start", [0, 1, 6, 11])
+def test_bucket_batches_continue_where_they_were(start):
+    whole = list(islice(bucket_batches(SIZES, 4, process_index=1, num_processes=2), start + 5))
+    rest = islice(bucket_batches(SIZES, 4, start=start, process_index=1, num_processes=2), 5)
+    assert list(rest) == whole[start:]
+
+
+def test_load_pixels_covers_and_cuts_to_the_centre(tmp_path):
+    image = Image.new("RGB", (60, 20), "black")
+    image.paste("white", (20, 0, 40, 20))  # the middle third
+    image.save(tmp_path / "wide.png")
+    pixels = load_pixels(tmp_path / "wide.png", 20, 20)
+    assert pixels.shape == (3, 20, 20)
+    assert (pixels == 1).all()
+
+
+def test_load_pixels_lays_transparency_over_white(tmp_path):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (load_pixels(tmp_path / "clear.png", 16, 8) == 1).all()
+
+
+def test_image_folder_without_captions_finds_images(tmp_path):
+    write_image_folder(tmp_path / "deep", [(20, 20), (20, 40)])
+    folder = ImageFolder(str(tmp_path), [(32, 32), (32, 64)])
+    assert [path.name for path in folder.paths] == ["0.png", "1.png"]
+    assert folder[1]["pixel_values"].shape == (3, 32, 64)
+    assert folder[1]["text"] == ""
+    with pytest.raises(ValueError, match="`data` must be a folder with images"):
+        ImageFolder(str(tmp_path / "none"), [(32, 32)])
+
+
+def test_make_loader_resumes_at_the_batch(tmp_path):
+    write_image_folder(tmp_path, [(20, 20), (20, 40), (40, 20), (30, 30), (20, 20)])
+    load = make_loader(ImageFolder(str(tmp_path), [(32, 32), (32, 64), (64, 32)]), 2, seed=0, num_workers=0)
+    whole = list(islice(load(0), 6))
+    for batch, again in zip(whole[2:], islice(load(2), 4), strict=True):
+        assert batch["text"] == again["text"]
+        assert torch.equal(batch["pixel_values"], again["pixel_values"])
+
+
+def test_collate_pads_text_vectors():
+    items = [{"prompt_embeds": torch.ones(length, 3), "text": str(length)} for length in (2, 4)]
+    batch = collate(items)
+    assert batch["text"] == ["2", "4"]
+    assert batch["prompt_embeds"].shape == (2, 4, 3)
+    assert batch["prompt_attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert batch["prompt_embeds"].sum(dim=(1, 2)).tolist() == [6, 12]
+
+
+def test_fill_cache_encodes_what_is_missing_only(tmp_path):
+    items = [{"text": "a"}, {"text": "b"}, {"text": "c"}]
+    encoded = []
+
+    def encode(item):
+        encoded.append(item["text"])
+        return {"latents": torch.full((4, 2, 3), float(ord(item["text"])))}
+
+    fill_cache(items[:2], str(tmp_path), encode)
+    cached = fill_cache(items, str(tmp_path), encode)
+    assert encoded == ["a", "b", "c"]
+    assert cached.sizes_of_items == [(2, 3)] * 3
+    assert cached[1]["text"] == "b"
+    assert cached[1]["latents"].unique().item() == ord("b")

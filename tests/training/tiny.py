@@ -1,0 +1,111 @@
+"""Tiny parts of a Sana pipeline and tiny data, built on the spot."""
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+from diffusers_sana import AutoencoderDC, FlowDPMSolverScheduler, SanaPipeline, SanaTransformer2DModel
+from diffusers_sana.training.prompt_conditioning import complex_human_instruction
+
+
+CAPTIONS = ["a red cat", "two dogs on a blue hill", "", "A green house "]
+
+
+@cache
+def tiny_tokenizer() -> GemmaTokenizer:
+    """Byte-pair encoding as Gemma's: words carry the space before them, BOS in front, no EOS."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("▁"), "merged_with_next")
+    texts = [complex_human_instruction(), *(f" {caption.lower().strip()}" for caption in CAPTIONS * 4)]
+    special_tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special_tokens, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    return GemmaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True, padding_side="left")
+
+
+def tiny_text_encoder(**changes: Any) -> Gemma2Model:
+    """Two layers of width 16, one of them with a sliding window."""
+    settings = {
+        "vocab_size": 320,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "initializer_range": 0.3,
+    }
+    return Gemma2Model(Gemma2Config(**settings | changes)).eval()
+
+
+def tiny_transformer() -> SanaTransformer2DModel:
+    """Two blocks of width 16."""
+    return SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=32,
+    )
+
+
+def tiny_autoencoder() -> AutoencoderDC:
+    """Four times compression, four latent channels."""
+    return AutoencoderDC(
+        latent_channels=4,
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        encoder_layers_per_block=(0, 1, 1),
+        decoder_layers_per_block=(0, 1, 1),
+        encoder_qkv_multiscales=((),) * 3,
+        decoder_qkv_multiscales=((),) * 3,
+        downsample_block_type="Conv",
+        upsample_block_type="interpolate",
+    )
+
+
+def tiny_pipeline() -> SanaPipeline:
+    """All tiny parts together."""
+    parts = (tiny_tokenizer(), tiny_text_encoder(), tiny_autoencoder(), tiny_transformer())
+    return SanaPipeline(*parts, FlowDPMSolverScheduler(flow_shift=3.0))
+
+
+def smooth_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
+    """Random colour gradients `[count, 3, size, size]` in [-1, 1], which even a tiny autoencoder can learn."""
+    coarse = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear", align_corners=True)
+
+
+def image_batches(start: int) -> Iterator[dict[str, Any]]:
+    """Endless batches of four images with captions, the same whenever begun at the same number."""
+    while True:
+        yield {"pixel_values": smooth_images(4, 32, seed=start), "text": CAPTIONS}
+        start += 1
+
+
+def write_image_folder(folder: Path, sizes: list[tuple[int, int]]) -> None:
+    """Images of the given (height, width), with captions in `metadata.jsonl`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index, (height, width) in enumerate(sizes):
+        pixels = np.full((height, width, 3), 40 * index % 256, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": CAPTIONS[index % len(CAPTIONS)]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
