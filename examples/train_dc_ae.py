@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from diffusers_sana import AutoencoderDC
 from diffusers_sana.training.adaptation import get_phase, select_parameters, set_training_modes
 from diffusers_sana.training.adversarial import PatchDiscriminator, discriminator_loss, generator_loss
+from diffusers_sana.training.batches import Batches, iterate_batches
 from diffusers_sana.training.config import TrainingConfig, option, parse_config
 from diffusers_sana.training.data import ImageFolder, make_loader
 from diffusers_sana.training.export import copy_with_weights
-from diffusers_sana.training.loop import Batches, TrainingLoop, iterate_batches, make_accelerator
+from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.perceptual import PerceptualLoss
 from diffusers_sana.training.plots import save_image_grid

@@ -22,7 +22,9 @@ def copy_with_weights(
         if isinstance(model, PreTrainedModel):
             copy = model_class(model.config)
         else:
-            copy = model_class.from_config(model.config)
+            # Without diffusers' note of which values were defaults, by which it would undo `register_to_config`.
+            config = {name: value for name, value in model.config.items() if name != "_use_default_values"}
+            copy = model_class.from_config(config)
     copy.load_state_dict(state, assign=True)
     return copy
 

@@ -11,13 +11,12 @@ A script writes only what is particular to it:
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from diffusers_sana.training.batches import Batches, iterate_batches
 from diffusers_sana.training.config import TrainingConfig
 from diffusers_sana.training.plots import plot_losses
+from diffusers_sana.training.run_folder import checkpoints, drop_lines_after, replace_folder
 from diffusers_sana.training.schedules import budget_used, learning_rate_factor
-
-
-# Either an iterable, begun anew whenever it ends, or a function from the number of batches already used to the
-# iterable of the batches that follow; only the latter resumes at the very batch where the run had stopped.
-Batches = Iterable[dict[str, Any]] | Callable[[int], Iterable[dict[str, Any]]]
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -220,8 +216,8 @@ class TrainingLoop:
             self.save(self.output_dir / "model.tmp")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            _replace_folder(temporary, folder)
-            _replace_folder(self.output_dir / "model.tmp", self.output_dir / "model")
+            replace_folder(temporary, folder)
+            replace_folder(self.output_dir / "model.tmp", self.output_dir / "model")
             for old in checkpoints(self.output_dir)[:-1]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
@@ -239,13 +235,13 @@ class TrainingLoop:
                 self._ema.load_state_dict(torch.load(found[-1] / self._ema_name(), map_location="cpu"))
                 self._ema.to(self.accelerator.device)
         if self.accelerator.is_main_process:
-            _drop_lines_after(self.output_dir / "log.jsonl", self.step)
+            drop_lines_after(self.output_dir / "log.jsonl", self.step)
 
-    def _parameters(self) -> list[Tensor]:
+    def _parameters(self) -> list[nn.Parameter]:
         """What trains, and of sharded parameters the part that this process holds."""
         trained = [p for module in self._modules for p in module.parameters() if p.requires_grad]
-        # An alias of the shard, so that writing into it writes the parameter; EMAModel skips what needs no gradient.
-        return [p.detach().to_local().requires_grad_() if isinstance(p, DTensor) else p for p in trained]
+        # A parameter that aliases the shard: writing into it writes the sharded one.
+        return [nn.Parameter(p.data.to_local()) if isinstance(p.data, DTensor) else p for p in trained]
 
     def _is_sharded(self) -> bool:
         return self.accelerator.distributed_type == DistributedType.FSDP
@@ -269,37 +265,3 @@ class TrainingLoop:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def iterate_batches(batches: Batches, start: int) -> Iterator[dict[str, Any]]:
-    """The batches from the `start`-th on, without end; raises a ValueError when there are none."""
-    while True:
-        found = False
-        for batch in batches(start) if callable(batches) else batches:
-            found = True
-            start += 1
-            yield batch
-        if not found:
-            raise ValueError("`batches` must yield batches, got none. A generator cannot be begun anew; pass a list.")
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in (output_dir / "checkpoints").glob("step_*") if not path.suffix)
-
-
-def _replace_folder(source: Path, target: Path) -> None:
-    if target.exists():
-        retired = target.with_suffix(".old")
-        os.replace(target, retired)
-        os.replace(source, target)
-        shutil.rmtree(retired)
-    else:
-        os.replace(source, target)
-
-
-def _drop_lines_after(log_path: Path, step: int) -> None:
-    """Forget what was logged after the checkpoint that the run continues from."""
-    if log_path.exists():
-        lines = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        log_path.write_text("".join(line + "\n" for line in lines))

@@ -25,6 +25,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.bench_pipeline import device_name
 from diffusers_sana import SanaPipeline, __version__
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.training.perceptual import RandomFeatures
@@ -84,45 +85,49 @@ def feature_space() -> Callable[[Tensor], Tensor]:
     return features
 
 
-def nearest(pictures: Tensor, galleries: list[Tensor], features: Callable[[Tensor], Tensor]) -> list[list[int]]:
-    """For each picture, the entries of its gallery from nearest to farthest."""
-    ranks = []
-    for picture, gallery in zip(pictures, galleries, strict=True):
-        distances = torch.cdist(features(picture[None]), features(gallery))[0]
-        ranks.append(distances.argsort().tolist())
-    return ranks
+def prompt_following(pictures: dict[str, Tensor], scenes: list[Scene], renderer: EmojiScenes) -> dict[str, dict]:
+    """How often the nearest true rendering is the prompted one, when only one property of the scene is varied.
 
-
-def prompt_following(pictures: Tensor, scenes: list[Scene], renderer: EmojiScenes) -> dict:
-    """How often the nearest true rendering is the prompted one, when only one property of the scene is varied."""
+    Args:
+        pictures: name -> pictures `[B, 3, H, W]` of the B scenes; each is judged alike.
+        scenes: what they should show; those with two objects are left out.
+        renderer: draws the true pictures; its `labels` are the objects to tell apart.
+    """
     features = feature_space()
     rows = [i for i, scene in enumerate(scenes) if len(scene.labels) == 1]
-    pictures, scenes = pictures[rows], [scenes[i] for i in rows]
+    scenes = [scenes[i] for i in rows]
+    described = {name: features(batch[rows]) for name, batch in pictures.items()}
 
-    def share(varied: Callable[[Scene], list[Scene]], top: int = 1) -> float:
-        galleries = [renderer.render(varied(scene), jitter=0.0) for scene in scenes]
-        ranked = nearest(pictures, galleries, features)
-        hits = sum(scene in [varied(scene)[i] for i in rank[:top]] for scene, rank in zip(scenes, ranked, strict=True))
-        return hits / len(scenes)
+    def ranks(varied: Callable[[Scene], list[Scene]]) -> dict[str, list[int]]:
+        """For each picture, how many renderings are nearer to it than the true one."""
+        found: dict[str, list[int]] = {name: [] for name in pictures}
+        for i, scene in enumerate(scenes):
+            gallery = varied(scene)
+            renderings = features(renderer.render(gallery, jitter=0.0))
+            for name, batch in described.items():
+                order = torch.cdist(batch[i : i + 1], renderings)[0].argsort().tolist()
+                found[name].append(order.index(gallery.index(scene)))
+        return found
 
-    def objects(scene: Scene) -> list[Scene]:
-        return [Scene((label,), scene.style, scene.color, scene.position) for label in renderer.labels]
+    objects = ranks(lambda s: [Scene((label,), s.style, s.color, s.position) for label in renderer.labels])
+    colors = ranks(lambda s: [Scene(s.labels, s.style, color, s.position) for color in COLORS])
+    styles = ranks(lambda s: [Scene(s.labels, style, s.color, s.position) for style in STYLES])
 
-    def colors(scene: Scene) -> list[Scene]:
-        return [Scene(scene.labels, scene.style, color, scene.position) for color in COLORS]
-
-    def styles(scene: Scene) -> list[Scene]:
-        return [Scene(scene.labels, style, scene.color, scene.position) for style in STYLES]
+    def share(found: list[int], top: int = 1) -> float:
+        return sum(rank < top for rank in found) / len(found)
 
     return {
-        "prompts": len(scenes),
-        "object_top1": share(objects),
-        "object_top5": share(objects, top=5),
-        "object_top1_chance": 1 / len(renderer.labels),
-        "color_top1": share(colors),
-        "color_top1_chance": 1 / len(COLORS),
-        "style_top1": share(styles),
-        "style_top1_chance": 1 / len(STYLES),
+        name: {
+            "prompts": len(scenes),
+            "object_top1": share(objects[name]),
+            "object_top5": share(objects[name], top=5),
+            "object_top1_chance": 1 / len(renderer.labels),
+            "color_top1": share(colors[name]),
+            "color_top1_chance": 1 / len(COLORS),
+            "style_top1": share(styles[name]),
+            "style_top1_chance": 1 / len(STYLES),
+        }
+        for name in pictures
     }
 
 
@@ -178,7 +183,7 @@ def evaluate(
     captioned_grid(pictures, prompts, out / "held_out.png")
     report = {
         "command": f"python -m examples.train_emoji.evaluate --steps {steps} --guidance-scale {guidance_scale}",
-        "device": platform.processor() or platform.machine(),
+        "device": device_name(),
         "versions": {
             "diffusers_sana": __version__,
             "torch": torch.__version__,
@@ -188,8 +193,14 @@ def evaluate(
             "python": platform.python_version(),
         },
         "autoencoder_on_held_out_emoji": figures,
-        "generated_from_held_out_prompts": prompt_following(pictures, scenes, renderer),
-        "ceiling_autoencoded_truth": prompt_following(decoded.clamp(-1, 1), scenes, renderer),
+        **prompt_following(
+            {
+                "generated_from_held_out_prompts": pictures,
+                "ceiling_autoencoded_truth": decoded.clamp(-1, 1),
+            },
+            scenes,
+            renderer,
+        ),
     }
     (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
     return report

@@ -102,6 +102,20 @@ def test_accumulating_in_bf16(tmp_path):
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in after.values())
 
 
+def test_compiled_parts_are_saved_under_their_own_names(tmp_path):
+    with torch.compiler.set_stance("force_eager"):  # only the plumbing: compiling takes minutes
+        train(make_config(tmp_path, compile=True, latent_prefix_step=2), image_batches, tiny_autoencoder())
+    saved = load_file(tmp_path / "model" / "diffusion_pytorch_model.safetensors")
+    assert saved.keys() == tiny_autoencoder().state_dict().keys()
+
+
+def test_a_frozen_encoder_keeps_its_scaling_factor(tmp_path):
+    model = tiny_autoencoder()
+    model.register_to_config(scaling_factor=0.5)
+    train(make_config(tmp_path, trained_prefixes=("decoder.",)), image_batches, model)
+    assert DiffusersAutoencoderDC.from_pretrained(tmp_path / "model").config.scaling_factor == 0.5
+
+
 def test_main_trains_on_a_folder_and_continues_in_the_next_phase(tmp_path):
     write_image_folder(tmp_path / "data", [(20, 20)] * 3)
     tiny_autoencoder().save_config(tmp_path)

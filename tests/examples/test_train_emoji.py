@@ -118,12 +118,12 @@ def test_evaluation_recognises_the_truth(art):
     """The measure itself: true renderings score 1, renderings of something else do not."""
     scenes = held_out_scenes(art.labels, singles=6, pairs=0)
     renderer = EmojiScenes(art, 64)
-    figures = prompt_following(renderer.render(scenes), scenes, renderer)
-    assert figures["object_top1"] == figures["color_top1"] == 1
     wrong = [Scene((NAMES[NAMES.index(s.labels[0]) - 4],), s.style, "black", s.position) for s in scenes]
-    figures = prompt_following(renderer.render(wrong), scenes, renderer)
-    assert figures["object_top1"] < 0.5
-    assert figures["color_top1"] < 0.5
+    pictures = {"true": renderer.render(scenes), "wrong": renderer.render(wrong)}
+    figures = prompt_following(pictures, scenes, renderer)
+    assert figures["true"]["object_top1"] == figures["true"]["color_top1"] == 1
+    assert figures["wrong"]["object_top1"] < 0.5
+    assert figures["wrong"]["color_top1"] < 0.5
 
 
 def test_run(pack, art, tmp_path, monkeypatch):

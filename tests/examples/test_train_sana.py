@@ -131,6 +131,22 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     assert all(torch.equal(results[0][name], results[1][name]) for name in start)
 
 
+def test_compiled_blocks_are_saved_under_their_own_names(tmp_path):
+    with torch.compiler.set_stance("force_eager"):  # only the plumbing: compiling takes minutes
+        train(make_config(tmp_path, compile=True), [latent_batch()], tiny_transformer())
+    assert load_file(tmp_path / "model" / "transformer" / WEIGHTS).keys() == tiny_transformer().state_dict().keys()
+
+
+def test_a_trained_text_encoder_reads_the_text_of_a_cache(tmp_path):
+    batch = latent_batch() | {"text": ["a red cat"] * 4}
+    parts = tiny_text_encoder(), tiny_tokenizer(), tiny_autoencoder()
+    config = make_config(tmp_path, train_text_encoder=True, learning_rate=1e-2)
+    before = {name: value.clone() for name, value in parts[0].state_dict().items()}
+    train(config, [batch], tiny_transformer(), *parts)
+    after = load_file(tmp_path / "model" / "text_encoder" / "model.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
 def test_train_refuses_to_train_a_missing_text_encoder(tmp_path):
     with pytest.raises(ValueError, match="`text_encoder` must be given"):
         train(make_config(tmp_path, train_text_encoder=True), [latent_batch()], tiny_transformer())
