@@ -57,6 +57,11 @@ PRESETS = {
 AUTOENCODER, SANA, DECODER = 0.4, 0.45, 0.15
 
 
+def device() -> str:
+    """Where pictures are composed and models trained."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def taught(preset: Preset, art: EmojiArt) -> Sequence[str]:
     """The objects that Sana learns."""
     return art.labels if preset.all_objects else COMMON_OBJECTS
@@ -70,7 +75,7 @@ def train_autoencoder(
     preset: Preset, art: EmojiArt, out: Path, minutes: float, decoder_of: Path | None = None
 ) -> Path:
     """Trains a new autoencoder, or only the decoder of `decoder_of`; returns the folder of the model."""
-    scenes = EmojiScenes(art, RESOLUTION, seed=2 if decoder_of else 1)
+    scenes = EmojiScenes(art, RESOLUTION, device(), seed=2 if decoder_of else 1)
     config = train_dc_ae.DCAETrainingConfig(
         output_dir=str(out),
         max_minutes=minutes,
@@ -97,8 +102,8 @@ def train_autoencoder(
 def train_transformer(preset: Preset, art: EmojiArt, vae_folder: Path, out: Path, minutes: float) -> Path:
     """Trains the transformer and its text encoder; returns the folder of the pipeline."""
     tokenizer = make_tokenizer(art, complex_human_instruction())
-    vae = AutoencoderDC.from_pretrained(vae_folder).to("cuda" if torch.cuda.is_available() else "cpu")
-    scenes = EmojiScenes(art, RESOLUTION, seed=3, labels=taught(preset, art))
+    vae = AutoencoderDC.from_pretrained(vae_folder).to(device())
+    scenes = EmojiScenes(art, RESOLUTION, device(), seed=3, labels=taught(preset, art))
     latents = LatentScenes(scenes, vae, preset.store, preset.renewed)
     config = train_sana.SanaTrainingConfig(
         output_dir=str(out),
@@ -120,7 +125,7 @@ def train_transformer(preset: Preset, art: EmojiArt, vae_folder: Path, out: Path
     )
     transformer, text_encoder = make_transformer(), make_text_encoder(tokenizer)
     # On a CPU the fused attention's backward pass is the slowest operation of the step, at 16 tokens a picture.
-    with nullcontext() if torch.cuda.is_available() else sdpa_kernel(SDPBackend.MATH):
+    with nullcontext() if device() == "cuda" else sdpa_kernel(SDPBackend.MATH):
         train_sana.train(config, latents.batches(preset.sana_batch), transformer, text_encoder, tokenizer, vae)
     return out / "model"
 
@@ -143,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         "--stage", choices=("autoencoder", "sana", "decoder", "evaluate"), help="only this one; default: all in turn"
     )
     args = parser.parse_args(argv)
-    preset = PRESETS["cuda" if torch.cuda.is_available() else "cpu"]
+    preset = PRESETS[device()]
     art = EmojiArt(args.data)
     wanted = [args.stage] if args.stage else ["autoencoder", "sana", "decoder", "evaluate"]
     if "autoencoder" in wanted:
