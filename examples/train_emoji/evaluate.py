@@ -2,7 +2,7 @@
 
     python -m examples.train_emoji.evaluate --data outputs/emoji.zip [--model FOLDER]
 
-Autoencoder: PSNR and SSIM on emoji that no training showed. Text to image: 64 prompts whose triple of object, style
+Autoencoder: PSNR and SSIM on emoji that no training showed. Text to image: prompts whose triple of object, style
 and background never occurred in training; each picture is compared, in a fixed feature space (a network with seeded
 random weights), with the true renderings of every object, of both styles, and of every background colour.
 """
@@ -35,7 +35,7 @@ from .data import COLORS, COMMON_OBJECTS, POSITIONS, STYLES, EmojiArt, EmojiScen
 
 
 def held_out_scenes(labels: Sequence[str], singles: int = 52, pairs: int = 12) -> list[Scene]:
-    """Scenes of the objects `labels` that no training showed: new triples of object, style and colour, and pairs."""
+    """Scenes of the objects `labels`: triples of object, style and colour kept out of training, and random pairs."""
     rng = random.Random(1)
     triples = [
         (label, style, color)
