@@ -7,6 +7,8 @@ import torch
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on CPU tensors
 
 
 @pytest.fixture(autouse=True)

@@ -27,3 +27,12 @@ def assert_no_worse(actual: Tensor, eager: Tensor, gold: Tensor, factor: float =
     ours, theirs = relative_error(actual, gold), relative_error(eager, gold)
     ulp = torch.finfo(actual.dtype).eps
     assert ours <= factor * theirs + ulp / 2, f"error {ours:.2e} against the peer's {theirs:.2e}"
+
+
+def assert_kernel(actual: Tensor, eager: Tensor, gold: Tensor, what: str = "output") -> None:
+    """`actual`, of a kernel, errs at most twice what `eager` errs against `gold` in float64, plus one unit."""
+    assert actual.dtype == eager.dtype, f"{what} is {actual.dtype}, expected {eager.dtype}"
+    assert actual.isfinite().all(), f"{what} is not finite"
+    ours, theirs = relative_error(actual, gold), relative_error(eager, gold)
+    ulp = torch.finfo(actual.dtype).eps
+    assert ours <= 2 * theirs + ulp, f"{what} errs {ours:.2e} against eager's {theirs:.2e}"

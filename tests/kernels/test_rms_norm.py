@@ -5,6 +5,7 @@ import torch
 from diffusers.models.normalization import RMSNorm
 
 from diffusers_sana.kernels.rms_norm import rms_norm
+from tests.kernels.kernel_checks import DTYPES, check_kernel, check_operator, to_device
 from tests.numerics import assert_close_fp32, assert_no_worse, relative_error
 
 
@@ -69,3 +70,39 @@ def test_compiles_whole():
     x, weight = torch.randn(3, 33), torch.randn(33)
     compiled = torch.compile(rms_norm, fullgraph=True, backend="eager")
     assert_close_fp32(compiled(x, weight), formula(x, weight))
+
+
+def tensors(shape):
+    channels = shape[-1]
+    return {
+        "hidden_states": torch.randn(shape),
+        "weight": torch.randn(channels),
+        "bias": torch.randn(channels),
+        "residual": torch.randn(shape),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 63), (63, 100), (2, 5, 7, 64), (3, 2240)], ids=str)
+def test_kernel(shape, dtype):
+    check_kernel(rms_norm, to_device(tensors(shape), dtype))
+
+
+@pytest.mark.parametrize("missing", [("weight",), ("bias",), ("residual",), ("weight", "bias", "residual")], ids=str)
+def test_kernel_with_parts_missing(missing):
+    given = to_device(tensors((5, 33)), torch.float32) | dict.fromkeys(missing)
+    check_kernel(rms_norm, given)
+
+
+def test_kernel_with_mixed_dtypes_and_strides():
+    """Weights may be fp32 beside half activations, and images channels-last views."""
+    given = to_device(tensors((2, 3, 5, 16)), torch.float16)
+    given |= {
+        "weight": given["weight"].float(),
+        "residual": given["residual"].movedim(-1, 1).contiguous().movedim(1, -1),
+    }
+    check_kernel(rms_norm, given)
+
+
+def test_kernel_is_an_operator():
+    check_operator(rms_norm, to_device(tensors((7, 40)), torch.float32))

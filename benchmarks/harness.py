@@ -1,0 +1,111 @@
+"""What all benchmarks share: timing in turn, memory, and where results go."""
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from diffusers_sana import __version__
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def synchronize() -> None:
+    """Waits for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def alternate(functions: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, float]:
+    """Median seconds of each function, called in turn so that a change of the machine's pace meets all of them."""
+    return {name: statistics.median(times) for name, times in alternating_times(functions, rounds, warmup).items()}
+
+
+def alternating_times(functions: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call, `rounds` a function, after `warmup` untimed rounds."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(warmup + rounds):
+        for name, function in functions.items():
+            synchronize()
+            start = time.perf_counter()
+            function()
+            synchronize()
+            if i >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's with what it can do with half precision."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo").read_text()
+    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    extensions = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name} " in info]
+    return f"{names[0] if names else platform.machine()} ({os.cpu_count()} cores, {' '.join(extensions)})"
+
+
+def environment() -> dict[str, Any]:
+    """What a result must state: device, versions, commit and command."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    module = sys.modules["__main__"].__spec__
+    command = f"python -m {module.name}" if module else Path(sys.argv[0]).name
+    return {
+        "command": " ".join([command, *sys.argv[1:]]),
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+        "versions": {
+            "diffusers_sana": __version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def write_results(name: str, report: dict[str, Any], results: Path = RESULTS) -> Path:
+    """Writes `results/<device>/<name>.json`."""
+    device = torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "cpu"
+    path = results / device / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    return path
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[dict[str, float]]:
+    """Fills `mib` of the dictionary with the most memory in use during the block, beyond what was in use before it.
+
+    On a GPU what torch allocated; on a CPU the resident size of the process.
+    """
+    result: dict[str, float] = {}
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield result
+        synchronize()
+        result["mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the high-water mark
+        before = _status_kib("VmRSS")
+        yield result
+        result["mib"] = (_status_kib("VmHWM") - before) / 2**10
+
+
+def _status_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

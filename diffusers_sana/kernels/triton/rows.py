@@ -1,0 +1,13 @@
+"""What the kernels over rows share."""
+
+from torch import Tensor
+
+
+# Programs of a backward pass that leave a partial sum: about four for each multiprocessor of the largest GPUs.
+MAX_PARTIALS = 512
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`[..., C]` as `[R, C]` with unit stride along C: a view where the strides allow, else a copy."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
