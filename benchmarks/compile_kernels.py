@@ -131,9 +131,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
-    bad = [
-        row for row in report["kernels"] if row["spilled_bytes"] or row["shared_kib"] > SHARED_KIB[row["architecture"]]
-    ]
+    rows = report["kernels"]
+    bad = [row for row in rows if row["spilled_bytes"] or row["shared_kib"] > SHARED_KIB[row["architecture"]]]
     for row in bad:
         print(f"spills or too much shared memory: {row}")
     print(f"{len(rows)} kernels compiled, {len(bad)} do not fit")
