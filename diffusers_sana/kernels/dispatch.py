@@ -97,6 +97,9 @@ def _refusal(tensors: list[Tensor]) -> str | None:
     elif device.type == "cuda":
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
             return f"the GPU's compute capability is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+    elif device.type == "meta":
+        if _mode != "triton":  # there the operators tell shapes, which counts the memory that a GPU would need
+            return "the tensors have no data"
     elif device.type != "xpu":
         return f"there is no Triton for device {device.type!r}"
     for tensor in tensors:

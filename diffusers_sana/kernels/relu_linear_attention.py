@@ -10,11 +10,17 @@ Legend: B batch, N tokens, H heads, D head_dim.
 """
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
 from torch.nn import functional as F
+
+from diffusers_sana.kernels.dispatch import use_triton
+
+
+MAX_HEAD_DIM = 64  # the state of a head must fit beside a block of rows into one program
 
 
 def relu_linear_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e-15) -> Tensor:
@@ -27,6 +33,29 @@ def relu_linear_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: flo
     Returns:
         `[B, N, H, D]` in the dtype of `value`, contiguous. Zero where no key and query share a positive entry.
     """
+    unless = _refusal(query, key, value)
+    if use_triton("relu_linear_attention", query, key, value, unless=unless):
+        return _relu_linear_attention_triton(query, key, value, eps)[0]
+    return relu_linear_attention_reference(query, key, value, eps=eps)
+
+
+def _refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why the kernel cannot take these shapes, or None if it can."""
+    batch, _, heads, head_dim = query.shape
+    if key.shape != value.shape or (key.shape[0], *key.shape[2:]) != (batch, heads, head_dim):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+        return (
+            f"query, key and value must agree in batch, heads and head_dim, and key and value in tokens, got {shapes}"
+        )
+    if head_dim > MAX_HEAD_DIM:
+        return f"more than {MAX_HEAD_DIM} channels a head, {head_dim}"
+    if query.numel() == 0 or key.numel() == 0:
+        return "a tensor is empty"
+    return None
+
+
+def relu_linear_attention_reference(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e-15) -> Tensor:
+    """The formula in PyTorch; float64 inputs give the gold standard."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     query = F.relu(query).to(dtype).transpose(1, 2)  # [B, H, N, D]
     key = F.relu(key).to(dtype).transpose(1, 2)
@@ -37,3 +66,47 @@ def relu_linear_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: flo
         denominator = torch.matmul(query, key.sum(dim=-2).unsqueeze(-1))
     # Written as [B, N, H, D] at once, so that the caller merges heads without a copy.
     return (numerator / (denominator + eps)).transpose(1, 2).to(value.dtype).contiguous()
+
+
+@torch.library.custom_op("diffusers_sana::relu_linear_attention", mutates_args=())
+def _relu_linear_attention_triton(query: Tensor, key: Tensor, value: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Output, and the states that the backward pass needs."""
+    from diffusers_sana.kernels.triton.relu_linear_attention import relu_linear_attention_forward
+
+    return relu_linear_attention_forward(query, key, value, eps)
+
+
+@_relu_linear_attention_triton.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    batch, _, heads, head_dim = query.shape
+    state = query.new_empty((batch, heads, head_dim + 1, head_dim), dtype=torch.float32)
+    return query.new_empty(query.shape, dtype=value.dtype), state
+
+
+@torch.library.custom_op("diffusers_sana::relu_linear_attention_backward", mutates_args=())
+def _relu_linear_attention_backward_triton(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, state: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from diffusers_sana.kernels.triton.relu_linear_attention import relu_linear_attention_backward
+
+    return relu_linear_attention_backward(grad, query, key, value, state, eps)
+
+
+@_relu_linear_attention_backward_triton.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, state: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, ctx.eps = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, grad_state: Any) -> tuple:
+    return *_relu_linear_attention_backward_triton(grad, *ctx.saved_tensors, ctx.eps), None
+
+
+_relu_linear_attention_triton.register_autograd(_backward, setup_context=_setup_context)

@@ -516,6 +516,7 @@ class SanaPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         )
         accepted = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
+        step_guided = getattr(self.scheduler, "step_guided", None)  # guidance and step in one
 
         # 4. Denoising
         text, is_guided = None, None
@@ -537,11 +538,16 @@ class SanaPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                         attention_kwargs=attention_kwargs,
                         return_dict=False,
                         **text,
-                    )[0].float()
-                if is_guided:
-                    unconditional, conditional = prediction.chunk(2)
-                    prediction = unconditional + self.guidance_scale * (conditional - unconditional)
-                latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
+                    )[0]
+                if is_guided and step_guided is not None:
+                    arguments = (prediction, t, latents, self.guidance_scale)
+                    latents = step_guided(*arguments, **step_kwargs, return_dict=False)[0]
+                else:
+                    prediction = prediction.float()
+                    if is_guided:
+                        unconditional, conditional = prediction.chunk(2)
+                        prediction = unconditional + self.guidance_scale * (conditional - unconditional)
+                    latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
                     tensors = {

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diffusers_sana.pipelines.prefix_cache import hidden_states
+
 
 # The lines of the default instruction, as the installed diffusers has them.
 COMPLEX_HUMAN_INSTRUCTION: tuple[str, ...] = tuple(
@@ -72,8 +74,9 @@ def encode_captions(
         Features `[B, L, C]` in the dtype of the model, zero beyond the caption, and their mask `[B, L]`, 1 at tokens.
     """
     # Where instruction and caption meet, the tokenizer joins the last space of the one with the first word of the
-    # other; so one token less is skipped than the instruction alone has.
-    skipped = len(tokenizer.encode(instruction)) - 2 if instruction else 0
+    # other; so the last token of the instruction alone is no part of what is before the caption.
+    prefix = tokenizer.encode(instruction)[:-1] if instruction else []
+    skipped = max(len(prefix) - 1, 0)
     inputs = tokenizer(
         [instruction + caption for caption in captions],
         padding="longest",  # the model is causal: padding to the right cannot change a token
@@ -88,11 +91,9 @@ def encode_captions(
             "`tokenizer` gives no token for an empty prompt; it must put a beginning-of-sequence token before each"
             " text, as Gemma's does."
         )
-    mask = mask.to(device)
-    embeds = text_encoder(inputs.input_ids.to(device), attention_mask=mask, use_cache=False)[0]
-
-    seen = [0, *range(1 + skipped, mask.shape[1])]
-    embeds, mask = embeds[:, seen], mask[:, seen]
+    first = inputs.input_ids[0, :1].tolist()
+    embeds = hidden_states(text_encoder, inputs.input_ids, mask, prefix or first, device)
+    mask = mask[:, [0, *range(1 + skipped, mask.shape[1])]].to(embeds.device)
     embeds = embeds.masked_fill(mask.unsqueeze(-1) == 0, 0)
     if not bool(embeds.isfinite().all()):
         raise ValueError(

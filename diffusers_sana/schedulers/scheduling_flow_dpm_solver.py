@@ -5,6 +5,7 @@ Shape legend: B batch, `...` any further axes of the latents; n steps, numbered 
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+from diffusers_sana.kernels.guided_solver_step import guided_solver_step
 
 
 # What a config of another scheduler may say about features that a flow has no use for, or that we do not have.
@@ -89,7 +92,7 @@ class FlowDPMSolverScheduler(SchedulerMixin, ConfigMixin):
     num_inference_steps: int | None
     _levels: list[float]  # `sigmas` on the host
     _rules: list[list[_StepRule]]  # one list a step, one rule an order, from order 1
-    _predictions: list[Tensor]  # newest first: data predictions, or velocities for Adams-Bashforth
+    _predictions: list[Tensor]  # of earlier steps, newest first: data predictions, or velocities for Adams-Bashforth
     _step_index: int | None
     _begin_index: int | None
 
@@ -264,40 +267,44 @@ class FlowDPMSolverScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: `set_timesteps` was not called, or all its steps are done.
         """
-        if self.num_inference_steps is None:
-            raise ValueError("`step` was called before `set_timesteps`. Call `set_timesteps` first.")
-        if self._step_index is None:
-            self._step_index = self._first_index(timestep)
-        if self._step_index >= self.num_inference_steps:
+        return self._advance(model_output, timestep, sample, None, generator, variance_noise, return_dict)
+
+    def step_guided(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        guidance_scale: float,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Classifier-free guidance and `step` in one: steps with `v = u + guidance_scale * (c - u)`.
+
+        Args:
+            model_output: The velocities `u` without and `c` with the prompt, in this order, `[2 * B, ...]`. Guidance
+                is computed in fp32 at least, whatever their dtype.
+            guidance_scale: Weight of the prompt; 1 is `c` alone.
+            timestep, sample, generator, variance_noise, return_dict: As for `step`; `sample` is `[B, ...]`.
+
+        Returns:
+            As `step`.
+
+        Raises:
+            TypeError: `guidance_scale` is not a number.
+            ValueError: `model_output` is not two batches of velocities of the samples; or as `step`.
+        """
+        if not isinstance(guidance_scale, Real):
+            raise TypeError(f"`guidance_scale` must be a number, got {guidance_scale!r}.")
+        expected = (2 * sample.shape[0], *sample.shape[1:])
+        if model_output.shape != expected:
             raise ValueError(
-                f"`step` was called after the last of {self.num_inference_steps} steps. "
-                "Call `set_timesteps` to start a new run."
+                f"`model_output` must be {list(expected)}, twice the batch of `sample`, got "
+                f"{list(model_output.shape)}. Without guidance, call `step`."
             )
-        dtype = torch.promote_types(model_output.dtype, sample.dtype)
-        sample = sample.to(torch.promote_types(dtype, torch.float32))
-
-        if self.config.algorithm_type == "adams_bashforth":
-            # A copy, because compiled models write their next output into the same memory.
-            prediction = model_output.to(sample.dtype, copy=True)
-        else:
-            prediction = torch.add(sample, model_output, alpha=-self._levels[self._step_index])
-        self._predictions = [prediction, *self._predictions[: self.config.solver_order - 1]]
-
-        rules = self._rules[self._step_index]
-        rule = rules[min(len(rules), len(self._predictions)) - 1]
-        prev_sample = sample * rule.sample
-        for weight, prediction in zip(rule.predictions, self._predictions, strict=False):
-            prev_sample.add_(prediction, alpha=weight)
-        if self.config.algorithm_type == "sde-dpmsolver++":
-            if variance_noise is None:
-                variance_noise = randn_tensor(
-                    sample.shape, generator=generator, device=sample.device, dtype=torch.float32
-                )
-            prev_sample.add_(variance_noise, alpha=rule.noise)
-
-        self._step_index += 1
-        prev_sample = prev_sample.to(dtype)
-        return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
+        return self._advance(
+            model_output, timestep, sample, float(guidance_scale), generator, variance_noise, return_dict
+        )
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """`(1 - σ) original_samples + σ noise`.
@@ -340,6 +347,52 @@ class FlowDPMSolverScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+    def _advance(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        guidance_scale: float | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        variance_noise: Tensor | None,
+        return_dict: bool,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        if self.num_inference_steps is None:
+            raise ValueError("`step` was called before `set_timesteps`. Call `set_timesteps` first.")
+        if self._step_index is None:
+            self._step_index = self._first_index(timestep)
+        if self._step_index >= self.num_inference_steps:
+            raise ValueError(
+                f"`step` was called after the last of {self.num_inference_steps} steps. "
+                "Call `set_timesteps` to start a new run."
+            )
+        dtype = torch.promote_types(model_output.dtype, sample.dtype)
+        sample = sample.to(torch.promote_types(dtype, torch.float32))
+
+        is_velocity = self.config.algorithm_type == "adams_bashforth"
+        rules = self._rules[self._step_index]
+        rule = rules[min(len(rules), 1 + len(self._predictions)) - 1]
+        prev_sample, prediction = guided_solver_step(
+            model_output,
+            sample,
+            self._predictions[: len(rule.predictions) - 1],
+            guidance_scale=guidance_scale,
+            sigma=None if is_velocity else self._levels[self._step_index],
+            sample_weight=rule.sample,
+            prediction_weights=rule.predictions,
+        )
+        self._predictions = [prediction, *self._predictions][: self.config.solver_order - 1]
+        if self.config.algorithm_type == "sde-dpmsolver++":
+            if variance_noise is None:
+                variance_noise = randn_tensor(
+                    sample.shape, generator=generator, device=sample.device, dtype=torch.float32
+                )
+            prev_sample.add_(variance_noise, alpha=rule.noise)
+
+        self._step_index += 1
+        prev_sample = prev_sample.to(dtype)
+        return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
     def _set_schedule(
         self,

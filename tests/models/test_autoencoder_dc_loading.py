@@ -98,7 +98,10 @@ def authors_layout(model: diffusers.AutoencoderDC) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
 @torch.no_grad()
 def test_group_offloading(tmp_path, name, tiling, offload_type):
-    """Weights go to disk, which leaves NaN in memory: a module that is not brought back in time shows."""
+    """Weights go to disk, which leaves NaN in memory: a module that is not brought back in time shows.
+
+    With hooks at the leaves the layers run one by one, which rounds in other places.
+    """
     model = small_model(name)
     x = image(1, 96, 160)
     if tiling:
@@ -109,7 +112,7 @@ def test_group_offloading(tmp_path, name, tiling, offload_type):
         cpu, cpu, offload_type, num_blocks_per_group=1, offload_to_disk_path=str(tmp_path), low_cpu_mem_usage=True
     )
     assert model.encoder.conv_out.weight.isnan().all()
-    assert torch.equal(model.decode(model.encode(x).latent).sample, expected)
+    assert_close_fp32(model.decode(model.encode(x).latent).sample, expected)
 
 
 @torch.no_grad()

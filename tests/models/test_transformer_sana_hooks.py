@@ -104,13 +104,6 @@ def test_processors_of_diffusers_work():
     assert_close_fp32(model(**inputs).sample, expected)
 
 
-def test_fusing_projections_is_refused():
-    model = tiny_model()
-    with pytest.raises(NotImplementedError, match="encode_text"):
-        model.fuse_qkv_projections()
-    model.unfuse_qkv_projections()
-
-
 @torch.no_grad()
 def test_first_block_cache():
     model = tiny_model()

@@ -8,7 +8,8 @@ from diffusers.hooks import apply_group_offloading
 from diffusers.training_utils import EMAModel
 from peft.utils import get_peft_model_state_dict
 
-from diffusers_sana.models.transformers.transformer_sana import SanaPointwiseConv2d, SanaTransformer2DModel
+from diffusers_sana.models.layers import PointwiseConv2d
+from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
 from tests.models.sana_transformers import tiny_config, tiny_inputs, tiny_model, to_dtype, upstream_twin
 from tests.numerics import assert_close_fp32, relative_error
 
@@ -68,7 +69,7 @@ def test_lora_trains_only_itself():
     model(**tiny_inputs(model)).sample.square().mean().backward()
     with_gradient = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert with_gradient == trainable
-    assert isinstance(model.transformer_blocks[0].ff.conv_point.lora_A["default"], SanaPointwiseConv2d)
+    assert isinstance(model.transformer_blocks[0].ff.conv_point.lora_A["default"], PointwiseConv2d)
 
 
 def test_lora_files(tmp_path):

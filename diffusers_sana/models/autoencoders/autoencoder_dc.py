@@ -4,6 +4,8 @@ Read it from top to bottom: norm, residual convolution block, linear attention b
 halves, the model. Stage `i` works at `1 / 2**i` of the image's size; the convolutions-only stages next to the pixels
 are the "shallow" ones, the rest, where attention sees the whole image, the "deep" ones.
 
+Images are channels-last in memory from end to end, so norms and matrix products over channels see rows, not copies.
+
 Legend: B batch, C channels, H height, W width, N = H * W tokens, D head dim, S attention scales,
 ratio = image size / latent size.
 """
@@ -23,6 +25,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusers_sana.kernels.linear import conv2d, linear
+from diffusers_sana.kernels.multiscale_projection import multiscale_projection
 from diffusers_sana.kernels.relu_linear_attention import relu_linear_attention
 from diffusers_sana.kernels.rms_norm import rms_norm
 from diffusers_sana.models.autoencoders.exact_tiling import (
@@ -31,7 +35,9 @@ from diffusers_sana.models.autoencoders.exact_tiling import (
     encoder_shallow_end,
     map_tiles,
 )
+from diffusers_sana.models.autoencoders.resample import down_shortcut, interleave, interpolated_conv2d
 from diffusers_sana.models.autoencoders.stage_config import StageConfig, stage_configs
+from diffusers_sana.models.layers import Conv2d, Linear, PackedLinears, PointwiseConv2d, gated_bottleneck, is_plain
 
 
 DEFAULT_TILE_SIZE = 1024
@@ -61,6 +67,13 @@ class BatchNorm(nn.BatchNorm2d):
         """`[B, C, H, W]` to the same shape and dtype."""
         return super().forward(hidden_states) + residual
 
+    def folded_into(self, conv: Conv2d) -> tuple[Tensor, Tensor]:
+        """Weight and bias of `conv` and this norm, with its running statistics, as one convolution."""
+        mean, variance = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
+        scale = self.weight.float() * torch.rsqrt(variance.float() + self.eps)
+        bias = self.bias.float() - mean.float() * scale
+        return (conv.weight.float() * scale[:, None, None, None]).to(conv.weight.dtype), bias.to(conv.weight.dtype)
+
 
 NORMS: dict[str, type[RMSNorm] | type[BatchNorm]] = {"rms_norm": RMSNorm, "batch_norm": BatchNorm}
 
@@ -71,14 +84,19 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, norm_type: str, act_fn: str) -> None:
         super().__init__()
         self.nonlinearity = get_activation(act_fn)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        if hasattr(self.nonlinearity, "inplace"):
+            self.nonlinearity.inplace = True  # type: ignore[assignment]  # on the output of `conv1`, which nobody else sees
+        self.conv1 = Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm = NORMS[norm_type](channels)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, C, H, W]` to the same shape."""
-        out = self.conv2(self.nonlinearity(self.conv1(hidden_states)))
-        return self.norm(out, residual=hidden_states)
+        out = self.nonlinearity(self.conv1(hidden_states))
+        if isinstance(self.norm, BatchNorm) and not self.training and is_plain(self.conv2):
+            weight, bias = self.norm.folded_into(self.conv2)
+            return conv2d(out, weight, bias, padding=1).add_(hidden_states)
+        return self.norm(self.conv2(out), residual=hidden_states)
 
 
 class MultiscaleProjection(nn.Module):
@@ -86,40 +104,48 @@ class MultiscaleProjection(nn.Module):
 
     def __init__(self, channels: int, num_groups: int, kernel_size: int) -> None:
         super().__init__()
-        self.proj_in = nn.Conv2d(
-            channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False
-        )
-        self.proj_out = nn.Conv2d(channels, channels, 1, groups=num_groups, bias=False)
+        self.proj_in = Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False)
+        self.proj_out = Conv2d(channels, channels, 1, groups=num_groups, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, 3 C, H, W]` to the same shape."""
-        return self.proj_out(self.proj_in(hidden_states))
+        if not is_plain(self.proj_in, self.proj_out):
+            return self.proj_out(self.proj_in(hidden_states))
+        out = multiscale_projection(hidden_states.movedim(1, -1), self.proj_in.weight, self.proj_out.weight)
+        return out.movedim(-1, 1)
 
 
-class MultiscaleLinearAttention(nn.Module):
+class MultiscaleLinearAttention(PackedLinears, nn.Module):
     """ReLU linear attention over all pixels (EfficientViT, arXiv 2205.14756), at one or more scales of the tokens.
 
     The names of `to_q`, `to_k` and `to_v` mislead: the checkpoints hold one projection to 3 C channels, cut into three
     blocks of rows, and its channels are read as (head, [query, key, value], D). The rows of one name belong to all
-    three roles. Only their concatenation means something.
+    three roles. Only their concatenation means something, so they are packed (see `PackedLinears`).
     """
+
+    _packed_names = ("to_q", "to_k", "to_v")
 
     def __init__(self, channels: int, head_dim: int, norm_type: str, kernel_sizes: Sequence[int]) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(channels, channels, bias=False)
-        self.to_v = nn.Linear(channels, channels, bias=False)
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(channels, channels, bias=False)
+        self.to_v = Linear(channels, channels, bias=False)
         self.to_qkv_multiscale = nn.ModuleList(
             MultiscaleProjection(3 * channels, 3 * channels // head_dim, kernel_size) for kernel_size in kernel_sizes
         )
-        self.to_out = nn.Linear((1 + len(kernel_sizes)) * channels, channels, bias=False)
+        self.to_out = Linear((1 + len(kernel_sizes)) * channels, channels, bias=False)
         self.norm_out = NORMS[norm_type](channels)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, C, H, W]` to the same shape."""
         pixels = hidden_states.movedim(1, -1)  # [B, H, W, C]
-        qkv = torch.cat([self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)], dim=-1).movedim(-1, 1)
+        packed = self.packed_linears()
+        if packed is None:
+            qkv = torch.cat([self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)], dim=-1)
+        else:
+            qkv = linear(pixels, packed)
+        qkv = qkv.movedim(-1, 1)
         # Heads do not mix, so each scale attends by itself and only one scale's fp32 copies are alive at a time.
         out = [self._attend(qkv)] + [self._attend(project(qkv)) for project in self.to_qkv_multiscale]
         out = self.to_out(torch.cat(out, dim=-1)).movedim(-1, 1)  # [B, H, W, S C] -> [B, C, H, W]
@@ -138,16 +164,14 @@ class GLUMBConv(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv_inverted = nn.Conv2d(channels, 8 * channels, 1)
-        self.conv_depth = nn.Conv2d(8 * channels, 8 * channels, 3, padding=1, groups=8 * channels)
-        self.conv_point = nn.Conv2d(4 * channels, channels, 1, bias=False)
+        self.conv_inverted = PointwiseConv2d(channels, 8 * channels, 1)
+        self.conv_depth = Conv2d(8 * channels, 8 * channels, 3, padding=1, groups=8 * channels)
+        self.conv_point = PointwiseConv2d(4 * channels, channels, 1, bias=False)
         self.norm = RMSNorm(channels)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, C, H, W]` to the same shape."""
-        out = F.silu(self.conv_inverted(hidden_states), inplace=True)  # [B, 8 C, H, W]
-        out, gate = self.conv_depth(out).chunk(2, dim=1)
-        out = self.conv_point(out * F.silu(gate))
+        out = gated_bottleneck(hidden_states, self.conv_inverted, self.conv_depth, self.conv_point)
         return self.norm(out, residual=hidden_states)
 
 
@@ -177,9 +201,9 @@ class DownBlock(nn.Module):
         self.shortcut = shortcut
         self.group_size = 4 * in_channels // out_channels
         if self.unshuffle:
-            self.conv = nn.Conv2d(in_channels, out_channels // 4, 3, padding=1)
+            self.conv = Conv2d(in_channels, out_channels // 4, 3, padding=1)
         else:
-            self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
+            self.conv = Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, C_in, H, W]` to `[B, C_out, H / 2, W / 2]`."""
@@ -187,7 +211,7 @@ class DownBlock(nn.Module):
         if self.unshuffle:
             out = F.pixel_unshuffle(out, 2)
         if self.shortcut:
-            out = out + average_channels(F.pixel_unshuffle(hidden_states, 2), self.group_size)
+            out = out + down_shortcut(hidden_states, self.group_size)
         return out
 
 
@@ -199,17 +223,21 @@ class UpBlock(nn.Module):
         self.interpolate = block_type == "interpolate"
         self.shortcut = shortcut
         self.repeats = 4 * out_channels // in_channels
-        self.conv = nn.Conv2d(in_channels, out_channels * (1 if self.interpolate else 4), 3, padding=1)
+        self.conv = Conv2d(in_channels, out_channels * (1 if self.interpolate else 4), 3, padding=1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, C_in, H, W]` to `[B, C_out, 2 H, 2 W]`."""
-        if self.interpolate:
-            out = self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
-        else:
-            out = F.pixel_shuffle(self.conv(hidden_states), 2)
-        if self.shortcut:
-            out = out + F.pixel_shuffle(repeat_channels(hidden_states, self.repeats), 2)
-        return out
+        repeats = self.repeats if self.shortcut else None
+        if not self.interpolate:
+            out = self.conv(hidden_states)  # [B, 4 C_out, H, W]
+            return interleave([out[:, k::4] for k in range(4)], hidden_states, repeats)
+        if is_plain(self.conv):
+            return interleave(
+                interpolated_conv2d(hidden_states, self.conv.weight, self.conv.bias), hidden_states, repeats
+            )
+        out = self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+        phases = [out[..., row::2, column::2] for row in (0, 1) for column in (0, 1)]
+        return interleave(phases, hidden_states, repeats) if self.shortcut else out
 
 
 def average_channels(hidden_states: Tensor, group_size: int) -> Tensor:
@@ -264,7 +292,7 @@ class Encoder(nn.Module):
         self.shallow_end = encoder_shallow_end(stages)
         self.conv_in: nn.Module
         if stages[0].num_layers > 0:
-            self.conv_in = nn.Conv2d(in_channels, stages[0].channels, 3, padding=1)
+            self.conv_in = Conv2d(in_channels, stages[0].channels, 3, padding=1)
         else:
             self.conv_in = DownBlock(in_channels, stages[1].channels, downsample_block_type, shortcut=False)
         self.down_blocks = nn.ModuleList()
@@ -273,7 +301,7 @@ class Encoder(nn.Module):
             if blocks and deeper is not None:
                 blocks.append(DownBlock(stage.channels, deeper.channels, downsample_block_type))
             self.down_blocks.append(Stage(*blocks))
-        self.conv_out = nn.Conv2d(stages[-1].channels, latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(stages[-1].channels, latent_channels, 3, padding=1)
         self.out_group_size = stages[-1].channels // latent_channels if out_shortcut else None
 
     def forward(self, hidden_states: Tensor, tile: tuple[int, int] | None = None) -> Tensor:
@@ -322,7 +350,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.shallow_end = decoder_shallow_end(stages, interpolate=upsample_block_type == "interpolate")
-        self.conv_in = nn.Conv2d(latent_channels, stages[-1].channels, 3, padding=1)
+        self.conv_in = Conv2d(latent_channels, stages[-1].channels, 3, padding=1)
         self.in_repeats = stages[-1].channels // latent_channels if in_shortcut else None
         self.up_blocks = nn.ModuleList()
         for stage, deeper in zip_longest(stages, stages[1:]):
@@ -335,7 +363,7 @@ class Decoder(nn.Module):
         self.conv_act = get_activation(conv_act_fn)
         self.conv_out: nn.Module
         if stages[0].num_layers > 0:
-            self.conv_out = nn.Conv2d(last.channels, in_channels, 3, padding=1)
+            self.conv_out = Conv2d(last.channels, in_channels, 3, padding=1)
         else:
             self.conv_out = UpBlock(last.channels, in_channels, upsample_block_type, shortcut=False)
 
@@ -551,6 +579,11 @@ class AutoencoderDC(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalModel
         return self.decode(self.encode(sample, return_dict=False)[0], return_dict=return_dict)
 
     def _for_each_slice(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for module in self.modules():
+                if isinstance(module, MultiscaleLinearAttention):
+                    module.pack_linears()
+        batch = batch.contiguous(memory_format=torch.channels_last)
         if self.use_slicing and batch.shape[0] > 1:
             return torch.cat([function(piece) for piece in batch.split(1)])
         return function(batch)

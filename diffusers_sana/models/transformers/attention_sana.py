@@ -10,8 +10,10 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from diffusers_sana.kernels.linear import linear
 from diffusers_sana.kernels.relu_linear_attention import relu_linear_attention
 from diffusers_sana.kernels.rms_norm import rms_norm
+from diffusers_sana.models.layers import Linear, PackedLinears
 
 
 class SanaRMSNorm(nn.Module):
@@ -38,7 +40,11 @@ class SanaLinearAttnProcessor:
     """
 
     def __call__(self, attn: "SanaAttention", hidden_states: Tensor) -> Tensor:
-        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        packed = attn.packed_linears()
+        if packed is None:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        else:
+            query, key, value = linear(hidden_states, packed).chunk(3, dim=-1)
         if attn.norm_q is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         heads = (attn.heads, -1)
@@ -113,8 +119,11 @@ class SanaAttnProcessor:
         return out if text.constant is None else torch.cat([constant, out])
 
 
-class SanaAttention(nn.Module, AttentionModuleMixin):
+class SanaAttention(PackedLinears, nn.Module, AttentionModuleMixin):
     """Projections of one attention layer; the processor says how they are used.
+
+    The projections of self-attention may be packed (see `PackedLinears`). Those of cross-attention need not be: the
+    text's run once a prompt.
 
     Self-attention processors get `(attn, hidden_states)`, cross-attention processors also `encoder_hidden_states`,
     which is the projected text `[B, L, D]` (a `SanaTextState` only for `SanaAttnProcessor`), and `attention_mask`.
@@ -130,6 +139,7 @@ class SanaAttention(nn.Module, AttentionModuleMixin):
     """
 
     processor: Any
+    _packed_names = ("to_q", "to_k", "to_v")
 
     def __init__(
         self,
@@ -147,21 +157,18 @@ class SanaAttention(nn.Module, AttentionModuleMixin):
         self.heads = heads
         self.is_cross_attention = cross_attention_dim is not None
         kv_dim = dim if cross_attention_dim is None else cross_attention_dim
-        self.to_q = nn.Linear(dim, inner_dim, bias=bias)
-        self.to_k = nn.Linear(kv_dim, inner_dim, bias=bias)
-        self.to_v = nn.Linear(kv_dim, inner_dim, bias=bias)
+        self.to_q = Linear(dim, inner_dim, bias=bias)
+        self.to_k = Linear(kv_dim, inner_dim, bias=bias)
+        self.to_v = Linear(kv_dim, inner_dim, bias=bias)
         self.norm_q = SanaRMSNorm(inner_dim) if qk_norm else None
         self.norm_k = SanaRMSNorm(inner_dim) if qk_norm else None
-        self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim), nn.Dropout(dropout)])
+        self.to_out = nn.ModuleList([Linear(inner_dim, dim), nn.Dropout(dropout)])
         self.processor = processor
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         return self.processor(self, hidden_states, **kwargs)
 
     def fuse_projections(self) -> None:
-        """Refused: a fused copy would not follow the adapters and quantizers that act on the separate projections."""
-        raise NotImplementedError(
-            "Sana's query, key and value projections cannot be fused: adapters and quantizers act on them one by one. "
-            "Remove the call to `fuse_qkv_projections`; the text's keys and values are computed once per prompt "
-            "with `SanaTransformer2DModel.encode_text`."
-        )
+        """Packs the projections of a self-attention now; `encode_text` would do it at the next prompt."""
+        if not self.is_cross_attention:
+            self.pack_linears()

@@ -29,7 +29,9 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusers_sana.kernels.gated_residual import gated_residual
 from diffusers_sana.kernels.modulated_layer_norm import modulated_layer_norm
+from diffusers_sana.models.layers import Conv2d, Linear, PointwiseConv2d, gated_bottleneck
 from diffusers_sana.models.transformers.attention_sana import (
     SanaAttention,
     SanaAttnProcessor,
@@ -50,18 +52,6 @@ class SanaModulatedNorm(nn.LayerNorm):
         return modulated_layer_norm(hidden_states, scale, shift, eps=self.eps)
 
 
-class SanaPointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution run as a matrix product over channels-last pixels: no layout conversion, no copy.
-
-    A `nn.Conv2d` to everything that looks for one (adapters, quantizers, casting hooks).
-    """
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Maps `[B, C, h, w]` to `[B, C', h, w]`, channels-last in memory."""
-        pixels = hidden_states.movedim(1, -1)  # [B, h, w, C]
-        return F.linear(pixels, self.weight.flatten(1), self.bias).movedim(-1, 1)
-
-
 class SanaMixFeedForward(nn.Module):
     """Mix-FFN: pointwise expansion, depthwise 3x3, gate, pointwise projection (Sana, arXiv 2410.10629, section 2.2).
 
@@ -75,15 +65,13 @@ class SanaMixFeedForward(nn.Module):
     def __init__(self, dim: int, mlp_ratio: float) -> None:
         super().__init__()
         hidden_dim = int(mlp_ratio * dim)
-        self.conv_inverted = SanaPointwiseConv2d(dim, 2 * hidden_dim, 1)
-        self.conv_depth = nn.Conv2d(2 * hidden_dim, 2 * hidden_dim, 3, padding=1, groups=2 * hidden_dim)
-        self.conv_point = SanaPointwiseConv2d(hidden_dim, dim, 1, bias=False)
+        self.conv_inverted = PointwiseConv2d(dim, 2 * hidden_dim, 1)
+        self.conv_depth = Conv2d(2 * hidden_dim, 2 * hidden_dim, 3, padding=1, groups=2 * hidden_dim)
+        self.conv_point = PointwiseConv2d(hidden_dim, dim, 1, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Maps `[B, D, h, w]` to the same shape; best when channels-last in memory, and then so is the output."""
-        hidden_states = F.silu(self.conv_inverted(hidden_states))  # [B, 2F, h, w]
-        hidden_states, gate = self.conv_depth(hidden_states).chunk(2, dim=1)
-        return self.conv_point(hidden_states * F.silu(gate))
+        return gated_bottleneck(hidden_states, self.conv_inverted, self.conv_depth, self.conv_point)
 
 
 class SanaTransformerBlock(nn.Module):
@@ -166,7 +154,7 @@ class SanaTransformerBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # [B, 1, D]
 
         attn_output = self.attn1(self.norm1(hidden_states, shift_msa, scale_msa))
-        hidden_states = torch.addcmul(hidden_states, gate_msa, attn_output)
+        hidden_states = gated_residual(hidden_states, attn_output, gate_msa)
 
         hidden_states = hidden_states + self.attn2(
             hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
@@ -175,7 +163,7 @@ class SanaTransformerBlock(nn.Module):
         norm_hidden_states = self.norm2(hidden_states, shift_mlp, scale_mlp)
         # The tokens seen as an image are channels-last: a view, before and after.
         ff_output = self.ff(norm_hidden_states.unflatten(1, (height, width)).movedim(-1, 1))  # [B, D, h, w]
-        return torch.addcmul(hidden_states, gate_mlp, ff_output.movedim(1, -1).flatten(1, 2))
+        return gated_residual(hidden_states, ff_output.movedim(1, -1).flatten(1, 2), gate_mlp)
 
 
 def sincos_position_axes(
@@ -223,7 +211,7 @@ class SanaPatchEmbed(nn.Module):
         super().__init__()
         self.base_size = sample_size // patch_size
         self.interpolation_scale = interpolation_scale
-        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+        self.proj = Conv2d(in_channels, dim, patch_size, stride=patch_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, N, D]`, contiguous, rows first."""
@@ -402,7 +390,7 @@ class SanaTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapte
         )
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
         self.norm_out = SanaModulatedNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.proj_out = nn.Linear(dim, patch_size * patch_size * (out_channels or in_channels))
+        self.proj_out = Linear(dim, patch_size * patch_size * (out_channels or in_channels))
         self.gradient_checkpointing = False
 
     @apply_forward_hook
@@ -414,6 +402,8 @@ class SanaTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapte
         attention_kwargs: dict[str, Any] | None = None,
     ) -> SanaTextContext:
         """Does everything that depends on the prompts alone, for `forward(..., text_context=)` over all steps.
+
+        Also packs the projections of the self-attentions (`PackedLinears`), once.
 
         Masked tokens are dropped, wherever they stand. The prompts with a single token at the start of the batch (the
         empty negative prompts of classifier-free guidance) cost no attention at all. Where a block has a
@@ -432,6 +422,9 @@ class SanaTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapte
         text, mask, num_single = encoder_hidden_states, encoder_attention_mask, 0
         blocks: Any = self.transformer_blocks
         in_full = all(block.can_encode_text() for block in blocks)
+        if in_full and not torch.is_grad_enabled():
+            for block in blocks:
+                block.attn1.pack_linears()
         if mask is not None and mask.ndim == 2:
             valid = attendable_tokens(mask)
             lengths = valid.sum(dim=1).tolist()

@@ -1,0 +1,135 @@
+"""Layers that the models share: stock layers to everything that looks for one, with our operations inside.
+
+Adapters, quantizers and offloading hooks find `nn.Linear` and `nn.Conv2d`, with their weights and names, and may wrap
+or replace them. `is_plain` tells whether one has, so that a model may join several layers into one operation.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_sana.kernels.glu_mb_conv import glu_mb_conv
+from diffusers_sana.kernels.linear import conv2d, linear
+
+
+Pair = tuple[int, int]
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, fast in half precision also on processors that have none (see `kernels/precision.py`)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        return linear(input, self.weight, self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` with zero padding, fast in half precision also on processors that have none."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[B, C, H, W]` to `[B, C', H', W']`; best when channels-last in memory, and then so is the output."""
+        stride, padding = cast(Pair, self.stride), cast(Pair, self.padding)
+        return conv2d(input, self.weight, self.bias, stride=stride, padding=padding, groups=self.groups)
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution run as a matrix product over channels-last pixels: no layout conversion, no copy."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[B, C, H, W]` to `[B, C', H, W]`, channels-last in memory."""
+        return linear(input.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
+def is_plain(*layers: nn.Module) -> bool:
+    """Whether all are layers of this file, neither replaced, nor hooked, nor with a `forward` of somebody else."""
+    return all(
+        type(layer) in (Linear, Conv2d, PointwiseConv2d)
+        and "forward" not in layer.__dict__
+        and not layer._forward_pre_hooks
+        and not layer._forward_hooks
+        for layer in layers
+    )
+
+
+def gated_bottleneck(
+    hidden_states: Tensor, conv_inverted: nn.Conv2d, conv_depth: nn.Conv2d, conv_point: nn.Conv2d
+) -> Tensor:
+    """`glu_mb_conv` over three layers, `[B, C, H, W]` to `[B, C', H, W]`; one by one where they are not plain."""
+    if is_plain(conv_inverted, conv_depth, conv_point):
+        out = glu_mb_conv(
+            hidden_states.movedim(1, -1),
+            conv_inverted.weight.flatten(1),
+            conv_inverted.bias,
+            conv_depth.weight,
+            conv_depth.bias,
+            conv_point.weight.flatten(1),
+        )
+        return out.movedim(-1, 1)
+    out, gate = conv_depth(nn.functional.silu(conv_inverted(hidden_states))).chunk(2, dim=1)
+    return conv_point(out * nn.functional.silu(gate))
+
+
+class PackedLinears:
+    """Mixin for a module with linear layers of one input: their weights as one matrix, at no cost in memory.
+
+    `pack_linears` lets the layers' parameters be views of one matrix, so that one product serves them all. Names,
+    parameters and state dict stay as they are, and edits in place reach both. Where a layer has been wrapped,
+    replaced, moved or given other weights since, `packed_linears` says no, and the caller runs the layers one by one.
+    """
+
+    _packed_names: Sequence[str]
+    _packed: Tensor | None = None
+    _may_pack = True
+
+    def pack_linears(self) -> None:
+        """Joins the weights where that can be done; once, until they are moved, loaded or replaced.
+
+        Not again and again, because offloading gives the parameters new memory at every run.
+        """
+        layers = [getattr(self, name) for name in self._packed_names]
+        if not self._may_pack or not is_plain(*layers):
+            return
+        weights = [layer.weight for layer in layers]
+        alike = len({(weight.device, weight.dtype, type(weight)) for weight in weights}) == 1
+        if not alike or weights[0].is_meta or any(layer.bias is not None for layer in layers):
+            return
+        packed = torch.cat([weight.detach() for weight in weights])
+        for weight, piece in zip(weights, packed.split([weight.shape[0] for weight in weights]), strict=True):
+            weight.data = piece
+        self._packed, self._may_pack = packed, False
+
+    def packed_linears(self) -> Tensor | None:
+        """The joined weight `[sum of N, K]`, or None where the layers must run one by one.
+
+        None also while a gradient is wanted: it belongs to the layers' own parameters.
+        """
+        packed = self._packed
+        layers = [getattr(self, name) for name in self._packed_names]
+        if packed is None or torch.is_grad_enabled() or not is_plain(*layers):
+            return None
+        if not torch.compiler.is_compiling():  # compiled code cannot ask where memory is
+            start = packed.data_ptr()
+            for layer in layers:
+                if layer.weight.data_ptr() != start or layer.weight.dtype != packed.dtype:
+                    self._packed = None
+                    return None
+                start += layer.weight.nbytes
+        return packed
+
+    def _unpack(self) -> None:
+        self._packed, self._may_pack = None, True
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._unpack()  # `.to` and its like give each parameter memory of its own
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._unpack()  # `assign=True` brings other tensors
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._packed_names:
+            self._unpack()
+        super().__setattr__(name, value)
