@@ -47,6 +47,17 @@ def alternating_times(functions: dict[str, Callable[[], Any]], rounds: int, warm
     return times
 
 
+def summary(times: dict[str, list[float]], baseline: str) -> dict[str, Any]:
+    """Median seconds, and how many times faster ours is than `baseline`: the median over rounds, with its range."""
+    ratios = sorted(theirs / ours for theirs, ours in zip(times[baseline], times["diffusers_sana"], strict=True))
+    return {
+        "rounds": len(ratios),
+        "seconds": {name: statistics.median(values) for name, values in times.items()},
+        "speedup": statistics.median(ratios),
+        "speedup_range": [ratios[0], ratios[-1]],
+    }
+
+
 def device_name() -> str:
     """The GPU's name, or the processor's with what it can do with half precision."""
     if torch.cuda.is_available():

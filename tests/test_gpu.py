@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from diffusers_sana import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
 from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.kernels.dispatch import kernel_mode
 from tests.numerics import relative_error
 
 
@@ -42,3 +44,52 @@ def test_model_cpu_offload():
     pipe.enable_model_cpu_offload()
     pipe("a red apple", num_inference_steps=2)
     assert pipe.transformer.device.type == "cpu"
+
+
+def test_cuda_graphs_give_the_same_picture():
+    """Over prompts of several lengths, with and without guidance, at several sizes, after an adapter."""
+    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.bfloat16).to("cuda")
+
+    def pictures() -> list[torch.Tensor]:
+        settings = [("a fox", 4.5, 128), ("a red apple on a blue background", 4.5, 128), ("a fox", 1.0, 96)]
+        return [
+            pipe(
+                prompt,
+                guidance_scale=guidance,
+                height=size,
+                width=size,
+                use_resolution_binning=False,
+                num_inference_steps=4,
+                generator=torch.Generator("cpu").manual_seed(0),
+                output_type="pt",
+            ).images
+            for prompt, guidance, size in settings
+        ]
+
+    expected = pictures()
+    pipe.enable_cuda_graphs()
+    for _ in range(2):
+        for actual, eager in zip(pictures(), expected, strict=True):
+            assert torch.equal(actual, eager)
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    changed = pictures()
+    pipe.disable_cuda_graphs()
+    for actual, eager in zip(changed, pictures(), strict=True):
+        assert torch.equal(actual, eager)
+    assert not torch.equal(changed[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@torch.no_grad()
+def test_kernels_against_references_in_whole_models(dtype: torch.dtype):
+    transformer = SanaTransformer2DModel.from_pretrained(SANA_EMOJI, subfolder="transformer").eval().to("cuda", dtype)
+    vae = AutoencoderDC.from_pretrained(SANA_EMOJI, subfolder="vae").eval().to("cuda", dtype)
+    latents = torch.randn(2, 32, 8, 8, device="cuda", dtype=dtype)
+    text = torch.randn(2, 7, transformer.config.caption_channels, device="cuda", dtype=dtype)
+    times = torch.full((2,), 500.0, device="cuda")
+    results = {}
+    for mode in ("triton", "torch"):
+        with kernel_mode(mode):
+            results[mode] = transformer(latents, text, times).sample, vae.decode(latents).sample
+    for kernel, reference in zip(results["triton"], results["torch"], strict=True):
+        assert relative_error(kernel, reference) < TOLERANCES[dtype]

@@ -120,7 +120,6 @@ def test_memory_at_4096(half):
     whole_peak, whole_largest = peak()
     model.enable_tiling()
     tiled_peak, tiled_largest = peak()
-    print(whole_peak / 2**30, tiled_peak / 2**30)
     assert whole_peak < 20.5 * 2**30  # diffusers: 26 and 28 GiB
     assert tiled_peak < 5 * 2**30
     assert tiled_largest <= 2 * 2**30 < whole_largest  # the gated convolution of stage 3, which is not tiled

@@ -1,4 +1,4 @@
-"""`torch.compile`: whole graphs, one graph for all sizes, block by block; with projections packed and with adapters."""
+"""`torch.compile`: whole graphs, one graph for all sizes, block by block; packed projections and adapters."""
 
 import pytest
 import torch

@@ -163,7 +163,7 @@ def _out_kernel(
     p_q = _rows_of(q_ptr, stride_qb, stride_qn, stride_qh, heads, i_s * rows, BLOCK_N, BLOCK_D)
     p_out = _rows_of(out_ptr, stride_ob, stride_on, stride_oh, heads, i_s * rows, BLOCK_N, BLOCK_D)
     b_state, b_sum = _load_state(partials_ptr, D, BLOCK_D, SPLITS)
-    if SPLITS > 9 and i_s == 0:
+    if SPLITS > 1 and i_s == 0:
         _store_state(state_ptr, i_s, b_state, b_sum, D, BLOCK_D)
     b_parts, b_scale = _split(b_state, q_ptr.dtype.element_ty)
     for start in range(0, left, BLOCK_N):

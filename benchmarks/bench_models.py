@@ -1,0 +1,135 @@
+"""Seconds and memory of the models at their true sizes: ours and diffusers', in turn, in one process.
+
+    python -m benchmarks.bench_models [--only transformer autoencoder picture] [--cases NAME ...] [--rounds 3]
+
+Random weights; both classes use the same memory for them. The transformer's text is a prompt of 32 tokens of 300 and
+an empty negative prompt; what depends on the text alone is computed before the steps are timed in ours, and in every
+step in diffusers', as in their pipelines. Writes `benchmarks/results/<device>/models.json`, case by case, so that a run
+may be cut off and continued; cases there are measured again only when named.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import RESULTS, alternating_times, environment, peak_memory, summary, write_results
+from benchmarks.models import AUTOENCODER, TRANSFORMERS, pipelines, step_inputs, twins
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PROMPT = "a cyberpunk cat with a neon sign that says Sana, rain on the street behind it, soft light, many details"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def step_case(model: str, size: int, dtype: str, compiled: bool = False) -> dict[str, Any]:
+    """One denoising step, guided."""
+    ours, theirs = twins("SanaTransformer2DModel", TRANSFORMERS[model], DEVICE, DTYPES[dtype])
+    inputs = step_inputs(size, DEVICE, DTYPES[dtype])
+    with torch.no_grad():
+        text = ours.encode_text(inputs["encoder_hidden_states"], inputs["encoder_attention_mask"])
+        if compiled:
+            ours.compile_repeated_blocks(fullgraph=True, dynamic=False)
+            theirs = torch.compile(theirs, dynamic=False)
+    return {
+        "diffusers": lambda: theirs(**inputs).sample,
+        "diffusers_sana": lambda: ours(inputs["hidden_states"], None, inputs["timestep"], text_context=text).sample,
+    }
+
+
+def autoencoder_case(half: str, size: int, dtype: str) -> dict[str, Any]:
+    """One image of `size` pixels a side."""
+    ours, theirs = twins("AutoencoderDC", AUTOENCODER, DEVICE, DTYPES[dtype])
+    torch.manual_seed(0)
+    shape = (1, 32, size // 32, size // 32) if half == "decode" else (1, 3, size, size)
+    x = torch.randn(shape).to(DEVICE, DTYPES[dtype])
+    return {
+        "diffusers": lambda: getattr(theirs, half)(x, return_dict=False)[0],
+        "diffusers_sana": lambda: getattr(ours, half)(x, return_dict=False)[0],
+    }
+
+
+def picture_case(model: str, size: int, dtype: str, steps: int = 20) -> dict[str, Any]:
+    """From a new prompt to pixels: text encoder, steps, decoding. The instruction is the same from run to run."""
+    pipes = pipelines(TRANSFORMERS[model], DEVICE, DTYPES[dtype])
+    count = iter(range(10**6))
+
+    def run(pipe: Any) -> Callable[[], torch.Tensor]:
+        return lambda: (
+            pipe(
+                f"{PROMPT}, number {next(count)}",
+                height=size,
+                width=size,
+                num_inference_steps=steps,
+                use_resolution_binning=False,
+                generator=torch.Generator("cpu").manual_seed(0),
+                output_type="pt",
+            ).images
+        )
+
+    return {name: run(pipe) for name, pipe in pipes.items()}
+
+
+# Name -> kind, function, arguments, rounds for each class. The slow ones run once: they take minutes.
+CASES: dict[str, tuple[str, Callable[..., dict[str, Any]], tuple, int]] = {
+    "sana-0.6b step 512px bf16": ("transformer", step_case, ("sana-0.6b", 512, "bf16"), 3),
+    "sana-0.6b step 1024px bf16": ("transformer", step_case, ("sana-0.6b", 1024, "bf16"), 3),
+    "sana-0.6b step 512px fp32": ("transformer", step_case, ("sana-0.6b", 512, "fp32"), 5),
+    "sana-0.6b step 1024px fp32": ("transformer", step_case, ("sana-0.6b", 1024, "fp32"), 5),
+    "sana-0.6b step 1024px bf16 compiled": ("compiled", step_case, ("sana-0.6b", 1024, "bf16", True), 2),
+    "sana-0.6b step 1024px fp32 compiled": ("compiled", step_case, ("sana-0.6b", 1024, "fp32", True), 5),
+    "dc-ae decode 512px fp32": ("autoencoder", autoencoder_case, ("decode", 512, "fp32"), 3),
+    "dc-ae decode 1024px fp32": ("autoencoder", autoencoder_case, ("decode", 1024, "fp32"), 3),
+    "dc-ae encode 512px fp32": ("autoencoder", autoencoder_case, ("encode", 512, "fp32"), 3),
+    "dc-ae decode 1024px bf16": ("autoencoder", autoencoder_case, ("decode", 1024, "bf16"), 1),
+    "sana-0.6b picture 512px bf16": ("picture", picture_case, ("sana-0.6b", 512, "bf16"), 1),
+}
+
+
+def measure(functions: dict[str, Callable[[], torch.Tensor]], rounds: int) -> dict[str, Any]:
+    """Seconds and peak memory of each, their ratios, and how far apart the outputs are.
+
+    Memory is read in the first, untimed calls, each of which starts with what the other left.
+    """
+    outputs, memory = {}, {}
+    with torch.no_grad():
+        for name, function in functions.items():
+            with peak_memory() as peak:
+                outputs[name] = function()
+            memory[name] = peak["mib"]
+        times = alternating_times(functions, rounds, warmup=0)
+    ours, theirs = outputs["diffusers_sana"].double(), outputs["diffusers"].double()
+    return {
+        **summary(times, baseline="diffusers"),
+        "peak_mib": memory,
+        "memory_ratio": memory["diffusers_sana"] / memory["diffusers"],
+        "difference": ((ours - theirs).norm() / theirs.norm()).item(),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = sorted({kind for kind, *_ in CASES.values()})
+    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, help="kinds of cases")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=[], help="cases to run, also where measured")
+    parser.add_argument("--rounds", type=int, help="timed calls of each class; by default as many as a case needs")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+
+    path = args.results / DEVICE / "models.json"
+    report = {**environment(), "cases": {}}
+    if path.exists():
+        report["cases"] = json.loads(path.read_text())["cases"]
+    for name, (kind, make, arguments, rounds) in CASES.items():
+        if name in args.cases or (not args.cases and kind in args.only and name not in report["cases"]):
+            row = {"commit": report["commit"], **measure(make(*arguments), args.rounds or rounds)}
+            report["cases"][name] = row
+            print(f"{name}: {row['speedup']:.2f}x, memory {row['memory_ratio']:.2f}x, {row['seconds']}")
+            write_results("models", report, args.results)
+
+
+if __name__ == "__main__":
+    main()
