@@ -5,7 +5,7 @@ MINUTES ?= 25
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test check format gpu-check gpu-bench study train-bundled prepare-data
+.PHONY: setup demo test check format gpu-check gpu-bench bench compile-kernels tables study train-bundled prepare-data
 
 setup: $(STAMP)
 
@@ -29,11 +29,20 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-gpu-check: setup  ## what only a GPU can show
-	$(BIN)/pytest -m gpu
+gpu-check: setup  ## on a GPU: every kernel against its reference, and what only a GPU can show
+	$(BIN)/pytest tests/kernels tests/test_gpu.py
 
-gpu-bench: setup  ## writes benchmarks/results/<device>/
-	$(BIN)/python benchmarks/bench_pipeline.py
+gpu-bench: setup  ## on a GPU, in 8 minutes: kernels, steps, autoencoder, pictures
+	$(BIN)/python -m benchmarks.bench_gpu
+
+bench: setup  ## models at true size on this machine, ours beside diffusers'
+	$(BIN)/python -m benchmarks.bench_models
+
+compile-kernels: setup  ## every kernel for six architectures, without a GPU: registers, shared memory, spills
+	$(BIN)/python -m benchmarks.compile_kernels
+
+tables: setup  ## the tables of docs/performance.md from benchmarks/results
+	$(BIN)/python -m benchmarks.tables
 
 study: setup  ## solvers on flows with known answers: results, table, picture
 	$(BIN)/python benchmarks/study_flow_solvers.py

@@ -82,7 +82,7 @@ def picture_case(model: str, size: int, dtype: str, steps: int = 20) -> dict[str
     return {name: run(pipe) for name, pipe in pipes.items()}
 
 
-# Name -> kind, function, arguments, timed rounds after the first. Where half precision is slow, one call takes minutes.
+# Name -> kind, function, arguments, rounds after the first. Where half precision is slow, one call takes minutes.
 CASES: dict[str, tuple[str, Callable[..., dict[str, Any]], tuple, int]] = {
     "sana-0.6b step 512px bf16": ("transformer", step_case, ("sana-0.6b", 512, "bf16"), 3),
     "sana-0.6b step 512px fp32": ("transformer", step_case, ("sana-0.6b", 512, "fp32"), 5),

@@ -1,6 +1,6 @@
 """Compiles every kernel ahead of time for every architecture, without a GPU, and reports registers and spills.
 
-python -m benchmarks.compile_kernels [--out FILE]
+python -m benchmarks.compile_kernels [--first-case] [--out FILE]
 
 Writes `benchmarks/results/compile/kernels.json`.
 """
@@ -64,8 +64,8 @@ def benchmarks() -> Iterator[KernelBenchmark]:
             yield benchmark
 
 
-def compile_all() -> list[dict[str, Any]]:
-    """One row a kernel, shape and architecture."""
+def compile_all(first_case: bool = False) -> list[dict[str, Any]]:
+    """One row a kernel, shape and architecture; of each operation the first shape or all."""
     compiled: list[Any] = []
 
     def compile_only(kernel: JITFunction, grid: Any) -> Any:
@@ -77,7 +77,7 @@ def compile_all() -> list[dict[str, Any]]:
         for architecture, target in TARGETS.items():
             driver.set_active(_Driver(target))
             for benchmark in benchmarks():
-                for case in benchmark.cases:
+                for case in benchmark.cases[:1] if first_case else benchmark.cases:
                     for function in benchmark.launches:
                         compiled.clear()
                         function(**case.make("meta", benchmark.dtype))
@@ -121,13 +121,14 @@ def resources(kernel: Any, architecture: str) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--first-case", action="store_true", help="only the first shape of each operation")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message=".*TRITON_DEFAULT_FP_FUSION")
     report = {
         "command": "python -m benchmarks.compile_kernels",
         "versions": {"triton": triton.__version__, "torch": torch.__version__},
         "shared_kib_limits": SHARED_KIB,
-        "kernels": compile_all(),
+        "kernels": compile_all(args.first_case),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")

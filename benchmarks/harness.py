@@ -1,6 +1,8 @@
 """What all benchmarks share: timing in turn, memory, and where results go."""
 
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -111,6 +113,8 @@ def peak_memory() -> Iterator[dict[str, float]]:
         synchronize()
         result["mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
     else:
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before must not serve the block unseen
         Path("/proc/self/clear_refs").write_text("5")  # forgets the high-water mark
         before = _status_kib("VmRSS")
         yield result

@@ -13,6 +13,8 @@ import diffusers_sana
 from diffusers_sana.checkpoints import SANA_EMOJI
 
 
+diffusers.utils.logging.set_verbosity_error()  # casting models on the meta device warns
+
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "sana-0.6b": {
         "num_layers": 28,
