@@ -7,4 +7,3 @@ def test_tables_are_those_of_the_results():
     page = PAGE.read_text()
     assert filled(page) == page, "run `make tables`"
     assert all(f"<!-- table {name} -->" in page for name in TABLES)
-    assert filled(page.replace("| ", "| 9", 1)) != page.replace("| ", "| 9", 1) or "| 9" not in page
