@@ -585,8 +585,10 @@ class AutoencoderDC(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalModel
                     module.pack_linears()
         batch = batch.contiguous(memory_format=torch.channels_last)
         if self.use_slicing and batch.shape[0] > 1:
-            return torch.cat([function(piece) for piece in batch.split(1)])
-        return function(batch)
+            out = torch.cat([function(piece) for piece in batch.split(1)])
+        else:
+            out = function(batch)
+        return out.contiguous()  # callers draw noise "like" it, which depends on the layout
 
     def _encode(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
