@@ -583,12 +583,14 @@ class AutoencoderDC(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalModel
             for module in self.modules():
                 if isinstance(module, MultiscaleLinearAttention):
                     module.pack_linears()
+        # The result has the layout of the input, as in diffusers: callers draw noise "like" it, which depends on that.
+        layout = torch.contiguous_format if batch.is_contiguous() else torch.channels_last
         batch = batch.contiguous(memory_format=torch.channels_last)
         if self.use_slicing and batch.shape[0] > 1:
             out = torch.cat([function(piece) for piece in batch.split(1)])
         else:
             out = function(batch)
-        return out.contiguous()  # callers draw noise "like" it, which depends on the layout
+        return out.contiguous(memory_format=layout)
 
     def _encode(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
