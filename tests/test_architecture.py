@@ -19,6 +19,8 @@ MAY_IMPORT = {
     "schedulers": {"kernels"},
     "pipelines": {"kernels", "models", "schedulers", "_registration"},
     "training": {"models", "schedulers"},
+    "quantizers": {"kernels"},
+    "loaders": {"kernels", "quantizers"},
     "checkpoints": set(),
 }
 # Nothing in the package but these may import a pipeline: data flows from pipelines down.

@@ -1,0 +1,84 @@
+"""The 16-bit matrix that a quantized layer stands for (SVDQuant, arXiv 2411.05007, equation 5).
+
+    weight = decode(qweight) / smooth + proj_up @ proj_down
+
+`x @ weight.T` is what the layer computes when activations stay 16 bit (w4a16).
+
+Legend: K input features, Kp = K padded, N output features, r rank.
+"""
+
+import torch
+from torch import Tensor
+
+from diffusers_sana.kernels.dispatch import use_triton
+from diffusers_sana.kernels.low_bit import decode_weight
+
+
+def dequantize_weight(
+    qweight: Tensor,
+    wscales: Tensor,
+    wtscale: Tensor | None,
+    smooth_factor: Tensor,
+    proj_down: Tensor,
+    proj_up: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """All parts of a quantized weight put together.
+
+    Args:
+        qweight, wscales, wtscale: the residual, as in `low_bit.py`; `[N, Kp/2]`, `[N, Kp/G]`, `[N]` or None.
+        smooth_factor: `[K]`.
+        proj_down, proj_up: `[r, K]` and `[N, r]`; r may be 0.
+        dtype: of the result.
+
+    Returns:
+        `[N, K]`.
+    """
+    if use_triton("dequantize_weight", smooth_factor, proj_down, proj_up):
+        arguments = (qweight, wscales, wtscale, smooth_factor, proj_down, proj_up)
+        return _dequantize_weight_triton(*arguments, dtype)
+    return dequantize_weight_reference(qweight, wscales, wtscale, smooth_factor, proj_down, proj_up, dtype)
+
+
+def dequantize_weight_reference(
+    qweight: Tensor,
+    wscales: Tensor,
+    wtscale: Tensor | None,
+    smooth_factor: Tensor,
+    proj_down: Tensor,
+    proj_up: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The formula in PyTorch, in fp32, or in fp64 where `dtype` is; rounded once."""
+    compute = torch.promote_types(dtype, torch.float32)
+    residual = decode_weight(qweight, wscales, wtscale).to(compute)[:, : smooth_factor.shape[0]]
+    residual = residual / smooth_factor.to(compute)
+    return torch.addmm(residual, proj_up.to(compute), proj_down.to(compute)).to(dtype)
+
+
+@torch.library.custom_op("diffusers_sana::dequantize_weight", mutates_args=())
+def _dequantize_weight_triton(
+    qweight: Tensor,
+    wscales: Tensor,
+    wtscale: Tensor | None,
+    smooth_factor: Tensor,
+    proj_down: Tensor,
+    proj_up: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    from diffusers_sana.kernels.triton.dequantize_weight import dequantize_weight_forward
+
+    return dequantize_weight_forward(qweight, wscales, wtscale, smooth_factor, proj_down, proj_up, dtype)
+
+
+@_dequantize_weight_triton.register_fake
+def _(
+    qweight: Tensor,
+    wscales: Tensor,
+    wtscale: Tensor | None,
+    smooth_factor: Tensor,
+    proj_down: Tensor,
+    proj_up: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    return proj_up.new_empty((qweight.shape[0], smooth_factor.shape[0]), dtype=dtype)

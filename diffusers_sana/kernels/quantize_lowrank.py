@@ -1,0 +1,110 @@
+"""Activation quantization and the low-rank down projection of SVDQuant, from one reading of the input.
+
+    low = x @ proj_down.T                      (the 16-bit branch: raw x)
+    codes, scales = quantize(x / smooth)       (the low-bit branch)
+
+(SVDQuant, arXiv 2411.05007, section 4.2 and equation 6.) Three formats of the codes:
+
+    int4    integers -7..7 in int8, a scale for 64 neighbours: amax / 7
+    nvfp4   packed e2m1, an e4m3 scale for 16 neighbours: amax / 6
+    int8    integers -127..127, a scale a token: amax / 127
+
+Legend: M tokens, K input features, Kp = K padded to a multiple of 64 with zeros, r rank.
+"""
+
+import torch
+from torch import Tensor
+
+from diffusers_sana.kernels.dispatch import use_triton
+from diffusers_sana.kernels.low_bit import (
+    E4M3_MAX,
+    GROUP_SIZES,
+    MAX_CODES,
+    encode_e2m1,
+    nonzero,
+    pack_nibbles,
+    pad_features,
+    padded,
+)
+
+
+FORMATS = ("int4", "nvfp4", "int8")
+
+
+def quantize_lowrank(
+    hidden_states: Tensor, smooth_factor: Tensor, proj_down: Tensor, activation_format: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantizes `hidden_states / smooth_factor` and projects `hidden_states` down.
+
+    Args:
+        hidden_states: `[M, K]`.
+        smooth_factor: `[K]`, positive.
+        proj_down: `[r, K]`; r may be 0.
+        activation_format: "int4", "nvfp4" or "int8".
+
+    Returns:
+        codes: int8 `[M, Kp]`, for nvfp4 uint8 `[M, Kp/2]` packed as in `low_bit.py`.
+        scales: fp32 `[M, Kp/64]` (int4), e4m3 `[M, Kp/16]` (nvfp4) or fp32 `[M, 1]` (int8).
+        low: fp32 `[M, r]`.
+
+    Raises:
+        ValueError: another format.
+    """
+    if activation_format not in FORMATS:
+        raise ValueError(f"`activation_format` must be one of {FORMATS}, got {activation_format!r}.")
+    unless = "there are no tokens" if hidden_states.numel() == 0 else None
+    if use_triton("quantize_lowrank", hidden_states, smooth_factor, proj_down, unless=unless):
+        return _quantize_lowrank_triton(hidden_states, smooth_factor, proj_down, activation_format)
+    return quantize_lowrank_reference(hidden_states, smooth_factor, proj_down, activation_format)
+
+
+def quantize_lowrank_reference(
+    hidden_states: Tensor, smooth_factor: Tensor, proj_down: Tensor, activation_format: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formulas in PyTorch; this defines which code a number gets."""
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    low = hidden_states.to(dtype) @ proj_down.to(dtype).t()
+    smoothed = pad_features(hidden_states.float() / smooth_factor.float())
+    if activation_format == "int8":
+        scales = smoothed.abs().amax(-1, keepdim=True) / 127
+        return (smoothed / nonzero(scales)).round().to(torch.int8), scales, low
+    group_size = GROUP_SIZES[activation_format]
+    groups = smoothed.unflatten(-1, (-1, group_size))
+    scales = groups.abs().amax(-1) / MAX_CODES[activation_format]
+    if activation_format == "int4":
+        return (groups / nonzero(scales)[..., None]).round().flatten(-2).to(torch.int8), scales, low
+    scales = scales.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+    nibbles = encode_e2m1((groups / nonzero(scales.float())[..., None]).flatten(-2))
+    return pack_nibbles(nibbles, group_size), scales, low
+
+
+@torch.library.custom_op("diffusers_sana::quantize_lowrank", mutates_args=())
+def _quantize_lowrank_triton(
+    hidden_states: Tensor, smooth_factor: Tensor, proj_down: Tensor, activation_format: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    from diffusers_sana.kernels.triton.quantize_lowrank import quantize_lowrank_forward
+
+    return quantize_lowrank_forward(hidden_states, smooth_factor, proj_down, activation_format)
+
+
+@_quantize_lowrank_triton.register_fake
+def _(
+    hidden_states: Tensor, smooth_factor: Tensor, proj_down: Tensor, activation_format: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_outputs(hidden_states, proj_down.shape[0], activation_format)
+
+
+def empty_outputs(hidden_states: Tensor, rank: int, activation_format: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for codes, scales and low."""
+    tokens, features = hidden_states.shape[0], padded(hidden_states.shape[1])
+    shapes = {
+        "int8": ((tokens, features), torch.int8, (tokens, 1), torch.float32),
+        "int4": ((tokens, features), torch.int8, (tokens, features // 64), torch.float32),
+        "nvfp4": ((tokens, features // 2), torch.uint8, (tokens, features // 16), torch.float8_e4m3fn),
+    }
+    codes_shape, codes_dtype, scales_shape, scales_dtype = shapes[activation_format]
+    return (
+        hidden_states.new_empty(codes_shape, dtype=codes_dtype),
+        hidden_states.new_empty(scales_shape, dtype=scales_dtype),
+        hidden_states.new_empty((tokens, rank), dtype=torch.float32),
+    )

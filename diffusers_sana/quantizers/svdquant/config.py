@@ -1,0 +1,104 @@
+"""What a user chooses about SVDQuant, and what a checkpoint records about itself."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin as DiffusersConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
+
+
+PRECISIONS = ("int4", "nvfp4")
+COMPUTE_MODES = ("auto", "w4a4", "w4a8", "w4a16")
+SMOOTHING = ("search", "none")
+
+
+class QuantizationMethod(StrEnum):
+    """The name under which both libraries know us; they read `.value` of it."""
+
+    SVDQUANT = "svdquant"
+
+
+@dataclass(repr=False)
+class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
+    """Options of SVDQuant, for `quantization_config=` and `PipelineQuantizationConfig`, in both libraries.
+
+    Args:
+        precision: "int4" (integers, a scale for 64 weights) or "nvfp4" (e2m1, an e4m3 scale for 16).
+        rank: of the 16-bit branch; 0 for none.
+        smoothing: "search" the exponent of the smoothing factors layer by layer, or "none".
+        refinements: rounds in which the branch is fitted again to what quantization left over; each costs one SVD.
+        gptq: round the residual with second-order error compensation; needs calibration prompts.
+        compute_mode: how layers compute: "w4a4", "w4a8", "w4a16", or "auto" for what the device is best at.
+        modules: which layers to quantize: patterns of module names to "w4a4" (activations may be quantized) or
+            "w4a16" (activations stay 16 bit). None: chosen by name, see `targets.py`. A saved checkpoint lists its own.
+        modules_to_not_convert: patterns of module names to leave as they are.
+        seed: of the randomized SVD.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    quant_method: QuantizationMethod = field(init=False, default=QuantizationMethod.SVDQUANT)  # type: ignore[assignment]
+    precision: str = "int4"
+    rank: int = 32
+    smoothing: str = "search"
+    refinements: int = 0
+    gptq: bool = False
+    compute_mode: str = "auto"
+    modules: dict[str, str] | None = None
+    modules_to_not_convert: list[str] = field(default_factory=list)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("precision", PRECISIONS),
+            ("compute_mode", COMPUTE_MODES),
+            ("smoothing", SMOOTHING),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
+        for name, least in (("rank", 0), ("refinements", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+        if not isinstance(self.gptq, bool):
+            raise TypeError(f"`gptq` must be True or False, got {self.gptq!r}.")
+        self.modules_to_not_convert = list(self.modules_to_not_convert or [])
+        for pattern in [*self.modules_to_not_convert, *(self.modules or {})]:
+            if not isinstance(pattern, str):
+                raise TypeError(f"patterns of module names must be strings, got {pattern!r}.")
+        if isinstance(self.modules, dict) and not self.modules:
+            raise ValueError("`modules` must name at least one pattern, or be None for the choice by name, got {}.")
+        for pattern, mode in (self.modules or {}).items():
+            if mode not in ("w4a4", "w4a16"):
+                raise ValueError(f'`modules[{pattern!r}]` must be "w4a4" or "w4a16", got {mode!r}.')
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A config from `to_dict`'s output, also of a later version: fields we do not know are left out.
+
+        With `return_unused_kwargs` also the keyword arguments that are no fields.
+        """
+        known = {item.name for item in fields(cls) if item.init}
+        given = config_dict | {key: value for key, value in kwargs.items() if key in known}
+        config = cls(**{key: value for key, value in given.items() if key in known})
+        unused = {key: value for key, value in kwargs.items() if key not in known}
+        return (config, unused) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in JSON's types."""
+        return asdict(self) | {"quant_method": self.quant_method.value}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults."""
+        defaults = SVDQuantConfig().to_dict()
+        return {key: value for key, value in self.to_dict().items() if key == "quant_method" or value != defaults[key]}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """As JSON."""
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"

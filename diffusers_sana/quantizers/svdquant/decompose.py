@@ -1,0 +1,275 @@
+"""One layer's weight to its 4-bit form (SVDQuant, arXiv 2411.05007, sections 4.1 and 4.2).
+
+    W = weight * smooth                    outliers of the input move into the weight
+    W ~ up @ down                          the largest singular directions, 16 bit
+    R = W - up @ down                      4 bit
+
+`smooth` is `inputs^a / weights^b` per input channel, from largest magnitudes; a and b are searched by what the whole
+layer then puts out for sample inputs, activation quantization included. Without samples, inputs are taken to be
+Gaussian, alike in all channels.
+
+Layers that share their input share `smooth`, so they are decomposed together.
+
+Legend: N output features, K input features, Kp = K padded, r rank, S sample rows, L layers that share their input.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusers_sana.kernels.low_bit import (
+    decode_e2m1,
+    decode_weight,
+    encode_weight,
+    pad_features,
+    unpack_nibbles,
+    weight_scales,
+)
+from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank_reference
+from diffusers_sana.quantizers.svdquant.gptq import gptq_codes
+
+
+SYNTHETIC_ROWS = 128
+SAMPLE_ROWS = 256  # of calibration inputs that a candidate is scored with
+OVERSAMPLING = 8  # columns of the randomized SVD beyond the rank
+POWER_ITERATIONS = 2
+EXPONENTS = (0.25, 0.5, 0.75, 1.0)
+# x / smooth is brought to this root mean square. Any scale does for integers; e4m3 scales of activations underflow
+# below .002 and end at 448, and this is half way.
+SMOOTHED_RMS = 8.0
+
+
+@dataclass
+class QuantizedWeight:
+    """The tensors of a quantized layer, under the names of its state dict.
+
+    Attributes:
+        qweight: uint8 `[N, Kp/2]`.
+        wscales: `[N, Kp/G]`, 16 bit or e4m3.
+        wtscale: `[N]`, or None for int4.
+        smooth_factor: `[K]`.
+        proj_down: `[r, K]`, of the raw input: already divided by `smooth_factor`.
+        proj_up: `[N, r]`.
+    """
+
+    qweight: Tensor
+    wscales: Tensor
+    wtscale: Tensor | None
+    smooth_factor: Tensor
+    proj_down: Tensor
+    proj_up: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, without those that are None."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class LayerReport(NamedTuple):
+    """How well a layer came through.
+
+    Attributes:
+        exponents: (a, b) of the smoothing; (0, 0) is none.
+        error: relative error of the output for the sample inputs.
+        naive_error: the same for plain rounding of weight and activations.
+        smoothing: relative gain of the search, `error` over the error at (0, 0).
+    """
+
+    exponents: tuple[float, float]
+    error: float
+    naive_error: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to decompose; see `SVDQuantConfig`."""
+
+    precision: str = "int4"
+    rank: int = 32
+    smoothing: str = "search"
+    refinements: int = 0
+    gptq: bool = False
+    seed: int = 0
+    quantize_activations: bool = True
+
+
+def decompose(
+    weights: Sequence[Tensor],
+    options: Options,
+    inputs: Tensor | None = None,
+    largest: Tensor | None = None,
+    hessian: Tensor | None = None,
+) -> tuple[list[QuantizedWeight], list[LayerReport]]:
+    """Quantizes the weights of layers that share their input.
+
+    Args:
+        weights: `[N, K]` each, floating point, finite. Their dtype is that of scales and low-rank branch.
+        options: how.
+        inputs: sample rows `[S, K]`; None for Gaussian ones.
+        largest: largest magnitude of each input channel over all calibration data, `[K]`; by default over `inputs`.
+        hessian: sum of `x x^T` over all calibration data, `[K, K]`; needed for `options.gptq`.
+
+    Returns:
+        One `QuantizedWeight` and one `LayerReport` a weight.
+
+    Raises:
+        ValueError: NaN or infinity in a weight or in the inputs, or a missing hessian.
+    """
+    if options.gptq and hessian is None:
+        raise ValueError("`gptq=True` needs calibration data: pass prompts to `quantize`, or set `gptq=False`.")
+    for name, tensor in (*((f"weights[{i}]", weight) for i, weight in enumerate(weights)), ("inputs", inputs)):
+        if tensor is not None and not tensor.isfinite().all():
+            raise ValueError(f"`{name}` must be finite, got NaN or infinity. Convert the model in bf16 or fp32.")
+    dtypes = [weight.dtype for weight in weights]
+    full = [weight.float() for weight in weights]
+    features = full[0].shape[1]
+    if inputs is None:
+        generator = torch.Generator().manual_seed(options.seed)
+        inputs = torch.randn(SYNTHETIC_ROWS, features, generator=generator).to(full[0].device)
+        largest = None
+    else:
+        inputs = inputs.to(full[0].device, torch.float32)[:: max(1, len(inputs) // SAMPLE_ROWS)]
+        largest = inputs.abs().amax(0) if largest is None else largest.to(inputs)
+
+    smooth, exponents = _search(full, dtypes, inputs, largest, options)
+    quantized = [_quantize(weight, smooth, dtype, options) for weight, dtype in zip(full, dtypes, strict=True)]
+    if options.gptq and hessian is not None:
+        smoothed_hessian = hessian.to(smooth.device, torch.float32) / smooth / smooth[:, None]
+        for weight, item in zip(full, quantized, strict=True):
+            residual = pad_features(_residual(weight, item))
+            item.qweight = gptq_codes(residual, item.wscales, item.wtscale, smoothed_hessian)
+    plain = Options(options.precision, 0, quantize_activations=options.quantize_activations)
+    ones = torch.ones_like(smooth)
+    reports = []
+    for weight, item, dtype in zip(full, quantized, dtypes, strict=True):
+        target = inputs @ weight.t()
+        naive = _quantize(weight, _normalized(ones, inputs), dtype, plain)
+        reports.append(
+            LayerReport(
+                exponents,
+                _relative(_output(inputs, item, options), target),
+                _relative(_output(inputs, naive, plain), target),
+            )
+        )
+    return quantized, reports
+
+
+def randomized_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of a rank, nearly: `up` `[N, r]` and `down` `[r, K]` with orthonormal rows.
+
+    Randomized range finder with power iterations (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4). The same
+    seed gives the same bits on one device.
+    """
+    columns = min(rank + OVERSAMPLING, *matrix.shape)
+    generator = torch.Generator().manual_seed(seed)
+    probe = torch.randn(matrix.shape[1], columns, generator=generator).to(matrix)
+    basis = torch.linalg.qr(matrix @ probe).Q
+    for _ in range(POWER_ITERATIONS):
+        basis = torch.linalg.qr(matrix.t() @ basis).Q
+        basis = torch.linalg.qr(matrix @ basis).Q
+    left, values, right = torch.linalg.svd(basis.t() @ matrix, full_matrices=False)
+    return basis @ (left[:, :rank] * values[:rank]), right[:rank]
+
+
+def _search(
+    weights: list[Tensor],
+    dtypes: list[torch.dtype],
+    inputs: Tensor,
+    largest: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, tuple[float, float]]:
+    """The smoothing factors with the least output error, and their exponents."""
+    ones = torch.ones_like(weights[0][0])
+    of_inputs = ones if largest is None else largest
+    of_weights = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+    if options.smoothing == "none":
+        candidates = [(0.0, 0.0)]
+    elif largest is None:
+        candidates = [(0.0, 0.0), *((0.0, b) for b in EXPONENTS)]
+    else:
+        candidates = [(0.0, 0.0), *((a, 0.0) for a in EXPONENTS), *((a, 1 - a) for a in EXPONENTS if a < 1)]
+    if len(candidates) == 1:
+        return _normalized(ones, inputs).to(dtypes[0]).float(), candidates[0]
+
+    targets = [inputs @ weight.t() for weight in weights]
+    best = (float("inf"), ones, (0.0, 0.0))
+    for a, b in candidates:
+        smooth = _clean(of_inputs).pow(a) / _clean(of_weights).pow(b)
+        smooth = _normalized(smooth, inputs).to(dtypes[0]).float()
+        error = 0.0
+        for weight, dtype, target in zip(weights, dtypes, targets, strict=True):
+            item = _quantize(weight, smooth, dtype, options)
+            error += (_output(inputs, item, options) - target).square().sum().item()
+        if error < best[0]:
+            best = (error, smooth, (a, b))
+    return best[1], best[2]
+
+
+def _clean(magnitudes: Tensor) -> Tensor:
+    """Without zeros: a channel that is never used is left alone."""
+    return torch.where(magnitudes == 0, 1.0, magnitudes)
+
+
+def _normalized(smooth: Tensor, inputs: Tensor) -> Tensor:
+    """`smooth` times the constant that brings the smoothed inputs to `SMOOTHED_RMS`."""
+    rms = (inputs / smooth).square().mean().sqrt()
+    return smooth * (rms / SMOOTHED_RMS) if rms > 0 else smooth
+
+
+def _quantize(weight: Tensor, smooth: Tensor, dtype: torch.dtype, options: Options) -> QuantizedWeight:
+    smoothed = weight * smooth
+    up, down = randomized_svd(smoothed, options.rank, options.seed)
+    item = _with_branch(smoothed, up, down, smooth, dtype, options.precision)
+    error = (_residual(weight, item) - _decoded(item)).square().sum().item()
+    for _ in range(options.refinements if options.rank else 0):
+        up, down = randomized_svd(smoothed - _decoded(item), options.rank, options.seed)
+        again = _with_branch(smoothed, up, down, smooth, dtype, options.precision)
+        left = (_residual(weight, again) - _decoded(again)).square().sum().item()
+        if left >= error:
+            break
+        item, error = again, left
+    return item
+
+
+def _with_branch(
+    smoothed: Tensor, up: Tensor, down: Tensor, smooth: Tensor, dtype: torch.dtype, precision: str
+) -> QuantizedWeight:
+    """Rounds the branch to its storage first, so that the residual also makes up for that rounding."""
+    up, down = up.to(dtype), (down / smooth).to(dtype)
+    residual = pad_features(smoothed - up.float() @ (down.float() * smooth))
+    wscales, wtscale = weight_scales(residual, precision, dtype)
+    return QuantizedWeight(encode_weight(residual, wscales, wtscale), wscales, wtscale, smooth.to(dtype), down, up)
+
+
+def _residual(weight: Tensor, item: QuantizedWeight) -> Tensor:
+    """What is left for 4 bits, `[N, K]`."""
+    smooth = item.smooth_factor.float()
+    return (weight - item.proj_up.float() @ item.proj_down.float()) * smooth
+
+
+def _decoded(item: QuantizedWeight) -> Tensor:
+    return decode_weight(item.qweight, item.wscales, item.wtscale)[:, : item.smooth_factor.shape[0]]
+
+
+def _output(inputs: Tensor, item: QuantizedWeight, options: Options) -> Tensor:
+    """What the layer would put out, activations quantized or not."""
+    smooth = item.smooth_factor.float()
+    smoothed = inputs / smooth
+    if options.quantize_activations:
+        codes, scales, low = quantize_lowrank_reference(inputs, smooth, item.proj_down, options.precision)
+        if options.precision == "nvfp4":
+            codes = decode_e2m1(unpack_nibbles(codes, 16))
+        group_size = codes.shape[-1] // scales.shape[-1]
+        smoothed = codes.float().unflatten(-1, (-1, group_size)) * scales.float()[..., None]
+        smoothed = smoothed.flatten(-2)[:, : inputs.shape[1]]
+    else:
+        low = inputs @ item.proj_down.float().t()
+    return torch.addmm(low @ item.proj_up.float().t(), smoothed, _decoded(item).t())
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    norm = expected.norm()
+    return ((actual - expected).norm() / norm).item() if norm > 0 else 0.0

@@ -1,0 +1,81 @@
+"""Rounding with second-order error compensation (GPTQ, arXiv 2210.17323).
+
+Columns are rounded one after another, those with the largest inputs first, and each column's error is made up for by
+the columns still to come, as far as the inputs correlate. Scales are fixed before.
+
+Legend: N output features, K input features, Kp = K padded.
+"""
+
+import torch
+from torch import Tensor
+
+from diffusers_sana.kernels.low_bit import (
+    GROUP_SIZES,
+    decode_e2m1,
+    decode_int4,
+    encode_e2m1,
+    encode_int4,
+    group_scales,
+    nonzero,
+    pack_nibbles,
+    precision_of,
+)
+
+
+BLOCK = 128
+DAMPING = 0.01
+MAX_ATTEMPTS = 16
+
+
+def gptq_codes(residual: Tensor, wscales: Tensor, wtscale: Tensor | None, hessian: Tensor) -> Tensor:
+    """Packed codes `[N, Kp/2]` under given scales.
+
+    Args:
+        residual: `[N, Kp]`, fp32.
+        wscales, wtscale: as in `low_bit.py`.
+        hessian: sum of `x x^T` over the inputs of the residual, `[K, K]`, fp32; any constant factor will do.
+
+    Raises:
+        ValueError: a hessian that is not positive however much it is damped: the inputs were not finite.
+    """
+    precision = precision_of(wscales)
+    group_size = GROUP_SIZES[precision]
+    encode, decode = (encode_int4, decode_int4) if precision == "int4" else (encode_e2m1, decode_e2m1)
+    scales = nonzero(group_scales(wscales, wtscale)).repeat_interleave(group_size, dim=1)
+
+    features, padding = hessian.shape[0], residual.shape[1] - hessian.shape[0]
+    hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
+    diagonal = hessian.diagonal()
+    unused = diagonal == 0
+    diagonal[unused] = 1.0
+    order = diagonal.argsort(descending=True, stable=True)
+    upper = _inverse_factor(hessian[order][:, order], features)
+
+    left = torch.where(unused, 0.0, residual)[:, order]
+    scales = scales[:, order]
+    nibbles = torch.empty_like(left, dtype=torch.uint8)
+    for start in range(0, left.shape[1], BLOCK):
+        block = slice(start, min(start + BLOCK, left.shape[1]))
+        columns, errors = left[:, block], torch.zeros_like(left[:, block])
+        factor = upper[block, block]
+        for i in range(columns.shape[1]):
+            code = encode(columns[:, i] / scales[:, start + i])
+            nibbles[:, start + i] = code
+            rounded = decode(code).float() * scales[:, start + i]
+            errors[:, i] = (columns[:, i] - rounded) / factor[i, i]
+            columns[:, i:] -= errors[:, i, None] * factor[i, None, i:]
+        left[:, block.stop :] -= errors @ upper[block, block.stop :]
+    return pack_nibbles(nibbles[:, order.argsort()].contiguous(), group_size)
+
+
+def _inverse_factor(hessian: Tensor, features: int) -> Tensor:
+    """The upper Cholesky factor of the inverse, damped as much as it takes."""
+    mean = hessian.diagonal().mean()
+    for attempt in range(MAX_ATTEMPTS):
+        damped = hessian + torch.eye(len(hessian), device=hessian.device) * (mean * DAMPING * 2.0**attempt)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if failed == 0:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if failed == 0 and upper.isfinite().all():
+                return upper
+    raise ValueError(f"the `hessian` of {features} input channels cannot be inverted: the inputs were not finite.")

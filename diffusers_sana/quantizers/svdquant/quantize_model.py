@@ -1,0 +1,108 @@
+"""Quantizing a model in memory, layer by layer: the loop, and what can be said to a quantized model."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.decompose import LayerReport, Options, QuantizedWeight, decompose
+from diffusers_sana.quantizers.svdquant.linear import SVDQuantLayer, quantized_layer
+from diffusers_sana.quantizers.svdquant.targets import as_patterns, find_targets, sibling_groups
+
+
+def options_for(config: SVDQuantConfig, mode: str) -> Options:
+    """How a layer of that mode is decomposed. Layers with 16-bit activations are always int4."""
+    return Options(
+        precision=config.precision if mode == "w4a4" else "int4",
+        rank=config.rank,
+        smoothing=config.smoothing,
+        refinements=config.refinements,
+        gptq=config.gptq and mode == "w4a4",
+        seed=config.seed,
+        quantize_activations=mode == "w4a4",
+    )
+
+
+def replace_layer(
+    model: nn.Module, name: str, weight: QuantizedWeight, mode: str, config: SVDQuantConfig
+) -> SVDQuantLayer:
+    """Puts the quantized layer in the place of a linear layer or a 1x1 convolution."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    layer = quantized_layer(getattr(parent, leaf), weight, config.compute_mode, is_weight_only=mode == "w4a16")
+    setattr(parent, leaf, layer)
+    return layer
+
+
+def quantize_layers(
+    model: nn.Module,
+    config: SVDQuantConfig,
+    statistics: Callable[[list[str]], dict[str, Tensor]] = lambda names: {},
+    finished: Mapping[str, tuple[QuantizedWeight, LayerReport]] | None = None,
+    on_layer: Callable[[str, QuantizedWeight, LayerReport], Any] = lambda name, weight, report: None,
+    progress: bool = True,
+) -> tuple[SVDQuantConfig, dict[str, LayerReport]]:
+    """Replaces the target layers of a model by quantized ones.
+
+    Args:
+        model: 16 bit or fp32, with its weights.
+        config: which layers and how; see `SVDQuantConfig`.
+        statistics: for the names of layers that share their input, `decompose`'s `inputs`, `largest` and `hessian`.
+        finished: layers that are already done, by name.
+        on_layer: called with each layer that was not in `finished`.
+        progress: show a bar.
+
+    Returns:
+        The config with the layers it was applied to, and a report a layer.
+
+    Raises:
+        ValueError: see `find_targets` and `decompose`; before anything is replaced where it can be told before.
+    """
+    if any(True for _ in quantized_layers(model)):
+        raise ValueError(f"{type(model).__name__} is already quantized by SVDQuant. Load the original to do it again.")
+    targets = find_targets(model, config)
+    recorded = replace(config, modules=as_patterns(targets, model))
+    reports: dict[str, LayerReport] = {}
+    bar = tqdm(sibling_groups(targets), desc="Quantizing", unit="group", disable=not progress)
+    for names in bar:
+        if not all(name in (finished or {}) for name in names):
+            weights = [cast(Tensor, model.get_submodule(name).weight).detach().flatten(1) for name in names]
+            with torch.no_grad():
+                results = zip(
+                    *decompose(weights, options_for(config, targets[names[0]]), **statistics(names)), strict=True
+                )
+            for name, (weight, report) in zip(names, results, strict=True):
+                on_layer(name, weight, report)
+                replace_layer(model, name, weight, targets[name], config)
+                reports[name] = report
+        else:
+            for name in names:
+                weight, reports[name] = finished[name]  # type: ignore[index]
+                replace_layer(model, name, weight, targets[name], config)
+    return recorded, reports
+
+
+def set_compute_mode(model: nn.Module, compute_mode: str) -> None:
+    """Sets how the quantized layers of a model compute; adaLN layers stay in w4a16.
+
+    Args:
+        model: with layers quantized by SVDQuant.
+        compute_mode: "auto", "w4a4", "w4a8" or "w4a16".
+
+    Raises:
+        ValueError: another name, or a model without quantized layers.
+    """
+    layers = list(quantized_layers(model))
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layers quantized by SVDQuant. Quantize it first.")
+    for layer in layers:
+        layer.set_compute_mode(compute_mode)
+
+
+def quantized_layers(model: nn.Module) -> Iterator[SVDQuantLayer]:
+    """The quantized layers of a model, in its order."""
+    return (module for module in model.modules() if isinstance(module, SVDQuantLayer))
