@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from diffusers_sana.kernels.glu_depthwise_conv import glu_depthwise_conv
 from diffusers_sana.kernels.glu_mb_conv import glu_mb_conv
 from diffusers_sana.kernels.linear import conv2d, linear
 
@@ -56,7 +57,10 @@ def is_plain(*layers: nn.Module) -> bool:
 def gated_bottleneck(
     hidden_states: Tensor, conv_inverted: nn.Conv2d, conv_depth: nn.Conv2d, conv_point: nn.Conv2d
 ) -> Tensor:
-    """`glu_mb_conv` over three layers, `[B, C, H, W]` to `[B, C', H, W]`; one by one where they are not plain."""
+    """`glu_mb_conv` over three layers, `[B, C, H, W]` to `[B, C', H, W]`; one by one where they are not plain.
+
+    With quantized or adapted 1x1 convolutions the middle is still one operation.
+    """
     if is_plain(conv_inverted, conv_depth, conv_point):
         out = glu_mb_conv(
             hidden_states.movedim(1, -1),
@@ -67,8 +71,13 @@ def gated_bottleneck(
             conv_point.weight.flatten(1),
         )
         return out.movedim(-1, 1)
-    out, gate = conv_depth(nn.functional.silu(conv_inverted(hidden_states))).chunk(2, dim=1)
-    return conv_point(out * nn.functional.silu(gate))
+    hidden = conv_inverted(hidden_states)
+    if is_plain(conv_depth):
+        gated = glu_depthwise_conv(hidden.movedim(1, -1), conv_depth.weight, conv_depth.bias).movedim(-1, 1)
+    else:
+        out, gate = conv_depth(nn.functional.silu(hidden)).chunk(2, dim=1)
+        gated = out * nn.functional.silu(gate)
+    return conv_point(gated)
 
 
 class PackedLinears:

@@ -25,7 +25,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.bench_pipeline import device_name
+from benchmarks.harness import device_name
 from diffusers_sana import SanaPipeline, __version__
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.training.perceptual import RandomFeatures
