@@ -1,0 +1,88 @@
+"""The CPU's w4a8 product against the formulas of the two operations it stands for."""
+
+import pytest
+import torch
+
+from diffusers_sana.kernels import int8_linear_cpu as module
+from diffusers_sana.kernels.int8_linear_cpu import int8_linear_cpu, levels, prepare
+from diffusers_sana.kernels.low_bit import encode_weight, pad_features, requantize_rows, weight_scales
+from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank_reference
+from tests.numerics import relative_error
+
+
+pytestmark = pytest.mark.skipif(not module.is_supported(), reason="this processor has no 8-bit product in PyTorch")
+
+
+def layer(outputs, features, rank, precision="int4", dtype=torch.float32):
+    """qweight, wscales, wtscale, smooth_factor, proj_down, proj_up, bias."""
+    residual = pad_features(torch.randn(outputs, features))
+    wscales, wtscale = weight_scales(residual, precision, dtype)
+    return (
+        encode_weight(residual, wscales, wtscale),
+        wscales,
+        wtscale,
+        torch.rand(features).to(dtype) + 0.5,
+        torch.randn(rank, features).to(dtype),
+        torch.randn(outputs, rank).to(dtype),
+        torch.randn(outputs).to(dtype),
+    )
+
+
+def formula(x, qweight, wscales, wtscale, smooth, down, up, bias):
+    codes, scales, low = quantize_lowrank_reference(x, smooth, down, "int8")
+    weight, rows = requantize_rows(qweight, wscales, wtscale, levels())
+    out = (codes.double() @ weight.double().t()) * scales.double() * rows.double() + low.double() @ up.double().t()
+    return out if bias is None else out + bias.double()
+
+
+def run(x, qweight, wscales, wtscale, smooth, down, up, bias):
+    return int8_linear_cpu(x, smooth, down, prepare(qweight, wscales, wtscale, up, bias))
+
+
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "features", "rank"), [(1, 8, 64, 4), (70, 33, 100, 0), (130, 96, 320, 5)]
+)
+def test_equals_the_formula(tokens, outputs, features, rank, precision):
+    tensors = layer(outputs, features, rank, precision)
+    x = torch.randn(tokens, features)
+    assert relative_error(run(x, *tensors), formula(x, *tensors)) < 1e-5
+    assert torch.equal(run(x, *tensors), run(x, *tensors))
+
+
+def test_without_bias():
+    *tensors, _ = layer(16, 64, 4)
+    x = torch.randn(5, 64)
+    assert relative_error(run(x, *tensors, None), formula(x, *tensors, None)) < 1e-5
+
+
+def test_rows_in_blocks_are_as_in_one(monkeypatch):
+    tensors, x = layer(32, 128, 4), torch.randn(301, 128)
+    whole = run(x, *tensors)
+    monkeypatch.setattr(module, "BLOCK", 1)  # blocks of MIN_ROWS
+    assert relative_error(run(x, *tensors), whole) < 1e-6
+
+
+def test_bf16_is_rounded_once():
+    tensors, x = layer(32, 128, 4, dtype=torch.bfloat16), torch.randn(9, 128).bfloat16()
+    out = run(x, *tensors)
+    assert out.dtype == torch.bfloat16
+    expected = formula(x, *tensors)
+    assert relative_error(out, expected) <= 1.01 * relative_error(expected.bfloat16(), expected) + 1e-5
+
+
+def test_the_largest_codes_do_not_overflow():
+    """Processors without VNNI add pairs of products in 16 bits."""
+    features = 256
+    residual = torch.ones(8, features)
+    wscales, _ = weight_scales(residual, "int4", torch.float32)
+    ones = torch.ones(features)
+    weight = prepare(encode_weight(residual, wscales, None), wscales, None, torch.zeros(8, 0), None)
+    out = int8_linear_cpu(torch.ones(4, features), ones, torch.zeros(0, features), weight)
+    assert torch.allclose(out, torch.full((4, 8), float(features)), rtol=1e-3)
+
+
+def test_zero_rows():
+    tensors = layer(8, 64, 2)
+    x = torch.zeros(3, 64)
+    assert torch.equal(run(x, *tensors), tensors[-1].expand(3, 8))
