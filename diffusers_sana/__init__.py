@@ -19,9 +19,12 @@ _EXPORTS = {
     "DiffusionPipeline": "diffusers",  # this and the mixins: diffusers looks for the bases of a class in its package
     "FlowDPMSolverScheduler": "diffusers_sana.schedulers.scheduling_flow_dpm_solver",
     "ModelMixin": "diffusers",
+    "SVDQuantConfig": "diffusers_sana.quantizers.svdquant.config",
     "SanaPipeline": "diffusers_sana.pipelines.pipeline_sana",
     "SanaTransformer2DModel": "diffusers_sana.models.transformers.transformer_sana",
     "SchedulerMixin": "diffusers",
+    "quantize": "diffusers_sana.quantizers.svdquant.quantize",
+    "set_compute_mode": "diffusers_sana.quantizers.svdquant.quantize_model",
 }
 
 if TYPE_CHECKING:
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
     from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC as AutoencoderDC
     from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel as SanaTransformer2DModel
     from diffusers_sana.pipelines.pipeline_sana import SanaPipeline as SanaPipeline
+    from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig as SVDQuantConfig
+    from diffusers_sana.quantizers.svdquant.quantize import quantize as quantize
+    from diffusers_sana.quantizers.svdquant.quantize_model import set_compute_mode as set_compute_mode
     from diffusers_sana.schedulers.scheduling_flow_dpm_solver import FlowDPMSolverScheduler as FlowDPMSolverScheduler
 
 

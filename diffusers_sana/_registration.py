@@ -1,4 +1,4 @@
-"""Entries of this package in the tables of diffusers: the only file that touches them.
+"""Entries of this package in the tables of diffusers and transformers: the only file that touches them.
 
 Nothing is patched: `register` adds keys to dictionaries that the hosts look things up in, `unregister` takes them out.
 Importing the modules that hold those dictionaries costs seconds, so an entry waits until its host is imported by
@@ -77,6 +77,10 @@ def _loading_methods() -> dict[str, list[str]]:
     }
 
 
+def _svdquant(module: str, name: str) -> Callable[[], type]:
+    return lambda: getattr(import_module(f"{PACKAGE}.quantizers.svdquant.{module}"), name)
+
+
 ENTRIES = (
     # `model_index.json` may name our classes, in folders and on the Hub.
     Entry(
@@ -102,14 +106,25 @@ ENTRIES = (
         value=_block_metadata,
         after=f"{PACKAGE}.models.transformers.transformer_sana",
     ),
+    # `from_pretrained(quantization_config=SVDQuantConfig())`, and folders whose config.json says "svdquant".
+    *(
+        Entry(host=f"{library}.quantizers.auto", table=table, key=lambda: "svdquant", value=_svdquant(module, name))
+        for library, table, module, name in (
+            ("diffusers", "AUTO_QUANTIZER_MAPPING", "quantizer", "SVDQuantQuantizer"),
+            ("diffusers", "AUTO_QUANTIZATION_CONFIG_MAPPING", "config", "SVDQuantConfig"),
+            ("transformers", "AUTO_QUANTIZER_MAPPING", "transformers_quantizer", "SVDQuantTransformersQuantizer"),
+            ("transformers", "AUTO_QUANTIZATION_CONFIG_MAPPING", "config", "SVDQuantConfig"),
+        )
+    ),
 )
 
 _added: dict[Entry, tuple[dict, Hashable, Any]] = {}
 _refused: set[Entry] = set()
+_waiting: list[Entry] = []
 
 
 def register(strict: bool = False) -> None:
-    """Adds our entries to the tables of diffusers. Importing the package calls it; calling it again changes nothing.
+    """Adds our entries to the tables of the hosts. Importing the package calls it; calling it again changes nothing.
 
     An entry of somebody else is never replaced: ours is left out, with one warning that names both.
 
@@ -127,9 +142,7 @@ def register(strict: bool = False) -> None:
             raise RuntimeError("; ".join(conflicts))
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
-    for entry in ENTRIES:
-        if entry.trigger in sys.modules:
-            _add(entry)
+    _add_all([entry for entry in ENTRIES if entry.trigger in sys.modules])
 
 
 def unregister() -> None:
@@ -156,6 +169,20 @@ def _conflict(entry: Entry) -> str | None:
     if present is None or (entry in _added and present is _added[entry][2]):
         return None
     return f"{entry} is {present!r} and not {entry.value()!r} of {PACKAGE}: another package registered it first"
+
+
+def _add_all(entries: list[Entry]) -> None:
+    """One after the other: making an entry may import another host, whose entries then wait for this one."""
+    is_busy = bool(_waiting)
+    _waiting.extend(entries)
+    if is_busy:
+        return
+    try:
+        while _waiting:
+            _add(_waiting[0])
+            _waiting.pop(0)
+    finally:
+        _waiting.clear()
 
 
 def _add(entry: Entry) -> None:
@@ -202,9 +229,7 @@ class _HostLoader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        for entry in ENTRIES:
-            if entry.trigger == module.__name__:
-                _add(entry)
+        _add_all([entry for entry in ENTRIES if entry.trigger == module.__name__])
 
 
 _finder = _HostFinder()

@@ -10,8 +10,6 @@ a multiple of 64.
 Legend: N output features, K input features, Kp = K padded, G group size, R rows of anything.
 """
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -63,12 +61,11 @@ def decode_int4(nibbles: Tensor) -> Tensor:
 
 def encode_e2m1(scaled: Tensor) -> Tensor:
     """Numbers in units of their scale to nibbles: the nearest, ties to the even code; beyond 6 they saturate."""
-    magnitude = scaled.abs().float()
-    # Ties lie half way between neighbours; they go to the code with an even index, as IEEE rounding has it.
-    ties = torch.tensor([(a + b) / 2 for a, b in pairwise(E2M1)], device=scaled.device)
-    up, down = torch.bucketize(magnitude, ties, right=True), torch.bucketize(magnitude, ties)
-    index = torch.where(up % 2 == 0, up, down)
-    return (index | (scaled.signbit().long() << 3)).to(torch.uint8)
+    magnitude = scaled.abs().float().clamp_(max=E2M1[-1])
+    # Neighbours are 1/2 apart up to 2, 1 up to 4, and 2 above; `round` takes ties to the even index there too.
+    above = torch.where(magnitude < 4, magnitude.round() + 2, (magnitude / 2).round() + 4)
+    index = torch.where(magnitude < 2, (magnitude * 2).round(), above).to(torch.uint8)
+    return index | (scaled.signbit().to(torch.uint8) << 3)
 
 
 def decode_e2m1(nibbles: Tensor) -> Tensor:

@@ -3,3 +3,8 @@
 From the outside in: `quantizer.py` (diffusers) and `transformers_quantizer.py` plug into `from_pretrained`,
 `targets.py` says which layers, `decompose.py` makes the numbers, `linear.py` computes with them.
 """
+
+# The hosts of our entries (see `_registration.py`) come first: their import calls for the classes below, and could not
+# have them if it came about in the middle of this package.
+import diffusers.quantizers.auto  # noqa: F401
+import transformers.quantizers.auto  # noqa: F401

@@ -32,7 +32,7 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
         gptq: round the residual with second-order error compensation; needs calibration prompts.
         compute_mode: how layers compute: "w4a4", "w4a8", "w4a16", or "auto" for what the device is best at.
         modules: which layers to quantize: patterns of module names to "w4a4" (activations may be quantized) or
-            "w4a16" (activations stay 16 bit). None: chosen by name, see `targets.py`. A saved checkpoint lists its own.
+            "w4a16" (activations stay 16 bit). None: chosen by name, see `targets.py`. A saved model lists its own.
         modules_to_not_convert: patterns of module names to leave as they are.
         seed: of the randomized SVD.
 
@@ -65,11 +65,15 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
         if not isinstance(self.gptq, bool):
             raise TypeError(f"`gptq` must be True or False, got {self.gptq!r}.")
+        if not isinstance(self.modules_to_not_convert, list | tuple | None):
+            raise TypeError(f"`modules_to_not_convert` must be a list, got {self.modules_to_not_convert!r}.")
+        if not isinstance(self.modules, dict | None):
+            raise TypeError(f"`modules` must be a dictionary of patterns to modes or None, got {self.modules!r}.")
         self.modules_to_not_convert = list(self.modules_to_not_convert or [])
         for pattern in [*self.modules_to_not_convert, *(self.modules or {})]:
             if not isinstance(pattern, str):
                 raise TypeError(f"patterns of module names must be strings, got {pattern!r}.")
-        if isinstance(self.modules, dict) and not self.modules:
+        if self.modules is not None and not self.modules:
             raise ValueError("`modules` must name at least one pattern, or be None for the choice by name, got {}.")
         for pattern, mode in (self.modules or {}).items():
             if mode not in ("w4a4", "w4a16"):

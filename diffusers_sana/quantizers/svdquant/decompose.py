@@ -13,8 +13,8 @@ Layers that share their input share `smooth`, so they are decomposed together.
 Legend: N output features, K input features, Kp = K padded, r rank, S sample rows, L layers that share their input.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ from diffusers_sana.quantizers.svdquant.gptq import gptq_codes
 
 SYNTHETIC_ROWS = 128
 SAMPLE_ROWS = 256  # of calibration inputs that a candidate is scored with
+SCORED_FEATURES = 512  # output features, at least, of each weight by which candidates are scored and errors reported
 OVERSAMPLING = 8  # columns of the randomized SVD beyond the rank
 POWER_ITERATIONS = 2
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)
@@ -62,10 +63,25 @@ class QuantizedWeight:
     proj_down: Tensor
     proj_up: Tensor
 
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "QuantizedWeight":
+        """From what `tensors` returned."""
+        return cls(*(tensors.get(item.name) for item in fields(cls)))  # type: ignore[arg-type]
+
     def tensors(self) -> dict[str, Tensor]:
         """By name, without those that are None."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
+
+    def to(self, device: torch.device | str) -> "QuantizedWeight":
+        """On another device."""
+        return self.from_tensors({name: value.to(device) for name, value in self.tensors().items()})
+
+    def some(self, features: slice) -> "QuantizedWeight":
+        """That of some of the output features."""
+        shared = {"smooth_factor", "proj_down"}
+        values = self.tensors().items()
+        return self.from_tensors({name: value if name in shared else value[features] for name, value in values})
 
 
 class LayerReport(NamedTuple):
@@ -73,9 +89,8 @@ class LayerReport(NamedTuple):
 
     Attributes:
         exponents: (a, b) of the smoothing; (0, 0) is none.
-        error: relative error of the output for the sample inputs.
+        error: relative error of the output for the sample inputs, of `SCORED_FEATURES` or more features.
         naive_error: the same for plain rounding of weight and activations.
-        smoothing: relative gain of the search, `error` over the error at (0, 0).
     """
 
     exponents: tuple[float, float]
@@ -134,7 +149,9 @@ def decompose(
         inputs = inputs.to(full[0].device, torch.float32)[:: max(1, len(inputs) // SAMPLE_ROWS)]
         largest = inputs.abs().amax(0) if largest is None else largest.to(inputs)
 
-    smooth, exponents = _search(full, dtypes, inputs, largest, options)
+    some = [slice(None, None, max(1, len(weight) // SCORED_FEATURES)) for weight in full]
+    scored = [weight[part] for weight, part in zip(full, some, strict=True)]
+    smooth, exponents = _search(scored, full, dtypes, inputs, largest, options)
     quantized = [_quantize(weight, smooth, dtype, options) for weight, dtype in zip(full, dtypes, strict=True)]
     if options.gptq and hessian is not None:
         smoothed_hessian = hessian.to(smooth.device, torch.float32) / smooth / smooth[:, None]
@@ -142,18 +159,13 @@ def decompose(
             residual = pad_features(_residual(weight, item))
             item.qweight = gptq_codes(residual, item.wscales, item.wtscale, smoothed_hessian)
     plain = Options(options.precision, 0, quantize_activations=options.quantize_activations)
-    ones = torch.ones_like(smooth)
+    unsmoothed = _normalized(torch.ones_like(smooth), inputs)
     reports = []
-    for weight, item, dtype in zip(full, quantized, dtypes, strict=True):
+    for weight, item, part, dtype in zip(scored, quantized, some, dtypes, strict=True):
         target = inputs @ weight.t()
-        naive = _quantize(weight, _normalized(ones, inputs), dtype, plain)
-        reports.append(
-            LayerReport(
-                exponents,
-                _relative(_output(inputs, item, options), target),
-                _relative(_output(inputs, naive, plain), target),
-            )
-        )
+        error = _relative(_output(inputs, item.some(part), options), target)
+        naive = _quantize(weight, unsmoothed, dtype, plain)
+        reports.append(LayerReport(exponents, error, _relative(_output(inputs, naive, plain), target)))
     return quantized, reports
 
 
@@ -163,6 +175,8 @@ def randomized_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor
     Randomized range finder with power iterations (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4). The same
     seed gives the same bits on one device.
     """
+    if rank == 0:
+        return matrix.new_zeros(matrix.shape[0], 0), matrix.new_zeros(0, matrix.shape[1])
     columns = min(rank + OVERSAMPLING, *matrix.shape)
     generator = torch.Generator().manual_seed(seed)
     probe = torch.randn(matrix.shape[1], columns, generator=generator).to(matrix)
@@ -175,13 +189,14 @@ def randomized_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor
 
 
 def _search(
+    scored: list[Tensor],
     weights: list[Tensor],
     dtypes: list[torch.dtype],
     inputs: Tensor,
     largest: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, tuple[float, float]]:
-    """The smoothing factors with the least output error, and their exponents."""
+    """The smoothing factors with the least output error in the `scored` parts of the weights, and their exponents."""
     ones = torch.ones_like(weights[0][0])
     of_inputs = ones if largest is None else largest
     of_weights = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
@@ -194,14 +209,15 @@ def _search(
     if len(candidates) == 1:
         return _normalized(ones, inputs).to(dtypes[0]).float(), candidates[0]
 
-    targets = [inputs @ weight.t() for weight in weights]
+    targets = [inputs @ weight.t() for weight in scored]
+    quick = replace(options, refinements=0)
     best = (float("inf"), ones, (0.0, 0.0))
     for a, b in candidates:
         smooth = _clean(of_inputs).pow(a) / _clean(of_weights).pow(b)
         smooth = _normalized(smooth, inputs).to(dtypes[0]).float()
         error = 0.0
-        for weight, dtype, target in zip(weights, dtypes, targets, strict=True):
-            item = _quantize(weight, smooth, dtype, options)
+        for weight, dtype, target in zip(scored, dtypes, targets, strict=True):
+            item = _quantize(weight, smooth, dtype, quick)
             error += (_output(inputs, item, options) - target).square().sum().item()
         if error < best[0]:
             best = (error, smooth, (a, b))
@@ -223,15 +239,20 @@ def _quantize(weight: Tensor, smooth: Tensor, dtype: torch.dtype, options: Optio
     smoothed = weight * smooth
     up, down = randomized_svd(smoothed, options.rank, options.seed)
     item = _with_branch(smoothed, up, down, smooth, dtype, options.precision)
-    error = (_residual(weight, item) - _decoded(item)).square().sum().item()
+    error = _left_over(weight, item) if options.refinements else 0.0
     for _ in range(options.refinements if options.rank else 0):
         up, down = randomized_svd(smoothed - _decoded(item), options.rank, options.seed)
         again = _with_branch(smoothed, up, down, smooth, dtype, options.precision)
-        left = (_residual(weight, again) - _decoded(again)).square().sum().item()
+        left = _left_over(weight, again)
         if left >= error:
             break
         item, error = again, left
     return item
+
+
+def _left_over(weight: Tensor, item: QuantizedWeight) -> float:
+    """Squared error of the residual's rounding."""
+    return (_residual(weight, item) - _decoded(item)).square().sum().item()
 
 
 def _with_branch(
@@ -241,7 +262,8 @@ def _with_branch(
     up, down = up.to(dtype), (down / smooth).to(dtype)
     residual = pad_features(smoothed - up.float() @ (down.float() * smooth))
     wscales, wtscale = weight_scales(residual, precision, dtype)
-    return QuantizedWeight(encode_weight(residual, wscales, wtscale), wscales, wtscale, smooth.to(dtype), down, up)
+    smooth = smooth.to(dtype, copy=True)  # of its own: layers that share it are saved one by one
+    return QuantizedWeight(encode_weight(residual, wscales, wtscale), wscales, wtscale, smooth, down, up)
 
 
 def _residual(weight: Tensor, item: QuantizedWeight) -> Tensor:

@@ -51,21 +51,21 @@ def gptq_codes(residual: Tensor, wscales: Tensor, wtscale: Tensor | None, hessia
     order = diagonal.argsort(descending=True, stable=True)
     upper = _inverse_factor(hessian[order][:, order], features)
 
-    left = torch.where(unused, 0.0, residual)[:, order]
-    scales = scales[:, order]
+    # Transposed, so that a column lies in one piece in memory.
+    left = torch.where(unused, 0.0, residual)[:, order].t().contiguous()
+    scales = scales[:, order].t().contiguous()
     nibbles = torch.empty_like(left, dtype=torch.uint8)
-    for start in range(0, left.shape[1], BLOCK):
-        block = slice(start, min(start + BLOCK, left.shape[1]))
-        columns, errors = left[:, block], torch.zeros_like(left[:, block])
+    for start in range(0, len(left), BLOCK):
+        block = slice(start, min(start + BLOCK, len(left)))
+        columns, errors = left[block], torch.zeros_like(left[block])
         factor = upper[block, block]
-        for i in range(columns.shape[1]):
-            code = encode(columns[:, i] / scales[:, start + i])
-            nibbles[:, start + i] = code
-            rounded = decode(code).float() * scales[:, start + i]
-            errors[:, i] = (columns[:, i] - rounded) / factor[i, i]
-            columns[:, i:] -= errors[:, i, None] * factor[i, None, i:]
-        left[:, block.stop :] -= errors @ upper[block, block.stop :]
-    return pack_nibbles(nibbles[:, order.argsort()].contiguous(), group_size)
+        for i, scale in enumerate(scales[block]):
+            code = encode(columns[i] / scale)
+            nibbles[start + i] = code
+            errors[i] = (columns[i] - decode(code).float() * scale) / factor[i, i]
+            columns[i:] -= factor[i, i:, None] * errors[i]
+        left[block.stop :] -= upper[block, block.stop :].t() @ errors
+    return pack_nibbles(nibbles[order.argsort()].t().contiguous(), group_size)
 
 
 def _inverse_factor(hessian: Tensor, features: int) -> Tensor:

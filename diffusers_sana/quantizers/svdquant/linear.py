@@ -13,12 +13,9 @@ When a gradient is wanted the layer computes in w4a16, and the gradient flows th
 Legend: B batch, K input features, Kp = K padded, N output features, r rank.
 """
 
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
-from diffusers.utils import logging
 from torch import Tensor, nn
 
 from diffusers_sana.kernels import int8_linear_cpu
@@ -28,40 +25,10 @@ from diffusers_sana.kernels.low_bit import GROUP_SIZES, padded, precision_of
 from diffusers_sana.kernels.lowbit_linear import lowbit_linear
 from diffusers_sana.kernels.precision import arithmetic_dtype
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank
+from diffusers_sana.quantizers.svdquant.compute_mode import best_mode
 from diffusers_sana.quantizers.svdquant.config import COMPUTE_MODES
 from diffusers_sana.quantizers.svdquant.decompose import QuantizedWeight
-
-
-logger = logging.get_logger(__name__)
-
-_HAS_TRITON = find_spec("triton") is not None
-# Where tensor cores multiply e2m1 with block scales; elsewhere Triton would emulate it in 16 bit.
-NVFP4_CAPABILITIES = ((10, 0), (10, 3), (12, 0), (12, 1))
-
-
-def best_mode(device: torch.device, precision: str) -> str:
-    """The fastest mode of a device that has an implementation there: "w4a4", "w4a8" or "w4a16"."""
-    return _best_mode(device.type, device.index, precision)
-
-
-@cache
-def _best_mode(device_type: str, index: int | None, precision: str) -> str:
-    if device_type == "cpu":
-        mode, why = ("w4a8", "8-bit products") if int8_linear_cpu.is_supported() else ("w4a16", "no 8-bit products")
-    elif device_type != "cuda" or not _HAS_TRITON:
-        mode, why = "w4a16", "no Triton kernels there"
-    elif torch.version.hip is not None:
-        mode, why = "w4a8", "8-bit matrix cores"
-    else:
-        capability = torch.cuda.get_device_capability(index)
-        if capability in NVFP4_CAPABILITIES and precision == "nvfp4":
-            mode, why = "w4a4", "NVFP4 tensor cores"
-        elif capability >= (8, 0):
-            mode, why = "w4a8", "8-bit tensor cores"
-        else:
-            mode, why = "w4a16", f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    logger.info(f"SVDQuant layers in {precision} compute in {mode} on {device_type}: {why}.")
-    return mode
+from diffusers_sana.quantizers.svdquant.lora import LazyWeight, LowRankBranch, PlainConvolutions
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -78,7 +45,7 @@ class _FrozenLinear(torch.autograd.Function):
         return linear(grad, weight.t()), None
 
 
-class SVDQuantLayer(nn.Module):
+class SVDQuantLayer(LowRankBranch):
     """What quantized linear layers and 1x1 convolutions share: parameters, modes, memory.
 
     Attributes:
@@ -92,8 +59,6 @@ class SVDQuantLayer(nn.Module):
     wscales: Tensor
     wtscale: Tensor | None
     smooth_factor: Tensor
-    proj_down: Tensor
-    proj_up: Tensor
     bias: Any
     compute_mode: str
     is_weight_only: bool
@@ -125,11 +90,6 @@ class SVDQuantLayer(nn.Module):
     def precision(self) -> str:
         """ "int4" or "nvfp4"."""
         return precision_of(self.wscales)
-
-    @property
-    def rank(self) -> int:
-        """r, with the ranks of fused adapters."""
-        return self.proj_down.shape[0]
 
     def dequantize(self, dtype: torch.dtype | None = None, rows: slice = slice(None)) -> Tensor:
         """The matrix `[N, K]` that the layer stands for, or some of its rows."""
@@ -208,7 +168,13 @@ class SVDQuantLayer(nn.Module):
         def on_bits(tensor: Tensor) -> Tensor:
             if tensor.dtype == torch.float8_e4m3fn:
                 return fn(tensor.view(torch.uint8)).view(torch.float8_e4m3fn)
-            return fn(tensor)
+            result = fn(tensor)
+            if result.is_floating_point() and result.itemsize == 1:
+                raise ValueError(
+                    f"a 4-bit layer cannot be kept in {result.dtype}: its scales would be lost. Leave it out, as "
+                    "`enable_layerwise_casting` of the model does."
+                )
+            return result
 
         return super()._apply(on_bits, recurse)
 
@@ -239,8 +205,9 @@ class SVDQuantLinear(SVDQuantLayer, nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The 16-bit matrix `[N, K]` that the layer stands for, computed anew: writing into it changes nothing."""
-        return self.dequantize()
+        """The 16-bit matrix `[N, K]` that the layer stands for, computed where it is used; writing into it raises."""
+        shape = (self.out_features, self.in_features)
+        return LazyWeight(self.proj_up, shape, self.dequantize)
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`."""
@@ -253,7 +220,7 @@ class SVDQuantLinear(SVDQuantLayer, nn.Linear):
         )
 
 
-class SVDQuantConv2d(SVDQuantLayer, nn.Conv2d):
+class SVDQuantConv2d(PlainConvolutions, SVDQuantLayer, nn.Conv2d):
     """A 1x1 convolution in 4 bits: a matrix product over the channels of each pixel.
 
     Args: see `SVDQuantLinear`.
@@ -276,8 +243,9 @@ class SVDQuantConv2d(SVDQuantLayer, nn.Conv2d):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The 16-bit kernel `[N, K, 1, 1]` that the layer stands for, computed anew."""
-        return self.dequantize()[..., None, None]
+        """The 16-bit kernel `[N, K, 1, 1]` that the layer stands for, as in `SVDQuantLinear`."""
+        shape = (self.out_channels, self.in_channels, 1, 1)
+        return LazyWeight(self.proj_up, shape, lambda: self.dequantize()[..., None, None])
 
     def forward(self, input: Tensor) -> Tensor:
         """`[B, K, h, w]` to `[B, N, h, w]`, channels-last in memory, which is also the fast input."""

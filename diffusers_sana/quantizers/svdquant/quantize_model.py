@@ -1,6 +1,6 @@
 """Quantizing a model in memory, layer by layer: the loop, and what can be said to a quantized model."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -38,10 +38,49 @@ def replace_layer(
     return layer
 
 
+def decompose_layers(
+    model: nn.Module,
+    names: list[str],
+    mode: str,
+    config: SVDQuantConfig,
+    statistics: Mapping[str, Tensor] | None = None,
+) -> list[tuple[QuantizedWeight, LayerReport]]:
+    """Decomposes layers that share their input; nothing is replaced.
+
+    Args:
+        model: holds them.
+        names: theirs.
+        mode: "w4a4" or "w4a16".
+        config: how.
+        statistics: `decompose`'s `inputs`, `largest` and `hessian`.
+    """
+    weights = [cast(Tensor, model.get_submodule(name).weight).detach().flatten(1) for name in names]
+    with torch.no_grad():
+        return list(zip(*decompose(weights, options_for(config, mode), **(statistics or {})), strict=True))
+
+
+def check_weights(model: nn.Module, names: Iterable[str]) -> None:
+    """Whether all weights can be quantized, before any is.
+
+    Raises:
+        ValueError: a weight that is not in memory or not finite.
+    """
+    for name in names:
+        weight = cast(Tensor, model.get_submodule(name).weight)
+        if weight.is_meta:
+            raise ValueError(
+                f"the weight of {name!r} must be in memory, got one that was offloaded. Quantize the model first, "
+                "offload it afterwards."
+            )
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"the weight of {name!r} must be finite, got NaN or infinity. Load the model in bf16 or fp32."
+            )
+
+
 def quantize_layers(
     model: nn.Module,
     config: SVDQuantConfig,
-    statistics: Callable[[list[str]], dict[str, Tensor]] = lambda names: {},
     finished: Mapping[str, tuple[QuantizedWeight, LayerReport]] | None = None,
     on_layer: Callable[[str, QuantizedWeight, LayerReport], Any] = lambda name, weight, report: None,
     progress: bool = True,
@@ -51,7 +90,6 @@ def quantize_layers(
     Args:
         model: 16 bit or fp32, with its weights.
         config: which layers and how; see `SVDQuantConfig`.
-        statistics: for the names of layers that share their input, `decompose`'s `inputs`, `largest` and `hessian`.
         finished: layers that are already done, by name.
         on_layer: called with each layer that was not in `finished`.
         progress: show a bar.
@@ -60,29 +98,26 @@ def quantize_layers(
         The config with the layers it was applied to, and a report a layer.
 
     Raises:
-        ValueError: see `find_targets` and `decompose`; before anything is replaced where it can be told before.
+        ValueError: see `find_targets`, `check_weights` and `decompose`; before anything is replaced.
     """
     if any(True for _ in quantized_layers(model)):
         raise ValueError(f"{type(model).__name__} is already quantized by SVDQuant. Load the original to do it again.")
-    targets = find_targets(model, config)
+    targets, finished = find_targets(model, config), dict(finished or {})
+    if config.gptq and not finished.keys() >= targets.keys():
+        raise ValueError("`gptq=True` needs calibration data: pass prompts to `quantize`, or set `gptq=False`.")
+    check_weights(model, targets)
     recorded = replace(config, modules=as_patterns(targets, model))
     reports: dict[str, LayerReport] = {}
-    bar = tqdm(sibling_groups(targets), desc="Quantizing", unit="group", disable=not progress)
-    for names in bar:
-        if not all(name in (finished or {}) for name in names):
-            weights = [cast(Tensor, model.get_submodule(name).weight).detach().flatten(1) for name in names]
-            with torch.no_grad():
-                results = zip(
-                    *decompose(weights, options_for(config, targets[names[0]]), **statistics(names)), strict=True
-                )
-            for name, (weight, report) in zip(names, results, strict=True):
-                on_layer(name, weight, report)
-                replace_layer(model, name, weight, targets[name], config)
-                reports[name] = report
-        else:
-            for name in names:
-                weight, reports[name] = finished[name]  # type: ignore[index]
-                replace_layer(model, name, weight, targets[name], config)
+    for names in tqdm(sibling_groups(targets), desc="Quantizing", unit="group", disable=not progress):
+        if not all(name in finished for name in names):
+            results = decompose_layers(model, names, targets[names[0]], config)
+            for name, result in zip(names, results, strict=True):
+                on_layer(name, *result)
+                finished[name] = result
+        for name in names:
+            weight, reports[name] = finished.pop(name)
+            device = cast(Tensor, model.get_submodule(name).weight).device
+            replace_layer(model, name, weight.to(device), targets[name], config)
     return recorded, reports
 
 

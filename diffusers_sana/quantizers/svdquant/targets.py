@@ -2,18 +2,21 @@
 
 A target is a linear layer or an ungrouped 1x1 convolution inside a repeated block (a numbered child of a list), where
 nearly all the weights are. The ends of a model, embeddings and output layers, stay 16 bit: they are small, and errors
-there reach everything. Inside the blocks:
+there reach everything.
 
-    w4a16   adaLN projections: they see one row a sample, so a 16-bit activation costs nothing
-    16 bit  keys and values of cross-attention: their input is the text, once a prompt
-    16 bit  everything in a convolutional residual block
-    w4a4    all others
+    w4a16   adaLN projections, in the blocks or shared by them: they see one row a sample
+            keys and values of cross-attention: their input is the text, once a prompt
+    16 bit  everything in a convolutional residual block, and the ends of a U-Net's attention stages
+    w4a4    all others in the blocks
+
+Where 16-bit activations cost nothing, activations are left alone. So are they in text encoders, which run once a prompt
+and have outliers that 4 bits do not hold: everything is w4a16 there.
 
 A model may publish `_svdquant_modules`, a dictionary like `SVDQuantConfig.modules`, to say so itself.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import cast
 
@@ -24,11 +27,13 @@ from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 
 IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")
 ADALN = re.compile(r"(^|\.)(norm\w*\.linear|(img|txt)_mod\.\d+|adaLN_modulation\.\d+|\w*modulation\w*\.(linear|lin))$")
-KEPT = re.compile(
-    r"(^|\.)attn2\.(to_k|to_v|add_k_proj|add_v_proj)$|(^|\.)(resnets|upsamplers|downsamplers|embeddings?)\."
-)
-# Layers that share their input: what they are quantized with is chosen for all of them together.
+SHARED_ADALN = re.compile(r"^(time_embed|adaln_single)\.linear$")  # of Sana and of PixArt
+OF_THE_TEXT = re.compile(r"(^|\.)attn2\.(to_k|to_v|add_k_proj|add_v_proj)$")
+KEPT = re.compile(r"(^|\.)((resnets|upsamplers|downsamplers|embeddings?)\.|attentions\.\d+\.proj_(in|out)$)")
+# Layers that share their input: what they are quantized with is chosen for all of them together. The queries of
+# cross-attention have an input of their own.
 SIBLINGS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"), ("q_proj", "k_proj", "v_proj"))
+CROSS_SIBLINGS = (("to_k", "to_v"), ("add_k_proj", "add_v_proj"))
 
 
 def is_quantizable(module: nn.Module) -> bool:
@@ -47,9 +52,11 @@ def is_quantizable(module: nn.Module) -> bool:
 
 def default_mode(name: str) -> str | None:
     """What the rules above say of a layer of that name: "w4a4", "w4a16", or None to leave it."""
+    if SHARED_ADALN.search(name):
+        return "w4a16"
     if not IN_A_BLOCK.search(name) or KEPT.search(name):
         return None
-    return "w4a16" if ADALN.search(name) else "w4a4"
+    return "w4a16" if ADALN.search(name) or OF_THE_TEXT.search(name) else "w4a4"
 
 
 def find_targets(model: nn.Module, config: SVDQuantConfig) -> dict[str, str]:
@@ -64,11 +71,14 @@ def find_targets(model: nn.Module, config: SVDQuantConfig) -> dict[str, str]:
     patterns = config.modules or getattr(model, "_svdquant_modules", None)
     if patterns is None:
         modes = {name: default_mode(name) for name in candidates}
+        if hasattr(model, "get_input_embeddings"):  # of tokens: a model of transformers
+            modes = {name: mode and "w4a16" for name, mode in modes.items()}
     else:
-        _check_patterns("modules", patterns, candidates)
+        _check_patterns("modules", patterns, candidates, fnmatchcase)
         modes = {name: next((patterns[p] for p in patterns if fnmatchcase(name, p)), None) for name in candidates}
-    kept = [*config.modules_to_not_convert, *(getattr(model, "_keep_in_fp32_modules", None) or [])]
-    _check_patterns("modules_to_not_convert", config.modules_to_not_convert, dict(model.named_modules()))
+    in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or []
+    kept = [*config.modules_to_not_convert, *([in_fp32] if isinstance(in_fp32, str) else in_fp32)]
+    _check_patterns("modules_to_not_convert", config.modules_to_not_convert, dict(model.named_modules()), _is_in)
     targets = {
         name: mode for name, mode in modes.items() if mode is not None and not any(_is_in(name, p) for p in kept)
     }
@@ -106,13 +116,15 @@ def as_patterns(targets: dict[str, str], model: nn.Module) -> dict[str, str]:
     return patterns
 
 
-def sibling_groups(names: Iterable[str]) -> list[list[str]]:
-    """The names in groups of layers that share their input; most groups have one member."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
+def sibling_groups(targets: Mapping[str, str]) -> list[list[str]]:
+    """The names of targets in groups that share their input and their mode; most groups have one member."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, mode in targets.items():
         parent, _, leaf = name.rpartition(".")
-        family = next((siblings for siblings in SIBLINGS if leaf in siblings), None)
-        groups.setdefault(name if family is None else f"{parent}.{family[0]}", []).append(name)
+        families = CROSS_SIBLINGS if parent.endswith("attn2") else SIBLINGS
+        family = next((siblings for siblings in families if leaf in siblings), None)
+        key = name if family is None else f"{parent}.{family[0]}"
+        groups.setdefault((key, mode), []).append(name)
     return list(groups.values())
 
 
@@ -121,10 +133,12 @@ def _is_in(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") or pattern in name.split(".")
 
 
-def _check_patterns(argument: str, patterns: Iterable[str], names: Iterable[str]) -> None:
+def _check_patterns(
+    argument: str, patterns: Iterable[str], names: Iterable[str], matches: Callable[[str, str], bool]
+) -> None:
     names = list(names)
     for pattern in patterns:
-        if not any(_is_in(name, pattern) for name in names):
+        if not any(matches(name, pattern) for name in names):
             raise ValueError(
                 f"`{argument}` must name layers of the model; {pattern!r} matches none. Names look like "
                 f"{[name for name in names if IN_A_BLOCK.search(name)][:3]}; `*` stands for anything."

@@ -1,0 +1,303 @@
+"""Product of low-bit matrices, transposed: a program has some output features (rows) and some tokens (columns).
+
+The 4-bit weight is the left operand, which tensor cores may take from registers, where it is unpacked. Packing is
+planar, so that low and high nibbles are two products with two strips of K. By the format of the activations:
+
+    int4    8-bit products, 64 long; each sum is scaled by its two group scales (4 operations an output and group)
+    int8    the weight is rounded to integers of its row in registers; one 32-bit sum over K, scaled once
+    nvfp4   block-scaled products in 4 bits where there are such; else in fp16, which holds every code times its scale
+
+The second to last step is the 16-bit branch. Its input is fp32; tensor cores round that to 11 bits, as precise as
+fp16, when the output is half.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffusers_sana.kernels.triton.low_bit import (
+    architecture,
+    as_bits,
+    decode_nibbles,
+    decode_scales,
+    expand_groups,
+    first_halves,
+    round_to_int,
+)
+
+
+GROUPED = 8  # blocks of tokens whose programs run together, so that they find their weights in L2
+BLOCK_R = 32
+PROGRAMS = 512  # from which on larger blocks leave enough for the largest GPUs
+MAX_PACKED_TOKENS = 128  # that one program takes, so that a weight is unpacked once
+NVFP4_ARCHITECTURES = (100, 103, 120, 121)
+
+
+def _launch_config(
+    tokens: int, features: int, outputs: int, activation_format: str, is_packed: bool, architecture: int
+) -> tuple[int, int, int, dict[str, int]]:
+    """Output features, tokens and columns of a block; warps and stages."""
+    block_n, block_m = 128, min(max(16, triton.next_power_of_2(tokens)), 128)
+    block_k = 128 if features % 128 == 0 else 64
+    if activation_format == "int4":
+        block_k = 64
+    elif activation_format == "nvfp4" and architecture not in NVFP4_ARCHITECTURES:
+        block_n, block_m, block_k = 64, min(block_m, 64), 64
+    elif not is_packed and architecture == 90 and triton.cdiv(tokens, 256) * triton.cdiv(outputs, 128) >= PROGRAMS:
+        block_m = 256
+    num_warps = 8 if block_n * block_m >= 128 * 128 else 4
+    return block_n, block_m, block_k, {"num_warps": num_warps, "num_stages": 3 if architecture else 2, **({"maxnreg": 128} if architecture and block_m < 256 and num_warps==8 else {})}
+
+
+@triton.jit
+def _int4_product(codes_ptr, scales_ptr, qweight_ptr, wscales_ptr, o_m, o_n, features):
+    """int8 `[M, K]` with scales in fp32, times int4."""
+    o_k = tl.arange(0, 32)
+    p_codes = codes_ptr + o_m[None, :] * features + o_k[:, None]
+    p_weight = qweight_ptr + o_n[:, None] * (features // 2) + o_k[None, :]
+    p_scales = scales_ptr + o_m * (features // 64)
+    p_wscales = wscales_ptr + o_n * (features // 64)
+    b_out = tl.zeros([o_n.shape[0], o_m.shape[0]], tl.float32)
+    for _ in range(features // 64):
+        b_weight = tl.load(p_weight).to(tl.int8, bitcast=True)
+        b_sum = tl.dot((b_weight << 4) >> 4, tl.load(p_codes), out_dtype=tl.int32)
+        b_sum = tl.dot(b_weight >> 4, tl.load(p_codes + 32), b_sum, out_dtype=tl.int32)
+        b_scales = tl.load(p_wscales).to(tl.float32)[:, None] * tl.load(p_scales)[None, :]
+        b_out += b_sum.to(tl.float32) * b_scales
+        p_codes += 64
+        p_weight += 32
+        p_scales += 1
+        p_wscales += 1
+    return b_out
+
+
+@triton.jit
+def _row_scales(wscales_ptr, o_n, groups, IS_NVFP4: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Scales with which the rows of a weight become integers of -127..127."""
+    o_g = tl.arange(0, BLOCK_G)
+    b_largest = tl.zeros([o_n.shape[0], BLOCK_G], tl.float32)
+    for start in range(0, groups, BLOCK_G):
+        p_wscales = wscales_ptr + o_n[:, None] * groups + start + o_g[None, :]
+        b_largest = tl.maximum(
+            b_largest, decode_scales(tl.load(p_wscales, mask=(start + o_g < groups)[None, :], other=0))
+        )
+    return tl.max(b_largest, axis=1) * ((6.0 if IS_NVFP4 else 7.0) / 127)
+
+
+@triton.jit
+def _multipliers(b_wscales, b_rows, SIZE: tl.constexpr):
+    """From codes to integers of their row, for `SIZE` neighbours each.
+
+    e2m1 times a ratio of e4m3 numbers often lies half way between two integers, so this has to be the reference's
+    division, to the last bit.
+    """
+    return expand_groups(tl.div_rn(decode_scales(b_wscales), tl.where(b_rows == 0, 1.0, b_rows)[:, None]), SIZE)
+
+
+@triton.jit
+def _requantize(b_nibbles, b_multipliers, IS_NVFP4: tl.constexpr):
+    """Nibbles to integers of their row. int4's -8, which only others write, would be less than an int8 can hold."""
+    return round_to_int(tl.maximum(decode_nibbles(b_nibbles, IS_NVFP4) * b_multipliers, -127.0)).to(tl.int8)
+
+
+@triton.jit
+def _requantize_kernel(
+    qweight_ptr, wscales_ptr, wtscale_ptr, weight_ptr, rows_ptr,
+    outputs, features,
+    G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A 4-bit weight to int8 with one scale a row."""
+    IS_NVFP4: tl.constexpr = G == 16
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < outputs
+    o_n = tl.minimum(o_n, outputs - 1)
+    b_rows = _row_scales(wscales_ptr, o_n, features // G, IS_NVFP4, 64)
+    o_j, o_g, o_k = tl.arange(0, BLOCK_K // 2), tl.arange(0, BLOCK_K // G), first_halves(BLOCK_K, G)
+    for start in range(0, features, BLOCK_K):
+        m_j, m_g, m_k = start // 2 + o_j < features // 2, start // G + o_g < features // G, start + o_k < features
+        p_wscales = wscales_ptr + o_n[:, None] * (features // G) + start // G + o_g[None, :]
+        b_multipliers = _multipliers(tl.load(p_wscales, mask=m_g[None, :], other=0), b_rows, G // 2)
+        p_packed = qweight_ptr + o_n[:, None] * (features // 2) + start // 2 + o_j[None, :]
+        b_packed = tl.load(p_packed, mask=m_j[None, :], other=0)
+        p_weight = weight_ptr + o_n[:, None] * features + start + o_k[None, :]
+        mask = m_n[:, None] & m_k[None, :]
+        tl.store(p_weight, _requantize(b_packed & 15, b_multipliers, IS_NVFP4), mask=mask)
+        tl.store(p_weight + G // 2, _requantize(b_packed >> 4, b_multipliers, IS_NVFP4), mask=mask)
+    if wtscale_ptr is not None:
+        b_rows *= tl.load(wtscale_ptr + o_n).to(tl.float32)
+    tl.store(rows_ptr + o_n, b_rows, mask=m_n)
+
+
+@triton.jit
+def _int8_product(codes_ptr, weight_ptr, o_m, o_n, features, BLOCK_K: tl.constexpr):
+    """int8 `[M, K]` times int8."""
+    o_k = tl.arange(0, BLOCK_K)
+    p_codes = codes_ptr + o_m[None, :] * features + o_k[:, None]
+    p_weight = weight_ptr + o_n[:, None] * features + o_k[None, :]
+    b_sum = tl.zeros([o_n.shape[0], o_m.shape[0]], tl.int32)
+    for _ in range(features // BLOCK_K):
+        b_sum = tl.dot(tl.load(p_weight), tl.load(p_codes), b_sum, out_dtype=tl.int32)
+        p_codes += BLOCK_K
+        p_weight += BLOCK_K
+    return b_sum
+
+
+@triton.jit
+def _packed_int8_product(
+    codes_ptr, qweight_ptr, wscales_ptr, b_rows, o_m, o_n, features, G: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """int8 `[M, K]` times int4 or e2m1 as integers of their row."""
+    p_codes = codes_ptr + o_m[None, :] * features + first_halves(BLOCK_K, G)[:, None]
+    p_packed = qweight_ptr + o_n[:, None] * (features // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
+    p_wscales = wscales_ptr + o_n[:, None] * (features // G) + tl.arange(0, BLOCK_K // G)[None, :]
+    b_sum = tl.zeros([o_n.shape[0], o_m.shape[0]], tl.int32)
+    for _ in range(features // BLOCK_K):
+        b_packed = tl.load(p_packed)
+        b_multipliers = _multipliers(tl.load(p_wscales), b_rows, G // 2)
+        b_low = _requantize(b_packed & 15, b_multipliers, G == 16)
+        b_sum = tl.dot(b_low, tl.load(p_codes), b_sum, out_dtype=tl.int32)
+        b_high = _requantize(b_packed >> 4, b_multipliers, G == 16)
+        b_sum = tl.dot(b_high, tl.load(p_codes + G // 2), b_sum, out_dtype=tl.int32)
+        p_codes += BLOCK_K
+        p_packed += BLOCK_K // 2
+        p_wscales += BLOCK_K // G
+    return b_sum
+
+
+@triton.jit
+def _nvfp4_product(
+    codes_ptr, scales_ptr, qweight_ptr, wscales_ptr, o_m, o_n, features,
+    HAS_NVFP4: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """e2m1 `[M, K]` times e2m1, both with e4m3 scales.
+
+    Planar packing orders the elements of a group in another way than the hardware does, but both operands alike.
+    """
+    o_j, o_g = tl.arange(0, BLOCK_K // 2), tl.arange(0, BLOCK_K // 16)
+    p_codes = codes_ptr + o_m[None, :] * (features // 2) + o_j[:, None]
+    p_scales = scales_ptr + o_m[:, None] * (features // 16) + o_g[None, :]
+    p_weight = qweight_ptr + o_n[:, None] * (features // 2) + o_j[None, :]
+    p_wscales = wscales_ptr + o_n[:, None] * (features // 16) + o_g[None, :]
+    b_out = tl.zeros([o_n.shape[0], o_m.shape[0]], tl.float32)
+    for _ in range(features // BLOCK_K):
+        b_codes, b_weight = tl.load(p_codes), tl.load(p_weight)
+        b_scales, b_wscales = tl.load(p_scales), tl.load(p_wscales)
+        if HAS_NVFP4:
+            b_scales = b_scales.to(tl.float8e4nv, bitcast=True)
+            b_wscales = b_wscales.to(tl.float8e4nv, bitcast=True)
+            b_out = tl.dot_scaled(b_weight, b_wscales, "e2m1", b_codes, b_scales, "e2m1", b_out)
+        else:
+            b_multipliers = tl.trans(expand_groups(decode_scales(b_scales), 8))
+            b_wmultipliers = expand_groups(decode_scales(b_wscales), 8)
+            b_low = (decode_nibbles(b_weight & 15, True) * b_wmultipliers).to(tl.float16)
+            b_out = tl.dot(b_low, (decode_nibbles(b_codes & 15, True) * b_multipliers).to(tl.float16), b_out)
+            b_high = (decode_nibbles(b_weight >> 4, True) * b_wmultipliers).to(tl.float16)
+            b_out = tl.dot(b_high, (decode_nibbles(b_codes >> 4, True) * b_multipliers).to(tl.float16), b_out)
+        p_codes += BLOCK_K // 2
+        p_scales += BLOCK_K // 16
+        p_weight += BLOCK_K // 2
+        p_wscales += BLOCK_K // 16
+    return b_out
+
+
+@triton.jit
+def _lowbit_linear_kernel(
+    codes_ptr, scales_ptr, low_ptr, qweight_ptr, wscales_ptr, wtscale_ptr, up_ptr, bias_ptr, out_ptr,
+    tokens, features, outputs, rank,
+    FORMAT: tl.constexpr, G: tl.constexpr, IS_PACKED: tl.constexpr, HAS_NVFP4: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUPED: tl.constexpr,
+):  # fmt: skip
+    blocks_m, blocks_n = tl.cdiv(tokens, BLOCK_M), tl.cdiv(outputs, BLOCK_N)
+    i_p = tl.program_id(0)
+    i_m, i_n = tl.swizzle2d(i_p // blocks_n, i_p % blocks_n, blocks_m, blocks_n, GROUPED)
+    # Offsets from the program's first rows fit into 32 bits. What lies beyond the last row is never stored: there the
+    # last row is read.
+    i_m, i_n = i_m.to(tl.int64) * BLOCK_M, i_n.to(tl.int64) * BLOCK_N
+    o_m, o_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    m_m, m_n = i_m + o_m < tokens, i_n + o_n < outputs
+    o_x = tl.minimum(o_m, (tokens - 1 - i_m).to(tl.int32))
+    o_w = tl.minimum(o_n, (outputs - 1 - i_n).to(tl.int32))
+    code_bytes = features // 2 if FORMAT == "nvfp4" else features
+    scales_a_row = 1 if FORMAT == "int8" else features // G
+    codes_ptr += i_m * code_bytes
+    scales_ptr += i_m * scales_a_row
+    low_ptr += i_m * rank
+    qweight_ptr += i_n * (features // 2 if IS_PACKED else features)
+    wscales_ptr += i_n * (features // G if IS_PACKED else 1)
+    up_ptr += i_n * rank
+    if FORMAT == "int4":
+        b_out = _int4_product(codes_ptr, scales_ptr, qweight_ptr, wscales_ptr, o_x, o_w, features)
+    elif FORMAT == "nvfp4":
+        b_out = _nvfp4_product(codes_ptr, scales_ptr, qweight_ptr, wscales_ptr, o_x, o_w, features, HAS_NVFP4, BLOCK_K)
+    else:
+        if IS_PACKED:
+            b_rows = _row_scales(wscales_ptr, o_w, features // G, G == 16, 16)
+            b_sum = _packed_int8_product(codes_ptr, qweight_ptr, wscales_ptr, b_rows, o_x, o_w, features, G, BLOCK_K)
+        else:
+            b_rows = tl.load(wscales_ptr + o_w)
+            b_sum = _int8_product(codes_ptr, qweight_ptr, o_x, o_w, features, BLOCK_K)
+        b_out = b_sum.to(tl.float32) * b_rows[:, None] * tl.load(scales_ptr + o_x)[None, :]
+    if wtscale_ptr is not None:
+        b_out *= tl.load(wtscale_ptr + i_n + o_w).to(tl.float32)[:, None]
+    for start in range(0, rank, BLOCK_R):
+        o_r = start + tl.arange(0, BLOCK_R)
+        b_up = tl.load(up_ptr + o_w[:, None] * rank + o_r[None, :], mask=(o_r < rank)[None, :], other=0.0)
+        b_low = tl.load(low_ptr + o_x[None, :] * rank + o_r[:, None], mask=(o_r < rank)[:, None], other=0.0)
+        b_out = tl.dot(b_up.to(tl.float32), b_low, b_out, input_precision=PRECISION)
+    if bias_ptr is not None:
+        b_out += tl.load(bias_ptr + i_n + o_w).to(tl.float32)[:, None]
+    if ACTIVATION == "silu":
+        b_out *= tl.sigmoid(b_out)
+    elif ACTIVATION == "gelu":
+        # (1 + tanh(y)) / 2 = sigmoid(2 y)
+        b_out *= tl.sigmoid(1.5957691216057308 * (b_out + 0.044715 * b_out * b_out * b_out))
+    tl.store(
+        out_ptr + i_m * outputs + i_n + o_m[None, :] * outputs + o_n[:, None], b_out, mask=m_n[:, None] & m_m[None, :]
+    )
+
+
+def lowbit_linear_forward(
+    codes: Tensor,
+    scales: Tensor,
+    low: Tensor,
+    qweight: Tensor,
+    wscales: Tensor,
+    wtscale: Tensor | None,
+    up: Tensor,
+    bias: Tensor | None,
+    activation_format: str,
+    activation: str,
+) -> Tensor:
+    """`[M, N]` in the dtype of `up`; see the reference."""
+    (tokens, rank), (outputs, packed) = low.shape, qweight.shape
+    out = up.new_empty((tokens, outputs))
+    target, features, group_size = architecture(), 2 * packed, 64 if wtscale is None else 16
+    is_packed = activation_format != "int8" or tokens <= MAX_PACKED_TOKENS
+    if not is_packed:
+        qweight, wscales = requantize_rows(qweight, wscales, wtscale)
+        wtscale = None
+    block_n, block_m, block_k, options = _launch_config(
+        tokens, features, outputs, activation_format, is_packed, target
+    )
+    _lowbit_linear_kernel[(triton.cdiv(tokens, block_m) * triton.cdiv(outputs, block_n),)](
+        codes.contiguous(), as_bits(scales), low.contiguous(), qweight.contiguous(), as_bits(wscales), wtscale,
+        up.contiguous(), bias, out, tokens, features, outputs, rank,
+        FORMAT=activation_format, G=group_size, IS_PACKED=is_packed, HAS_NVFP4=target in NVFP4_ARCHITECTURES,
+        ACTIVATION=activation, PRECISION="tf32" if target and up.dtype != torch.float32 else "ieee",
+        BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=BLOCK_R, GROUPED=GROUPED, **options,
+    )  # fmt: skip
+    return out
+
+
+def requantize_rows(qweight: Tensor, wscales: Tensor, wtscale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A 4-bit weight as int8 `[N, Kp]` with one scale a row, fp32 `[N]`; see `low_bit.py` of the references."""
+    outputs, features = qweight.shape[0], 2 * qweight.shape[1]
+    weight = qweight.new_empty((outputs, features), dtype=torch.int8)
+    rows = qweight.new_empty((outputs,), dtype=torch.float32)
+    _requantize_kernel[(triton.cdiv(outputs, 8),)](
+        qweight.contiguous(), as_bits(wscales), wtscale, weight, rows, outputs, features,
+        G=64 if wtscale is None else 16, BLOCK_N=8, BLOCK_K=256, num_warps=4,
+    )  # fmt: skip
+    return weight, rows

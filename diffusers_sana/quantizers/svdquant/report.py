@@ -1,0 +1,132 @@
+"""What a quantization says about itself: layer by layer as JSON and as a picture, and as a model card."""
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+
+from diffusers.utils import logging
+
+from diffusers_sana.kernels.low_bit import precision_of
+from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.decompose import LayerReport, QuantizedWeight
+
+
+logger = logging.get_logger(__name__)
+
+JSON_FILE = "quantization_report.json"
+PICTURE_FILE = "quantization_report.png"
+WORST = 3  # layers that the summary names
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """How one layer came through.
+
+    Attributes:
+        layer: its name, after that of the component.
+        shape: (N, K).
+        mode: "w4a4" or "w4a16".
+        precision: "int4" or "nvfp4".
+        exponents: of the smoothing, see `decompose.py`.
+        error: relative error of its output in that mode, for sample inputs.
+        naive_error: the same for plain rounding of weight and activations.
+        bytes: of the quantized weight.
+        original_bytes: of the weight before.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    mode: str
+    precision: str
+    exponents: tuple[float, float]
+    error: float
+    naive_error: float
+    bytes: int
+    original_bytes: int
+
+    @classmethod
+    def of(cls, layer: str, mode: str, weight: QuantizedWeight, report: LayerReport) -> "LayerResult":
+        """From what `decompose` returned."""
+        shape = weight.qweight.shape[0], weight.smooth_factor.shape[0]
+        size = sum(tensor.nbytes for tensor in weight.tensors().values())
+        original = shape[0] * shape[1] * weight.proj_up.element_size()
+        return cls(layer, shape, mode, precision_of(weight.wscales), *report, size, original)
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """The result of `quantize`.
+
+    Attributes:
+        config: with the layers it was applied to.
+        layers: one by one, in the model's order.
+        prompts: how many prompts calibrated it; 0 for none.
+    """
+
+    config: SVDQuantConfig
+    layers: list[LayerResult]
+    prompts: int = 0
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `quantization_report.json`, and `quantization_report.png` where matplotlib is installed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "config": self.config.to_dict(),
+            "prompts": self.prompts,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+        (folder / JSON_FILE).write_text(json.dumps(content, indent=1) + "\n")
+        if find_spec("matplotlib"):
+            _draw(self.layers, folder / PICTURE_FILE)
+        else:
+            logger.info(f"{PICTURE_FILE} is left out: matplotlib is not installed.")
+
+    @property
+    def sizes(self) -> str:
+        """Bytes of the layers, before and after."""
+        before, after = (sum(getattr(layer, key) for layer in self.layers) for key in ("original_bytes", "bytes"))
+        return f"{_size(before)} before, {_size(after)} after"
+
+    @property
+    def errors(self) -> str:
+        """A layer's error, in a line."""
+        error, naive = (median(getattr(layer, key) for layer in self.layers) for key in ("error", "naive_error"))
+        return f"median {error:.3f}, {naive:.3f} with plain rounding"
+
+    def __str__(self) -> str:
+        worst = sorted(self.layers, key=lambda layer: layer.error, reverse=True)[:WORST]
+        calibration = f"{self.prompts} prompts" if self.prompts else "no prompts"
+        return (
+            f"{len(self.layers)} layers in {self.config.precision}, rank {self.config.rank}, {calibration}\n"
+            f"memory of their weights: {self.sizes}\n"
+            f"relative error of a layer's output: {self.errors}\n"
+            f"largest: {', '.join(f'{layer.error:.3f} in {layer.layer}' for layer in worst)}"
+        )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
+
+
+def _draw(layers: list[LayerResult], path: Path) -> None:
+    """Two bars a layer."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # heavy, and not always there
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6, 0.12 * len(layers)), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    positions = range(len(layers))
+    axis.bar(positions, [layer.naive_error for layer in layers], width=0.9, color="0.8", label="plain rounding")
+    axis.bar(positions, [layer.error for layer in layers], width=0.5, color="tab:blue", label="SVDQuant")
+    axis.set_xticks(positions, [layer.layer for layer in layers], rotation=90, fontsize=5)
+    axis.set_ylabel("relative error of the output")
+    axis.legend()
+    figure.savefig(path, dpi=120)

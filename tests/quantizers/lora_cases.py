@@ -1,0 +1,78 @@
+"""Quantized models, their dense twins, and LoRA files for both: shared by the tests of adapters."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.linear import SVDQuantConv2d
+from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers, quantized_layers
+from diffusers_sana.quantizers.svdquant.quantizer import attach
+
+
+RANK = 4
+
+
+def quantized(model: nn.Module, **options) -> nn.Module:
+    """The model itself, its layers replaced; w4a16, so that nothing but the weight differs from a dense layer."""
+    config = SVDQuantConfig(**{"rank": RANK, "compute_mode": "w4a16", "smoothing": "none", **options})
+    attach(model, quantize_layers(model, config, progress=False)[0])
+    return model
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """A copy with stock layers that have the weights which the quantized ones stand for."""
+    twin = copy.deepcopy(model)
+    twin.is_quantized = False
+    del twin.hf_quantizer
+    for name, layer in layers_by_name(twin):
+        stock = nn.Conv2d if isinstance(layer, SVDQuantConv2d) else nn.Linear
+        kernel = (1,) if stock is nn.Conv2d else ()
+        plain = stock(layer.weight.shape[1], layer.weight.shape[0], *kernel, bias=layer.bias is not None)
+        plain.weight.data = layer.weight.clone()
+        if layer.bias is not None:
+            plain.bias.data = layer.bias.data
+        parent, _, leaf = name.rpartition(".")
+        setattr(twin.get_submodule(parent), leaf, plain.requires_grad_(False))
+    return twin
+
+
+def layers_by_name(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    layers = set(quantized_layers(model))
+    return ((name, module) for name, module in list(model.named_modules()) if module in layers)
+
+
+def lora_file(model: nn.Module, seed: int, rank: int = 3, pick: str = "", scale: float = 0.3) -> dict[str, Tensor]:
+    """A state dict as PEFT writes it, for the quantized layers with `pick` in their names."""
+    generator = torch.Generator().manual_seed(seed)
+    state_dict = {}
+    for name, layer in layers_by_name(model):
+        if pick in name:
+            ones = (1,) * (layer.weight.ndim - 2)
+            outputs, inputs = layer.weight.shape[:2]
+            name = name.removesuffix(".base_layer")  # where an adapter is already
+            state_dict[f"{name}.lora_A.weight"] = torch.randn(rank, inputs, *ones, generator=generator) * scale
+            state_dict[f"{name}.lora_B.weight"] = torch.randn(outputs, rank, *ones, generator=generator) * scale
+    return state_dict
+
+
+def prefixed(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As in the files that pipelines load."""
+    return {f"transformer.{name}": tensor for name, tensor in state_dict.items()}
+
+
+@torch.no_grad()
+def run(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return model(**inputs).sample
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return actual.keys() == expected.keys() and all(
+        torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8)) for name, tensor in actual.items()
+    )

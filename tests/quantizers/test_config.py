@@ -1,0 +1,81 @@
+"""What `SVDQuantConfig` accepts, and its way through JSON and both libraries."""
+
+import json
+import logging
+
+import pytest
+from diffusers.quantizers.auto import DiffusersAutoQuantizer
+from transformers.quantizers.auto import AutoQuantizationConfig
+
+from diffusers_sana import SVDQuantConfig
+
+
+CUSTOM = SVDQuantConfig(
+    precision="nvfp4",
+    rank=8,
+    smoothing="none",
+    refinements=2,
+    compute_mode="w4a16",
+    modules={"blocks.*.ff": "w4a16"},
+    modules_to_not_convert=["proj_out"],
+    seed=3,
+)
+
+
+def test_json_round_trip():
+    again = SVDQuantConfig.from_dict(json.loads(json.dumps(CUSTOM.to_dict())))
+    assert again == CUSTOM
+    assert CUSTOM.to_dict()["quant_method"] == "svdquant"
+    assert SVDQuantConfig.from_dict(json.loads(CUSTOM.to_json_string())) == CUSTOM  # only what differs
+
+
+def test_both_libraries_read_it():
+    described = CUSTOM.to_dict()
+    assert DiffusersAutoQuantizer.from_dict(described) == CUSTOM
+    assert AutoQuantizationConfig.from_dict(described) == CUSTOM
+
+
+def test_fields_of_a_later_version_are_left_out():
+    assert SVDQuantConfig.from_dict({**CUSTOM.to_dict(), "of_the_future": 1}) == CUSTOM
+
+
+def test_keyword_arguments():
+    config, unused = SVDQuantConfig.from_dict({"rank": 8}, return_unused_kwargs=True, seed=5, other=1)
+    assert (config.rank, config.seed, unused) == (8, 5, {"other": 1})
+
+
+def test_repr_says_what_differs(caplog):
+    assert '"rank": 8' in repr(CUSTOM)
+    assert "rank" not in repr(SVDQuantConfig())
+    with caplog.at_level(logging.INFO):
+        logging.getLogger("a.user").info("%s", CUSTOM)  # as both libraries do
+    assert "SVDQuantConfig" in caplog.text
+
+
+def test_lists_are_not_shared():
+    first, second = SVDQuantConfig(), SVDQuantConfig(modules_to_not_convert=None)
+    first.modules_to_not_convert.append("x")
+    assert second.modules_to_not_convert == SVDQuantConfig().modules_to_not_convert == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"precision": "int3"}, ValueError, "`precision` must be one of .*'nvfp4'.*, got 'int3'"),
+        ({"compute_mode": "w8a8"}, ValueError, "`compute_mode` must be one of .*, got 'w8a8'"),
+        ({"smoothing": "yes"}, ValueError, "`smoothing` must be one of .*, got 'yes'"),
+        ({"rank": -1}, ValueError, "`rank` must be an integer of at least 0, got -1"),
+        ({"rank": 8.0}, ValueError, "`rank` must be an integer of at least 0, got 8.0"),
+        ({"refinements": True}, ValueError, "`refinements` must be an integer"),
+        ({"seed": None}, ValueError, "`seed` must be an integer"),
+        ({"gptq": "no"}, TypeError, "`gptq` must be True or False, got 'no'"),
+        ({"modules": {}}, ValueError, "`modules` must name at least one pattern"),
+        ({"modules": {"a": "w8a8"}}, ValueError, r"`modules\['a'\]` must be .*, got 'w8a8'"),
+        ({"modules": ["a"]}, TypeError, "`modules` must be a dictionary"),
+        ({"modules_to_not_convert": [1]}, TypeError, "must be strings, got 1"),
+        ({"modules_to_not_convert": "proj_out"}, TypeError, "`modules_to_not_convert` must be a list"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        SVDQuantConfig(**arguments)

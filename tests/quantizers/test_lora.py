@@ -1,0 +1,285 @@
+"""Adapters on a quantized Sana through diffusers' and PEFT's own calls: as on the dense model of the same weights."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from peft import LoHaConfig, LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import nn
+
+import diffusers_sana
+from diffusers_sana.quantizers.svdquant.linear import SVDQuantLayer
+from diffusers_sana.quantizers.svdquant.quantize_model import set_compute_mode
+from tests import tiny
+from tests.models.sana_transformers import tiny_inputs, tiny_model, to_dtype
+from tests.numerics import assert_close_fp32, assert_no_worse, relative_error
+from tests.quantizers.lora_cases import bits, dense_twin, lora_file, prefixed, quantized, run, same_bits
+
+
+@pytest.fixture(scope="module")
+def original():
+    torch.manual_seed(0)
+    return quantized(tiny_model(num_layers=1))
+
+
+@pytest.fixture
+def models(original):
+    """The quantized model and its dense twin."""
+    return copy.deepcopy(original), dense_twin(original)
+
+
+@pytest.fixture
+def files(original):
+    """Two files; the second has another rank and only some of the layers."""
+    return lora_file(original, seed=1), lora_file(original, seed=2, rank=2, pick="attn1")
+
+
+def load(model, file, name, **kwargs):
+    model.load_lora_adapter(dict(file), prefix=None, adapter_name=name, **kwargs)
+
+
+def assert_alike(models):
+    """Equal outputs; returns the quantized model's."""
+    inputs = tiny_inputs(models[0])
+    output, expected = (run(model, inputs) for model in models)
+    assert_close_fp32(output, expected)
+    return output
+
+
+def test_adapters_come_and_go(models, files):
+    before, base = bits(models[0]), assert_alike(models)
+    outputs = [base]
+
+    def then(action):
+        for model in models:
+            action(model)
+        outputs.append(assert_alike(models))
+
+    then(lambda model: load(model, files[0], "first"))
+    then(lambda model: load(model, files[1], "second"))
+    then(lambda model: model.set_adapters(["first", "second"], [0.3, -0.7]))
+    then(lambda model: model.set_adapters(["second"], [2.0]))
+    then(lambda model: load(model, lora_file(models[0], seed=3, rank=2, pick="attn1"), "second", hotswap=True))
+    assert min(relative_error(one, other) for one, other in pairwise(outputs)) > 1e-3
+    then(lambda model: model.disable_lora())
+    assert torch.equal(outputs[-1], base)
+    then(lambda model: model.enable_lora())
+    assert torch.equal(outputs[-1], outputs[-3])
+    then(lambda model: model.delete_adapters("second"))
+    then(lambda model: model.unload_lora())
+    assert torch.equal(outputs[-1], base)
+    assert same_bits(bits(models[0]), before)
+
+
+@pytest.mark.parametrize("mode", ["w4a16", "w4a8", "w4a4"])
+def test_fused_is_the_same_and_goes_back(models, files, mode):
+    model, inputs = models[0], tiny_inputs(models[0])
+    set_compute_mode(model, mode)
+    base = run(model, inputs)
+    load(model, files[0], "first")
+    load(model, files[1], "second")
+    model.set_adapters(["first", "second"], [0.3, -0.7])
+    before, beside = bits(model), run(model, inputs)
+    model.fuse_lora()
+    assert model.transformer_blocks[0].attn1.to_q.base_layer.rank == 4 + 3 + 2
+    assert model.transformer_blocks[0].ff.conv_point.base_layer.rank == 4 + 3
+    assert_close_fp32(run(model, inputs), beside)
+    model.unfuse_lora()
+    assert torch.equal(run(model, inputs), beside)
+    assert same_bits(bits(model), before)
+    model.unload_lora()
+    assert torch.equal(run(model, inputs), base)
+
+
+def test_fused_in_part_and_scaled(models, files):
+    for model in models:
+        load(model, files[0], "first")
+        load(model, files[1], "second")
+        model.fuse_lora(lora_scale=0.4, adapter_names=["second"])
+        model.set_adapters(["first", "second"], [5.0, 5.0])  # without effect on what is fused
+    fused = assert_alike(models)
+    attention = models[0].transformer_blocks[0].attn1
+    assert (attention.to_q.base_layer.rank, attention.to_out[0].base_layer.rank) == (6, 6)
+    assert models[0].transformer_blocks[0].ff.conv_point.base_layer.rank == 4
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
+        models[0].fuse_lora(adapter_names=["second"])
+    assert torch.equal(run(models[0], tiny_inputs(models[0])), fused)
+    for model in models:
+        model.unload_lora()  # what is fused stays
+    assert attention.to_q.rank == 6
+    assert_alike(models)
+
+
+def test_fused_for_good_then_another(models, files):
+    model, inputs = models[0], tiny_inputs(models[0])
+    load(model, files[0], "first")
+    model.fuse_lora()
+    model.unload_lora()
+    kept = run(model, inputs)
+    load(model, files[1], "second")
+    model.fuse_lora()
+    assert relative_error(run(model, inputs), kept) > 1e-3
+    model.disable_lora()  # PEFT then separates what is fused, at the next run
+    assert torch.equal(run(model, inputs), kept)
+
+
+def test_saved_after_fusing(models, files, tmp_path):
+    load(models[0], files[0], "first")
+    models[0].fuse_lora()
+    models[0].unload_lora()
+    models[0].save_pretrained(tmp_path)
+    loaded = diffusers_sana.SanaTransformer2DModel.from_pretrained(tmp_path)
+    assert loaded.transformer_blocks[0].attn1.to_q.rank == 4 + 3
+    assert same_bits(bits(loaded), bits(models[0]))
+    inputs = tiny_inputs(loaded)
+    assert torch.equal(run(loaded, inputs), run(models[0], inputs))
+
+
+def test_copies_fuse_as_well(models, files):
+    model, inputs = models[0], tiny_inputs(models[0])
+    load(model, files[0], "first")
+    twin = copy.deepcopy(model)
+    model.fuse_lora()
+    twin.fuse_lora(lora_scale=0.0)
+    assert relative_error(run(twin, inputs), run(model, inputs)) > 1e-3
+    twin.unfuse_lora()
+    model.unload_lora()
+    twin.unload_lora()
+    assert twin.transformer_blocks[0].attn1.to_q.rank == 4
+    assert model.transformer_blocks[0].attn1.to_q.rank == 7
+
+
+def test_peft_alone(original):
+    """Without diffusers, and with PEFT's way to fuse."""
+    layers = nn.Sequential(copy.deepcopy(original.transformer_blocks[0].attn1.to_q))
+    hidden_states = torch.randn(3, layers[0].in_features)
+    model = get_peft_model(layers, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    beside = model(hidden_states)
+    merged = model.merge_and_unload()
+    assert isinstance(merged[0], SVDQuantLayer)
+    assert merged[0].rank == 4 + 2
+    assert_close_fp32(merged(hidden_states), beside)
+
+
+ODD_KINDS = {
+    "dora": (LoraConfig, {"r": 2, "use_dora": True, "init_lora_weights": False}, "DoraLinearVariant"),
+    "bias": (LoraConfig, {"r": 2, "lora_bias": True, "init_lora_weights": False}, "a bias"),
+    "loha": (LoHaConfig, {"r": 2, "init_weights": False}, "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_KINDS)
+def test_other_kinds_work_beside_the_layer_and_refuse_to_be_fused(models, kind):
+    config_class, options, message = ODD_KINDS[kind]
+    for model in models:
+        torch.manual_seed(1)
+        model.add_adapter(config_class(target_modules=["attn2.to_q", "attn2.to_out.0"], **options), "odd")
+    beside = assert_alike(models)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        models[0].fuse_lora()
+    assert torch.equal(run(models[0], tiny_inputs(models[0])), beside)
+
+
+def test_dora_on_a_convolution(models):
+    for model in models:
+        torch.manual_seed(1)
+        model.add_adapter(LoraConfig(r=2, use_dora=True, init_lora_weights=False, target_modules=["conv_point"]))
+    assert_alike(models)
+
+
+def test_safe_fusing(models, files):
+    file = {name: tensor.fill_(torch.nan) if "to_q" in name else tensor for name, tensor in files[0].items()}
+    load(models[0], file, "broken")
+    with pytest.raises(ValueError, match="'broken' must be finite"):
+        models[0].fuse_lora(safe_fusing=True)
+    assert models[0].transformer_blocks[0].attn1.to_q.base_layer.rank == 4
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_half_precision(files, adapter_dtype):
+    half = quantized(tiny_model(num_layers=1).to(torch.bfloat16))
+    eager = dense_twin(half)
+    gold = copy.deepcopy(eager).float()
+    file = {name: tensor.to(adapter_dtype) for name, tensor in files[0].items()}
+    for model in (half, eager, gold):
+        load(model, file, "first")
+    inputs = to_dtype(tiny_inputs(half), torch.bfloat16)
+    output, expected = run(half, inputs), run(gold, to_dtype(inputs, torch.float32))
+    assert output.dtype == torch.bfloat16
+    assert_no_worse(output, run(eager, inputs), expected)
+    half.fuse_lora()
+    assert_no_worse(run(half, inputs), run(eager, inputs), expected, factor=1.5)
+
+
+WRITES = {
+    "data": lambda weight: setattr(weight, "data", torch.zeros_like(weight)),
+    "data +=": lambda weight: setattr(weight, "data", weight.data.__iadd__(1)),
+    "data.copy_": lambda weight: weight.data.copy_(weight),
+    "item": lambda weight: weight.__setitem__(0, 1.0),
+    "init": nn.init.zeros_,
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("name", ["attn1.to_q", "ff.conv_point"])
+def test_weight_is_read_only(models, write, name):
+    weight = models[0].transformer_blocks[0].get_submodule(name).weight
+    with pytest.raises(RuntimeError, match="cannot be written to"):
+        WRITES[write](weight)
+    assert type(weight * 2) is torch.Tensor
+
+
+def test_state_dict_answers_for_weights(models, files):
+    load(models[0], files[1], "first")
+    state_dict, block = models[0].state_dict(), models[0].transformer_blocks[0]
+    assert torch.equal(state_dict["transformer_blocks.0.attn1.to_q.weight"], block.attn1.to_q.base_layer.weight)
+    assert torch.equal(state_dict["transformer_blocks.0.attn2.to_q.weight"], block.attn2.to_q.weight)
+    assert block.attn1.to_q.weight.shape == block.attn1.to_q.base_layer.weight.shape  # PEFT's would be the packed one
+    assert "transformer_blocks.0.attn2.to_q.weight" not in state_dict
+    with pytest.raises(KeyError, match="norm1"):
+        state_dict["transformer_blocks.0.norm1.weight"]
+
+
+@pytest.mark.parametrize("name", ["attn1.to_q", "ff.conv_point"])
+@torch.no_grad()
+def test_compiles_as_one_graph(models, files, name):
+    load(models[0], files[0], "first")
+    layer = models[0].transformer_blocks[0].get_submodule(name)
+    hidden_states = torch.randn(2, layer.in_features, *((3, 3) if "conv" in name else ()))
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert_close_fp32(compiled(hidden_states), layer(hidden_states))
+
+
+def as_lora_of_old_diffusers(file):
+    renamed = {name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): file[name] for name in file}
+    return prefixed(renamed)
+
+
+@pytest.mark.parametrize("rename", [prefixed, as_lora_of_old_diffusers])
+def test_pipeline(rename, tmp_path):
+    def picture():
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a cat", num_inference_steps=2, height=32, width=32, generator=generator, output_type="pt").images
+
+    pipe = tiny.pipeline(diffusers_sana)
+    model = quantized(pipe.transformer)
+    base = picture()
+    for index, name in enumerate(["first", "second"]):
+        save_file(rename(lora_file(model, seed=index)), tmp_path / f"{name}.safetensors")
+        pipe.load_lora_weights(tmp_path, weight_name=f"{name}.safetensors", adapter_name=name)
+    pipe.set_adapters(["first", "second"], [0.5, 0.8])
+    beside = picture()
+    pipe.transformer = dense_twin(model)
+    assert_close_fp32(beside, picture(), tolerance=1e-4)  # a few steps of the sampler and the decoder
+    pipe.transformer = model
+    pipe.fuse_lora(components=["transformer"])
+    assert pipe.fused_loras == {"first", "second"}
+    assert_close_fp32(picture(), beside, tolerance=1e-4)
+    pipe.unfuse_lora(components=["transformer"])
+    assert pipe.num_fused_loras == 0
+    assert torch.equal(picture(), beside)
+    pipe.unload_lora_weights()
+    assert torch.equal(picture(), base)
+    assert relative_error(beside, base) > 1e-3

@@ -1,0 +1,209 @@
+"""`quantize`: the same arguments give the same bits, also after an interruption and in several passes."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import diffusers_sana
+from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
+from diffusers_sana.quantizers.svdquant import quantize as module
+from diffusers_sana.quantizers.svdquant.linear import SVDQuantLayer
+from diffusers_sana.quantizers.svdquant.quantize_model import quantized_layers
+from diffusers_sana.quantizers.svdquant.unfinished_run import UnfinishedRun
+from tests import tiny
+
+
+CONFIG = SVDQuantConfig(rank=4)
+GPTQ = SVDQuantConfig(rank=4, gptq=True)
+PROMPTS = {"prompts": ["a cat", "a dog"], "num_inference_steps": 2, "height": 32, "width": 32, "progress": False}
+
+
+@pytest.fixture
+def pipe():
+    return tiny.pipeline(diffusers_sana)
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "quantized"
+
+
+def state(pipe):
+    return pipe.transformer.state_dict()
+
+
+def assert_same_bits(actual, expected):
+    actual, expected = ({k: v.view(torch.uint8) for k, v in state(pipe).items()} for pipe in (actual, expected))
+    assert actual.keys() == expected.keys()
+    assert [name for name in actual if not torch.equal(actual[name], expected[name])] == []
+
+
+def interrupt_after(layers, monkeypatch):
+    """Lets a run die after so many layers are on disk."""
+    save, left = UnfinishedRun.save_layer, [layers]
+
+    def dying(self, *args):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        save(self, *args)
+
+    monkeypatch.setattr(UnfinishedRun, "save_layer", dying)
+
+
+def draw(pipe):
+    arguments = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "pt"}
+    return pipe("a cat", generator=torch.Generator().manual_seed(0), **arguments).images
+
+
+def test_without_data(pipe, out):
+    plain = draw(pipe)
+    report = quantize(pipe, CONFIG, folder=out, progress=False)
+    assert len(report.layers) == len(list(quantized_layers(pipe.transformer))) > 10
+    assert not torch.equal(draw(pipe), plain)
+    loaded = SanaPipeline.from_pretrained(out)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded), draw(pipe))
+    assert not out.with_name("quantized.unfinished").exists()
+    assert json.loads((out / "quantization_report.json").read_text())["prompts"] == 0
+
+
+def test_a_model_alone(pipe, out):
+    model = tiny.transformer(diffusers_sana)
+    report = quantize(model, CONFIG, folder=out, progress=False)
+    quantize(pipe, CONFIG, progress=False)
+    assert [layer.error for layer in report.layers] == [
+        layer.error for layer in quantize(tiny.transformer(diffusers_sana), CONFIG, progress=False).layers
+    ]
+    for name, tensor in diffusers_sana.SanaTransformer2DModel.from_pretrained(out).state_dict().items():
+        assert torch.equal(tensor.view(torch.uint8), state(pipe)[name].view(torch.uint8))
+
+
+def test_any_module():
+    model = nn.Sequential(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64)))
+    report = quantize(model, CONFIG, progress=False)
+    assert [layer.layer for layer in report.layers] == ["model.0.0", "model.0.1"]
+    assert isinstance(model[0][1], SVDQuantLayer)
+
+
+def test_two_components(pipe):
+    report = quantize(pipe, CONFIG, components=("text_encoder", "transformer"), **PROMPTS)
+    assert {layer.layer.split(".")[0] for layer in report.layers} == {"transformer", "text_encoder"}
+    assert any(True for _ in quantized_layers(pipe.text_encoder))
+    assert draw(pipe).isfinite().all()
+
+
+def test_prompts_change_the_result_and_repeat():
+    first, second, without, other_seed = (tiny.pipeline(diffusers_sana) for _ in range(4))
+    report = quantize(first, CONFIG, **PROMPTS)
+    assert quantize(second, CONFIG, **PROMPTS) == report
+    assert_same_bits(first, second)
+    assert quantize(without, CONFIG, progress=False) != report
+    assert quantize(other_seed, CONFIG, seed=1, **PROMPTS) != report
+
+
+def test_passes_make_no_difference(pipe, monkeypatch):
+    runs = []
+    run_pipeline = module._draw
+    monkeypatch.setattr(module, "_draw", lambda *args: (runs.append(1), run_pipeline(*args)))
+    quantize(pipe, GPTQ, **PROMPTS)
+    assert len(runs) == 1
+    in_passes = tiny.pipeline(diffusers_sana)
+    quantize(in_passes, GPTQ, memory_gib=150e3 / 2**30, **PROMPTS)
+    assert len(runs) > 3
+    assert_same_bits(in_passes, pipe)
+
+
+@pytest.mark.parametrize("arguments", [{}, PROMPTS], ids=["without data", "prompts"])
+def test_interrupted_and_continued(pipe, out, arguments, monkeypatch):
+    config = GPTQ if arguments else CONFIG
+    expected = tiny.pipeline(diffusers_sana)
+    report = quantize(expected, config, **arguments, progress=False) if not arguments else quantize(
+        expected, config, **arguments
+    )  # fmt: skip
+    arguments = {"progress": False, **arguments, "folder": out}
+    with monkeypatch.context() as patch:
+        interrupt_after(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(pipe, config, **arguments)
+    assert not out.exists()
+    again = tiny.pipeline(diffusers_sana)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_draw", lambda *args: pytest.fail("the pipeline need not run again"))
+        assert quantize(again, config, **arguments) == report
+    assert_same_bits(again, expected)
+    assert_same_bits(SanaPipeline.from_pretrained(out), expected)
+
+
+def test_interrupted_while_saving(pipe, out, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(UnfinishedRun, "finish", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantize(pipe, CONFIG, folder=out, progress=False)
+    assert not out.exists()
+    out.mkdir()  # an empty folder is as good as none
+    quantize(tiny.pipeline(diffusers_sana), CONFIG, folder=out, progress=False)
+    assert_same_bits(SanaPipeline.from_pretrained(out), pipe)
+
+
+def test_another_run_in_the_folder(pipe, out, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(pipe, CONFIG, folder=out, **PROMPTS)
+    pipe = tiny.pipeline(diffusers_sana)
+    with pytest.raises(ValueError, match="differs from this one in `config.rank`: 4 there, 2 now"):
+        quantize(pipe, SVDQuantConfig(rank=2), folder=out, **PROMPTS)
+    with pytest.raises(ValueError, match=r'`prompts`: \["a cat", "a dog"\] there, \["a cow"\] now; `seed`: 0 there, 3'):
+        quantize(pipe, CONFIG, folder=out, seed=3, **{**PROMPTS, "prompts": "a cow"})
+    with pytest.raises(ValueError, match="`weights.transformer`"):
+        quantize(tiny.pipeline(diffusers_sana, seed=1), CONFIG, folder=out, **PROMPTS)
+    assert not any(True for _ in quantized_layers(pipe.transformer))
+
+
+def test_no_folder_is_overwritten(pipe, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    for folder in (tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(ValueError, match="`folder` must be new or empty"):
+            quantize(pipe, CONFIG, folder=folder, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"config": GPTQ}, ValueError, "`gptq=True` needs calibration data"),
+        ({"prompts": []}, ValueError, "`prompts` must be strings, at least one"),
+        ({"prompts": ["a", 3]}, ValueError, "`prompts` must be strings"),
+        ({"components": ("unet",)}, ValueError, r"`components` must name models of the pipeline, some of \['text_enc"),
+        ({"components": ()}, ValueError, "`components`"),
+        ({"rank": 16}, TypeError, r"\['rank'\] would be arguments of the pipeline"),
+        ({"memory_gib": 0}, ValueError, "`memory_gib`"),
+        ({"prompts": "a cat", "components": "vae", "config": SVDQuantConfig(rank=2)}, ValueError, "did not run"),
+    ],
+)
+def test_bad_arguments(pipe, arguments, error, message):
+    with pytest.raises(error, match=message):
+        quantize(pipe, arguments.pop("config", CONFIG), **arguments, progress=False)
+    assert not any(True for model in (pipe.transformer, pipe.vae) for _ in quantized_layers(model))
+
+
+def test_bad_models(pipe):
+    with pytest.raises(TypeError, match="`pipe_or_model` must be a pipeline or a model, got str"):
+        quantize("folder")
+    with pytest.raises(ValueError, match="`prompts` need the whole pipeline"):
+        quantize(pipe.transformer, CONFIG, prompts=["a cat"])
+    pipe.transformer.transformer_blocks[1].attn1.to_v.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"'transformer_blocks.1.attn1.to_v' must be finite"):
+        quantize(pipe, CONFIG, progress=False)
+    assert not any(True for _ in quantized_layers(pipe.transformer))
+    offloaded = tiny.transformer(diffusers_sana).to("meta")
+    with pytest.raises(ValueError, match="must be in memory"):
+        quantize(offloaded, CONFIG, progress=False)
+
+
+def test_bars_of_the_pipeline_come_back(pipe):
+    pipe.set_progress_bar_config(disable=True, leave=False)
+    quantize(pipe, CONFIG, **PROMPTS)
+    assert pipe._progress_bar_config == {"disable": True, "leave": False}

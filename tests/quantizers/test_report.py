@@ -1,0 +1,92 @@
+"""The report in JSON, as a picture and as a model card."""
+
+import json
+
+import diffusers
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+import diffusers_sana
+from diffusers_sana import SVDQuantConfig
+from diffusers_sana.quantizers.svdquant import report as module
+from diffusers_sana.quantizers.svdquant.model_card import model_card, save_card
+from diffusers_sana.quantizers.svdquant.report import LayerResult, QuantizationReport
+
+
+LAYERS = [
+    LayerResult("transformer.blocks.0.to_q", (64, 128), "w4a4", "int4", (0.5, 0.5), 0.1, 0.3, 5000, 16384),
+    LayerResult("transformer.blocks.1.to_q", (64, 128), "w4a4", "int4", (0.0, 0.0), 0.2, 0.5, 5000, 16384),
+    LayerResult("transformer.norm1.linear", (64, 128), "w4a16", "int4", (1.0, 0.0), 0.05, 0.1, 5000, 16384),
+]
+
+
+@pytest.fixture
+def report():
+    return QuantizationReport(SVDQuantConfig(rank=16), LAYERS, prompts=3)
+
+
+def test_summary(report):
+    assert str(report).splitlines() == [
+        "3 layers in int4, rank 16, 3 prompts",
+        "memory of their weights: 48 KiB before, 14.65 KiB after",
+        "relative error of a layer's output: median 0.100, 0.300 with plain rounding",
+        "largest: 0.200 in transformer.blocks.1.to_q, 0.100 in transformer.blocks.0.to_q, "
+        "0.050 in transformer.norm1.linear",
+    ]
+
+
+def test_files(report, tmp_path):
+    report.save(tmp_path / "new")
+    content = json.loads((tmp_path / "new" / "quantization_report.json").read_text())
+    assert SVDQuantConfig.from_dict(content["config"]) == report.config
+    assert content["layers"][0] == {
+        "layer": "transformer.blocks.0.to_q",
+        "shape": [64, 128],
+        "mode": "w4a4",
+        "precision": "int4",
+        "exponents": [0.5, 0.5],
+        "error": 0.1,
+        "naive_error": 0.3,
+        "bytes": 5000,
+        "original_bytes": 16384,
+    }
+    colors = Image.open(tmp_path / "new" / "quantization_report.png").convert("RGB").getcolors(10**6)
+    assert len(colors) > 3
+
+
+def test_no_picture_without_matplotlib(report, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    report.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["quantization_report.json"]
+
+
+def test_card(report, tmp_path):
+    report.save(tmp_path)
+    card = model_card(
+        report, diffusers_sana.SanaPipeline, name="sana-int4", dtype="bfloat16", base_model="someone/Sana"
+    )
+    save_card(card, tmp_path)
+    loaded = ModelCard.load(tmp_path / "README.md")
+    assert loaded.data.base_model == "someone/Sana"
+    assert loaded.data.base_model_relation == "quantized"
+    assert loaded.data.library_name == "diffusers"
+    blocks = loaded.text.split("```")
+    assert blocks[1] == "bash\npip install diffusers_sana\n"
+    assert "import diffusers_sana" in blocks[3]
+    assert 'SanaPipeline.from_pretrained("sana-int4", torch_dtype=torch.bfloat16)' in blocks[3]
+    compile(blocks[3].removeprefix("python\n"), "card", "exec")
+    for fact in ("| rank | 16 |", "| layers | 2 in w4a4, 1 in w4a16 |", "| calibration | 3 prompts |"):
+        assert fact in loaded.text
+    assert "(quantization_report.png)" in loaded.text
+
+
+def test_card_says_only_what_is_known(report):
+    class Own(diffusers.SanaPipeline):
+        """Of a module that nobody else has."""
+
+    card = model_card(report, Own, name="x", dtype="float16")
+    assert "base_model" not in card.content
+    assert "base model" not in card.content
+    assert "licen" not in card.content.lower()
+    assert "from diffusers import DiffusionPipeline" in card.content

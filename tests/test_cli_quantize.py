@@ -1,0 +1,69 @@
+"""`diffusers-sana quantize` and `env`, on the bundled checkpoint."""
+
+import json
+
+import pytest
+import torch
+
+from diffusers_sana import SanaPipeline, cli
+from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.kernels.dispatch import kernel_mode
+from diffusers_sana.quantizers.svdquant.quantize_model import quantized_layers
+from tests import tiny
+
+
+def test_quantize(tmp_path, capsys):
+    out, prompts = tmp_path / "new" / "emoji", tmp_path / "prompts.txt"
+    prompts.write_text("a fox\n\na red apple on a blue background\n")
+    options = ["--precision", "nvfp4", "--rank", "8", "--steps", "2", "--prompts", str(prompts)]
+    cli.main(["quantize", SANA_EMOJI, "-o", str(out), *options])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(out)
+    assert lines[1].endswith("layers in nvfp4, rank 8, 2 prompts")
+    assert "import diffusers_sana" in (out / "README.md").read_text()
+    assert (out / "quantization_report.png").exists()
+
+    pipe = SanaPipeline.from_pretrained(out, torch_dtype=torch.bfloat16)
+    assert {layer.rank for layer in quantized_layers(pipe.transformer)} == {8}
+    cli.main(["generate", "a fox", "--model", str(out), "--out", str(tmp_path / "x.png"), "--steps", "2"])
+    assert (tmp_path / "x.png").exists()
+
+    with pytest.raises(SystemExit, match="must be new or empty"):
+        cli.main(["quantize", SANA_EMOJI, "-o", str(out), *options])
+
+
+def test_other_pipelines(tmp_path, capsys):
+    folder = tiny.write_official_folder(tmp_path / "other")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = "SanaPAGPipeline"  # one that is not ours
+    (folder / "model_index.json").write_text(json.dumps(index))
+    cli.main(["quantize", str(folder), "-o", str(tmp_path / "out"), "--rank", "4", "--dtype", "float32"])
+    assert "from diffusers import SanaPAGPipeline" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such/folder"], "no/such/folder"),
+        ([SANA_EMOJI, "--rank", "4000"], "`rank` must be at most"),
+        ([SANA_EMOJI, "--gptq"], "`gptq=True` needs calibration data"),
+        ([SANA_EMOJI, "--prompts", "no-such-file.txt"], "no-such-file.txt"),
+    ],
+)
+def test_errors(arguments, message, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        cli.main(["quantize", *arguments, "-o", str(tmp_path / "out")])
+    assert message in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_env(capsys):
+    cli.main(["env"])
+    lines = capsys.readouterr().out.splitlines()
+    assert 10 <= len(lines) <= 14
+    described = {line.split()[0]: line for line in lines}
+    assert torch.__version__ in described["torch"]
+    assert described["int4"].split(":")[0].endswith(("w4a4", "w4a8", "w4a16"))
+    with kernel_mode("torch"):
+        cli.main(["env"])
+    assert "PyTorch in mode 'torch'" in capsys.readouterr().out
