@@ -1,0 +1,84 @@
+"""Low-bit matrix products at the layers of SANA-1.6B and FLUX.1, beside the 16-bit product that they replace.
+
+python -m benchmarks.bench_lowbit_linear
+"""
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors, main
+from diffusers_sana.kernels.lowbit_linear import lowbit_linear
+
+
+GROUP_SIZES = {"int4": 64, "nvfp4": 16}
+
+
+def case(
+    model: str, tokens: int, features: int, outputs: int, precision: str, activation_format: str, rank: int = 32
+) -> Case:
+    """One linear layer."""
+
+    def make(device: str, dtype: torch.dtype) -> Tensors:
+        is_nvfp4 = precision == "nvfp4"
+        groups = features // GROUP_SIZES[precision]
+
+        def scales(*shape: int, e4m3: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            values = torch.rand(shape, device=device, dtype=dtype) + 0.5
+            return values.to(torch.float8_e4m3fn) if e4m3 else values
+
+        if activation_format == "nvfp4":
+            codes = torch.randint(0, 256, (tokens, features // 2), device=device, dtype=torch.uint8)
+        else:
+            codes = torch.randint(-7, 8, (tokens, features), device=device, dtype=torch.int8)
+        return {
+            "codes": codes,
+            "scales": scales(tokens, 1 if activation_format == "int8" else groups, e4m3=activation_format == "nvfp4"),
+            "low": torch.randn(tokens, rank, device=device),
+            "qweight": torch.randint(0, 256, (outputs, features // 2), device=device, dtype=torch.uint8),
+            "wscales": scales(outputs, groups, e4m3=is_nvfp4, dtype=dtype),
+            "wtscale": torch.ones(outputs, device=device, dtype=dtype) if is_nvfp4 else None,
+            "proj_up": torch.randn(outputs, rank, device=device, dtype=dtype),
+            "bias": torch.randn(outputs, device=device, dtype=dtype),
+            "activation_format": activation_format,
+        }
+
+    num_bytes = tokens * features + outputs * features // 2 + 2 * tokens * outputs
+    num_flops = 2 * tokens * outputs * (features + rank)
+    name = f"{model} {tokens}x{features}x{outputs} {precision} x {activation_format}"
+    return Case(name, make, num_bytes, num_flops)
+
+
+def eager(codes, qweight, proj_up, bias, **others):
+    """What a model does without the operation, on numbers of no meaning: the time is that of the 16-bit product."""
+    tokens, features, outputs = codes.shape[0], 2 * qweight.shape[1], qweight.shape[0]
+    weight = proj_up.new_zeros(1).expand(outputs, features)
+    return F.linear(proj_up.new_zeros(1).expand(tokens, features).contiguous(), weight.contiguous(), bias)
+
+
+def forward(
+    codes, scales, low, qweight, wscales, wtscale, proj_up, bias, activation_format, activation=""
+):  # fmt: skip
+    from diffusers_sana.kernels.triton.lowbit_linear import lowbit_linear_forward
+
+    lowbit_linear_forward(codes, scales, low, qweight, wscales, wtscale, proj_up, bias, activation_format, activation)
+
+
+BENCHMARK = KernelBenchmark(
+    lowbit_linear,
+    cases=[
+        case("sana-1.6b", 2048, 2240, 2240, "int4", "int8"),
+        case("flux", 4608, 3072, 12288, "int4", "int8"),
+        case("flux", 16, 3072, 12288, "int4", "int8"),
+        case("sana-1.6b", 2048, 2240, 2240, "nvfp4", "int8"),
+        case("flux", 4608, 3072, 12288, "nvfp4", "int8"),
+        case("sana-1.6b", 2048, 2240, 2240, "nvfp4", "nvfp4"),
+        case("flux", 4608, 3072, 12288, "nvfp4", "nvfp4"),
+        case("flux", 16, 3072, 12288, "nvfp4", "nvfp4"),
+        case("flux", 4608, 3072, 12288, "int4", "int4"),
+    ],
+    launches=[forward],
+    eager=eager,
+)
+
+if __name__ == "__main__":
+    main(BENCHMARK)

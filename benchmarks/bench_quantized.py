@@ -1,0 +1,185 @@
+"""Sana-0.6B in 4 bits beside 16 bits and other quantizers: seconds a step, bytes, errors, time to quantize.
+
+    python -m benchmarks.bench_quantized [--only errors steps whole] [--rounds 2]
+
+Random weights of the true sizes, with outliers in 1 % of the input channels of every layer. Other quantizers run if
+they are installed (`pip install --no-deps sdnq optimum-quanto torchao`), eagerly, with their own choice of layers and
+their 1x1 convolutions. Writes `benchmarks/results/<device>/quantized.json`.
+
+    errors   the first 8 blocks, 512 px, calibrated on one input and measured on another, against fp32
+    steps    the first blocks, one guided step, every method in turn
+    whole    all 28 blocks: time to quantize without data, bytes in memory and on disk
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import diffusers_sana
+from benchmarks.harness import RESULTS, alternating_times, environment, write_results
+from benchmarks.models import TRANSFORMERS, step_inputs, twins
+from benchmarks.quantized import (
+    ABLATIONS,
+    PEERS,
+    add_outliers,
+    config_for,
+    quantize_on,
+    resident_bytes,
+    tensor_bytes,
+    with_peer,
+)
+from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers, set_compute_mode
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MODES = ("w4a4", "w4a8", "w4a16")
+STEPS = {"512px": (512, 8), "1024px": (1024, 4)}  # side, blocks
+
+
+def models(num_layers: int, dtype: torch.dtype, outliers: bool = True) -> tuple[Any, Any]:
+    """Ours and diffusers' over the same weights."""
+    ours, theirs = twins(
+        "SanaTransformer2DModel", TRANSFORMERS["sana-0.6b"] | {"num_layers": num_layers}, DEVICE, dtype
+    )
+    if outliers:
+        add_outliers(theirs)
+    return ours, theirs
+
+
+def relative_error(model: nn.Module, inputs: dict[str, Any], reference: torch.Tensor) -> float:
+    """Of the output, against fp32."""
+    out = model(**inputs).sample.float()
+    return ((out - reference).norm() / reference.norm()).item()
+
+
+def errors() -> dict[str, Any]:
+    """Relative output error of each method at the model's level."""
+    ours, theirs = models(8, torch.float32)
+    calibration = step_inputs(512, DEVICE, torch.float32)
+    torch.manual_seed(1)
+    inputs = calibration | {"hidden_states": torch.randn_like(calibration["hidden_states"])}
+    reference = theirs(**inputs).sample
+    half = {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}
+    rows: dict[str, Any] = {}
+    for precision in ("int4", "nvfp4"):
+        for name in ABLATIONS:
+            for calibrated in (False, True):
+                if (name == "naive" and calibrated) or ("gptq" in name and not calibrated):
+                    continue
+                model = copy.deepcopy(ours)
+                config = config_for(name, precision)
+                if calibrated:
+                    quantize_on(model, config, partial(model, **calibration))
+                else:
+                    quantize_layers(model, config, progress=False)
+                for mode in MODES:
+                    set_compute_mode(model, mode)
+                    suffix = "calibrated" if calibrated else "no data"
+                    rows[f"{precision} {name}, {suffix}, {mode}"] = relative_error(model, inputs, reference)
+                    print(list(rows.items())[-1], flush=True)
+    theirs.to(torch.bfloat16)
+    rows["diffusers bf16"] = relative_error(theirs, half, reference)
+    for name in PEERS:
+        model = with_peer(theirs, name)
+        rows[name] = model if isinstance(model, str) else relative_error(model, half, reference)
+        print(name, rows[name], flush=True)
+    return rows
+
+
+def step_case(size: int, num_layers: int, rounds: int) -> dict[str, Any]:
+    """Seconds of a guided step of every method, in turn, and how many times faster than diffusers' bf16 it is."""
+    ours, theirs = models(num_layers, torch.bfloat16)
+    inputs = step_inputs(size, DEVICE, torch.bfloat16)
+    single = {key: value.float() if value.dtype == torch.bfloat16 else value for key, value in inputs.items()}
+    single_model = copy.deepcopy(theirs).float()
+    quantized = {mode: copy.deepcopy(ours) for mode in ("w4a8", "w4a16")}
+    for mode, model in quantized.items():
+        quantize_layers(model, SVDQuantConfig(smoothing="none"), progress=False)  # as fast as with smoothing
+        set_compute_mode(model, mode)
+
+    def our_step(model: Any) -> Callable[[], Any]:
+        text = model.encode_text(inputs["encoder_hidden_states"], inputs["encoder_attention_mask"])
+        return lambda: model(inputs["hidden_states"], None, inputs["timestep"], text_context=text)
+
+    functions: dict[str, Callable[[], Any]] = {
+        "diffusers bf16": lambda: theirs(**inputs),
+        "diffusers fp32": lambda: single_model(**single),
+        "diffusers_sana bf16": our_step(ours),
+        **{f"diffusers_sana int4 {mode}": our_step(model) for mode, model in quantized.items()},
+    }
+    failed: dict[str, str] = {}
+    for name in PEERS:
+        peer = with_peer(theirs, name)
+        if isinstance(peer, str):
+            failed[name] = peer
+        else:
+            functions[name] = partial(peer, **inputs)
+    times = alternating_times(functions, rounds)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "blocks": num_layers,
+        "rounds": rounds,
+        "seconds": median,
+        "faster_than_diffusers_bf16": {name: median["diffusers bf16"] / value for name, value in median.items()},
+        "failed": failed,
+    }
+
+
+def whole() -> dict[str, Any]:
+    """The whole model, without data."""
+    ours, _ = models(28, torch.bfloat16)
+    facts: dict[str, Any] = {"bf16_bytes": tensor_bytes(ours)}
+    for precision in ("int4", "nvfp4"):
+        model = copy.deepcopy(ours)
+        start = time.perf_counter()
+        diffusers_sana.quantize(model, SVDQuantConfig(precision=precision), progress=False)
+        row: dict[str, Any] = {"quantize_seconds": time.perf_counter() - start, "bytes": tensor_bytes(model)}
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            row["disk_bytes"] = sum(path.stat().st_size for path in Path(folder).iterdir())
+        set_compute_mode(model, "w4a8")
+        with torch.no_grad():
+            model(**step_inputs(512, DEVICE, torch.bfloat16))
+        row["w4a8_resident_bytes"] = resident_bytes(model)
+        row["share_of_bf16"] = row["bytes"] / facts["bf16_bytes"]
+        facts[precision] = row
+        print(precision, row, flush=True)
+    return facts
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = ("errors", "steps", "whole")
+    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    path = args.results / DEVICE / "quantized.json"
+    report = environment()
+    if path.exists():
+        report = json.loads(path.read_text()) | report
+
+    def steps() -> dict[str, Any]:
+        return {case: step_case(*sizes, args.rounds) for case, sizes in STEPS.items()}
+
+    for kind, run in (("errors", errors), ("steps", steps), ("whole", whole)):
+        if kind in args.only:
+            with torch.no_grad():
+                report[kind] = run()
+            print(kind, json.dumps(report[kind], indent=1), flush=True)
+            write_results("quantized", report, args.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""How far 4-bit pictures are from 16-bit ones: the parts of SVDQuant one by one, its modes, and other quantizers.
+
+    python -m benchmarks.study_quantization [--prompts 64]
+
+The bundled checkpoint draws held-out prompts with the same seeds in bf16 and in each variant. Calibration, where a
+variant has it, sees 16 other prompts. Other quantizers run if they are installed
+(`pip install --no-deps sdnq optimum-quanto torchao`). Writes `benchmarks/results/<device>/quantization_quality.json`,
+variant by variant so that it may be cut off and continued, and the picture of docs/quantization.md.
+"""
+
+import argparse
+import copy
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from skimage.metrics import structural_similarity
+from torch import Tensor, nn
+
+from benchmarks.harness import RESULTS, environment, write_results
+from benchmarks.quantized import ABLATIONS, PEERS, config_for, tensor_bytes, with_peer
+from diffusers_sana import SanaPipeline, quantize
+from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.quantizers.svdquant.quantize_model import set_compute_mode
+from diffusers_sana.training.perceptual import PerceptualLoss
+from examples.train_emoji.data import COLORS, COMMON_OBJECTS, STYLES, Scene, is_held_out
+from examples.train_emoji.evaluate import captioned_grid, held_out_scenes
+
+
+PICTURE = Path(__file__).parent.parent / "docs" / "images" / "quantization.png"
+MODES = ("w4a4", "w4a8", "w4a16")
+CALIBRATION_PROMPTS = 16
+BATCH = 16
+
+
+def calibration_prompts() -> list[str]:
+    """Prompts of the training distribution; none is held out."""
+    rng = random.Random(7)
+    scenes = [
+        Scene((rng.choice(COMMON_OBJECTS),), rng.choice(list(STYLES)), rng.choice(list(COLORS)))
+        for _ in range(20 * CALIBRATION_PROMPTS)
+    ]
+    seen = [scene for scene in scenes if not is_held_out(scene.labels[0], scene.style, scene.background)]
+    return [scene.prompt for scene in seen[:CALIBRATION_PROMPTS]]
+
+
+def draw(pipe: SanaPipeline, prompts: list[str]) -> Tensor:
+    """Pictures `[B, 3, H, W]` in [0, 1]; prompt i has seed i."""
+    batches = []
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(batch))]
+        batches.append(pipe(batch, generator=generators, output_type="pt").images.float().cpu())
+    return torch.cat(batches)
+
+
+def compare(pictures: Tensor, reference: Tensor) -> dict[str, float]:
+    """Means over pictures: PSNR in dB, SSIM, and the distance of `PerceptualLoss`."""
+    psnr = -10 * (pictures - reference).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
+    ssim = [
+        structural_similarity(a.numpy(), b.numpy(), data_range=1, channel_axis=0)
+        for a, b in zip(pictures, reference, strict=True)
+    ]
+    with torch.no_grad():
+        distance = PerceptualLoss()(pictures * 2 - 1, reference * 2 - 1)
+    return {"psnr_db": psnr.mean().item(), "ssim": float(np.mean(ssim)), "perceptual": distance.item()}
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """Name -> configuration and whether it is calibrated; all modes of each are measured."""
+    table = {f"int4 {name}": {"config": config_for(name), "calibrated": name != "naive"} for name in ABLATIONS}
+    table |= {
+        f"nvfp4 {name}": {"config": config_for(name, "nvfp4"), "calibrated": name != "naive"}
+        for name in ("naive", "svdquant", "svdquant + gptq")
+    }
+    table["int4 svdquant, no prompts"] = {"config": config_for("svdquant"), "calibrated": False}
+    table["nvfp4 svdquant, no prompts"] = {"config": config_for("svdquant", "nvfp4"), "calibrated": False}
+    return table
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.bfloat16).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    original: nn.Module = pipe.transformer
+    prompts = [scene.prompt for scene in held_out_scenes(COMMON_OBJECTS)][: args.prompts]
+    reference = draw(pipe, prompts)
+    rows: dict[str, dict[str, Any]] = {}
+    report = {**environment(), "prompts": len(prompts), "bf16_bytes": tensor_bytes(original), "variants": rows}
+    shown = {"bf16": reference[:8]}
+
+    def record(name: str, **facts: Any) -> None:
+        pictures = draw(pipe, prompts)
+        rows[name] = compare(pictures, reference) | {"bytes": tensor_bytes(pipe.transformer)} | facts
+        if name in ("int4 naive w4a4", "int4 svdquant w4a4", "int4 svdquant w4a8", "nvfp4 svdquant w4a4"):
+            shown[name] = pictures[:8]
+        print(name, rows[name], flush=True)
+        write_results("quantization_quality", report, args.results)
+
+    for name, variant in variants().items():
+        pipe.transformer = copy.deepcopy(original)
+        start = time.perf_counter()
+        given = calibration_prompts() if variant["calibrated"] else None
+        quantize(pipe, variant["config"], prompts=given, progress=False)
+        seconds = time.perf_counter() - start
+        for mode in MODES:
+            set_compute_mode(pipe.transformer, mode)
+            record(f"{name} {mode}", quantize_seconds=seconds)
+    for name in PEERS:
+        model = with_peer(original, name)
+        if isinstance(model, str):
+            rows[name] = {"failed": model}
+        else:
+            pipe.transformer = model
+            record(f"{name} w4a16")
+    write_results("quantization_quality", report, args.results)
+    captions = [f"{name}: {prompt}" for name in shown for prompt in prompts[:8]]
+    captioned_grid(torch.cat(list(shown.values())) * 2 - 1, captions, PICTURE)
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
