@@ -1,4 +1,4 @@
-"""`diffusers-sana quantize` and `env`, on the bundled checkpoint."""
+"""`diffusers-sana quantize` and `env`."""
 
 import json
 
@@ -13,10 +13,11 @@ from tests import tiny
 
 
 def test_quantize(tmp_path, capsys):
-    out, prompts = tmp_path / "new" / "emoji", tmp_path / "prompts.txt"
+    out, prompts = tmp_path / "new" / "quantized", tmp_path / "prompts.txt"
     prompts.write_text("a fox\n\na red apple on a blue background\n")
     options = ["--precision", "nvfp4", "--rank", "8", "--steps", "2", "--prompts", str(prompts)]
-    cli.main(["quantize", SANA_EMOJI, "-o", str(out), *options])
+    folder = str(tiny.write_official_folder(tmp_path / "official"))
+    cli.main(["quantize", folder, "-o", str(out), *options])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == str(out)
     assert lines[1].endswith("layers in nvfp4, rank 8, 2 prompts")
@@ -29,7 +30,7 @@ def test_quantize(tmp_path, capsys):
     assert (tmp_path / "x.png").exists()
 
     with pytest.raises(SystemExit, match="must be new or empty"):
-        cli.main(["quantize", SANA_EMOJI, "-o", str(out), *options])
+        cli.main(["quantize", folder, "-o", str(out), *options])
 
 
 def test_other_pipelines(tmp_path, capsys):

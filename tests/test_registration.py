@@ -1,12 +1,15 @@
-"""Entries in the tables of diffusers: made once, taken back exactly, never in place of somebody else's."""
+"""Entries in the tables of diffusers and transformers: made once, taken back exactly, never in place of somebody else's."""
 
 import importlib
 import json
 import logging
+import subprocess
 import sys
+from pathlib import Path
 
 import diffusers
 import pytest
+import transformers.quantizers.auto
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.pipelines import pipeline_loading_utils
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
@@ -18,7 +21,15 @@ from diffusers_sana.models.transformers.transformer_sana import SanaTransformerB
 from tests import tiny
 
 
-TABLES = (LOADABLE_CLASSES, AUTO_TEXT2IMAGE_PIPELINES_MAPPING, TransformerBlockRegistry._registry)
+TABLES = (
+    LOADABLE_CLASSES,
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+    TransformerBlockRegistry._registry,
+    diffusers.quantizers.auto.AUTO_QUANTIZER_MAPPING,
+    diffusers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING,
+    transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING,
+    transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +47,11 @@ def test_registered_by_the_import():
     assert list(LOADABLE_CLASSES["diffusers_sana"]) == ["ModelMixin", "SchedulerMixin", "DiffusionPipeline"]
     assert next(iter(AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values())) is diffusers_sana.SanaPipeline
     assert TransformerBlockRegistry.get(SanaTransformerBlock).return_hidden_states_index == 0
+    of_diffusers, config, of_transformers, same_config = (table["svdquant"] for table in TABLES[3:])
+    assert config is same_config is diffusers_sana.SVDQuantConfig
+    assert issubclass(of_diffusers, diffusers.quantizers.DiffusersQuantizer)
+    assert issubclass(of_transformers, transformers.quantizers.HfQuantizer)
+    assert config.quant_method == "svdquant"
 
 
 def test_twice_is_once():
@@ -49,7 +65,7 @@ def test_twice_is_once():
 def test_unregister_restores():
     registered = contents()
     diffusers_sana.unregister()
-    assert [len(a) - len(b) for a, b in zip(registered, contents(), strict=True)] == [1, 1, 1]
+    assert [len(a) - len(b) for a, b in zip(registered, contents(), strict=True)] == [1] * len(TABLES)
     assert not any("diffusers_sana" in str(item) for table in contents() for item in table)
     assert _registration._finder not in sys.meta_path
     diffusers_sana.unregister()
@@ -124,6 +140,33 @@ class TestHostsImportedLater:
         diffusers_sana.unregister()
         assert "never" not in sys.modules
 
+    def test_entry_whose_making_imports_another_host(self, host, monkeypatch):
+        """That host's entry waits: its value may need what is being imported."""
+        order = []
+
+        def value():
+            importlib.import_module("another_host_for_entries")
+            order.append("first")
+            return 1
+
+        (Path(sys.path[0]) / "another_host_for_entries.py").write_text("TABLE = {}\n")
+        try:
+            self.entries(
+                monkeypatch,
+                _registration.Entry(host=host, table="TABLE", key=lambda: "ours", value=value),
+                _registration.Entry(
+                    host="another_host_for_entries",
+                    table="TABLE",
+                    key=lambda: "ours",
+                    value=lambda: order.append("second") or 2,
+                ),
+            )
+            assert importlib.import_module(host).TABLE["ours"] == 1
+            assert order == ["first", "second"]
+            assert sys.modules["another_host_for_entries"].TABLE == {"ours": 2}
+        finally:
+            sys.modules.pop("another_host_for_entries", None)
+
     def test_unregister_stops_waiting(self, host, monkeypatch):
         self.entries(monkeypatch, _registration.Entry(host=host, table="TABLE", key=lambda: "ours", value=lambda: 2))
         diffusers_sana.unregister()
@@ -194,6 +237,27 @@ class TestLoading:
         diffusers_sana.unregister()
         pipe = diffusers.AutoPipelineForText2Image.from_pretrained(folder)
         assert type(pipe) is diffusers.SanaPipeline
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import diffusers_sana, transformers.quantizers.auto",
+        "import diffusers, diffusers_sana.quantizers.svdquant.targets",
+        "from diffusers_sana import SVDQuantConfig",
+        "import diffusers_sana; from transformers import Gemma2Model",
+    ],
+)
+def test_quantizers_in_any_order_of_imports(statement):
+    """The hosts' import makes our entries, whose classes import the hosts."""
+    check = """
+import diffusers.quantizers.auto as ours, transformers.quantizers.auto as theirs
+for host in (ours, theirs):
+    assert "svdquant" in host.AUTO_QUANTIZER_MAPPING and "svdquant" in host.AUTO_QUANTIZATION_CONFIG_MAPPING
+"""
+    command, root = [sys.executable, "-c", statement + check], Path(diffusers_sana.__file__).parents[1]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_components_are_recorded_under_the_name_of_the_package():

@@ -229,6 +229,16 @@ def test_weight_is_read_only(models, write, name):
     with pytest.raises(RuntimeError, match="cannot be written to"):
         WRITES[write](weight)
     assert type(weight * 2) is torch.Tensor
+    assert type(copy.deepcopy(weight)) is torch.Tensor
+
+
+def test_loading_computes_no_weight(models, files, monkeypatch):
+    """PEFT asks each layer several times for shape, dtype and device of its weight; at true size that takes long."""
+    monkeypatch.setattr(SVDQuantLayer, "dequantize", lambda *args: pytest.fail("computed a weight"))
+    load(models[0], files[0], "first", low_cpu_mem_usage=True)
+    models[0].fuse_lora()
+    models[0].unfuse_lora()
+    models[0].unload_lora()
 
 
 def test_state_dict_answers_for_weights(models, files):
@@ -250,6 +260,8 @@ def test_compiles_as_one_graph(models, files, name):
     hidden_states = torch.randn(2, layer.in_features, *((3, 3) if "conv" in name else ()))
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     assert_close_fp32(compiled(hidden_states), layer(hidden_states))
+    read = torch.compile(lambda: layer.base_layer.weight + 1, fullgraph=True, backend="eager")
+    assert torch.equal(read(), layer.base_layer.dequantize().view(layer.base_layer.weight.shape) + 1)
 
 
 def as_lora_of_old_diffusers(file):

@@ -29,7 +29,7 @@ def case(request):
     twin = dense_twin(model)
     for each in (model, twin):
         torch.manual_seed(1)
-        each.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=TARGETS))
+        each.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=TARGETS))
         each.requires_grad_(False)
         for name, parameter in each.named_parameters():
             parameter.requires_grad_("lora_" in name)

@@ -75,7 +75,8 @@ def test_patterns_mean_the_same_layers(family):
     model, _ = tiny_models.FAMILIES[family]()
     targets = find_targets(model, SVDQuantConfig(rank=4))
     patterns = as_patterns(targets, model)
-    assert len(patterns) < len(targets) or family in ("flux", "pixart")  # which have one block
+    if family == "sana":
+        assert "transformer_blocks.*.attn1.to_q" in patterns
     recorded = SVDQuantConfig(rank=4, modules=patterns)
     assert find_targets(model, recorded) == targets
     insert_placeholders(model, recorded)
@@ -171,4 +172,7 @@ def test_siblings_share_their_input():
 
 
 def test_siblings_share_their_mode():
-    assert sibling_groups({"a.to_q": "w4a4", "a.to_k": "w4a16", "a.to_v": "w4a4"}) == [["a.to_q", "a.to_v"], ["a.to_k"]]
+    assert sibling_groups({"a.to_q": "w4a4", "a.to_k": "w4a16", "a.to_v": "w4a4"}) == [
+        ["a.to_q", "a.to_v"],
+        ["a.to_k"],
+    ]

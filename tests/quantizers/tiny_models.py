@@ -14,13 +14,13 @@ from tests import tiny
 TEXT_TOKENS = 5
 
 
-def sana(library: ModuleType = diffusers_sana) -> tuple[nn.Module, dict[str, Any]]:
+def sana(library: ModuleType = diffusers_sana, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
     inputs = {
         "hidden_states": torch.randn(2, tiny.LATENT_CHANNELS, 6, 6),
         "encoder_hidden_states": torch.randn(2, TEXT_TOKENS, tiny.TEXT_WIDTH),
         "timestep": torch.tensor([500.0, 20.0]),
     }
-    return tiny.transformer(library), inputs
+    return tiny.transformer(library, **changes), inputs
 
 
 def diffusers_sana_transformer() -> tuple[nn.Module, dict[str, Any]]:

@@ -47,29 +47,33 @@ def encode_float(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
 
 
 @triton.jit
-def decode_nibbles(b_nibbles, IS_NVFP4: tl.constexpr):
-    """0..15 in uint8 to the numbers they stand for, fp32.
+def decode_e2m1(b_nibbles):
+    """0..15 in uint8 to fp16: the same fields, wider, and an exponent whose bias is 14 more."""
+    b_nibbles = b_nibbles.to(tl.int16)
+    return ((b_nibbles & 7) << 9 | (b_nibbles & 8) << 12).to(tl.float16, bitcast=True) * 16384.0
 
-    2^23 + n has the bits of 2^23 with n for the last ones: cheaper than a conversion.
-    """
-    b_bits = b_nibbles.to(tl.uint32)
+
+@triton.jit
+def decode_e4m3(b_bits):
+    """Bits of non-negative numbers, in uint8, to fp16, in the same way."""
+    return (b_bits.to(tl.int16) << 7).to(tl.float16, bitcast=True) * 256.0
+
+
+@triton.jit
+def decode_nibbles(b_nibbles, IS_NVFP4: tl.constexpr):
+    """0..15 in uint8 to the numbers they stand for, fp32."""
     if IS_NVFP4:
-        # Twice a magnitude is below 16, so that all eight of them fit into one word.
-        b_twice = ((tl.full([], 0xC8643210, tl.uint32) >> ((b_bits & 7) * 4)) & 15) | 0x4B000000
-        b_values = (b_twice.to(tl.float32, bitcast=True) - 8388608.0) * 0.5
-        b_values = tl.where(b_bits >= 8, -b_values, b_values)
+        b_values = decode_e2m1(b_nibbles).to(tl.float32)
     else:
-        b_values = ((b_bits ^ 8) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+        # 2^23 + n has the bits of 2^23 with n for the last ones: cheaper than a conversion.
+        b_values = ((b_nibbles.to(tl.int32) ^ 8) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
     return b_values
 
 
 @triton.jit
 def decode_scales(b_scales):
     """Stored scales to fp32; e4m3 ones come as bytes."""
-    if b_scales.dtype == tl.uint8:
-        # fp16 has the same fields, wider, and an exponent biased by 8 more.
-        b_scales = (b_scales.to(tl.int16) << 7).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return b_scales.to(tl.float32)
+    return (decode_e4m3(b_scales) if b_scales.dtype == tl.uint8 else b_scales).to(tl.float32)
 
 
 @triton.jit

@@ -19,6 +19,8 @@ from torch import Tensor
 from diffusers_sana.kernels.triton.low_bit import (
     architecture,
     as_bits,
+    decode_e2m1,
+    decode_e4m3,
     decode_nibbles,
     decode_scales,
     expand_groups,
@@ -47,28 +49,27 @@ def _launch_config(
     elif not is_packed and architecture == 90 and triton.cdiv(tokens, 256) * triton.cdiv(outputs, 128) >= PROGRAMS:
         block_m = 256
     num_warps = 8 if block_n * block_m >= 128 * 128 else 4
-    return block_n, block_m, block_k, {"num_warps": num_warps, "num_stages": 3 if architecture else 2, **({"maxnreg": 128} if architecture and block_m < 256 and num_warps==8 else {})}
+    return block_n, block_m, block_k, {"num_warps": num_warps, "num_stages": 3 if architecture else 2}
 
 
 @triton.jit
 def _int4_product(codes_ptr, scales_ptr, qweight_ptr, wscales_ptr, o_m, o_n, features):
     """int8 `[M, K]` with scales in fp32, times int4."""
     o_k = tl.arange(0, 32)
-    p_codes = codes_ptr + o_m[None, :] * features + o_k[:, None]
-    p_weight = qweight_ptr + o_n[:, None] * (features // 2) + o_k[None, :]
-    p_scales = scales_ptr + o_m * (features // 64)
-    p_wscales = wscales_ptr + o_n * (features // 64)
+    o_codes = o_m[None, :] * features + o_k[:, None]
+    o_weight = o_n[:, None] * (features // 2) + o_k[None, :]
+    o_scales, o_wscales = o_m * (features // 64), o_n * (features // 64)
     b_out = tl.zeros([o_n.shape[0], o_m.shape[0]], tl.float32)
     for _ in range(features // 64):
-        b_weight = tl.load(p_weight).to(tl.int8, bitcast=True)
-        b_sum = tl.dot((b_weight << 4) >> 4, tl.load(p_codes), out_dtype=tl.int32)
-        b_sum = tl.dot(b_weight >> 4, tl.load(p_codes + 32), b_sum, out_dtype=tl.int32)
-        b_scales = tl.load(p_wscales).to(tl.float32)[:, None] * tl.load(p_scales)[None, :]
-        b_out += b_sum.to(tl.float32) * b_scales
-        p_codes += 64
-        p_weight += 32
-        p_scales += 1
-        p_wscales += 1
+        b_weight = tl.load(qweight_ptr + o_weight).to(tl.int8, bitcast=True)
+        b_sum = tl.dot((b_weight << 4) >> 4, tl.load(codes_ptr + o_codes), out_dtype=tl.int32)
+        b_sum = tl.dot(b_weight >> 4, tl.load(codes_ptr + 32 + o_codes), b_sum, out_dtype=tl.int32)
+        b_scales = tl.load(scales_ptr + o_scales)[None, :]
+        b_out += b_sum.to(tl.float32) * (tl.load(wscales_ptr + o_wscales).to(tl.float32)[:, None] * b_scales)
+        codes_ptr += 64
+        qweight_ptr += 32
+        scales_ptr += 1
+        wscales_ptr += 1
     return b_out
 
 
@@ -133,13 +134,13 @@ def _requantize_kernel(
 def _int8_product(codes_ptr, weight_ptr, o_m, o_n, features, BLOCK_K: tl.constexpr):
     """int8 `[M, K]` times int8."""
     o_k = tl.arange(0, BLOCK_K)
-    p_codes = codes_ptr + o_m[None, :] * features + o_k[:, None]
-    p_weight = weight_ptr + o_n[:, None] * features + o_k[None, :]
+    o_codes = o_m[None, :] * features + o_k[:, None]
+    o_weight = o_n[:, None] * features + o_k[None, :]
     b_sum = tl.zeros([o_n.shape[0], o_m.shape[0]], tl.int32)
     for _ in range(features // BLOCK_K):
-        b_sum = tl.dot(tl.load(p_weight), tl.load(p_codes), b_sum, out_dtype=tl.int32)
-        p_codes += BLOCK_K
-        p_weight += BLOCK_K
+        b_sum = tl.dot(tl.load(weight_ptr + o_weight), tl.load(codes_ptr + o_codes), b_sum, out_dtype=tl.int32)
+        codes_ptr += BLOCK_K
+        weight_ptr += BLOCK_K
     return b_sum
 
 
@@ -148,20 +149,20 @@ def _packed_int8_product(
     codes_ptr, qweight_ptr, wscales_ptr, b_rows, o_m, o_n, features, G: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """int8 `[M, K]` times int4 or e2m1 as integers of their row."""
-    p_codes = codes_ptr + o_m[None, :] * features + first_halves(BLOCK_K, G)[:, None]
-    p_packed = qweight_ptr + o_n[:, None] * (features // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
-    p_wscales = wscales_ptr + o_n[:, None] * (features // G) + tl.arange(0, BLOCK_K // G)[None, :]
+    o_codes = o_m[None, :] * features + first_halves(BLOCK_K, G)[:, None]
+    o_packed = o_n[:, None] * (features // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
+    o_wscales = o_n[:, None] * (features // G) + tl.arange(0, BLOCK_K // G)[None, :]
     b_sum = tl.zeros([o_n.shape[0], o_m.shape[0]], tl.int32)
     for _ in range(features // BLOCK_K):
-        b_packed = tl.load(p_packed)
-        b_multipliers = _multipliers(tl.load(p_wscales), b_rows, G // 2)
+        b_packed = tl.load(qweight_ptr + o_packed)
+        b_multipliers = _multipliers(tl.load(wscales_ptr + o_wscales), b_rows, G // 2)
         b_low = _requantize(b_packed & 15, b_multipliers, G == 16)
-        b_sum = tl.dot(b_low, tl.load(p_codes), b_sum, out_dtype=tl.int32)
+        b_sum = tl.dot(b_low, tl.load(codes_ptr + o_codes), b_sum, out_dtype=tl.int32)
         b_high = _requantize(b_packed >> 4, b_multipliers, G == 16)
-        b_sum = tl.dot(b_high, tl.load(p_codes + G // 2), b_sum, out_dtype=tl.int32)
-        p_codes += BLOCK_K
-        p_packed += BLOCK_K // 2
-        p_wscales += BLOCK_K // G
+        b_sum = tl.dot(b_high, tl.load(codes_ptr + G // 2 + o_codes), b_sum, out_dtype=tl.int32)
+        codes_ptr += BLOCK_K
+        qweight_ptr += BLOCK_K // 2
+        wscales_ptr += BLOCK_K // G
     return b_sum
 
 
@@ -175,29 +176,29 @@ def _nvfp4_product(
     Planar packing orders the elements of a group in another way than the hardware does, but both operands alike.
     """
     o_j, o_g = tl.arange(0, BLOCK_K // 2), tl.arange(0, BLOCK_K // 16)
-    p_codes = codes_ptr + o_m[None, :] * (features // 2) + o_j[:, None]
-    p_scales = scales_ptr + o_m[:, None] * (features // 16) + o_g[None, :]
-    p_weight = qweight_ptr + o_n[:, None] * (features // 2) + o_j[None, :]
-    p_wscales = wscales_ptr + o_n[:, None] * (features // 16) + o_g[None, :]
+    o_codes = o_m[None, :] * (features // 2) + o_j[:, None]
+    o_scales = o_m[:, None] * (features // 16) + o_g[None, :]
+    o_weight = o_n[:, None] * (features // 2) + o_j[None, :]
+    o_wscales = o_n[:, None] * (features // 16) + o_g[None, :]
     b_out = tl.zeros([o_n.shape[0], o_m.shape[0]], tl.float32)
     for _ in range(features // BLOCK_K):
-        b_codes, b_weight = tl.load(p_codes), tl.load(p_weight)
-        b_scales, b_wscales = tl.load(p_scales), tl.load(p_wscales)
+        b_codes, b_weight = tl.load(codes_ptr + o_codes), tl.load(qweight_ptr + o_weight)
+        b_scales, b_wscales = tl.load(scales_ptr + o_scales), tl.load(wscales_ptr + o_wscales)
         if HAS_NVFP4:
             b_scales = b_scales.to(tl.float8e4nv, bitcast=True)
             b_wscales = b_wscales.to(tl.float8e4nv, bitcast=True)
             b_out = tl.dot_scaled(b_weight, b_wscales, "e2m1", b_codes, b_scales, "e2m1", b_out)
         else:
-            b_multipliers = tl.trans(expand_groups(decode_scales(b_scales), 8))
-            b_wmultipliers = expand_groups(decode_scales(b_wscales), 8)
-            b_low = (decode_nibbles(b_weight & 15, True) * b_wmultipliers).to(tl.float16)
-            b_out = tl.dot(b_low, (decode_nibbles(b_codes & 15, True) * b_multipliers).to(tl.float16), b_out)
-            b_high = (decode_nibbles(b_weight >> 4, True) * b_wmultipliers).to(tl.float16)
-            b_out = tl.dot(b_high, (decode_nibbles(b_codes >> 4, True) * b_multipliers).to(tl.float16), b_out)
-        p_codes += BLOCK_K // 2
-        p_scales += BLOCK_K // 16
-        p_weight += BLOCK_K // 2
-        p_wscales += BLOCK_K // 16
+            b_multipliers = tl.trans(expand_groups(decode_e4m3(b_scales), 8))
+            b_wmultipliers = expand_groups(decode_e4m3(b_wscales), 8)
+            b_low = decode_e2m1(b_weight & 15) * b_wmultipliers
+            b_out = tl.dot(b_low, decode_e2m1(b_codes & 15) * b_multipliers, b_out)
+            b_high = decode_e2m1(b_weight >> 4) * b_wmultipliers
+            b_out = tl.dot(b_high, decode_e2m1(b_codes >> 4) * b_multipliers, b_out)
+        codes_ptr += BLOCK_K // 2
+        scales_ptr += BLOCK_K // 16
+        qweight_ptr += BLOCK_K // 2
+        wscales_ptr += BLOCK_K // 16
     return b_out
 
 

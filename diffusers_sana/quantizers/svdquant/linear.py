@@ -28,7 +28,7 @@ from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank
 from diffusers_sana.quantizers.svdquant.compute_mode import best_mode
 from diffusers_sana.quantizers.svdquant.config import COMPUTE_MODES
 from diffusers_sana.quantizers.svdquant.decompose import QuantizedWeight
-from diffusers_sana.quantizers.svdquant.lora import LazyWeight, LowRankBranch, PlainConvolutions
+from diffusers_sana.quantizers.svdquant.lora import LowRankBranch, PlainConvolutions, lazy_weight
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -207,7 +207,7 @@ class SVDQuantLinear(SVDQuantLayer, nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The 16-bit matrix `[N, K]` that the layer stands for, computed where it is used; writing into it raises."""
         shape = (self.out_features, self.in_features)
-        return LazyWeight(self.proj_up, shape, self.dequantize)
+        return lazy_weight(self.proj_up, shape, self.dequantize)
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`."""
@@ -245,7 +245,7 @@ class SVDQuantConv2d(PlainConvolutions, SVDQuantLayer, nn.Conv2d):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The 16-bit kernel `[N, K, 1, 1]` that the layer stands for, as in `SVDQuantLinear`."""
         shape = (self.out_channels, self.in_channels, 1, 1)
-        return LazyWeight(self.proj_up, shape, lambda: self.dequantize()[..., None, None])
+        return lazy_weight(self.proj_up, shape, lambda: self.dequantize()[..., None, None])
 
     def forward(self, input: Tensor) -> Tensor:
         """`[B, K, h, w]` to `[B, N, h, w]`, channels-last in memory, which is also the fast input."""

@@ -49,6 +49,9 @@ class LazyWeight(Tensor):
     def __init__(self, *args: Any) -> None:
         pass
 
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.clone()
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__
@@ -71,6 +74,11 @@ class LazyWeight(Tensor):
 
 
 _GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+def lazy_weight(like: Tensor, shape: Sequence[int], compute: Callable[[], Tensor]) -> Tensor:
+    """A `LazyWeight`; computed at once in code that is being compiled, which cannot make one."""
+    return compute() if torch.compiler.is_compiling() else LazyWeight(like, shape, compute)
 
 
 class LowRankBranch(nn.Module):

@@ -94,12 +94,21 @@ class SVDQuantQuantizer(DiffusersQuantizer):
         return True
 
     def create_quantized_param(
-        self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, *args: Any, **kwargs: Any
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: Any,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Quantizes a weight, or puts a tensor of a quantized layer in its place."""
         layer, leaf = loading.layer_of(model, param_name)
         if layer is not None:
-            loading.check_tensor(param_name, getattr(layer, leaf), tuple(param_value.shape), param_value.dtype)
+            # The dtype is that of the file; `param_value` may be cast already.
+            shape, dtype = tuple(param_value.shape), state_dict[param_name].dtype
+            loading.check_tensor(param_name, getattr(layer, leaf), shape, dtype)
             setattr(layer, leaf, nn.Parameter(param_value.to(target_device), requires_grad=False))
             return
         name = param_name.rpartition(".")[0]

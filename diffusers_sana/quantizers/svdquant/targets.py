@@ -9,8 +9,8 @@ there reach everything.
     16 bit  everything in a convolutional residual block, and the ends of a U-Net's attention stages
     w4a4    all others in the blocks
 
-Where 16-bit activations cost nothing, activations are left alone. So are they in text encoders, which run once a prompt
-and have outliers that 4 bits do not hold: everything is w4a16 there.
+Where 16-bit activations cost nothing, activations are left alone. So they are in text encoders, which run once a
+prompt and have outliers that 4 bits do not hold: everything there is w4a16.
 
 A model may publish `_svdquant_modules`, a dictionary like `SVDQuantConfig.modules`, to say so itself.
 """

@@ -81,7 +81,7 @@ class SVDQuantTransformersQuantizer(HfQuantizer):
         return QuantizeWeight(self)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The dtype for a tensor of a quantized checkpoint; raises ValueError for one that cannot have been written."""
+        """The dtype for a tensor of a quantized checkpoint; raises ValueError for one of another kind."""
         name = converter.target_patterns[0]
         if dtype is None or name.rpartition(".")[2] not in TENSORS:
             return super().get_new_dtype(converter, param, dtype)

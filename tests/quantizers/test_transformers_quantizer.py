@@ -1,0 +1,203 @@
+"""`from_pretrained` and `save_pretrained` of quantized text encoders of transformers."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, logging
+from transformers.quantizers.base import HfQuantizer
+
+from diffusers_sana import SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers, quantized_layers
+from diffusers_sana.quantizers.svdquant.quantizer import attach
+from tests import tiny
+from tests.numerics import relative_error
+
+
+IDS = torch.arange(1, 9)[None]
+LAYER = "layers.0.mlp.up_proj"
+WEIGHTS = "model.safetensors"
+
+
+def t5() -> T5EncoderModel:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    return T5EncoderModel(config).eval()
+
+
+def clip() -> CLIPTextModel:
+    """Has biases."""
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    return CLIPTextModel(config).eval()
+
+
+FAMILIES = {"gemma2": (tiny.text_encoder, 7), "t5": (t5, 12), "clip": (clip, 12)}
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def output(model: nn.Module) -> Tensor:
+    return model(input_ids=IDS).last_hidden_state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip(family, dtype, tmp_path):
+    make, layers = FAMILIES[family]
+    model = make()
+    model.save_pretrained(tmp_path / "original")
+    load, config = type(model).from_pretrained, SVDQuantConfig(rank=4)
+    quantized, info = load(tmp_path / "original", quantization_config=config, dtype=dtype, output_loading_info=True)
+    tied = {"encoder.embed_tokens.weight"}  # of T5: transformers reports it missing, quantized or not
+    assert not any(value and set(value) - tied for value in info.values())
+    assert len(list(quantized_layers(quantized))) == layers
+    assert config.modules is None
+    result = output(quantized)
+    assert result.dtype == dtype
+    assert 0 < relative_error(result, output(model)) < 0.2
+
+    quantized.save_pretrained(tmp_path / "quantized")
+    again, info = load(tmp_path / "quantized", output_loading_info=True)  # in the dtype of the folder
+    assert not any(value and set(value) - tied for value in info.values())
+    assert torch.equal(output(again), result)
+    for name, parameter in quantized.named_parameters():
+        assert again.get_parameter(name).dtype == parameter.dtype
+    second = load(tmp_path / "original", quantization_config=config, dtype=dtype)
+    assert torch.equal(output(second), result)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("original")
+    tiny.text_encoder().save_pretrained(folder)
+    return folder
+
+
+def load(folder, **arguments):
+    return type(tiny.text_encoder()).from_pretrained(folder, **arguments)
+
+
+@pytest.fixture
+def saved(original, tmp_path):
+    load(original, quantization_config=SVDQuantConfig(rank=4)).save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_what_the_library_asks(saved):
+    model = load(saved)
+    quantizer = model.hf_quantizer
+    assert model.is_quantized
+    assert model.quantization_method == "svdquant"
+    assert isinstance(quantizer, HfQuantizer)
+    assert quantizer.is_serializable()
+    assert quantizer.is_trainable
+    assert quantizer.is_compileable
+    recorded = json.loads((saved / "config.json").read_text())["quantization_config"]
+    assert recorded["quant_method"] == "svdquant"
+    assert set(recorded["modules"].values()) == {"w4a16"}
+    assert len(recorded["modules"]) == 7
+
+
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attach(original, precision, dtype, tmp_path):
+    """Also with activations in 4 bits, if one wants them."""
+    model = load(original, dtype=dtype)
+    modules = {"layers.*.mlp.*": "w4a4", "layers.*.self_attn.*": "w4a16"}
+    config = SVDQuantConfig(rank=4, precision=precision, modules=modules)
+    recorded, _ = quantize_layers(model, config, progress=False)
+    attach(model, recorded)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert torch.equal(output(again), output(model))
+    assert [layer.precision for layer in quantized_layers(again)] == ["int4"] * 4 + [precision] * 3
+
+
+def test_fused_ranks_are_kept(saved, tmp_path):
+    model = load(saved)
+    layer = model.get_submodule(LAYER)
+    layer.append_ranks(torch.randn(3, layer.in_features), torch.randn(layer.out_features, 3))
+    model.save_pretrained(tmp_path / "fused")
+    again = load(tmp_path / "fused")
+    assert again.get_submodule(LAYER).rank == 7
+    assert torch.equal(output(again), output(model))
+
+
+def test_dtypes(saved):
+    """transformers casts quantized models; codes and scales of ours come through."""
+    model = load(saved)
+    expected = output(model)
+    assert relative_error(output(model.to(torch.bfloat16)), expected) < 0.05
+    assert {layer.qweight.dtype for layer in quantized_layers(model)} == {torch.uint8}
+    assert relative_error(output(load(saved, dtype=torch.bfloat16)), expected) < 0.05
+    with pytest.raises(ValueError, match=r"`.half\(\)` is not supported for quantized model"):
+        model.half()
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto"])
+def test_device_map(original, saved, device_map):
+    expected = output(load(saved))
+    config = SVDQuantConfig(rank=4)
+    assert torch.equal(output(load(original, quantization_config=config, device_map=device_map)), expected)
+    assert torch.equal(output(load(saved, device_map=device_map)), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"quantization_config": SVDQuantConfig(rank=9)}, "`rank` must be at most 8"),
+        ({"quantization_config": SVDQuantConfig(rank=4, modules={"nothing": "w4a4"})}, "'nothing' matches none"),
+        ({"quantization_config": SVDQuantConfig(rank=4, gptq=True)}, "`gptq` must be False"),
+        ({"quantization_config": SVDQuantConfig(rank=4), "device_map": {"": "disk"}}, "must not put layers on disk"),
+    ],
+)
+def test_bad_arguments(original, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load(original, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "change", "message"),
+    [
+        ("qweight", None, f"lacks 1 tensors .*{LAYER}.qweight"),
+        ("qweight", lambda x: x.float(), "qweight' must be torch.uint8 .*, got torch.float32"),
+        ("qweight", lambda x: x[:-1], "ignore_mismatched_sizes"),  # the library's own error
+        ("wscales", lambda x: x.to(torch.float8_e4m3fn), "wscales' must be torch.float32"),
+        ("proj_up", lambda x: x[:-1], rf"`proj_down` and `proj_up` of '{LAYER}' must be"),
+        ("proj_up", lambda x: x[:, :-1], rf"`proj_down` and `proj_up` of '{LAYER}' must be"),
+    ],
+)
+def test_damaged_checkpoint(saved, leaf, change, message):
+    tensors = load_file(saved / WEIGHTS)
+    tensor = tensors.pop(f"{LAYER}.{leaf}")
+    if change is not None:
+        tensors[f"{LAYER}.{leaf}"] = change(tensor).contiguous()
+    save_file(tensors, saved / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        load(saved)
+
+
+@pytest.mark.parametrize("change", [lambda x: x.fill_(torch.nan), None])
+def test_damaged_original(original, change, tmp_path):
+    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / WEIGHTS)
+    weight = tensors.pop(f"{LAYER}.weight")
+    if change is not None:
+        tensors[f"{LAYER}.weight"] = change(weight)
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match="lacks 1 tensors|conversion of the weights"):
+        load(tmp_path, quantization_config=SVDQuantConfig(rank=4))
