@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "pipelines": {"kernels", "models", "schedulers", "_registration"},
     "training": {"models", "schedulers"},
     "quantizers": {"kernels"},
-    "loaders": {"kernels", "quantizers"},
+    "loaders": {"kernels", "models", "quantizers"},
     "checkpoints": set(),
 }
 # Nothing in the package but these may import a pipeline: data flows from pipelines down.
@@ -66,7 +66,7 @@ def test_imports(path: Path):
 def test_length(path: Path):
     """A file is one room. 700 lines for a model, a pipeline or a scheduler, 300 for everything else."""
     lines = len(path.read_text().splitlines())
-    big = path.name.startswith(("transformer_", "autoencoder_", "pipeline_", "scheduling_"))
+    big = path.name.startswith(("transformer_", "autoencoder_", "modeling_", "pipeline_", "scheduling_"))
     assert lines <= (700 if big else 300)
 
 

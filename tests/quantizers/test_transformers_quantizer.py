@@ -199,5 +199,5 @@ def test_damaged_original(original, change, tmp_path):
     if change is not None:
         tensors[f"{LAYER}.weight"] = change(weight)
     save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises((ValueError, RuntimeError), match="lacks 1 tensors|conversion of the weights"):
+    with pytest.raises((ValueError, RuntimeError), match=r"lacks 1 tensors|conversion of the weights"):
         load(tmp_path, quantization_config=SVDQuantConfig(rank=4))

@@ -126,8 +126,8 @@ class QuantizeWeight(ConversionOps):
         layer = loading.quantize_weight(model, name, weight, mode, self.quantizer.quantization_config)
         kwargs["missing_keys"].discard(full_layer_name)
         _skip_initialization(model, name)
-        for leaf, parameter in layer.named_parameters():
-            if leaf != "bias":  # which has yet to come, or has its mark
+        for parameter in layer.parameters():
+            if not parameter.is_meta:  # a bias that has yet to come
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         return {}
 
