@@ -41,7 +41,7 @@ bench: setup  ## models at true size on this machine, ours beside diffusers'
 compile-kernels: setup  ## every kernel for six architectures, without a GPU: registers, shared memory, spills
 	$(BIN)/python -m benchmarks.compile_kernels
 
-tables: setup  ## the tables of docs/performance.md from benchmarks/results
+tables: setup  ## the tables of docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
 
 study: setup  ## solvers on flows with known answers: results, table, picture

@@ -1,8 +1,8 @@
-"""Writes the tables of docs/performance.md from the committed results.
+"""Writes the tables of the pages in docs/ from the committed results.
 
     python -m benchmarks.tables
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; `tests/test_docs.py` holds the page to the results.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; `tests/test_docs.py` holds the pages to the results.
 """
 
 import json
@@ -14,7 +14,8 @@ from typing import Any
 from benchmarks.harness import RESULTS
 
 
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = (DOCS / "performance.md", DOCS / "quantization.md")
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -71,7 +72,85 @@ def provenance(report: dict[str, Any]) -> str:
     return f"`{report['command']}` on {report['device']}, {report['threads']} threads; {versions}."
 
 
-TABLES: dict[str, Callable[[], str]] = {"models_cpu": models_cpu, "kernels_compiled": kernels_compiled}
+def quantization_quality() -> str:
+    """How far 4-bit pictures of the bundled checkpoint are from 16-bit ones."""
+    report = json.loads((RESULTS / "cpu" / "quantization_quality.json").read_text())
+    rows = [
+        [name, f"{row['psnr_db']:.1f}", f"{row['ssim']:.3f}", f"{row['perceptual']:.3f}", f"{row['bytes'] / 1e6:.1f}"]
+        if "failed" not in row
+        else [name, row["failed"], "", "", ""]
+        for name, row in report["variants"].items()
+    ]
+    table = render(["variant", "PSNR dB", "SSIM", "perceptual", "MB"], rows)
+    return (
+        f"{table}\n\n{report['prompts']} prompts; bf16 takes {report['bf16_bytes'] / 1e6:.1f} MB. {provenance(report)}"
+    )
+
+
+def quantized_errors() -> str:
+    """Relative output errors of 8 blocks of Sana-0.6B with outliers."""
+    report = json.loads((RESULTS / "cpu" / "quantized.json").read_text())
+    modes = ("w4a4", "w4a8", "w4a16")
+    ours: dict[str, dict[str, float]] = {}
+    rows = []
+    for name, error in report["errors"].items():
+        variant, _, mode = name.rpartition(", ")
+        if mode in modes:
+            ours.setdefault(variant, {})[mode] = error
+        else:
+            rows.append([name, "", "", f"{error:.3f}" if isinstance(error, float) else error])
+    rows = [[variant, *(f"{errors[mode]:.3f}" for mode in modes)] for variant, errors in ours.items()] + rows
+    return f"{render(['variant', *modes], rows)}\n\n{provenance(report)}"
+
+
+def quantized_steps() -> str:
+    """Seconds of a guided step of the first blocks of Sana-0.6B."""
+    report = json.loads((RESULTS / "cpu" / "quantized.json").read_text())
+    cases = report["steps"]
+    names = list(next(iter(cases.values()))["seconds"])
+    rows = [
+        [
+            name,
+            *(
+                f"{case['seconds'][name]:.2f} s ({case['faster_than_diffusers_bf16'][name]:.1f}x)"
+                for case in cases.values()
+            ),
+        ]
+        for name in names
+    ]
+    header = ["method", *(f"{name}, {case['blocks']} blocks" for name, case in cases.items())]
+    return f"{render(header, rows)}\n\n{provenance(report)}"
+
+
+def quantized_size() -> str:
+    """Bytes of the whole of Sana-0.6B, and the time to quantize it without data."""
+    report = json.loads((RESULTS / "cpu" / "quantized.json").read_text())
+    whole = report["whole"]
+    rows = [["bf16", f"{whole['bf16_bytes'] / 1e6:.0f}", "1.00", "", "", ""]]
+    for precision in ("int4", "nvfp4"):
+        row = whole[precision]
+        rows.append(
+            [
+                precision,
+                f"{row['bytes'] / 1e6:.0f}",
+                f"{row['share_of_bf16']:.2f}",
+                f"{row['disk_bytes'] / 1e6:.0f}",
+                f"{row['w4a8_resident_bytes'] / 1e6:.0f}",
+                f"{row['quantize_seconds']:.0f}",
+            ]
+        )
+    header = ["weights", "MB", "of bf16", "MB on disk", "MB with the CPU's 8-bit copies", "seconds to quantize"]
+    return f"{render(header, rows)}\n\n{provenance(report)}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "models_cpu": models_cpu,
+    "kernels_compiled": kernels_compiled,
+    "quantization_quality": quantization_quality,
+    "quantized_errors": quantized_errors,
+    "quantized_steps": quantized_steps,
+    "quantized_size": quantized_size,
+}
 
 
 def filled(page: str) -> str:
@@ -84,4 +163,5 @@ def filled(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))

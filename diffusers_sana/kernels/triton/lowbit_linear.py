@@ -40,16 +40,15 @@ def _launch_config(
     tokens: int, features: int, outputs: int, activation_format: str, is_packed: bool, architecture: int
 ) -> tuple[int, int, int, dict[str, int]]:
     """Output features, tokens and columns of a block; warps and stages."""
-    block_n, block_m = 128, min(max(16, triton.next_power_of_2(tokens)), 128)
-    block_k = 128 if features % 128 == 0 else 64
-    if activation_format == "int4":
-        block_k = 64
-    elif activation_format == "nvfp4" and architecture not in NVFP4_ARCHITECTURES:
-        block_n, block_m, block_k = 64, min(block_m, 64), 64
-    elif not is_packed and architecture == 90 and triton.cdiv(tokens, 256) * triton.cdiv(outputs, 128) >= PROGRAMS:
-        block_m = 256
-    num_warps = 8 if block_n * block_m >= 128 * 128 else 4
-    return block_n, block_m, block_k, {"num_warps": num_warps, "num_stages": 3 if architecture else 2}
+    stages = 3 if architecture else 2
+    if activation_format == "int4" or (activation_format == "nvfp4" and architecture not in NVFP4_ARCHITECTURES):
+        return 64, min(max(16, triton.next_power_of_2(tokens)), 64), 64, {"num_warps": 4, "num_stages": stages}
+    block_m, num_warps = min(max(16, triton.next_power_of_2(tokens)), 128), 4
+    if architecture == 90 and not is_packed and triton.cdiv(tokens, 256) * triton.cdiv(outputs, 128) >= PROGRAMS:
+        block_m, num_warps = 256, 8
+    elif block_m == 128 and architecture not in (90, 100, 103):
+        num_warps = 8  # where both operands go through registers
+    return 128, block_m, 128 if features % 128 == 0 else 64, {"num_warps": num_warps, "num_stages": stages}
 
 
 @triton.jit

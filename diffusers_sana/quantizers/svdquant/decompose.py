@@ -30,13 +30,12 @@ from diffusers_sana.kernels.low_bit import (
 )
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank_reference
 from diffusers_sana.quantizers.svdquant.gptq import gptq_codes
+from diffusers_sana.quantizers.svdquant.randomized_svd import randomized_svd
 
 
 SYNTHETIC_ROWS = 128
 SAMPLE_ROWS = 256  # of calibration inputs that a candidate is scored with
 SCORED_FEATURES = 512  # output features, at least, of each weight by which candidates are scored and errors reported
-OVERSAMPLING = 8  # columns of the randomized SVD beyond the rank
-POWER_ITERATIONS = 2
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 # x / smooth is brought to this root mean square. Any scale does for integers; e4m3 scales of activations underflow
 # below .002 and end at 448, and this is half way.
@@ -167,25 +166,6 @@ def decompose(
         naive = _quantize(weight, unsmoothed, dtype, plain)
         reports.append(LayerReport(exponents, error, _relative(_output(inputs, naive, plain), target)))
     return quantized, reports
-
-
-def randomized_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of a rank, nearly: `up` `[N, r]` and `down` `[r, K]` with orthonormal rows.
-
-    Randomized range finder with power iterations (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4). The same
-    seed gives the same bits on one device.
-    """
-    if rank == 0:
-        return matrix.new_zeros(matrix.shape[0], 0), matrix.new_zeros(0, matrix.shape[1])
-    columns = min(rank + OVERSAMPLING, *matrix.shape)
-    generator = torch.Generator().manual_seed(seed)
-    probe = torch.randn(matrix.shape[1], columns, generator=generator).to(matrix)
-    basis = torch.linalg.qr(matrix @ probe).Q
-    for _ in range(POWER_ITERATIONS):
-        basis = torch.linalg.qr(matrix.t() @ basis).Q
-        basis = torch.linalg.qr(matrix @ basis).Q
-    left, values, right = torch.linalg.svd(basis.t() @ matrix, full_matrices=False)
-    return basis @ (left[:, :rank] * values[:rank]), right[:rank]
 
 
 def _search(

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import CustomDtype
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.utils import logging
 from torch import Tensor, nn
 
 from diffusers_sana.quantizers.svdquant import loading
@@ -36,6 +37,7 @@ class SVDQuantQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: SVDQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._targets: dict[str, str] = {}  # on the fly: layers whose weight has not arrived yet
+        self._bar: Any = None
 
     def validate_environment(self, torch_dtype: Any = None, device_map: Any = None, **kwargs: Any) -> None:
         """Raises ValueError for what cannot be done; see `loading.check_request`."""
@@ -57,8 +59,12 @@ class SVDQuantQuantizer(DiffusersQuantizer):
             self._targets = find_targets(model, self.quantization_config)
             modules = as_patterns(self._targets, model)
             self.quantization_config = replace(self.quantization_config, modules=modules)
+            self._bar = logging.tqdm(total=len(self._targets), desc="Quantizing", unit="layer")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None  # it cannot be copied with the model
         if self._targets:
             raise loading.missing_tensors([f"{name}.weight" for name in self._targets])
         loading.check_layers(model)
@@ -114,6 +120,7 @@ class SVDQuantQuantizer(DiffusersQuantizer):
         name = param_name.rpartition(".")[0]
         mode = self._targets.pop(name)
         loading.quantize_weight(model, name, param_value.to(target_device), mode, self.quantization_config)
+        self._bar.update()
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Raises ValueError for parameters without a value: under quantization nobody would initialize them."""
@@ -132,8 +139,8 @@ class SVDQuantQuantizer(DiffusersQuantizer):
         return {name: value.dtype for name, value in parameters if name.removesuffix(".weight") not in self._targets}
 
     def get_cuda_warm_up_factor(self) -> int:
-        """A quarter of the parameters' number in 16 bit."""
-        return 4 if self.pre_quantized else 8
+        """By what the number of all elements is divided to give that of 16-bit numbers in the same memory, about."""
+        return 2 if self.pre_quantized else 4
 
     @property
     def supports_parallel_loading(self) -> bool:

@@ -1,0 +1,138 @@
+"""Pictures to and from the [-1, 1] tensors of VILA-U's vision tower."""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import PILImageResampling, SizeDict
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+
+ASPECT_RATIOS = ("resize", "pad", "crop")
+OUTPUT_TYPES = ("pil", "np", "uint8", "pt")
+ROUNDINGS = ("round", "truncate")
+
+
+class VilaUImageProcessorKwargs(ImagesKwargs, total=False):
+    """What the image processor takes beyond the arguments that all image processors have.
+
+    Attributes:
+        image_aspect_ratio: how a picture becomes a square. "resize" squashes it, as the released model was trained
+            for understanding; "pad" adds bars of the mean colour; "crop" takes the top square of a portrait and the
+            central one of a landscape, as the released model was trained for generation.
+    """
+
+    image_aspect_ratio: Literal["resize", "pad", "crop"]
+
+
+class VilaUImageProcessor(PilBackend):
+    """Makes pictures square, resizes them (bicubic, by PIL) and maps 0..255 to [-1, 1].
+
+    Every argument is a default for `preprocess`, where it can be given again.
+    """
+
+    valid_kwargs = VilaUImageProcessorKwargs
+    model_input_names = ["pixel_values"]
+
+    do_convert_rgb = True
+    do_resize = True
+    size = {"height": 256, "width": 256}
+    resample = PILImageResampling.BICUBIC
+    image_aspect_ratio = "resize"
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+
+    def __init__(self, **kwargs: Unpack[VilaUImageProcessorKwargs]) -> None:
+        super().__init__(**kwargs)
+        _check_choice("image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
+
+    def _validate_preprocess_kwargs(self, image_aspect_ratio: str = "resize", **kwargs: Any) -> None:
+        _check_choice("image_aspect_ratio", image_aspect_ratio, ASPECT_RATIOS)
+        super()._validate_preprocess_kwargs(**kwargs)
+
+    def _preprocess(  # type: ignore[override]  # the base class names more arguments, which are in `kwargs`
+        self,
+        images: list[np.ndarray],
+        do_resize: bool,
+        size: SizeDict,
+        resample: Any,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Any,
+        image_std: Any,
+        image_aspect_ratio: str,
+        return_tensors: Any,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        outputs = []
+        for image in images:
+            if do_resize:
+                image = self.resize(self.square(image, image_aspect_ratio, image_mean), size, resample)
+            if do_rescale:
+                image = self.rescale(image, rescale_factor)
+            if do_normalize:
+                image = self.normalize(image, image_mean, image_std)
+            outputs.append(image)
+        return BatchFeature({"pixel_values": outputs}, tensor_type=return_tensors)
+
+    @staticmethod
+    def square(image: np.ndarray, image_aspect_ratio: str, image_mean: list[float]) -> np.ndarray:
+        """A picture [C, H, W] made square; with "resize" it stays as it is and `resize` squashes it."""
+        height, width = image.shape[1:]
+        side = min(height, width) if image_aspect_ratio == "crop" else max(height, width)
+        if height == width or image_aspect_ratio == "resize":
+            return image
+        if image_aspect_ratio == "crop":
+            left = (width - side) // 2
+            return image[:, :side, left : left + side]  # the top of a portrait
+        mean = np.array([int(255 * value) for value in image_mean], dtype=image.dtype)
+        canvas = np.broadcast_to(mean[:, None, None], (len(mean), side, side)).copy()
+        top, left = (side - height) // 2, (side - width) // 2
+        canvas[:, top : top + height, left : left + width] = image
+        return canvas
+
+    def postprocess(
+        self, images: Tensor | list[Tensor], output_type: str = "pil", rounding: str = "round", **kwargs: Any
+    ) -> Any:
+        """Decoded pixels as pictures.
+
+        Args:
+            images: about [-1, 1], [3, H, W], [N, 3, H, W] or, for videos, [N, F, 3, H, W]; or a list of one of these.
+            output_type: "pil" for `PIL.Image` (lists follow the leading dimensions), "np" for floats in [0, 1] with
+                channels last, "uint8" for integers with channels last, "pt" for a tensor in [0, 1], channels first.
+            rounding: to 8 bit. "round" errs least; "truncate" is what the official scripts do.
+
+        Raises:
+            ValueError: an unknown option, a shape without 3 channels.
+        """
+        _check_choice("output_type", output_type, OUTPUT_TYPES)
+        _check_choice("rounding", rounding, ROUNDINGS)
+        pixels = torch.stack(list(images)) if isinstance(images, list | tuple) else images
+        if not isinstance(pixels, Tensor) or pixels.ndim < 3 or pixels.shape[-3] != 3:
+            shape = tuple(getattr(pixels, "shape", ())) or type(pixels).__name__
+            raise ValueError(f"`images` must be a tensor [..., 3, H, W], got {shape}.")
+        pixels = ((pixels.detach().float() + 1) * 127.5).clamp(0, 255)
+        if output_type == "pt":
+            return pixels / 255
+        pixels = pixels.movedim(-3, -1).cpu()
+        if output_type == "np":
+            return (pixels / 255).numpy()
+        integers = (pixels.round() if rounding == "round" else pixels).to(torch.uint8).numpy()
+        return integers if output_type == "uint8" else _pictures(integers)
+
+
+def _pictures(pixels: np.ndarray) -> Any:
+    return Image.fromarray(pixels) if pixels.ndim == 3 else [_pictures(item) for item in pixels]
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")

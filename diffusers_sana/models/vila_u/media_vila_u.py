@@ -1,0 +1,116 @@
+"""Pictures and videos as users hand them over: which belongs to which prompt, and which frames are taken."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from transformers.video_utils import load_video
+
+
+def is_picture(item: Any) -> bool:
+    """A picture, or where to find one."""
+    if isinstance(item, np.ndarray | Tensor):
+        return item.ndim in (2, 3)
+    return isinstance(item, str | Path | Image.Image)
+
+
+def is_video(item: Any) -> bool:
+    """A video, or where to find one: a file, a folder of frames, frames in a list or along the first axis."""
+    if isinstance(item, np.ndarray | Tensor):
+        return item.ndim == 4
+    if isinstance(item, list | tuple):
+        return len(item) > 0 and all(is_picture(frame) and not isinstance(frame, str | Path) for frame in item)
+    return isinstance(item, str | Path)
+
+
+def media_of_rows(media: Any, counts: list[int], name: str, is_one: Callable[[Any], bool]) -> list[list[Any]]:
+    """Hands out media to the prompts of a batch.
+
+    Args:
+        media: None, one item, a list of items for the whole batch in order, or a list with a list for each prompt.
+        counts: placeholders in each prompt.
+        name: what the caller calls `media`, "images" or "videos".
+        is_one: whether something is an item.
+
+    Raises:
+        ValueError: a placeholder without an item, an item without a placeholder, a list that mixes items and lists,
+            something that is no item.
+    """
+    items = [] if media is None else [media] if is_one(media) else _listed(media, name)
+    if items and all(isinstance(item, list | tuple) and not is_one(item) for item in items):
+        rows = [list(item) for item in items]
+        if len(rows) != len(counts):
+            raise ValueError(f"`{name}` must have a list for each of the {len(counts)} prompts, got {len(rows)} lists.")
+    else:
+        rows = [items]
+        counts = [sum(counts)] if len(counts) != 1 else counts
+    for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        for item in row:
+            if not is_one(item):
+                raise ValueError(
+                    f"`{name}` must hold {name} or, for every prompt, a list of {name}; got {type(item).__name__}"
+                    f"{_shape(item)} among them."
+                )
+        if len(row) != count:
+            where = f"prompt {index}" if len(rows) > 1 else "the text"
+            raise ValueError(
+                f"`{name}` must be as many as the placeholders `<{name[:-1]}>`: {where} has {count}, got {len(row)}. "
+                "Each placeholder takes one, in order."
+            )
+    return rows
+
+
+def frames_of_video(video: Any, num_frames: int, sample: bool) -> list[Any]:
+    """Frames of a video at equal distances, the first and the last among them; of a short video some more than once.
+
+    Args:
+        video: see `is_video`; files are decoded by `transformers.video_utils.load_video` (PyAV).
+        num_frames: how many.
+        sample: False to take a video as it is, which must then have `num_frames` frames.
+
+    Raises:
+        ValueError: no frames, or without `sample` another number of them.
+    """
+    if isinstance(video, str | Path) and Path(video).is_dir():
+        found = sorted(path for path in Path(video).iterdir() if path.suffix.lower() in Image.registered_extensions())
+        video = found if not sample else [found[index] for index in _indices(len(found), num_frames, video)]
+        return _checked([str(path) for path in video], num_frames)
+    if isinstance(video, str | Path):
+        frames, _ = load_video(
+            str(video),
+            sample_indices_fn=lambda metadata, **_: _indices(metadata.total_num_frames, num_frames, video)
+            if sample
+            else np.arange(metadata.total_num_frames),
+        )
+        return _checked(list(frames), num_frames)
+    if sample:
+        return [video[index] for index in _indices(len(video), num_frames, "a video")]
+    return _checked(list(video), num_frames)
+
+
+def _indices(total: int, wanted: int, origin: Any) -> np.ndarray:
+    if total < 1:
+        raise ValueError(f"`videos` must have at least one frame each, but {origin} has none.")
+    return np.round(np.linspace(0, total - 1, wanted)).astype(int)
+
+
+def _checked(frames: list[Any], num_frames: int) -> list[Any]:
+    if len(frames) != num_frames:
+        raise ValueError(
+            f"`videos` must have {num_frames} frames each where `do_sample_frames=False`, got one with {len(frames)}. "
+            "Sample them, or let the processor do it."
+        )
+    return frames
+
+
+def _listed(media: Any, name: str) -> list[Any]:
+    if isinstance(media, list | tuple | np.ndarray | Tensor):
+        return list(media)
+    raise ValueError(f"`{name}` must be one of the {name[:-1]} kinds or a list, got {type(media).__name__}.")
+
+
+def _shape(item: Any) -> str:
+    return f" of shape {tuple(item.shape)}" if hasattr(item, "shape") else ""

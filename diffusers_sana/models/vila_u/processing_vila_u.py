@@ -1,0 +1,254 @@
+"""From chats, pictures and videos to the inputs of VILA-U, and from its outputs back."""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
+
+from diffusers_sana.models.vila_u.image_processing_vila_u import VilaUImageProcessorKwargs
+from diffusers_sana.models.vila_u.media_vila_u import frames_of_video, is_picture, is_video, media_of_rows
+from diffusers_sana.models.vila_u.prompts_vila_u import (
+    ASSISTANT,
+    CHAT_TEMPLATE,
+    IMAGE,
+    IMAGE_END,
+    IMAGE_START,
+    USER,
+    VIDEO,
+    VIDEO_START,
+    check_tokenizer,
+    encode_piece,
+    expand_media,
+    user_turn,
+)
+
+
+START_TOKENS = {"text": None, "image": IMAGE_START, "video": VIDEO_START}
+
+
+class VilaUProcessorKwargs(ProcessingKwargs, total=False):
+    """What the processor takes beyond the arguments that all processors have.
+
+    Attributes:
+        generation_mode: what the model is to write.
+        negative_prompt: for guidance, what the unconditional rows say in place of nothing: one text, or one for each
+            prompt. For modes "image" and "video".
+        wrap_image_tokens: put `<im_start>` and `<im_end>` around pictures in the prompt. Off by default, as in the
+            official scripts; the released model was trained with and without.
+        do_sample_frames: take `num_video_frames` frames of each video at equal distances. False for videos that
+            already have so many.
+    """
+
+    text_kwargs: TextKwargs
+    images_kwargs: VilaUImageProcessorKwargs
+
+    generation_mode: Literal["text", "image", "video"]
+    negative_prompt: str | list[str] | None
+    wrap_image_tokens: bool
+    do_sample_frames: bool
+
+
+class VilaUProcessor(ProcessorMixin):
+    """Prompts of VILA-U.
+
+    Args:
+        image_processor: a `VilaUImageProcessor`.
+        tokenizer: LLaMA's with `legacy=False`, and with `<im_start>`, `<im_end>`, `<vi_start>`, `<vi_end>`, `<image>`.
+        chat_template: by default the official one.
+        num_image_tokens: positions of one picture, T; `num_image_tokens` of the vision config.
+        num_video_frames: pictures of one video.
+        wrap_image_tokens: see `VilaUProcessorKwargs`.
+
+    Raises:
+        ValueError: a tokenizer without these tokens or with another rule for the start of a text.
+    """
+
+    valid_processor_kwargs = VilaUProcessorKwargs
+
+    text_kwargs = {"padding": True, "return_tensors": "pt"}
+    generation_mode = "text"
+    negative_prompt = None
+    do_sample_frames = True
+
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        num_image_tokens: int = 256,
+        num_video_frames: int = 8,
+        wrap_image_tokens: bool = False,
+    ) -> None:
+        check_tokenizer(tokenizer)
+        self.num_image_tokens = num_image_tokens
+        self.num_video_frames = num_video_frames
+        self.wrap_image_tokens = wrap_image_tokens
+        self.image_token = IMAGE
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    def __call__(  # type: ignore[override]  # no audio
+        self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Unpack[VilaUProcessorKwargs]
+    ) -> BatchFeature:
+        """Inputs of the model.
+
+        Args:
+            images: for the placeholders `<image>`: one, a list in the order of the placeholders, or a list for each
+                prompt. PIL, array, tensor, path or address.
+            text: one prompt or a list. In mode "text" it is taken as it is. In the other modes it is what
+                `apply_chat_template` writes (it ends in "ASSISTANT:"), or what the user says, which is then put into
+                the template.
+            videos: for `<video>`, as `images`: a file, a folder of frames, an array [F, H, W, 3] or a list of frames.
+            **kwargs: see `VilaUProcessorKwargs`; those of the tokenizer's `pad` and of the image processor.
+
+        Returns:
+            `input_ids` and `attention_mask` [B, L], every picture and frame as `num_image_tokens` times `<image>`, and
+            `pixel_values` [n, 3, H, W] of all pictures in order, if any. For modes "image" and "video" also
+            `negative_input_ids` and `negative_attention_mask` [B, L'] for guidance: the prompt without its words.
+
+        Raises:
+            ValueError: pictures and placeholders that do not match, an unknown mode, what is not a picture.
+        """
+        if kwargs.pop("audio", None) is not None:  # type: ignore[typeddict-item]
+            raise ValueError("`audio` must be None: VILA-U neither hears nor speaks.")
+        texts = [text] if isinstance(text, str) else list(text or [])
+        if not texts or not all(isinstance(item, str) for item in texts):
+            raise ValueError(f"`text` must be a string or a list of strings, got {text!r}.")
+        if "padding_side" not in kwargs.get("text_kwargs", {}):
+            kwargs.setdefault("padding_side", "left")  # whatever the tokenizer has: the model writes at the right
+        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        mode = options["generation_mode"]
+        if mode not in START_TOKENS:
+            raise ValueError(f"`generation_mode` must be one of {tuple(START_TOKENS)}, got {mode!r}.")
+        negatives = self._negative_texts(texts, options["negative_prompt"], mode)
+        if mode != "text":
+            texts = [self._open(item, mode) for item in texts]
+
+        data: dict[str, Any] = {}
+        if pixels := self._pixels(texts, images, videos, options):
+            data |= pixels
+        data |= self._rows(texts, options)
+        if negatives:
+            data |= {f"negative_{key}": value for key, value in self._rows(negatives, options).items()}
+        return BatchFeature(data)
+
+    def apply_chat_template(  # type: ignore[override]  # two arguments more
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        generation_mode: str | None = None,
+        negative_prompt: str | list[str] | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A chat, or a list of chats, as text or (`tokenize=True, return_dict=True`) as inputs of the model.
+
+        Args:
+            conversation: messages `{"role": ..., "content": ...}`. Content is a string or a list of parts
+                `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}`, `{"type": "video", "video": ...}`.
+            chat_template: in place of the processor's.
+            generation_mode, negative_prompt: see `VilaUProcessorKwargs`. Modes "image" and "video" open the
+                assistant's turn by themselves.
+            processor_kwargs: for `__call__`.
+            **kwargs: those of `ProcessorMixin.apply_chat_template`.
+        """
+        options = dict(processor_kwargs or {})
+        given = {"generation_mode": generation_mode, "negative_prompt": negative_prompt}
+        options |= {key: value for key, value in given.items() if value is not None}
+        if options.get("generation_mode", "text") != "text":
+            kwargs["add_generation_prompt"] = True
+        return super().apply_chat_template(conversation, chat_template, processor_kwargs=options, **kwargs)
+
+    def postprocess(self, images: Any, **kwargs: Any) -> Any:
+        """Decoded pixels as pictures, see `VilaUImageProcessor.postprocess`."""
+        return self.image_processor.postprocess(images, **kwargs)
+
+    def post_process_multimodal_output(  # type: ignore[override]
+        self,
+        generated_outputs: Any,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """What the model wrote, as the pipeline "any-to-any" wants it.
+
+        Args:
+            generated_outputs: token ids for mode "text" (also None), otherwise pixels from `decode_image_tokens`.
+            skip_special_tokens: for text.
+            generation_mode: "text", "image" or "video".
+            **kwargs: for the tokenizer's `batch_decode`, or for `postprocess`.
+
+        Returns:
+            A list of texts, of pictures, or of lists of frames.
+
+        Raises:
+            ValueError: an unknown mode.
+        """
+        mode = generation_mode or "text"
+        if mode not in START_TOKENS:
+            raise ValueError(f"`generation_mode` must be one of {tuple(START_TOKENS)}, got {mode!r}.")
+        if mode == "text":
+            return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        return self.postprocess(generated_outputs, **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "negative_input_ids", "negative_attention_mask", "pixel_values"]
+
+    def _open(self, text: str, mode: str) -> str:
+        """The prompt up to the mark behind which the model writes codes."""
+        prompt = text if text.endswith(ASSISTANT) else user_turn(text)
+        return f"{prompt} {START_TOKENS[mode]}"
+
+    def _negative_texts(self, texts: list[str], negative: str | list[str] | None, mode: str) -> list[str]:
+        if mode == "text":
+            if negative is not None:
+                raise ValueError("`negative_prompt` must be None in mode 'text', which has no guidance.")
+            return []
+        said = [negative or ""] * len(texts) if negative is None or isinstance(negative, str) else negative
+        if len(said) != len(texts):
+            raise ValueError(f"`negative_prompt` must be one for each of {len(texts)} prompts, got {len(said)}.")
+        heads = [text.partition(USER)[0] if text.endswith(ASSISTANT) else None for text in texts]
+        turns = [user_turn(item) if head is None else user_turn(item, head) for item, head in zip(said, heads, strict=True)]
+        return [self._open(turn, mode) for turn in turns]
+
+    def _pixels(self, texts: list[str], images: Any, videos: Any, options: dict[str, Any]) -> dict[str, Any]:
+        """`pixel_values` of all media, in the order of their placeholders."""
+        pictures, films = (
+            iter([item for row in media_of_rows(media, [text.count(mark) for text in texts], name, is_one) for item in row])
+            for media, mark, name, is_one in ((images, IMAGE, "images", is_picture), (videos, VIDEO, "videos", is_video))
+        )
+        ordered: list[Any] = []
+        for mark in re.findall(f"{IMAGE}|{VIDEO}", "".join(texts)):
+            if mark == IMAGE:
+                ordered.append(next(pictures))
+            else:
+                ordered += frames_of_video(next(films), self.num_video_frames, options["do_sample_frames"])
+        if not ordered:
+            return {}
+        is_place = (isinstance(item, str | Path) for item in ordered)
+        loaded = [
+            self.image_processor.fetch_images(str(item)) if place else item
+            for item, place in zip(ordered, is_place, strict=True)
+        ]
+        of_images = options["images_kwargs"] | {"return_tensors": options["text_kwargs"].get("return_tensors")}
+        return dict(self.image_processor(loaded, **of_images))
+
+    def _rows(self, texts: list[str], options: dict[str, Any]) -> dict[str, Any]:
+        """Ids and mask of a batch of prompts."""
+        of_text = options["text_kwargs"]
+        if of_text.get("truncation"):
+            raise ValueError("`truncation` must be off: it could cut through a picture. Shorten the text instead.")
+        rows = []
+        for text in texts:
+            text = expand_media(text, self.num_video_frames, options["wrap_image_tokens"])
+            first, *others = (encode_piece(self.tokenizer, piece) for piece in text.split(IMAGE))
+            row = [self.tokenizer.bos_token_id, *first] if of_text.get("add_special_tokens", True) else first
+            for piece in others:
+                row += [self.image_token_id] * self.num_image_tokens + piece
+            rows.append(row)
+        names = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_tensors")
+        padding = {name: of_text[name] for name in names if name in of_text}
+        return dict(self.tokenizer.pad({"input_ids": rows}, return_attention_mask=True, **padding))

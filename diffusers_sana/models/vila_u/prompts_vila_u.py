@@ -1,0 +1,110 @@
+"""The prompts of VILA-U: their text, and the rule by which text becomes ids."""
+
+import re
+from typing import Any
+
+
+IMAGE, VIDEO = "<image>", "<video>"
+IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
+VIDEO_START, VIDEO_END = "<vi_start>", "<vi_end>"
+USER, ASSISTANT = "USER:", "ASSISTANT:"
+
+SYSTEM_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+# Vicuna's first template. An empty message is its role alone: neither space nor separator. A picture that the
+# assistant shows stands between its marks, a picture that the user shows is followed by a new line.
+CHAT_TEMPLATE = """\
+{%- macro text_of(message) -%}
+{%- if message.content is string -%}
+{{- message.content -}}
+{%- else -%}
+{%- for part in message.content or [] -%}
+{%- if part.type == 'text' -%}
+{{- part.text -}}
+{%- elif part.type == 'image' -%}
+{{- '<im_start><image><im_end>' if message.role == 'assistant' else '<image>\\n' -}}
+{%- elif part.type == 'video' -%}
+{{- '<vi_start><video><vi_end>' if message.role == 'assistant' else '<video>\\n' -}}
+{%- else -%}
+{{- raise_exception('content parts must be of type text, image or video, got ' ~ part.type) -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- if messages[0].role == 'system' -%}
+{{- text_of(messages[0]) | trim ~ ' ' -}}
+{%- else -%}
+{{- 'SYSTEM_PROMPT ' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}
+{%- set text = text_of(message) | trim -%}
+{{- 'USER: ' ~ text ~ ' ' if text else 'USER:' -}}
+{%- elif message.role == 'assistant' -%}
+{%- set text = text_of(message) -%}
+{{- 'ASSISTANT: ' ~ text ~ '</s>' if text else 'ASSISTANT:' -}}
+{%- elif message.role != 'system' or not loop.first -%}
+{{- raise_exception('roles must be user and assistant, after at most one system message, got ' ~ message.role) -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- 'ASSISTANT:' -}}
+{%- endif -%}
+""".replace("SYSTEM_PROMPT", SYSTEM_PROMPT.replace("'", "\\'"))
+
+
+def user_turn(text: str, head: str = f"{SYSTEM_PROMPT} ") -> str:
+    """A prompt of one turn, open for the answer. `head` is what stands before the first turn."""
+    text = text.strip()
+    return f"{head}{USER} {text} {ASSISTANT}" if text else f"{head}{USER}{ASSISTANT}"
+
+
+def expand_media(text: str, num_frames: int, wrap: bool) -> str:
+    """`<video>` as one `<image>` a frame; with `wrap`, `<image>` between its marks where they are missing.
+
+    Frames that the user shows stand on a line each; in an answer they follow one another.
+    """
+    if wrap:
+        bare = f"(?<!{IMAGE_START}){IMAGE}(?!{IMAGE_END})"
+        text = re.sub(bare, f"{IMAGE_START}{IMAGE}{IMAGE_END}", text)
+    text = text.replace(f"{VIDEO_START}{VIDEO}", VIDEO_START + IMAGE * num_frames)
+    return text.replace(VIDEO, "\n".join([IMAGE] * num_frames))
+
+
+def encode_piece(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text by the rule of LLaMA's slow tokenizer with `legacy=False`, without the first token `<s>`.
+
+    A "▁" is put before the text, also before one that starts with a space; alone in front of a special token it is
+    dropped again. Nothing is put behind special tokens. The tokenizer must be of the kind that puts a "▁" only where
+    the text has no space at its start (`check_tokenizer`), so a space in front is that "▁" in either case.
+    """
+    if not text:
+        return []
+    ids = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+    if len(ids) > 1 and ids[0] == tokenizer.convert_tokens_to_ids("▁") and ids[1] in tokenizer.all_special_ids:
+        return ids[1:]
+    return ids
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Says what is wrong with a tokenizer.
+
+    Raises:
+        ValueError: it has not the tokens of VILA-U, or treats the start of a text by another rule.
+    """
+    known = tokenizer.get_vocab()
+    missing = [token for token in (IMAGE_START, IMAGE_END, VIDEO_START, VIDEO_END, IMAGE) if token not in known]
+    if missing:
+        raise ValueError(
+            f"`tokenizer` must have the tokens {missing}, but has not. Add them at the ids that the model's config "
+            "gives them, `<image>` last, with `tokenizer.add_tokens(..., special_tokens=True)`."
+        )
+    with_space, without = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" a", "a"))
+    if with_space != without:
+        raise ValueError(
+            "`tokenizer` must be a LLaMA tokenizer with `legacy=False` and a prefix space, that encodes 'a' and ' a' "
+            f"alike, but gives {without} and {with_space}."
+        )

@@ -1,0 +1,186 @@
+"""The residual quantizer of VILA-U (arXiv 2409.04429, equations 2 to 4; RQ-VAE, arXiv 2203.01941).
+
+One codebook of K entries e_k serves all depths. A vector z becomes D codes:
+
+    r_0 = z,   k_d = argmin_k |r_(d-1) - e_k|^2,   r_d = r_(d-1) - e_(k_d),   zq = e_(k_1) + ... + e_(k_D)
+
+The codebook has no gradient. It is trained by moving averages (EMA) of how many residuals chose an entry, N_k, and of
+their sum, m_k. After every depth d, with n_k the residuals r_(d-1) of this batch that chose k, and decay g:
+
+    N_k <- g N_k + (1 - g) n_k,     m_k <- g m_k + (1 - g) (sum of these residuals)
+    where N_k < 1:  m_k <- a random residual of the batch,  N_k <- 1          (restart of unused entries)
+    e_k <- m_k / (N (N_k + eps) / (N + K eps)),     N = sum of N_k
+
+so depth d + 1 searches the table that depth d has changed, while zq sums what each depth found.
+
+Legend: n vectors, C channels, K entries, D depths.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from diffusers_sana.models.vila_u.configuration_vila_u import VilaUVisionConfig
+
+
+EMA_EPSILON = 1e-5
+MAX_DISTANCES = 2**24  # held at a time: 64 MiB in fp32, whatever the number of vectors
+RESTART_NOISE = 0.01  # times 1/sqrt(C): keeps apart the entries that restart from one and the same vector
+
+
+class VilaUQuantizerOutput(NamedTuple):
+    """What `VilaUResidualQuantizer.forward` returns."""
+
+    quantized: Tensor  # [..., C], zq; its gradient passes to z unchanged
+    codes: Tensor  # [..., D], int64
+    commitment_loss: Tensor  # scalar, fp32: mean over d of mean((z - sum of the first d entries)^2)
+
+
+class VilaUResidualQuantizer(nn.Module):
+    """Turns vectors into D codes each, and codes into vectors.
+
+    The codebook is `embedding.weight`, `[K, C]`. It stays as it is, in training mode too, until `start_ema` is called:
+    so nobody who trains the language model can change it by accident. From then on every `forward` in training mode
+    updates it; `encode` never does. The EMA state, the fp32 buffers `embed_ema` `[K, C]` and `cluster_size_ema` `[K]`,
+    is part of `state_dict()`, for resuming a run, and not of what `save_pretrained` writes.
+
+    Distances are computed in the dtype of the codebook, as the official model does, or with
+    `config.quantizer_dtype="float32"` in fp32, which finds other codes for some vectors of a bf16 model. In fp16 they
+    would overflow: that is always raised to fp32. Of equally near entries the first is taken.
+    """
+
+    embed_ema: Tensor | None
+    cluster_size_ema: Tensor | None
+
+    def __init__(self, config: VilaUVisionConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.codebook_size, config.hidden_size)
+        self.register_buffer("embed_ema", None)
+        self.register_buffer("cluster_size_ema", None)
+
+    def forward(self, features: Tensor) -> VilaUQuantizerOutput:
+        """`[..., C]` to its nearest sums of D entries. In training mode after `start_ema`: also trains the codebook."""
+        codes, entries = self._search(features, train=self.training and self.embed_ema is not None)
+        exact = features.to(torch.promote_types(features.dtype, torch.float32))
+        losses, total = [], torch.zeros_like(exact.detach())
+        for entry in entries:
+            total = total + entry.to(total.dtype)
+            losses.append(nn.functional.mse_loss(exact, total))
+        straight_through = features - features.detach()  # zero, with the gradient of z: zq keeps its exact value
+        return VilaUQuantizerOutput(total.to(features.dtype) + straight_through, codes, torch.stack(losses).mean())
+
+    def encode(self, features: Tensor) -> Tensor:
+        """`[..., C]` to codes `[..., D]`, int64; never trains the codebook."""
+        return self._search(features, train=False)[0]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes `[..., D]` to zq `[..., C]`: bit for bit that of `forward` with the same codebook."""
+        dtype = self.embedding.weight.dtype
+        total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=codes.device)
+        for code in codes.unbind(-1):
+            total = total + self.embedding(code)
+        return total.to(dtype)
+
+    def start_ema(self, initial_count: float = 0.0) -> None:
+        """From now on `forward` in training mode trains the codebook, from fresh fp32 state.
+
+        Args:
+            initial_count: N_k to begin with. 0 is for a new codebook: the first batch replaces nearly all of it. A
+                trained one is kept with, say, 100: then an entry is restarted after 460 depths without use (decay
+                0.99).
+        """
+        if initial_count < 0:
+            raise ValueError(f"`initial_count` must not be negative, but is {initial_count}")
+        table = self.embedding.weight.requires_grad_(False).detach().float()
+        self.embed_ema = table * (initial_count or 1.0)
+        self.cluster_size_ema = torch.full_like(table[:, 0], initial_count)
+
+    def stop_ema(self) -> None:
+        """Drops the EMA state: the codebook is fixed from now on."""
+        self.embed_ema = self.cluster_size_ema = None
+
+    @torch.no_grad()
+    def _search(self, features: Tensor, train: bool) -> tuple[Tensor, list[Tensor]]:
+        """Codes `[..., D]`, and of each depth the entries `[..., C]`."""
+        residual = features.detach().reshape(-1, features.shape[-1])
+        codes, entries = [], []
+        with torch.autocast(features.device.type, enabled=False):
+            for _ in range(self.config.num_codebooks):
+                table = self._table()
+                residual = residual.to(table.dtype)
+                code = nearest_entry(residual, table)
+                entry = table[code]
+                if train:
+                    self._update_ema(residual.float(), code)
+                residual = residual - entry
+                codes.append(code.view(features.shape[:-1]))
+                entries.append(entry.view(features.shape))
+        return torch.stack(codes, dim=-1), entries
+
+    def _table(self) -> Tensor:
+        """The codebook in the dtype of the distances."""
+        table = self.embedding.weight
+        if self.config.quantizer_dtype == "float32" or table.dtype == torch.float16:
+            return table.to(torch.promote_types(table.dtype, torch.float32))
+        return table
+
+    def _update_ema(self, vectors: Tensor, codes: Tensor) -> None:
+        """One step of the moving averages with `vectors` `[n, C]` that chose `codes` `[n]`, summed over all ranks."""
+        means, counts = self.embed_ema, self.cluster_size_ema
+        if means.dtype != torch.float32 or counts.dtype != torch.float32:
+            raise RuntimeError(
+                f"the EMA state must be float32, but the model has been cast to {means.dtype}; call `start_ema()` after "
+                "the model has got its dtype"
+            )
+        decay = self.config.codebook_decay
+        new_counts = torch.zeros_like(counts).index_add_(0, codes, vectors.new_ones(len(codes)))
+        new_sums = torch.zeros_like(means).index_add_(0, codes, vectors)
+        if _is_distributed():
+            dist.all_reduce(new_counts)
+            dist.all_reduce(new_sums)
+        counts.mul_(decay).add_(new_counts, alpha=1 - decay)
+        means.mul_(decay).add_(new_sums, alpha=1 - decay)
+        if self.config.restart_unused_codes:
+            unused = counts < 1
+            means.copy_(torch.where(unused[:, None], _random_vectors(vectors, len(counts)), means))
+            counts.masked_fill_(unused, 1.0)
+        total = counts.sum()
+        smoothed = total * (counts + EMA_EPSILON) / (total + len(counts) * EMA_EPSILON)
+        self.embedding.weight.copy_(means / smoothed[:, None])
+
+
+def nearest_entry(vectors: Tensor, table: Tensor) -> Tensor:
+    """The row of `table` `[K, C]` nearest to each of `vectors` `[n, C]`: `[n]`, int64, the first among equals.
+
+    Distances are |v|^2 + |e|^2 - 2 v.e, in blocks of at most `MAX_DISTANCES` of them. |v|^2 does not change the order,
+    yet it does change the rounding: in bf16 the official codes depend on it.
+    """
+    norms = table.square().sum(dim=1)
+    nearest = [
+        torch.addmm(block.square().sum(dim=1, keepdim=True) + norms, block, table.T, alpha=-2).argmin(dim=1)
+        for block in vectors.split(max(1, MAX_DISTANCES // len(table)))
+    ]
+    return torch.cat(nearest)
+
+
+def _random_vectors(vectors: Tensor, count: int) -> Tensor:
+    """`count` of `vectors` `[n, C]` in random order, the same on all ranks: those of rank 0.
+
+    None is taken twice, unless there are fewer than `count`: then all are repeated, with a little noise. Draws a
+    permutation, then the noise, from the default generator.
+    """
+    number, channels = vectors.shape
+    repeats = -(-count // number)
+    chosen = vectors[torch.randperm(number * repeats, device=vectors.device)[:count] % number]
+    if repeats > 1:
+        chosen = chosen + torch.rand_like(chosen) * (RESTART_NOISE / channels**0.5)
+    if _is_distributed():
+        dist.broadcast(chosen, src=0)
+    return chosen
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()

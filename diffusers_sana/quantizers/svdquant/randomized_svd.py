@@ -1,0 +1,52 @@
+"""The largest singular directions of a matrix, from products with it.
+
+Legend: N rows, K columns, r rank, c columns of the working basis, a few more than r.
+"""
+
+import torch
+from torch import Tensor
+
+from diffusers_sana.kernels.low_bit import nonzero
+
+
+OVERSAMPLING = 8  # columns of the basis beyond the rank
+POWER_ITERATIONS = 2
+
+
+def randomized_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of a rank, nearly: `up` `[N, r]` and `down` `[r, K]` with orthonormal rows.
+
+    Randomized range finder with power iterations (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4). The same
+    seed gives the same bits on one device.
+    """
+    if rank == 0:
+        return matrix.new_zeros(matrix.shape[0], 0), matrix.new_zeros(0, matrix.shape[1])
+    columns = min(rank + OVERSAMPLING, *matrix.shape)
+    generator = torch.Generator().manual_seed(seed)
+    probe = torch.randn(matrix.shape[1], columns, generator=generator).to(matrix)
+    basis = _orthonormal(matrix @ probe)
+    for _ in range(POWER_ITERATIONS):
+        basis = _orthonormal(matrix.t() @ basis)
+        basis = _orthonormal(matrix @ basis)
+    projected = basis.t() @ matrix
+    values, vectors = _principal(projected)
+    values, vectors = values[:rank], vectors[:, :rank]
+    return basis @ (vectors * values), (vectors / nonzero(values)).t() @ projected
+
+
+def _orthonormal(matrix: Tensor) -> Tensor:
+    """An orthonormal basis of the columns, `[N, c]` with c small; zeros for columns that depend on others."""
+    values, vectors = _principal(matrix.t())
+    dependent = values <= values[0] * torch.finfo(matrix.dtype).eps
+    return matrix @ (vectors / nonzero(values)).masked_fill(dependent, 0.0)
+
+
+def _principal(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values, largest first, and left singular vectors of `[c, K]` with c small.
+
+    From the c x c products of rows in fp64: far cheaper than a decomposition of the matrix itself, above all where
+    other programs use the processor, and as exact as fp32 can hold.
+    """
+    wide = matrix.double()
+    values, vectors = torch.linalg.eigh(wide @ wide.t())
+    return values.flip(0).clamp(min=0).sqrt().to(matrix), vectors.flip(1).to(matrix)

@@ -1,0 +1,115 @@
+"""A VILA-U small enough for unit tests, with every part: 16 cells of 3 codes for 32 x 32 pixels."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig, VilaUDepthConfig, VilaUVisionConfig
+
+
+VOCABULARY = 128
+IMAGE, IMAGE_START, IMAGE_END, VIDEO_START, VIDEO_END = 128, 124, 125, 126, 127
+PAD, BOS, EOS = 0, 1, 2
+CELLS, DEPTH, CODES, WIDTH = 16, 3, 64, 64
+
+
+def tiny_vision_config(**overrides: Any) -> VilaUVisionConfig:
+    fields = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+        "codebook_size": CODES,
+        "num_codebooks": DEPTH,
+        "latent_channels": 32,
+        "decoder_base_channels": 32,
+        "decoder_channel_multipliers": (1, 1, 1, 1),
+        "decoder_num_res_blocks": 1,
+        "text_vocab_size": VOCABULARY,
+        "text_hidden_size": 32,
+        "text_intermediate_size": 64,
+        "text_num_hidden_layers": 2,
+        "text_num_attention_heads": 4,
+        "text_max_position_embeddings": 16,
+    }
+    return VilaUVisionConfig(**(fields | overrides))
+
+
+def tiny_depth_config(**overrides: Any) -> VilaUDepthConfig:
+    fields = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_codebooks": DEPTH,
+        "codebook_size": CODES,
+        "codebook_dim": 32,
+        "backbone_hidden_size": WIDTH,
+    }
+    return VilaUDepthConfig(**(fields | overrides))
+
+
+def tiny_config(**overrides: Any) -> VilaUConfig:
+    text = {
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }
+    fields = {
+        "text_config": text,
+        "vision_config": tiny_vision_config(),
+        "depth_config": tiny_depth_config(),
+        "image_token_id": IMAGE,
+        "image_start_token_id": IMAGE_START,
+        "image_end_token_id": IMAGE_END,
+        "video_start_token_id": VIDEO_START,
+        "video_end_token_id": VIDEO_END,
+        "num_video_frames": 2,
+    }
+    return VilaUConfig(**(fields | overrides))
+
+
+def tiny_model(seed: int = 0, **overrides: Any) -> Any:
+    """A fresh `VilaUForConditionalGeneration` in eval mode; wider weights than in training, so that outputs differ."""
+    from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGeneration
+
+    torch.manual_seed(seed)
+    model = VilaUForConditionalGeneration(tiny_config(**overrides)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "vision_tower" not in name:
+                parameter.mul_(5)
+    return model
+
+
+@lru_cache
+def shared_model() -> Any:
+    """One tiny model for all tests that do not change it."""
+    return tiny_model()
+
+
+def ids(*rows: list[int], left: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """`input_ids` and `attention_mask` of rows of token ids, padded to the longest."""
+    longest = max(map(len, rows))
+    pads = [[PAD] * (longest - len(row)) for row in rows]
+    ones = [[1] * len(row) for row in rows]
+    zeros = [[0] * len(pad) for pad in pads]
+    if left:
+        return (
+            torch.tensor([pad + row for pad, row in zip(pads, rows, strict=True)]),
+            torch.tensor([zero + one for zero, one in zip(zeros, ones, strict=True)]),
+        )
+    return (
+        torch.tensor([row + pad for pad, row in zip(pads, rows, strict=True)]),
+        torch.tensor([one + zero for zero, one in zip(zeros, ones, strict=True)]),
+    )
