@@ -32,7 +32,7 @@ from diffusers_sana.kernels.triton.low_bit import (
 GROUPED = 8  # blocks of tokens whose programs run together, so that they find their weights in L2
 BLOCK_R = 32
 PROGRAMS = 512  # from which on larger blocks leave enough for the largest GPUs
-MAX_PACKED_TOKENS = 128  # that one program takes, so that a weight is unpacked once
+MAX_PACKED_TOKENS = 64  # that one program takes, so that a weight is unpacked once
 NVFP4_ARCHITECTURES = (100, 103, 120, 121)
 
 
@@ -40,15 +40,17 @@ def _launch_config(
     tokens: int, features: int, outputs: int, activation_format: str, is_packed: bool, architecture: int
 ) -> tuple[int, int, int, dict[str, int]]:
     """Output features, tokens and columns of a block; warps and stages."""
+    block_m, block_k = min(max(16, triton.next_power_of_2(tokens)), 128), 128 if features % 128 == 0 else 64
     stages = 3 if architecture else 2
     if activation_format == "int4" or (activation_format == "nvfp4" and architecture not in NVFP4_ARCHITECTURES):
-        return 64, min(max(16, triton.next_power_of_2(tokens)), 64), 64, {"num_warps": 4, "num_stages": stages}
-    block_m, num_warps = min(max(16, triton.next_power_of_2(tokens)), 128), 4
-    if architecture == 90 and not is_packed and triton.cdiv(tokens, 256) * triton.cdiv(outputs, 128) >= PROGRAMS:
-        block_m, num_warps = 256, 8
-    elif block_m == 128 and architecture not in (90, 100, 103):
-        num_warps = 8  # where both operands go through registers
-    return 128, block_m, 128 if features % 128 == 0 else 64, {"num_warps": num_warps, "num_stages": stages}
+        return 64, min(block_m, 64), 64, {"num_warps": 4, "num_stages": stages}
+    if activation_format == "int8" and is_packed:
+        return 64, block_m, block_k, {"num_warps": 4, "num_stages": stages}
+    if activation_format == "int8" and architecture == 90 and triton.cdiv(tokens, 256) * triton.cdiv(outputs, 128) >= PROGRAMS:
+        return 128, 256, block_k, {"num_warps": 8, "num_stages": stages}
+    # Where both operands go through registers, the sums leave fewer for them.
+    num_warps = 4 if block_m < 128 or architecture in (90, 100, 103) else 8
+    return 128, block_m, block_k, {"num_warps": num_warps, "num_stages": stages}
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 The defaults are the released 256 pixel model, `mit-han-lab/vila-u-7b-256`.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -195,13 +195,14 @@ class VilaUConfig(PreTrainedConfig):
             model_type="llama",
             init_kwargs={"vocab_size": 32004, "max_position_embeddings": 4096, "pad_token_id": 0},
         ),
-        "vision_config": VilaUVisionConfig,
-        "depth_config": VilaUDepthConfig,
+        "vision_config": SubConfigSpec(config_class=VilaUVisionConfig),
+        "depth_config": SubConfigSpec(config_class=VilaUDepthConfig),
     }
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
-    depth_config: dict | PreTrainedConfig | None = None
+    # Each a configuration, a dictionary of its fields, or None for the default; configurations once all is set up.
+    text_config: Any = None
+    vision_config: Any = None
+    depth_config: Any = None
     image_token_id: int = 32004
     image_start_token_id: int = 32000
     image_end_token_id: int = 32001

@@ -4,6 +4,8 @@ Level `i` of `up` works at 1/2^i of the resolution of the picture; the last one,
 alone has attention.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -84,7 +86,7 @@ class VilaUDecoderLevel(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, upsample: bool):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(VilaUDecoderResBlock(*pair) for pair in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(VilaUDecoderResBlock(*pair) for pair in pairwise(widths))
         self.attn = nn.ModuleList(VilaUDecoderAttention(out_channels) for _ in self.block if attention)
         self.upsample = VilaUDecoderUpsample(out_channels) if upsample else None
 

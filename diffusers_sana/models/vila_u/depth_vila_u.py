@@ -1,8 +1,8 @@
 """The depth transformer of VILA-U: from one hidden state of the language model to the D codes of one grid cell.
 
-Legend: N cells, D codes a cell (slots), K codebook entries, C width of an entry, H width of the language model, E inner
-width. Slot 1 sees the hidden state, slot d the sum of the entries of the codes before it (arXiv 2409.04429, eq. 6);
-slot d predicts code d. Cells do not see each other.
+Legend: N cells, D codes a cell (slots), K codebook entries, C width of an entry, H width of the language model, E
+inner width. Slot 1 sees the hidden state, slot d the sum of the entries of the codes before it (arXiv 2409.04429, eq.
+6); slot d predicts code d. Cells do not see each other.
 """
 
 from collections.abc import Callable
@@ -183,7 +183,7 @@ class VilaUDepthTransformer(PreTrainedModel):
         if self.config.num_codebooks > 1:
             sums = code_embeddings[:, : self.config.num_codebooks - 1].float().cumsum(1)
             inputs = torch.cat([inputs, self.code_proj(sums.to(code_embeddings.dtype))], 1)
-        hidden_states = inputs + self.position_embedding.weight
+        hidden_states = inputs + self.position_embedding(torch.arange(inputs.shape[1], device=inputs.device))
         mask = create_causal_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
         )
@@ -204,7 +204,8 @@ class VilaUDepthTransformer(PreTrainedModel):
             Logits `[N, K]` of code number `slot`.
         """
         project = self.backbone_proj if slot == 0 else self.code_proj
-        hidden_states = (project(inputs) + self.position_embedding.weight[slot])[:, None]
+        position = torch.full((1,), slot, device=inputs.device)
+        hidden_states = (project(inputs) + self.position_embedding(position))[:, None]
         for layer in self.layers:
             hidden_states = layer(hidden_states, cache=cache, slot=slot)
         return self.head(self.norm(hidden_states[:, 0]))

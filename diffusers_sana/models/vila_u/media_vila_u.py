@@ -43,7 +43,9 @@ def media_of_rows(media: Any, counts: list[int], name: str, is_one: Callable[[An
     if items and all(isinstance(item, list | tuple) and not is_one(item) for item in items):
         rows = [list(item) for item in items]
         if len(rows) != len(counts):
-            raise ValueError(f"`{name}` must have a list for each of the {len(counts)} prompts, got {len(rows)} lists.")
+            raise ValueError(
+                f"`{name}` must have a list for each of the {len(counts)} prompts, got {len(rows)} lists."
+            )
     else:
         rows = [items]
         counts = [sum(counts)] if len(counts) != 1 else counts
@@ -81,9 +83,11 @@ def frames_of_video(video: Any, num_frames: int, sample: bool) -> list[Any]:
     if isinstance(video, str | Path):
         frames, _ = load_video(
             str(video),
-            sample_indices_fn=lambda metadata, **_: _indices(metadata.total_num_frames, num_frames, video)
-            if sample
-            else np.arange(metadata.total_num_frames),
+            sample_indices_fn=lambda metadata, **_: (
+                _indices(metadata.total_num_frames, num_frames, video)
+                if sample
+                else np.arange(metadata.total_num_frames)
+            ),
         )
         return _checked(list(frames), num_frames)
     if sample:

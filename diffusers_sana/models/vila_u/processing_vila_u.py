@@ -211,14 +211,25 @@ class VilaUProcessor(ProcessorMixin):
         if len(said) != len(texts):
             raise ValueError(f"`negative_prompt` must be one for each of {len(texts)} prompts, got {len(said)}.")
         heads = [text.partition(USER)[0] if text.endswith(ASSISTANT) else None for text in texts]
-        turns = [user_turn(item) if head is None else user_turn(item, head) for item, head in zip(said, heads, strict=True)]
+        turns = [
+            user_turn(item) if head is None else user_turn(item, head) for item, head in zip(said, heads, strict=True)
+        ]
         return [self._open(turn, mode) for turn in turns]
 
     def _pixels(self, texts: list[str], images: Any, videos: Any, options: dict[str, Any]) -> dict[str, Any]:
         """`pixel_values` of all media, in the order of their placeholders."""
         pictures, films = (
-            iter([item for row in media_of_rows(media, [text.count(mark) for text in texts], name, is_one) for item in row])
-            for media, mark, name, is_one in ((images, IMAGE, "images", is_picture), (videos, VIDEO, "videos", is_video))
+            iter(
+                [
+                    item
+                    for row in media_of_rows(media, [text.count(mark) for text in texts], name, is_one)
+                    for item in row
+                ]
+            )
+            for media, mark, name, is_one in (
+                (images, IMAGE, "images", is_picture),
+                (videos, VIDEO, "videos", is_video),
+            )
         )
         ordered: list[Any] = []
         for mark in re.findall(f"{IMAGE}|{VIDEO}", "".join(texts)):

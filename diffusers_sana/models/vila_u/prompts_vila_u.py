@@ -102,9 +102,13 @@ def check_tokenizer(tokenizer: Any) -> None:
             f"`tokenizer` must have the tokens {missing}, but has not. Add them at the ids that the model's config "
             "gives them, `<image>` last, with `tokenizer.add_tokens(..., special_tokens=True)`."
         )
-    with_space, without = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" a", "a"))
-    if with_space != without:
+    plain, spaced, after = (
+        tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in ("a", " a", f"{IMAGE_END}a")
+    )
+    if plain != spaced or plain[0][0] != "▁" or after[1][0] == "▁":
         raise ValueError(
-            "`tokenizer` must be a LLaMA tokenizer with `legacy=False` and a prefix space, that encodes 'a' and ' a' "
-            f"alike, but gives {without} and {with_space}."
+            "`tokenizer` must be a LLaMA tokenizer with `legacy=False`, that puts '▁' before a text without a space "
+            f"at its start and none behind special tokens, but it makes {plain} of 'a', {spaced} of ' a' and {after} "
+            f"of '{IMAGE_END}a'."
         )

@@ -16,7 +16,7 @@ so depth d + 1 searches the table that depth d has changed, while zq sums what e
 Legend: n vectors, C channels, K entries, D depths.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -48,11 +48,12 @@ class VilaUResidualQuantizer(nn.Module):
 
     Distances are computed in the dtype of the codebook, as the official model does, or with
     `config.quantizer_dtype="float32"` in fp32, which finds other codes for some vectors of a bf16 model. In fp16 they
-    would overflow: that is always raised to fp32. Of equally near entries the first is taken.
+    would overflow: that is always raised to fp32. Of equally near entries the first is taken. Training gives the same
+    bits for the same seed; on a GPU only with `torch.use_deterministic_algorithms(True)`, which orders the sums.
     """
 
-    embed_ema: Tensor | None
-    cluster_size_ema: Tensor | None
+    embed_ema: Any  # Tensor, None without EMA
+    cluster_size_ema: Any
 
     def __init__(self, config: VilaUVisionConfig):
         super().__init__()
@@ -62,7 +63,7 @@ class VilaUResidualQuantizer(nn.Module):
         self.register_buffer("cluster_size_ema", None)
 
     def forward(self, features: Tensor) -> VilaUQuantizerOutput:
-        """`[..., C]` to its nearest sums of D entries. In training mode after `start_ema`: also trains the codebook."""
+        """`[..., C]` to sums of D entries. In training mode, after `start_ema`, this also trains the codebook."""
         codes, entries = self._search(features, train=self.training and self.embed_ema is not None)
         exact = features.to(torch.promote_types(features.dtype, torch.float32))
         losses, total = [], torch.zeros_like(exact.detach())
@@ -81,7 +82,7 @@ class VilaUResidualQuantizer(nn.Module):
         dtype = self.embedding.weight.dtype
         total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=codes.device)
         for code in codes.unbind(-1):
-            total = total + self.embedding(code)
+            total = total + self.embedding(code).to(total.dtype)
         return total.to(dtype)
 
     def start_ema(self, initial_count: float = 0.0) -> None:
@@ -94,6 +95,11 @@ class VilaUResidualQuantizer(nn.Module):
         """
         if initial_count < 0:
             raise ValueError(f"`initial_count` must not be negative, but is {initial_count}")
+        if initial_count == 0 and not self.config.restart_unused_codes:
+            raise ValueError(
+                "`initial_count` must be positive, but is 0: without `config.restart_unused_codes` the entries that "
+                "no vector has chosen yet would be divided by it"
+            )
         table = self.embedding.weight.requires_grad_(False).detach().float()
         self.embed_ema = table * (initial_count or 1.0)
         self.cluster_size_ema = torch.full_like(table[:, 0], initial_count)
@@ -132,8 +138,8 @@ class VilaUResidualQuantizer(nn.Module):
         means, counts = self.embed_ema, self.cluster_size_ema
         if means.dtype != torch.float32 or counts.dtype != torch.float32:
             raise RuntimeError(
-                f"the EMA state must be float32, but the model has been cast to {means.dtype}; call `start_ema()` after "
-                "the model has got its dtype"
+                f"the EMA state must be float32, but the model has been cast to {means.dtype}; call `start_ema()` "
+                "after the cast"
             )
         decay = self.config.codebook_decay
         new_counts = torch.zeros_like(counts).index_add_(0, codes, vectors.new_ones(len(codes)))

@@ -17,6 +17,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUVisionConfig
 
 
+LOGIT_SCALE, LOGIT_BIAS = math.log(10.0), -10.0  # SigLIP's at the start of training: of N^2 pairs only N belong
+
+
 def eager_attention(
     module: nn.Module,
     query: Tensor,
@@ -62,7 +65,8 @@ class VilaUVisionAttention(nn.Module):
             None,
             scaling=self.head_dim**-0.5,
             dropout=self.config.attention_dropout if self.training else 0.0,
-            **kwargs | {"is_causal": False},
+            is_causal=self.is_causal,
+            **kwargs,
         )
         return self.out_proj(out.flatten(2)), weights
 
@@ -113,7 +117,7 @@ class VilaUVisionEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """`[B, 3, H, W]` to `[B, T, C]`, in raster order."""
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).mT
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).mT.contiguous()
         return patches + self.position_embedding(torch.arange(patches.shape[1], device=patches.device))
 
 
@@ -181,8 +185,8 @@ class VilaUTextTower(nn.Module):
         """`[B, S]`, padded to full length with the tokenizer's padding token, to `[B, C]`."""
         if input_ids.ndim != 2 or not 0 < input_ids.shape[1] <= self.max_length:
             raise ValueError(
-                f"`input_ids` must be [batch, 1 to {self.max_length} tokens], but is {list(input_ids.shape)}; truncate "
-                "the texts"
+                f"`input_ids` must be [batch, 1 to {self.max_length} tokens], but is {list(input_ids.shape)}; "
+                "truncate the texts"
             )
         hidden_states = self.embeddings(input_ids)
         for layer in self.layers:
@@ -212,8 +216,3 @@ def sigmoid_contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, scale: T
         logits = images @ texts.mT * scale.float().exp() + bias.float()
         signs = 2 * torch.eye(len(logits), device=logits.device) - 1
         return -nn.functional.logsigmoid(signs * logits).sum() / len(logits)
-
-
-def default_logits() -> tuple[float, float]:
-    """`scale` and `bias` at the start of training, as SigLIP has them: a factor of 10, and few pairs belong."""
-    return math.log(10.0), -10.0

@@ -4,8 +4,8 @@
       -> residual quantizer -> codes [B, T, D], zq [B, T, C] -> 1x1 convolution -> pixel decoder -> pixels
 
 Optional, for training the tower and for zero-shot classification: the rest of SigLIP, which makes one vector from zq,
-and SigLIP's text tower. Where the released code stops is where the paper does not say more: that the pooled vector is
-made from zq, and by this way, is what the weights in the official checkpoint suggest.
+and SigLIP's text tower. This route is not in the released code; it is the one that fits the weights of the official
+checkpoint.
 
 Legend: C encoder width, h x w grid, T = h w cells, D codes a cell.
 """
@@ -25,13 +25,14 @@ from diffusers_sana.models.vila_u.configuration_vila_u import VilaUVisionConfig
 from diffusers_sana.models.vila_u.decoder_vila_u import VilaUPixelDecoder, resize_latents
 from diffusers_sana.models.vila_u.quantizer_vila_u import VilaUResidualQuantizer
 from diffusers_sana.models.vila_u.siglip_vila_u import (
+    LOGIT_BIAS,
+    LOGIT_SCALE,
     VilaUAttentionPooling,
     VilaUSemanticHead,
     VilaUTextTower,
     VilaUVisionAttention,
     VilaUVisionBlock,
     VilaUVisionEmbeddings,
-    default_logits,
     sigmoid_contrastive_loss,
     vision_block,
 )
@@ -72,7 +73,7 @@ class VilaUVisionModel(PreTrainedModel):
     config_class = VilaUVisionConfig
     base_model_prefix = "vision_tower"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _input_embed_layer = "patch_embedding"
     _supports_sdpa = True
@@ -109,13 +110,13 @@ class VilaUVisionModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-        elif isinstance(module, VilaUResidualQuantizer):
-            init.normal_(module.embedding.weight)
+        elif module is self.quantizer.embedding:
+            init.normal_(module.weight)
         elif isinstance(module, VilaUAttentionPooling):
             init.normal_(module.probe, std=self.config.initializer_range)
         elif module is self and self.config.use_text_tower:
-            for parameter, value in zip((self.logit_scale, self.logit_bias), default_logits(), strict=True):
-                init.constant_(parameter, value)
+            init.constant_(self.logit_scale, LOGIT_SCALE)
+            init.constant_(self.logit_bias, LOGIT_BIAS)
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> VilaUVisionModelOutput:

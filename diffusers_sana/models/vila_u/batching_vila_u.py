@@ -1,0 +1,93 @@
+"""Prompts as the generation loop of VILA-U wants them, and what keeps its placeholder from transformers' own loops.
+
+Legend: B prompts, N samples (some of each prompt), P prompt length, K codebook entries.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.generation import LogitsProcessorList
+
+
+class LogitsProcessorsWithoutPlaceholder(LogitsProcessorList):
+    """Processors that never meet the placeholder of pictures: it may lie outside the vocabulary, or is never written.
+
+    Args:
+        processors: the list to run.
+        placeholder: the id.
+        pad: the id to show to the processors instead.
+    """
+
+    def __init__(self, processors: list[Any], placeholder: int, pad: int) -> None:
+        super().__init__(processors)
+        self.placeholder = placeholder
+        self.pad = pad
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """See `LogitsProcessorList`."""
+        shown: Any = input_ids.masked_fill(input_ids == self.placeholder, self.pad)
+        scores = super().__call__(shown, scores, **kwargs)
+        if self.placeholder < scores.shape[-1]:
+            scores[:, self.placeholder] = -torch.inf
+        return scores
+
+
+def scales_of_samples(guidance_scale: float | Sequence[float] | Tensor, prompts: int, samples_of_each: int) -> Tensor:
+    """Guidance scales `[N]` from one, or one for each prompt; on the CPU, as they decide how many rows there are.
+
+    Raises:
+        ValueError: another shape.
+    """
+    scales = torch.as_tensor(guidance_scale, dtype=torch.float32).cpu()
+    if scales.ndim > 1 or (scales.ndim and len(scales) != prompts):
+        raise ValueError(
+            f"`guidance_scale` must be a number or one for each of {prompts} prompts, but has shape "
+            f"{list(scales.shape)}"
+        )
+    return scales.expand(prompts).repeat_interleave(samples_of_each)
+
+
+def rows_of_samples(
+    name: str, ids: Tensor | None, mask: Tensor | None, pad: int, samples: int
+) -> tuple[Tensor, Tensor]:
+    """From `[B or 1, P]` prompts and their mask `[N, P]`: each as often as it is needed.
+
+    Without a mask, leading pad tokens are padding.
+
+    Raises:
+        ValueError: naming `name`; missing, a wrong shape, or padding on the right.
+    """
+    if ids is None:
+        raise ValueError(f"guidance needs `{name}`, which the processor makes; or give `guidance_scale=1`")
+    if ids.ndim != 2 or samples % len(ids):
+        raise ValueError(f"`{name}` must be [prompts, length] for {samples} samples, but has shape {list(ids.shape)}")
+    if mask is None:
+        mask = ((ids != pad).cumsum(-1) > 0).long()
+    if mask.shape != ids.shape or not mask[:, -1].all():
+        raise ValueError(f"the mask of `{name}` must have its shape and end in ones: pad the prompts on the left")
+    repeats = samples // len(ids)
+    return ids.repeat_interleave(repeats, dim=0), mask.repeat_interleave(repeats, dim=0)
+
+
+def stack_rows(above: Tensor, below: Tensor, filler: int) -> Tensor:
+    """Two `[N, P]` of different P to one `[2N, P]`, aligned on the right."""
+    length = max(above.shape[1], below.shape[1])
+    return torch.cat([F.pad(rows, (length - rows.shape[1], 0), value=filler) for rows in (above, below)])
+
+
+def new_cache(config: PreTrainedConfig, implementation: str, length: int) -> Cache:
+    """An empty cache of the language model of `config`, for `length` positions.
+
+    Raises:
+        ValueError: `implementation` is neither "static" nor "dynamic".
+    """
+    if implementation == "static":
+        return StaticCache(config=config.get_text_config(decoder=True), max_cache_len=length)
+    if implementation == "dynamic":
+        return DynamicCache(config=config.get_text_config(decoder=True))
+    raise ValueError(f'`cache_implementation` must be "static" or "dynamic", but is {implementation!r}')

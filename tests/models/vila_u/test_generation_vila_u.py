@@ -1,0 +1,350 @@
+"""Pictures and videos from `generate`: against an uncached loop, batches, caches, guidance, seeds, compilation."""
+
+import pytest
+import torch
+from tests.models.vila_u.tiny import BOS, CELLS, CODES, DEPTH, IMAGE, IMAGE_START, VIDEO_START, ids, shared_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CompileConfig, DynamicCache, GenerationConfig
+
+from diffusers_sana.models.vila_u.sampling_vila_u import CodeNoise, VisualSampling, guide
+
+
+PROMPTS = [[BOS, 5, 6, IMAGE_START], [BOS, 7, 8, 9, 10, 11, IMAGE_START]]
+NEGATIVE = [BOS, 3, IMAGE_START]
+GREEDY = {"generation_mode": "image", "do_sample": False}
+
+
+def prompt(*rows: list[int], negative: list[int] | None = NEGATIVE) -> dict[str, torch.Tensor]:
+    input_ids, mask = ids(*rows)
+    inputs = {"input_ids": input_ids, "attention_mask": mask}
+    if negative is not None:
+        inputs["negative_input_ids"] = torch.tensor([negative])
+    return inputs
+
+
+@torch.no_grad()
+def literal(model, row: list[int], negative: list[int], scale: float, cells: int, choose) -> torch.Tensor:
+    """One sample without any cache, padding or batch; `choose` gets logits `[K]`, the cell and the depth."""
+    tower, states = model.model.vision_tower, {}
+    embeds = {name: model.get_input_embeddings()(torch.tensor([r])) for name, r in (("yes", row), ("no", negative))}
+    written = []
+    for cell in range(cells):
+        for name in embeds:
+            states[name] = model.model(inputs_embeds=embeds[name]).last_hidden_state[:, -1]
+        codes = []
+        for depth in range(DEPTH):
+            known = codes + [0] * (DEPTH - len(codes))  # what comes later is not looked at
+            entries = tower.embed_code(torch.tensor([known]))
+            logits = {
+                name: model.depth_transformer.head(model.depth_transformer(state, entries).last_hidden_state[0, depth])
+                for name, state in states.items()
+            }
+            codes.append(int(choose(logits["no"] + scale * (logits["yes"] - logits["no"]), cell, depth)))
+        written.append(codes)
+        read = model.model.project(tower.embed_code(torch.tensor(codes)).sum(0))[None, None]
+        embeds = {name: torch.cat([embed, read], 1) for name, embed in embeds.items()}
+    return torch.tensor(written)
+
+
+def greedy(logits, cell, depth) -> torch.Tensor:
+    return logits.argmax()
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_greedy_is_the_uncached_loop(scale):
+    """A padded batch of two prompts, with guidance in the same batch: token for token as one by one."""
+    model = shared_model()
+    codes = model.generate(**prompt(*PROMPTS), **GREEDY, guidance_scale=scale)
+    assert codes.shape == (2, CELLS, DEPTH)
+    assert codes.unique().numel() > 10
+    for row, of_row in zip(PROMPTS, codes, strict=True):
+        assert torch.equal(of_row, literal(model, row, NEGATIVE, scale, CELLS, greedy))
+
+
+def test_sampling_is_the_uncached_loop():
+    """The noise of a seed, the filters and the guidance, one code at a time."""
+    model = shared_model()
+    seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    options = {"temperature": 1.5, "top_k": 20, "top_p": 0.8}
+    codes = model.generate(**prompt(*PROMPTS), generation_mode="image", generator=seeds, **options)
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.cat([torch.empty(4, DEPTH, CODES).exponential_(generator=generator) for _ in range(4)])
+
+    def choose(logits, cell, depth):
+        order = logits.argsort(descending=True)[:20]
+        probabilities = (logits[order] / 1.5).softmax(0)
+        kept = 1 + int((probabilities.cumsum(0) < 0.8).sum())
+        return order[(probabilities / noise[cell, depth, order])[:kept].argmax()]
+
+    assert torch.equal(codes[1], literal(model, PROMPTS[1], NEGATIVE, 3.0, CELLS, choose))
+
+
+def test_caches_agree():
+    model = shared_model()
+    gold = model.generate(**prompt(*PROMPTS), **GREEDY)
+    for options in (
+        {"cache_implementation": "dynamic"},
+        {"past_key_values": DynamicCache(config=model.config.text_config)},
+        {"compile_config": CompileConfig(backend="eager", fullgraph=True, mode=None)},
+    ):
+        assert torch.equal(model.generate(**prompt(*PROMPTS), **GREEDY, **options), gold), options
+
+
+def test_attention_implementations_agree():
+    model = shared_model()
+    gold = model.generate(**prompt(*PROMPTS), **GREEDY)
+    try:
+        model.set_attn_implementation("eager")
+        assert torch.equal(model.generate(**prompt(*PROMPTS), **GREEDY), gold)
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def test_scales_of_their_own():
+    """Each prompt has its scale, and 1 is the conditional model, which needs no negative prompt."""
+    model = shared_model()
+    both = model.generate(**prompt(*PROMPTS), **GREEDY, guidance_scale=[1.0, 5.0])
+    assert torch.equal(both[:1], model.generate(**prompt(PROMPTS[0], negative=None), **GREEDY, guidance_scale=1))
+    assert torch.equal(both[1:], model.generate(**prompt(PROMPTS[1]), **GREEDY, guidance_scale=torch.tensor(5.0)))
+    assert not torch.equal(both[1:], model.generate(**prompt(PROMPTS[1]), **GREEDY, guidance_scale=1))
+
+
+def test_without_guidance_the_second_half_does_not_run():
+    model, rows = shared_model(), []
+    hook = model.depth_transformer.norm.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    model.generate(**prompt(*PROMPTS), **GREEDY, guidance_scale=1.0)
+    unguided, rows[:] = list(rows), []
+    model.generate(**prompt(*PROMPTS), **GREEDY)
+    hook.remove()
+    assert unguided == [2] * CELLS * DEPTH
+    assert rows == [4] * CELLS * DEPTH
+
+
+def test_negative_prompts_for_each_row():
+    model = shared_model()
+    others = [[BOS, 3, 4, IMAGE_START], [BOS, IMAGE_START]]
+    negative, mask = ids(*others)
+    codes = model.generate(
+        **prompt(*PROMPTS, negative=None), negative_input_ids=negative, negative_attention_mask=mask, **GREEDY
+    )
+    for row, other, of_row in zip(PROMPTS, others, codes, strict=True):
+        assert torch.equal(of_row, literal(model, row, other, 3.0, CELLS, greedy))
+
+
+def test_seeds():
+    """A seed gives its bits again, in any batch; without one, the global seed does."""
+    model = shared_model()
+
+    def sample(rows, *seeds, **options):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return model.generate(**prompt(*rows), generation_mode="image", generator=generators, **options)
+
+    both = sample(PROMPTS, 1, 2)
+    assert torch.equal(both[1:], sample(PROMPTS[1:], 2))
+    assert not torch.equal(both[1:], sample(PROMPTS[1:], 3))
+    several = sample(PROMPTS, 4, 1, 2, 5, num_return_sequences=2)
+    assert several.shape == (4, CELLS, DEPTH)
+    assert torch.equal(several[1:3], both)
+    torch.manual_seed(0)
+    first = model.generate(**prompt(*PROMPTS), generation_mode="image")
+    torch.manual_seed(0)
+    assert torch.equal(first, model.generate(**prompt(*PROMPTS), generation_mode="image"))
+    one = model.generate(
+        **prompt(*PROMPTS), generation_mode="image", generator=torch.Generator().manual_seed(7), num_return_sequences=2
+    )
+    assert one.unique(dim=0).shape[0] == 4
+
+
+def test_video():
+    """Frames in one sequence; decoded each by itself."""
+    model = shared_model()
+    row, negative = [BOS, 5, 6, VIDEO_START], [BOS, VIDEO_START]
+    inputs = prompt(row, negative=negative)
+    codes = model.generate(**inputs, generation_mode="video", do_sample=False)
+    assert codes.shape == (1, model.config.num_video_frames, CELLS, DEPTH)
+    assert torch.equal(codes[0].flatten(0, 1), literal(model, row, negative, 3.0, 2 * CELLS, greedy))
+    assert model.generate(**inputs, generation_mode="video", do_sample=False, num_frames=1).equal(codes[:, :1])
+    pixels = model.decode_image_tokens(codes, chunk_size=1)
+    assert pixels.shape == (1, 2, 3, 32, 32)
+    torch.testing.assert_close(pixels[0], model.model.vision_tower.decode_codes(codes[0]))
+
+
+def test_decode_image_tokens():
+    model = shared_model()
+    codes = torch.randint(CODES, (5, CELLS, DEPTH), generator=torch.Generator().manual_seed(0))
+    pixels = model.decode_image_tokens(codes)
+    assert pixels.shape == (5, 3, 32, 32)
+    for shape in (codes.flatten(0, 1), codes.unflatten(0, (5, 1))):
+        torch.testing.assert_close(model.decode_image_tokens(shape, chunk_size=2).view_as(pixels), pixels)
+
+
+def test_pictures_in_the_prompt():
+    """A video from its first frame: as many pictures as prompts say, also several samples, also in the negative."""
+    model = shared_model()
+    frame = torch.randint(CODES, (2, CELLS, DEPTH), generator=torch.Generator().manual_seed(1))
+    rows = [[BOS, row, VIDEO_START, *[IMAGE] * CELLS] for row in (5, 6)]
+    negative = torch.tensor([[BOS, VIDEO_START, *[IMAGE] * CELLS]] * 2)
+    options = {"generation_mode": "video", "num_frames": 1, "do_sample": False}
+    codes = model.generate(
+        **prompt(*rows, negative=None),
+        negative_input_ids=negative,
+        image_codes=frame,
+        num_return_sequences=2,
+        **options,
+    )
+    assert codes.shape == (4, 1, CELLS, DEPTH)
+    assert torch.equal(codes[::2], codes[1::2])
+    for index in range(2):
+        alone = model.generate(
+            **prompt(rows[index], negative=None),
+            negative_input_ids=negative[:1],
+            image_codes=frame[index : index + 1],
+            **options,
+        )
+        assert torch.equal(alone, codes[2 * index : 2 * index + 1])
+    pixels = torch.rand(1, 3, 32, 32)
+    seen = model.model.vision_tower.encode_to_codes(pixels)
+    inputs = prompt(rows[0], negative=None) | {"guidance_scale": 1.0}
+    by_pixels = model.generate(**inputs, pixel_values=pixels, **options)
+    assert torch.equal(by_pixels, model.generate(**inputs, image_codes=seen, **options))
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would make an accelerator wait, while `on`."""
+
+    def __init__(self):
+        super().__init__()
+        self.on, self.reads, self.operations = False, [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations += self.on
+        if self.on and any(name in str(function) for name in ("_local_scalar_dense", "nonzero", "aten.equal")):
+            self.reads.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_no_host_read_in_the_loop_and_a_callback_for_each_cell(do_sample):
+    model, seen, mode = shared_model(), [], HostReads()
+
+    def callback(cell, codes):
+        mode.on = False
+        seen.append((cell, codes.clone()))
+        mode.on = cell < CELLS - 1
+
+    with mode:
+        codes = model.generate(
+            **prompt(*PROMPTS), generation_mode="image", do_sample=do_sample, callback_on_cell=callback
+        )
+    assert [cell for cell, _ in seen] == list(range(CELLS))
+    assert torch.equal(torch.stack([of_cell for _, of_cell in seen], 1), codes)
+    assert mode.operations > 1000
+    assert mode.reads == []
+
+
+def test_defaults_come_from_the_generation_config():
+    model = shared_model()
+    row = prompt(PROMPTS[0])
+    config = GenerationConfig(visual_do_sample=False, visual_guidance_scale=5.0, do_sample=True, temperature=0.1)
+    gold = model.generate(**row, **GREEDY, guidance_scale=5.0)
+    assert torch.equal(model.generate(**row, generation_mode="image", generation_config=config), gold)
+    before = model.generation_config
+    try:
+        model.generation_config = config
+        assert torch.equal(model.generate(**row, generation_mode="image"), gold)
+        assert torch.equal(
+            model.generate(**row, generation_mode="image", guidance_scale=1.0),
+            model.generate(**row, **GREEDY, guidance_scale=1.0),
+        )
+    finally:
+        model.generation_config = before
+
+
+ERRORS = [
+    ({"generation_mode": "audio"}, "`generation_mode` must be"),
+    ({"num_frames": 2}, "`num_frames` is for"),
+    ({"negative_input_ids": None}, "guidance needs `negative_input_ids`"),
+    ({"guidance_scale": [1.0, 2.0, 3.0]}, "`guidance_scale` must be a number or one for each of 2 prompts"),
+    ({"generator": [torch.Generator()]}, "`generator` must be one for each of 2 samples, but is 1"),
+    ({"num_return_sequences": 0}, "must be 1 or more, but are 1 and 0"),
+    ({"cache_implementation": "none"}, "`cache_implementation` must be"),
+    ({"temperature": 0.0}, "`temperature` must be above 0"),
+    ({"top_k": -1}, "`top_k` must be 0"),
+    ({"top_p": 0.0}, "`top_p` must be above 0"),
+    ({"attention_mask": torch.tensor([[1] * 7, [1] * 6 + [0]])}, "mask of `input_ids` must .* on the left"),
+    ({"negative_input_ids": torch.tensor([NEGATIVE] * 3)}, "`negative_input_ids` must be"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), ERRORS)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        shared_model().generate(**(prompt(*PROMPTS) | {"generation_mode": "image"} | options))
+
+
+def test_leading_pads_without_a_mask():
+    model = shared_model()
+    inputs = prompt(*PROMPTS)
+    gold = model.generate(**inputs, **GREEDY)
+    del inputs["attention_mask"]
+    assert torch.equal(model.generate(inputs.pop("input_ids"), **inputs, **GREEDY), gold)
+
+
+# The sampler on its own.
+
+SPIKE = torch.full((1, 50), -5.0).index_fill_(1, torch.tensor([17]), 30.0)
+LOGITS = {
+    "spike": SPIKE,
+    "ties": torch.zeros(1, 50),
+    "two levels": torch.tensor([[1.0] * 5 + [0.0] * 45]),
+    "random": torch.randn(3, 50, generator=torch.Generator().manual_seed(0)),
+    "huge": 1e4 * torch.randn(3, 50, generator=torch.Generator().manual_seed(1)),
+    "minus infinity": torch.randn(2, 50, generator=torch.Generator().manual_seed(2)).masked_fill(
+        torch.arange(50) % 7 > 0, -torch.inf
+    ),
+}
+
+
+@pytest.mark.parametrize("options", [(1.0, 0, 1.0), (1.0, 9, 1.0), (0.7, 0, 0.9), (2.0, 20, 0.5), (1.0, 900, 0.96)])
+@pytest.mark.parametrize("name", LOGITS)
+def test_candidates(name, options):
+    """As a set of rules on one sorted row; which of equals are kept is not said."""
+    logits, (temperature, top_k, top_p) = LOGITS[name], options
+    probabilities, codes = VisualSampling(True, *options).candidates(logits)
+    for row, of_row, their_codes in zip(logits, probabilities, codes, strict=True):
+        best = sorted(row.double().tolist(), reverse=True)[: top_k or 50]
+        gold = torch.tensor(best, dtype=torch.float64).div(temperature).softmax(0)
+        total, kept = 0.0, []
+        for value in gold.tolist():
+            kept.append(value if total < top_p - 1e-9 else 0.0)
+            total += value
+        torch.testing.assert_close(of_row.double(), torch.tensor(kept, dtype=torch.float64), atol=1e-6, rtol=1e-5)
+        assert of_row[0] > 0
+        assert their_codes.unique().numel() == len(their_codes)
+        torch.testing.assert_close(row[their_codes].double(), torch.tensor(best, dtype=torch.float64))
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0]).expand(40_000, 5)
+    sampling = VisualSampling(top_k=4, top_p=1.0)
+    noise = CodeNoise(torch.Generator().manual_seed(0), (40_000, 1, 1, 5), torch.device("cpu")).draw()
+    drawn = sampling.choose(logits, noise[:, 0, 0]).bincount(minlength=5) / 40_000
+    gold = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf]).softmax(0)
+    torch.testing.assert_close(drawn, gold, atol=0.01, rtol=0)
+    assert drawn[4] == 0
+
+
+def test_noise_of_each_sample_is_its_own():
+    shape, cpu = (3, 2, DEPTH, CODES), torch.device("cpu")
+    many = CodeNoise([torch.Generator().manual_seed(seed) for seed in (5, 6, 7)], shape, cpu)
+    alone = CodeNoise([torch.Generator().manual_seed(6)], (1, *shape[1:]), cpu)
+    for _ in range(2):
+        assert torch.equal(many.draw()[1:2], alone.draw())
+
+
+def test_guidance_formula():
+    logits, scales = torch.randn(4, 9), torch.tensor([[3.0], [1.0]])
+    conditional, unconditional = logits.chunk(2)
+    torch.testing.assert_close(guide(logits, scales), unconditional + scales * (conditional - unconditional))
+    assert torch.equal(guide(logits, scales)[1], conditional[1])  # a scale of 1 changes no bit
+    assert guide(logits, None) is logits
