@@ -3,12 +3,13 @@
     python -m benchmarks.bench_gpu [--minutes 8]
 
 Sections, in the order of what matters most: what the machine can do at best; each kernel against its reference and
-against that; steps of Sana-0.6B and 1.6B; the autoencoder; compiled models; images a second against a transformer of
-the size of FLUX.1-dev with its autoencoder; whole pictures. Random weights of the true sizes, bf16. The results are
+against that; 4-bit layers and steps; steps of Sana-0.6B and 1.6B; the autoencoder; compiled models; images a second
+against a transformer of the size of FLUX.1-dev with its autoencoder; whole pictures. Random weights of the true sizes, bf16. The results are
 written after every case to `benchmarks/results/<device>/gpu.json`; cases that the time does not allow are named there.
 """
 
 import argparse
+import copy
 import gc
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 
 import diffusers
 import torch
+from torch import nn
 
 from benchmarks.bench_models import autoencoder_case, measure, picture_case, step_case
 from benchmarks.compile_kernels import benchmarks
@@ -24,6 +26,10 @@ from benchmarks.harness import alternate, environment, write_results
 from benchmarks.kernel_benchmark import run_on_gpu
 from benchmarks.models import AUTOENCODER, TRANSFORMERS, random_model, step_inputs, twins
 from diffusers_sana.pipelines.cuda_graphs import CudaGraphs
+from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.decompose import Options, decompose
+from diffusers_sana.quantizers.svdquant.linear import quantized_layer
+from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers
 
 
 STEPS = 20
@@ -60,6 +66,44 @@ def graphed_step(model: str, size: int) -> Report:
         seconds = alternate(functions, rounds=10, warmup=2)
         equal = torch.equal(functions["eager"](), functions["graph"]())
     return {"seconds": seconds, "speedup": seconds["eager"] / seconds["graph"], "equal": equal}
+
+
+def quantized_step(model: str, size: int, precision: str) -> Report:
+    """A step of ours in bf16 and in 4 bits, in every mode."""
+    ours, theirs = twins("SanaTransformer2DModel", TRANSFORMERS[model], "cuda", torch.bfloat16)
+    inputs = step_inputs(size, "cuda", torch.bfloat16)
+    functions: dict[str, Callable[[], Any]] = {"diffusers bf16": lambda: theirs(**inputs).sample}
+
+    def step(transformer: Any) -> Callable[[], Any]:
+        text = transformer.encode_text(inputs["encoder_hidden_states"], inputs["encoder_attention_mask"])
+        return lambda: transformer(inputs["hidden_states"], None, inputs["timestep"], text_context=text).sample
+
+    with torch.no_grad():
+        functions["bf16"] = step(ours)
+        for mode in ("w4a4", "w4a8", "w4a16"):
+            quantized = copy.deepcopy(ours)
+            quantize_layers(quantized, SVDQuantConfig(precision, smoothing="none", compute_mode=mode), progress=False)
+            functions[mode] = step(quantized)
+        seconds = alternate(functions, rounds=5, warmup=2)
+    return {"seconds": seconds, "faster_than_bf16": {name: seconds["bf16"] / value for name, value in seconds.items()}}
+
+
+def quantized_linear(tokens: int, in_features: int, out_features: int, precision: str) -> Report:
+    """One layer in every mode against the vendor's bf16 product."""
+    dense = nn.Linear(in_features, out_features, device="cuda", dtype=torch.bfloat16)
+    options = Options(precision=precision, smoothing="none")
+    layer = quantized_layer(dense, decompose([dense.weight.detach()], options)[0][0])
+    x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
+
+    def run(mode: str) -> Callable[[], Any]:
+        alike = copy.deepcopy(layer)
+        alike.set_compute_mode(mode)
+        return lambda: alike(x)
+
+    with torch.no_grad():
+        functions = {"bf16": lambda: dense(x), **{mode: run(mode) for mode in ("w4a4", "w4a8", "w4a16")}}
+        seconds = alternate(functions, rounds=20, warmup=3)
+    return {"seconds": seconds, "faster_than_bf16": {name: seconds["bf16"] / value for name, value in seconds.items()}}
 
 
 def sana_throughput(size: int) -> Report:
@@ -126,6 +170,11 @@ def cases() -> Iterator[tuple[str, Callable[[], Report]]]:
         yield f"kernel {benchmark.name}", lambda benchmark=benchmark: run_on_gpu(benchmark, with_compiled=False)
     yield "step sana-1.6b 1024px", lambda: measure(step_case("sana-1.6b", 1024, "bf16"), 5)
     yield "decode 1024px", lambda: measure(autoencoder_case("decode", 1024, "bf16"), 3)
+    for precision in ("int4", "nvfp4"):
+        for shape in ((4096, 3072, 12288), (4096, 2240, 11200)):
+            name = f"linear {'x'.join(map(str, shape))} {precision}"
+            yield name, partial(quantized_linear, *shape, precision)
+        yield f"step sana-1.6b 1024px {precision}", partial(quantized_step, "sana-1.6b", 1024, precision)
     for model in ("sana-0.6b", "sana-1.6b"):
         for size in (512, 1024):
             yield f"graph {model} {size}px", lambda model=model, size=size: graphed_step(model, size)

@@ -44,7 +44,7 @@ def calibration_prompts() -> list[str]:
         Scene((rng.choice(COMMON_OBJECTS),), rng.choice(list(STYLES)), rng.choice(list(COLORS)))
         for _ in range(20 * CALIBRATION_PROMPTS)
     ]
-    seen = [scene for scene in scenes if not is_held_out(scene.labels[0], scene.style, scene.background)]
+    seen = [scene for scene in scenes if not is_held_out(scene.labels[0], scene.style, scene.color)]
     return [scene.prompt for scene in seen[:CALIBRATION_PROMPTS]]
 
 

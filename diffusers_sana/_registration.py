@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -81,6 +82,18 @@ def _svdquant(module: str, name: str) -> Callable[[], type]:
     return lambda: getattr(import_module(f"{PACKAGE}.quantizers.svdquant.{module}"), name)
 
 
+def _vila_u(module: str, name: str) -> Callable[[], type]:
+    return lambda: getattr(import_module(f"{PACKAGE}.models.vila_u.{module}_vila_u"), name)
+
+
+def _vila_u_pictures() -> dict[str, type]:
+    return {"pil": _vila_u("image_processing", "VilaUImageProcessor")()}
+
+
+_AUTO = "transformers.models.auto"
+_VILA_U_CONFIG = _vila_u("configuration", "VilaUConfig")
+_VILA_U = _vila_u("modeling", "VilaUForConditionalGeneration")
+
 ENTRIES = (
     # `model_index.json` may name our classes, in folders and on the Hub.
     Entry(
@@ -114,6 +127,33 @@ ENTRIES = (
             ("diffusers", "AUTO_QUANTIZATION_CONFIG_MAPPING", "config", "SVDQuantConfig"),
             ("transformers", "AUTO_QUANTIZER_MAPPING", "transformers_quantizer", "SVDQuantTransformersQuantizer"),
             ("transformers", "AUTO_QUANTIZATION_CONFIG_MAPPING", "config", "SVDQuantConfig"),
+        )
+    ),
+    # VILA-U for the auto classes of transformers. `_extra_content` is where their own `register` puts things.
+    *(
+        Entry(f"{_AUTO}.configuration_auto", "CONFIG_MAPPING._extra_content", partial(str, name), _vila_u(module, cls))
+        for name, module, cls in (
+            ("vila_u", "configuration", "VilaUConfig"),
+            ("vila_u_vision", "configuration", "VilaUVisionConfig"),
+            ("vila_u_depth", "configuration", "VilaUDepthConfig"),
+            ("vila_u_llama", "official", "VilaUOfficialConfig"),
+        )
+    ),
+    *(
+        Entry(f"{_AUTO}.{host}_auto", f"{table}._extra_content", config, value)
+        for host, table, config, value in (
+            ("modeling", "MODEL_MAPPING", _VILA_U_CONFIG, _vila_u("modeling", "VilaUModel")),
+            (
+                "modeling",
+                "MODEL_MAPPING",
+                _vila_u("configuration", "VilaUVisionConfig"),
+                _vila_u("vision", "VilaUVisionModel"),
+            ),
+            ("modeling", "MODEL_FOR_CAUSAL_LM_MAPPING", _VILA_U_CONFIG, _VILA_U),
+            ("modeling", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", _VILA_U_CONFIG, _VILA_U),
+            ("modeling", "MODEL_FOR_MULTIMODAL_LM_MAPPING", _VILA_U_CONFIG, _VILA_U),
+            ("processing", "PROCESSOR_MAPPING", _VILA_U_CONFIG, _vila_u("processing", "VilaUProcessor")),
+            ("image_processing", "IMAGE_PROCESSOR_MAPPING", _VILA_U_CONFIG, _vila_u_pictures),
         )
     ),
 )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from diffusers_sana.loaders.vila_u_names import LLM, PROJECTOR, SIGLIP, TOWER
@@ -75,6 +76,21 @@ def model_config(
         for name in ("config.json", f"{LLM}/config.json", f"{PROJECTOR}/config.json", f"{TOWER}/config.json")
     )
     projector.expect("mm_projector_type", "mlp2x_gelu")
+    try:
+        return _combined(root, llm, tower, shapes, token_ids, encoder_heads, any_vocabulary)
+    except StrictDataclassError as error:
+        raise ValueError(f"the configs of the checkpoint contradict one another: {error}") from error
+
+
+def _combined(
+    root: JsonReader,
+    llm: JsonReader,
+    tower: JsonReader,
+    shapes: Shapes,
+    token_ids: Mapping[str, int],
+    encoder_heads: int | None,
+    any_vocabulary: bool,
+) -> VilaUConfig:
     text = _text_config(llm, shapes[LLM], any_vocabulary)
     vision = _vision_config(tower, shapes[TOWER], encoder_heads)
     depth = _depth_config(tower, shapes[TOWER])

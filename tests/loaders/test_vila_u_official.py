@@ -54,8 +54,8 @@ def edit_json(folder, file, edit):
 
 def test_keys_of_the_released_model():
     """On shapes alone: the official numbers of tensors and of elements."""
-    config = VilaUConfig()
-    weights = list(official_weights(full_shapes(config), 24, 4))
+    shapes = full_shapes(VilaUConfig())
+    weights = list(official_weights(shapes, 24, 4))
     ours = {part: {item.key: item.shape for item in weights if item.part == part} for part in PARTS}
     assert len(weights) == sum(map(len, ours.values()))  # none twice
     assert {part: len(keys) for part, keys in ours.items()} == {"llm": 291, "mm_projector": 4, "vision_tower": 1107}
@@ -65,7 +65,7 @@ def test_keys_of_the_released_model():
     elements = {part: sum(torch.Size(shape).numel() for shape in keys.values()) for part, keys in ours.items()}
     assert elements == {"llm": 6_738_448_384, "mm_projector": 20_979_712, "vision_tower": 1_356_296_327}
     core = {item.name for item in weights if item.group == "core" and item.name}
-    assert sum(torch.Size(full_shapes(config)[name]).numel() for name in core) == 7_636_826_243
+    assert sum(torch.Size(shapes[name]).numel() for name in core) == 7_636_826_243
 
 
 def test_plan_reads_no_weights(official, monkeypatch):

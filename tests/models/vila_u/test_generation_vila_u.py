@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from tests.models.vila_u.tiny import BOS, CELLS, CODES, DEPTH, IMAGE, IMAGE_START, VIDEO_START, ids, shared_model
+from tests.models.vila_u.tiny import (
+    BOS,
+    CELLS,
+    CODES,
+    DEPTH,
+    IMAGE,
+    IMAGE_START,
+    VIDEO_START,
+    ids,
+    shared_model,
+    tiny_model,
+)
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, GenerationConfig
 
@@ -85,9 +97,21 @@ def test_caches_agree():
     for options in (
         {"cache_implementation": "dynamic"},
         {"past_key_values": DynamicCache(config=model.config.text_config)},
-        {"compile_config": CompileConfig(backend="eager", fullgraph=True, mode=None)},
     ):
         assert torch.equal(model.generate(**prompt(*PROMPTS), **GREEDY, **options), gold), options
+
+
+def test_compiled_to_one_graph_for_all_rounds():
+    """Without breaks, and not again for another round, nor for another call of the same sizes."""
+    model = tiny_model()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = {"compile_config": CompileConfig(backend=counter, fullgraph=True, mode=None)}
+    for seed in (1, 2):
+        inputs = prompt(*PROMPTS) | {"generation_mode": "image"}
+        gold = model.generate(**inputs, generator=torch.Generator().manual_seed(seed))
+        codes = model.generate(**inputs, generator=torch.Generator().manual_seed(seed), **compiled)
+        assert torch.equal(codes, gold)
+        assert counter.frame_count == 1
 
 
 def test_attention_implementations_agree():
