@@ -3,6 +3,7 @@
     W = weight * smooth                    outliers of the input move into the weight
     W ~ up @ down                          the largest singular directions, 16 bit
     R = W - up @ down                      4 bit
+    up @ down ~ W - R                      once more, for what 4 bits left over (`refinements`)
 
 `smooth` is `inputs^a / weights^b` per input channel, from largest magnitudes; a and b are searched by what the whole
 layer then puts out for sample inputs, activation quantization included. Without samples, inputs are taken to be
@@ -29,7 +30,7 @@ from diffusers_sana.kernels.low_bit import (
     weight_scales,
 )
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank_reference
-from diffusers_sana.quantizers.svdquant.gptq import gptq_codes
+from diffusers_sana.quantizers.svdquant.gptq import damped_factor, gptq_codes
 from diffusers_sana.quantizers.svdquant.randomized_svd import randomized_svd
 
 
@@ -104,7 +105,7 @@ class Options:
     precision: str = "int4"
     rank: int = 32
     smoothing: str = "search"
-    refinements: int = 0
+    refinements: int = 2
     gptq: bool = False
     seed: int = 0
     quantize_activations: bool = True
@@ -154,9 +155,11 @@ def decompose(
     quantized = [_quantize(weight, smooth, dtype, options) for weight, dtype in zip(full, dtypes, strict=True)]
     if options.gptq and hessian is not None:
         smoothed_hessian = hessian.to(smooth.device, torch.float32) / smooth / smooth[:, None]
-        for weight, item in zip(full, quantized, strict=True):
+        for i, (weight, item) in enumerate(zip(full, quantized, strict=True)):
             residual = pad_features(_residual(weight, item))
             item.qweight = gptq_codes(residual, item.wscales, item.wtscale, smoothed_hessian)
+            if options.rank and options.refinements:
+                quantized[i] = _refitted(weight * smooth, item, options, smoothed_hessian)
     plain = Options(options.precision, 0, quantize_activations=options.quantize_activations)
     unsmoothed = _normalized(torch.ones_like(smooth), inputs)
     reports = []
@@ -190,7 +193,7 @@ def _search(
         return _normalized(ones, inputs).to(dtypes[0]).float(), candidates[0]
 
     targets = [inputs @ weight.t() for weight in scored]
-    quick = replace(options, refinements=0)
+    quick = replace(options, refinements=min(options.refinements, 1))
     best = (float("inf"), ones, (0.0, 0.0))
     for a, b in candidates:
         smooth = _clean(of_inputs).pow(a) / _clean(of_weights).pow(b)
@@ -216,18 +219,36 @@ def _normalized(smooth: Tensor, inputs: Tensor) -> Tensor:
 
 
 def _quantize(weight: Tensor, smooth: Tensor, dtype: torch.dtype, options: Options) -> QuantizedWeight:
+    """Branch, then rounding; then `refinements` times the branch anew, and each time but the last the rounding."""
     smoothed = weight * smooth
     up, down = randomized_svd(smoothed, options.rank, options.seed)
     item = _with_branch(smoothed, up, down, smooth, dtype, options.precision)
-    error = _left_over(weight, item) if options.refinements else 0.0
-    for _ in range(options.refinements if options.rank else 0):
+    if options.rank == 0 or options.refinements == 0:
+        return item
+    error = _left_over(weight, item)
+    for _ in range(options.refinements - 1):
         up, down = randomized_svd(smoothed - _decoded(item), options.rank, options.seed)
         again = _with_branch(smoothed, up, down, smooth, dtype, options.precision)
         left = _left_over(weight, again)
         if left >= error:
             break
         item, error = again, left
-    return item
+    return _refitted(smoothed, item, options)
+
+
+def _refitted(
+    smoothed: Tensor, item: QuantizedWeight, options: Options, hessian: Tensor | None = None
+) -> QuantizedWeight:
+    """With the branch that is the best for the codes as they are: for white inputs, or for those of the hessian."""
+    missing = smoothed - _decoded(item)
+    if hessian is None:
+        up, down = randomized_svd(missing, options.rank, options.seed)
+    else:  # the error of the output is that of `missing @ factor`
+        factor = damped_factor(hessian)
+        up, down = randomized_svd(missing @ factor, options.rank, options.seed)
+        down = torch.linalg.solve_triangular(factor, down, upper=False, left=False)
+    dtype = item.proj_up.dtype
+    return replace(item, proj_up=up.to(dtype), proj_down=(down / item.smooth_factor.float()).to(dtype))
 
 
 def _left_over(weight: Tensor, item: QuantizedWeight) -> float:

@@ -43,13 +43,14 @@ def gptq_codes(residual: Tensor, wscales: Tensor, wtscale: Tensor | None, hessia
     encode, decode = (encode_int4, decode_int4) if precision == "int4" else (encode_e2m1, decode_e2m1)
     scales = nonzero(group_scales(wscales, wtscale)).repeat_interleave(group_size, dim=1)
 
-    features, padding = hessian.shape[0], residual.shape[1] - hessian.shape[0]
+    padding = residual.shape[1] - hessian.shape[0]
     hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
     diagonal = hessian.diagonal()
     unused = diagonal == 0
     diagonal[unused] = 1.0
     order = diagonal.argsort(descending=True, stable=True)
-    upper = _inverse_factor(hessian[order][:, order], features)
+    inverse = torch.cholesky_inverse(damped_factor(hessian[order][:, order]))
+    upper = torch.linalg.cholesky(inverse, upper=True)
 
     # Transposed, so that a column lies in one piece in memory.
     left = torch.where(unused, 0.0, residual)[:, order].t().contiguous()
@@ -68,8 +69,12 @@ def gptq_codes(residual: Tensor, wscales: Tensor, wtscale: Tensor | None, hessia
     return pack_nibbles(nibbles[order.argsort()].t().contiguous(), group_size)
 
 
-def _inverse_factor(hessian: Tensor, features: int) -> Tensor:
-    """The upper Cholesky factor of the inverse, damped as much as it takes."""
+def damped_factor(hessian: Tensor) -> Tensor:
+    """The lower Cholesky factor of a hessian `[K, K]`, damped as much as it takes for it and its inverse to have one.
+
+    Raises:
+        ValueError: however much it is damped, there is none: the inputs were not finite.
+    """
     mean = hessian.diagonal().mean()
     for attempt in range(MAX_ATTEMPTS):
         damped = hessian + torch.eye(len(hessian), device=hessian.device) * (mean * DAMPING * 2.0**attempt)
@@ -77,5 +82,5 @@ def _inverse_factor(hessian: Tensor, features: int) -> Tensor:
         if failed == 0:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if failed == 0 and upper.isfinite().all():
-                return upper
-    raise ValueError(f"the `hessian` of {features} input channels cannot be inverted: the inputs were not finite.")
+                return lower
+    raise ValueError(f"the `hessian` of {len(hessian)} input channels cannot be inverted: the inputs were not finite.")
