@@ -4,8 +4,9 @@
 
 Sections, in the order of what matters most: what the machine can do at best; each kernel against its reference and
 against that; 4-bit layers and steps; steps of Sana-0.6B and 1.6B; the autoencoder; compiled models; images a second
-against a transformer of the size of FLUX.1-dev with its autoencoder; whole pictures. Random weights of the true sizes, bf16. The results are
-written after every case to `benchmarks/results/<device>/gpu.json`; cases that the time does not allow are named there.
+against a transformer of the size of FLUX.1-dev with its autoencoder; whole pictures.
+Random weights of the true sizes, bf16. The results are written after every case to
+`benchmarks/results/<device>/gpu.json`; cases that the time does not allow are named there.
 """
 
 import argparse

@@ -91,7 +91,7 @@ def errors() -> dict[str, Any]:
     theirs.to(torch.bfloat16)
     rows["diffusers bf16"] = relative_error(theirs, half, reference)
     for name in PEERS:
-        model = with_peer(theirs, name)
+        model = with_peer(theirs, name, half)
         rows[name] = model if isinstance(model, str) else relative_error(model, half, reference)
         print(name, rows[name], flush=True)
     return rows
@@ -120,7 +120,7 @@ def step_case(size: int, num_layers: int, rounds: int) -> dict[str, Any]:
     }
     failed: dict[str, str] = {}
     for name in PEERS:
-        peer = with_peer(theirs, name)
+        peer = with_peer(theirs, name, inputs)
         if isinstance(peer, str):
             failed[name] = peer
         else:

@@ -113,13 +113,20 @@ PEERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "quanto int4": _quanto("int4"),
     "sdnq int4": _sdnq(weights_dtype="int4"),
     "sdnq int4 + svd": _sdnq(weights_dtype="int4", use_svd=True),
+    # By its defaults it leaves small layers alone, which in the bundled checkpoint are most.
+    "sdnq int4 + svd, small layers too": _sdnq(
+        weights_dtype="int4", use_svd=True, minimum_allowed_numel=0, minimum_allowed_channel_size=0
+    ),
     "torchao int4": _torchao(),
 }
 
 
-def with_peer(model: nn.Module, name: str) -> nn.Module | str:
-    """A copy of the model quantized by a peer, or why that failed here."""
+def with_peer(model: nn.Module, name: str, inputs: dict[str, Any]) -> nn.Module | str:
+    """A copy of the model quantized by a peer, or why that, or a run of it with `inputs`, failed here."""
     try:
-        return PEERS[name](copy.deepcopy(model))
+        quantized = PEERS[name](copy.deepcopy(model))
+        with torch.no_grad():
+            quantized(**inputs)
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+    return quantized

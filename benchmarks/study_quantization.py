@@ -115,8 +115,13 @@ def main(argv: list[str] | None = None) -> None:
         for mode in MODES:
             set_compute_mode(pipe.transformer, mode)
             record(f"{name} {mode}", quantize_seconds=seconds)
+    inputs = {
+        "hidden_states": torch.randn(2, 32, 4, 4, device=device, dtype=torch.bfloat16),
+        "encoder_hidden_states": torch.randn(2, 9, 192, device=device, dtype=torch.bfloat16),
+        "timestep": torch.full((2,), 500.0, device=device),
+    }
     for name in PEERS:
-        model = with_peer(original, name)
+        model = with_peer(original, name, inputs)
         if isinstance(model, str):
             rows[name] = {"failed": model}
         else:
