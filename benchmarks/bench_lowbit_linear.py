@@ -3,6 +3,8 @@
 python -m benchmarks.bench_lowbit_linear
 """
 
+from functools import lru_cache
+
 import torch
 from torch.nn import functional as F
 
@@ -10,6 +12,7 @@ from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors, main
 from diffusers_sana.kernels.lowbit_linear import lowbit_linear
 
 
+Operands = tuple[torch.Tensor, torch.Tensor]
 GROUP_SIZES = {"int4": 64, "nvfp4": 16}
 
 
@@ -22,9 +25,8 @@ def case(
         is_nvfp4 = precision == "nvfp4"
         groups = features // GROUP_SIZES[precision]
 
-        def scales(*shape: int, e4m3: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            values = torch.rand(shape, device=device, dtype=dtype) + 0.5
-            return values.to(torch.float8_e4m3fn) if e4m3 else values
+        def scales(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+            return (torch.rand(rows, columns, device=device) + 0.5).to(dtype)
 
         if activation_format == "nvfp4":
             codes = torch.randint(0, 256, (tokens, features // 2), device=device, dtype=torch.uint8)
@@ -48,11 +50,16 @@ def case(
     return Case(name, make, num_bytes, num_flops)
 
 
+@lru_cache(maxsize=1)
+def half_operands(tokens: int, outputs: int, features: int, device: torch.device, dtype: torch.dtype) -> Operands:
+    """Activations and weight of the 16-bit product of that size."""
+    return tuple(torch.randn(rows, features, device=device, dtype=dtype) for rows in (tokens, outputs))
+
+
 def eager(codes, qweight, proj_up, bias, **others):
-    """What a model does without the operation, on numbers of no meaning: the time is that of the 16-bit product."""
-    tokens, features, outputs = codes.shape[0], 2 * qweight.shape[1], qweight.shape[0]
-    weight = proj_up.new_zeros(1).expand(outputs, features)
-    return F.linear(proj_up.new_zeros(1).expand(tokens, features).contiguous(), weight.contiguous(), bias)
+    """What a model does without quantization."""
+    sizes = (codes.shape[0], qweight.shape[0], 2 * qweight.shape[1])
+    return F.linear(*half_operands(*sizes, proj_up.device, proj_up.dtype), bias)
 
 
 def forward(

@@ -2,7 +2,8 @@
 
     python -m benchmarks.bench_quantized [--only errors steps whole] [--rounds 2]
 
-Random weights of the true sizes, with outliers in 1 % of the input channels of every layer. Other quantizers run if
+Random weights of the true sizes, with outliers in 1 % of the input channels of every layer (for the errors PyTorch's
+own initialization, elsewhere Gaussian). Other quantizers run if
 they are installed (`pip install --no-deps sdnq optimum-quanto torchao`), eagerly, with their own choice of layers and
 their 1x1 convolutions. Writes `benchmarks/results/<device>/quantized.json`.
 
@@ -22,14 +23,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
 import diffusers_sana
 from benchmarks.harness import RESULTS, alternating_times, environment, write_results
-from benchmarks.models import TRANSFORMERS, step_inputs, twins
+from benchmarks.models import MAX_TOKENS, TEXT_WIDTH, TRANSFORMERS, step_inputs, twins
 from benchmarks.quantized import (
-    ABLATIONS,
     PEERS,
     add_outliers,
     config_for,
@@ -44,16 +45,25 @@ from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers, s
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODES = ("w4a4", "w4a8", "w4a16")
+ERROR_CASES = [
+    ("int4", "naive", False),
+    ("int4", "smoothing only", True),
+    ("int4", "low rank only", False),
+    ("int4", "svdquant", False),
+    ("int4", "svdquant", True),
+    ("int4", "svdquant + gptq", True),
+    ("nvfp4", "naive", False),
+    ("nvfp4", "svdquant", True),
+]
 STEPS = {"512px": (512, 8), "1024px": (1024, 4)}  # side, blocks
 
 
-def models(num_layers: int, dtype: torch.dtype, outliers: bool = True) -> tuple[Any, Any]:
-    """Ours and diffusers' over the same weights."""
+def models(num_layers: int, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Ours and diffusers' over the same weights, with outliers."""
     ours, theirs = twins(
         "SanaTransformer2DModel", TRANSFORMERS["sana-0.6b"] | {"num_layers": num_layers}, DEVICE, dtype
     )
-    if outliers:
-        add_outliers(theirs)
+    add_outliers(theirs)
     return ours, theirs
 
 
@@ -65,34 +75,36 @@ def relative_error(model: nn.Module, inputs: dict[str, Any], reference: torch.Te
 
 def errors() -> dict[str, Any]:
     """Relative output error of each method at the model's level."""
-    ours, theirs = models(8, torch.float32)
-    calibration = step_inputs(512, DEVICE, torch.float32)
-    torch.manual_seed(1)
-    inputs = calibration | {"hidden_states": torch.randn_like(calibration["hidden_states"])}
-    reference = theirs(**inputs).sample
-    half = {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}
+    torch.manual_seed(0)
+    ours = diffusers_sana.SanaTransformer2DModel(**TRANSFORMERS["sana-0.6b"] | {"num_layers": 8}).eval()
+    add_outliers(ours)
+
+    def inputs(seed: int) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        latents, text = torch.randn(2, 32, 16, 16), torch.randn(2, MAX_TOKENS, TEXT_WIDTH)
+        return {"hidden_states": latents, "encoder_hidden_states": text, "timestep": torch.full((2,), 500.0)}
+
+    reference = ours(**inputs(2)).sample
+    half = {key: value.bfloat16() for key, value in inputs(2).items()}
     rows: dict[str, Any] = {}
-    for precision in ("int4", "nvfp4"):
-        for name in ABLATIONS:
-            for calibrated in (False, True):
-                if (name == "naive" and calibrated) or ("gptq" in name and not calibrated):
-                    continue
-                model = copy.deepcopy(ours)
-                config = config_for(name, precision)
-                if calibrated:
-                    quantize_on(model, config, partial(model, **calibration))
-                else:
-                    quantize_layers(model, config, progress=False)
-                for mode in MODES:
-                    set_compute_mode(model, mode)
-                    suffix = "calibrated" if calibrated else "no data"
-                    rows[f"{precision} {name}, {suffix}, {mode}"] = relative_error(model, inputs, reference)
-                    print(list(rows.items())[-1], flush=True)
+    for precision, name, calibrated in ERROR_CASES:
+        model = copy.deepcopy(ours)
+        if calibrated:
+            quantize_on(model, config_for(name, precision), partial(model, **inputs(1)))
+        else:
+            quantize_layers(model, config_for(name, precision), progress=False)
+        for mode in MODES:
+            set_compute_mode(model, mode)
+            case = f"{precision} {name}, {'calibrated' if calibrated else 'no data'}, {mode}"
+            rows[case] = relative_error(model, inputs(2), reference)
+            print(case, rows[case], flush=True)
+    theirs = diffusers.SanaTransformer2DModel(**TRANSFORMERS["sana-0.6b"] | {"num_layers": 8}).eval()
+    theirs.load_state_dict(ours.state_dict())
     theirs.to(torch.bfloat16)
     rows["diffusers bf16"] = relative_error(theirs, half, reference)
     for name in PEERS:
-        model = with_peer(theirs, name, half)
-        rows[name] = model if isinstance(model, str) else relative_error(model, half, reference)
+        peer = with_peer(theirs, name, half)
+        rows[name] = peer if isinstance(peer, str) else relative_error(peer, half, reference)
         print(name, rows[name], flush=True)
     return rows
 

@@ -1,0 +1,53 @@
+"""Quantized weights back to 16 bit, at the layers of SANA-1.6B and FLUX.1.
+
+python -m benchmarks.bench_dequantize_weight
+"""
+
+import torch
+
+from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors, main
+from diffusers_sana.kernels.dequantize_weight import dequantize_weight
+
+
+def case(model: str, outputs: int, features: int, precision: str, rank: int = 32) -> Case:
+    """One linear layer."""
+
+    def make(device: str, dtype: torch.dtype) -> Tensors:
+        is_nvfp4 = precision == "nvfp4"
+        groups = features // (16 if is_nvfp4 else 64)
+        wscales = torch.rand(outputs, groups, device=device) + 0.5
+        return {
+            "qweight": torch.randint(0, 256, (outputs, features // 2), device=device, dtype=torch.uint8),
+            "wscales": wscales.to(torch.float8_e4m3fn if is_nvfp4 else dtype),
+            "wtscale": torch.ones(outputs, device=device, dtype=dtype) if is_nvfp4 else None,
+            "smooth_factor": torch.rand(features, device=device, dtype=dtype) + 0.5,
+            "proj_down": torch.randn(rank, features, device=device, dtype=dtype),
+            "proj_up": torch.randn(outputs, rank, device=device, dtype=dtype),
+            "dtype": dtype,
+        }
+
+    elements = outputs * features
+    scale_bytes = 1 / 16 if precision == "nvfp4" else 2 / 64
+    num_bytes = int(elements * (0.5 + scale_bytes + 2))
+    return Case(f"{model} {outputs}x{features} {precision}", make, num_bytes, num_flops=elements * (2 * rank + 2))
+
+
+def forward(qweight, wscales, wtscale, smooth_factor, proj_down, proj_up, dtype):
+    from diffusers_sana.kernels.triton.dequantize_weight import dequantize_weight_forward
+
+    dequantize_weight_forward(qweight, wscales, wtscale, smooth_factor, proj_down, proj_up, dtype)
+
+
+BENCHMARK = KernelBenchmark(
+    dequantize_weight,
+    cases=[
+        case("sana-1.6b", 2240, 2240, "int4"),
+        case("flux", 12288, 3072, "int4"),
+        case("sana-1.6b", 2240, 2240, "nvfp4"),
+        case("flux", 12288, 3072, "nvfp4"),
+    ],
+    launches=[forward],
+)
+
+if __name__ == "__main__":
+    main(BENCHMARK)
