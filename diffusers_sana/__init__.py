@@ -1,6 +1,6 @@
-"""Sana and its relatives for diffusers: drop-in models, schedulers and pipelines.
+"""Sana and its relatives for diffusers: drop-in models, schedulers and pipelines; VILA-U for transformers.
 
-Importing this package registers its classes with diffusers (see `_registration.py`) and loads nothing heavy: every
+Importing this package registers its classes with both (see `_registration.py`) and loads nothing heavy: every
 public name below is imported from its module on first use.
 """
 
@@ -23,6 +23,12 @@ _EXPORTS = {
     "SanaPipeline": "diffusers_sana.pipelines.pipeline_sana",
     "SanaTransformer2DModel": "diffusers_sana.models.transformers.transformer_sana",
     "SchedulerMixin": "diffusers",
+    "VilaUConfig": "diffusers_sana.models.vila_u.configuration_vila_u",
+    "VilaUForConditionalGeneration": "diffusers_sana.models.vila_u.modeling_vila_u",
+    "VilaUImageProcessor": "diffusers_sana.models.vila_u.image_processing_vila_u",
+    "VilaUModel": "diffusers_sana.models.vila_u.modeling_vila_u",
+    "VilaUProcessor": "diffusers_sana.models.vila_u.processing_vila_u",
+    "VilaUVisionModel": "diffusers_sana.models.vila_u.vision_vila_u",
     "quantize": "diffusers_sana.quantizers.svdquant.quantize",
     "set_compute_mode": "diffusers_sana.quantizers.svdquant.quantize_model",
 }
@@ -34,6 +40,14 @@ if TYPE_CHECKING:
 
     from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC as AutoencoderDC
     from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel as SanaTransformer2DModel
+    from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig as VilaUConfig
+    from diffusers_sana.models.vila_u.image_processing_vila_u import VilaUImageProcessor as VilaUImageProcessor
+    from diffusers_sana.models.vila_u.modeling_vila_u import (
+        VilaUForConditionalGeneration as VilaUForConditionalGeneration,
+    )
+    from diffusers_sana.models.vila_u.modeling_vila_u import VilaUModel as VilaUModel
+    from diffusers_sana.models.vila_u.processing_vila_u import VilaUProcessor as VilaUProcessor
+    from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModel as VilaUVisionModel
     from diffusers_sana.pipelines.pipeline_sana import SanaPipeline as SanaPipeline
     from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig as SVDQuantConfig
     from diffusers_sana.quantizers.svdquant.quantize import quantize as quantize

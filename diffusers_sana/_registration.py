@@ -10,7 +10,6 @@ import logging
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -82,17 +81,20 @@ def _svdquant(module: str, name: str) -> Callable[[], type]:
     return lambda: getattr(import_module(f"{PACKAGE}.quantizers.svdquant.{module}"), name)
 
 
+def _always(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
 def _vila_u(module: str, name: str) -> Callable[[], type]:
-    return lambda: getattr(import_module(f"{PACKAGE}.models.vila_u.{module}_vila_u"), name)
+    return lambda: getattr(import_module(f"{PACKAGE}.models.vila_u.{module}"), name)
 
 
-def _vila_u_pictures() -> dict[str, type]:
-    return {"pil": _vila_u("image_processing", "VilaUImageProcessor")()}
+def _vila_u_package() -> ModuleType:
+    return import_module(f"{PACKAGE}.models.vila_u")
 
 
 _AUTO = "transformers.models.auto"
-_VILA_U_CONFIG = _vila_u("configuration", "VilaUConfig")
-_VILA_U = _vila_u("modeling", "VilaUForConditionalGeneration")
+_VILA_U = "VilaUForConditionalGeneration"
 
 ENTRIES = (
     # `model_index.json` may name our classes, in folders and on the Hub.
@@ -129,32 +131,34 @@ ENTRIES = (
             ("transformers", "AUTO_QUANTIZATION_CONFIG_MAPPING", "config", "SVDQuantConfig"),
         )
     ),
-    # VILA-U for the auto classes of transformers. `_extra_content` is where their own `register` puts things.
+    # VILA-U for the auto classes of transformers: configs as their own `register` adds them. Everything else by name,
+    # as their own models are, because a model cannot be imported while transformers is half imported itself. Names are
+    # looked up in `transformers.models.<model type>`, which must then be our package.
     *(
-        Entry(f"{_AUTO}.configuration_auto", "CONFIG_MAPPING._extra_content", partial(str, name), _vila_u(module, cls))
+        Entry(f"{_AUTO}.configuration_auto", "CONFIG_MAPPING._extra_content", _always(name), _vila_u(module, cls))
         for name, module, cls in (
-            ("vila_u", "configuration", "VilaUConfig"),
-            ("vila_u_vision", "configuration", "VilaUVisionConfig"),
-            ("vila_u_depth", "configuration", "VilaUDepthConfig"),
-            ("vila_u_llama", "official", "VilaUOfficialConfig"),
+            ("vila_u", "configuration_vila_u", "VilaUConfig"),
+            ("vila_u_vision", "configuration_vila_u", "VilaUVisionConfig"),
+            ("vila_u_depth", "configuration_vila_u", "VilaUDepthConfig"),
+            ("vila_u_llama", "official_vila_u", "VilaUOfficialConfig"),
         )
     ),
     *(
-        Entry(f"{_AUTO}.{host}_auto", f"{table}._extra_content", config, value)
-        for host, table, config, value in (
-            ("modeling", "MODEL_MAPPING", _VILA_U_CONFIG, _vila_u("modeling", "VilaUModel")),
-            (
-                "modeling",
-                "MODEL_MAPPING",
-                _vila_u("configuration", "VilaUVisionConfig"),
-                _vila_u("vision", "VilaUVisionModel"),
-            ),
-            ("modeling", "MODEL_FOR_CAUSAL_LM_MAPPING", _VILA_U_CONFIG, _VILA_U),
-            ("modeling", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", _VILA_U_CONFIG, _VILA_U),
-            ("modeling", "MODEL_FOR_MULTIMODAL_LM_MAPPING", _VILA_U_CONFIG, _VILA_U),
-            ("processing", "PROCESSOR_MAPPING", _VILA_U_CONFIG, _vila_u("processing", "VilaUProcessor")),
-            ("image_processing", "IMAGE_PROCESSOR_MAPPING", _VILA_U_CONFIG, _vila_u_pictures),
+        Entry("sys", "modules", _always(f"transformers.models.{name}"), _vila_u_package, f"{_AUTO}.configuration_auto")
+        for name in ("vila_u", "vila_u_vision")
+    ),
+    *(
+        Entry(f"{_AUTO}.{host}_auto", f"{table}.{part}", _always(key), _always(value))
+        for host, table, name, config, classes in (
+            ("modeling", "MODEL_MAPPING", "vila_u", "VilaUConfig", "VilaUModel"),
+            ("modeling", "MODEL_MAPPING", "vila_u_vision", "VilaUVisionConfig", "VilaUVisionModel"),
+            ("modeling", "MODEL_FOR_CAUSAL_LM_MAPPING", "vila_u", "VilaUConfig", _VILA_U),
+            ("modeling", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "vila_u", "VilaUConfig", _VILA_U),
+            ("modeling", "MODEL_FOR_MULTIMODAL_LM_MAPPING", "vila_u", "VilaUConfig", _VILA_U),
+            ("processing", "PROCESSOR_MAPPING", "vila_u", "VilaUConfig", "VilaUProcessor"),
+            ("image_processing", "IMAGE_PROCESSOR_MAPPING", "vila_u", "VilaUConfig", {"pil": "VilaUImageProcessor"}),
         )
+        for part, key, value in (("_model_mapping", name, classes), ("_reverse_config_mapping", config, name))
     ),
 )
 

@@ -10,7 +10,7 @@ Legend: K input features, Kp = K padded, N output features, r rank.
 import torch
 from torch import Tensor
 
-from diffusers_sana.kernels.dispatch import use_triton
+from diffusers_sana.kernels.dispatch import DTYPES, use_triton
 from diffusers_sana.kernels.low_bit import decode_weight
 
 
@@ -34,7 +34,8 @@ def dequantize_weight(
     Returns:
         `[N, K]`.
     """
-    if use_triton("dequantize_weight", smooth_factor, proj_down, proj_up):
+    unless = None if dtype in DTYPES else f"the result is to be {dtype}"
+    if use_triton("dequantize_weight", smooth_factor, proj_down, proj_up, unless=unless):
         arguments = (qweight, wscales, wtscale, smooth_factor, proj_down, proj_up)
         return _dequantize_weight_triton(*arguments, dtype)
     return dequantize_weight_reference(qweight, wscales, wtscale, smooth_factor, proj_down, proj_up, dtype)

@@ -96,9 +96,10 @@ def _combined(
     depth = _depth_config(tower, shapes[TOWER])
     for token, index in token_ids.items():
         if (index >= text.vocab_size) != (token == "<image>"):
+            place = "behind" if token == "<image>" else "within"
             raise ValueError(
-                f"the tokenizer must have {token} {'behind' if token == '<image>' else 'within'} the vocabulary of the "
-                f"model, {text.vocab_size}, but has it at {index}."
+                f"the tokenizer must have {token} {place} the vocabulary of the model, {text.vocab_size}, but has it "
+                f"at {index}."
             )
     return VilaUConfig(
         text_config=text.to_dict(),

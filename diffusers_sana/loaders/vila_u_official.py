@@ -1,7 +1,7 @@
-"""The official checkpoint of VILA-U (`mit-han-lab/vila-u-7b-256`, three folders of weights) as one folder of ours.
+"""The official checkpoint of VILA-U, `mit-han-lab/vila-u-7b-256`, as one folder of ours.
 
-Nothing is computed: tensors get other names, and what is stored several times is compared and stored once. One shard is
-in memory at a time. See `docs/vila_u.md`.
+Nothing is computed: tensors get other names, and what is stored several times is compared and stored once. One shard
+is in memory at a time. See `docs/vila_u.md`.
 """
 
 import copy

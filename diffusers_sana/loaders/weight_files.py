@@ -22,7 +22,7 @@ DTYPES = {
 
 
 class WeightFiles:
-    """The tensors of a folder: one `model.safetensors`, or the files that an index names. Only headers are read at first.
+    """The tensors of a folder: one file, or those that an index names. Reads only headers at first.
 
     Args:
         folder: with the files.

@@ -157,7 +157,10 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("edit", "message"),
         [
-            (lambda t: t.pop("rqtransformer.pos_emb_d"), r"rqtransformer.pos_emb_d must have the shape .* is not there"),
+            (
+                lambda t: t.pop("rqtransformer.pos_emb_d"),
+                r"rqtransformer.pos_emb_d must have the shape .* is not there",
+            ),
             (lambda t: t.update(extra=torch.ones(2)), r"1 tensors have no place in the model, 'vision_tower/extra'"),
             (
                 lambda t: t.update({"rqtransformer.in_mlp_1.bias": torch.ones(3)}),
@@ -202,7 +205,7 @@ class TestRefused:
 
     def test_shard_not_there(self, copied):
         (copied / "llm/model-00001-of-00002.safetensors").unlink()
-        with pytest.raises(ValueError, match="must have the file 'model-00001-of-00002.safetensors'"):
+        with pytest.raises(ValueError, match=r"must have the file 'model-00001-of-00002\.safetensors'"):
             plan_official(copied, **TOLD)
 
     def test_index_that_names_too_much(self, copied):
@@ -214,7 +217,11 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("file", "edit", "message"),
         [
-            ("vision_tower/config.json", lambda c: c["rqtransformer"]["head"].pop("block"), "'rqtransformer.head.block"),
+            (
+                "vision_tower/config.json",
+                lambda c: c["rqtransformer"]["head"].pop("block"),
+                "'rqtransformer.head.block",
+            ),
             ("vision_tower/config.json", lambda c: c["rqtransformer"]["block_size"].append(2), "num_codebooks"),
             ("vision_tower/config.json", lambda c: c["rqvaesiglip"].update(shared_codebook=False), "shared_codebook"),
             ("mm_projector/config.json", lambda c: c.update(mm_projector_type="linear"), "mlp2x_gelu"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusers_sana.kernels.triton.low_bit import as_bits, decode_nibbles, decode_scales, expand_groups, first_halves
 
 
-BLOCK_N, BLOCK_K, BLOCK_R = 64, 128, 32
+BLOCK_N, BLOCK_K, BLOCK_R = 64, 64, 32
 
 
 @triton.jit

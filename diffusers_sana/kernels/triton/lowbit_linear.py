@@ -37,19 +37,24 @@ NVFP4_ARCHITECTURES = (100, 103, 120, 121)
 
 
 def _launch_config(
-    tokens: int, features: int, outputs: int, activation_format: str, is_packed: bool, architecture: int
+    tokens: int, features: int, outputs: int, activation_format: str, is_packed: bool, precision: str, target: int
 ) -> tuple[int, int, int, dict[str, int]]:
-    """Output features, tokens and columns of a block; warps and stages."""
+    """Output features, tokens and columns of a block; warps and stages.
+
+    Blocks are small where much else than the sums is in registers: codes to be decoded, or fp32 operands.
+    """
     block_m, block_k = min(max(16, triton.next_power_of_2(tokens)), 128), 128 if features % 128 == 0 else 64
-    stages = 3 if architecture else 2
-    if activation_format == "int4" or (activation_format == "nvfp4" and architecture not in NVFP4_ARCHITECTURES):
-        return 64, min(block_m, 64), 64, {"num_warps": 4, "num_stages": stages}
-    if activation_format == "int8" and is_packed:
-        return 64, block_m, block_k, {"num_warps": 4, "num_stages": stages}
-    if activation_format == "int8" and architecture == 90 and triton.cdiv(tokens, 256) * triton.cdiv(outputs, 128) >= PROGRAMS:
+    stages = 3 if target else 2
+    has_nvfp4 = activation_format == "nvfp4" and target in NVFP4_ARCHITECTURES
+    if is_packed and not has_nvfp4:
+        block_k = block_k if activation_format == "int8" else 64
+        return 64, min(block_m, 64), block_k, {"num_warps": 4, "num_stages": stages}
+    if target and precision == "ieee":
+        return 64, min(block_m, 64), block_k, {"num_warps": 4, "num_stages": stages}
+    if target == 90 and triton.cdiv(tokens, 256) * triton.cdiv(outputs, 128) >= PROGRAMS:
         return 128, 256, block_k, {"num_warps": 8, "num_stages": stages}
-    # Where both operands go through registers, the sums leave fewer for them.
-    num_warps = 4 if block_m < 128 or architecture in (90, 100, 103) else 8
+    # Where both operands of a product go through registers, too, the sums are spread over more threads.
+    num_warps = 4 if block_m < 128 or target in (90, 100, 103) else 8
     return 128, block_m, block_k, {"num_warps": num_warps, "num_stages": stages}
 
 
@@ -280,14 +285,15 @@ def lowbit_linear_forward(
     if not is_packed:
         qweight, wscales = requantize_rows(qweight, wscales, wtscale)
         wtscale = None
+    precision = "tf32" if target and up.dtype != torch.float32 else "ieee"
     block_n, block_m, block_k, options = _launch_config(
-        tokens, features, outputs, activation_format, is_packed, target
+        tokens, features, outputs, activation_format, is_packed, precision, target
     )
     _lowbit_linear_kernel[(triton.cdiv(tokens, block_m) * triton.cdiv(outputs, block_n),)](
         codes.contiguous(), as_bits(scales), low.contiguous(), qweight.contiguous(), as_bits(wscales), wtscale,
         up.contiguous(), bias, out, tokens, features, outputs, rank,
         FORMAT=activation_format, G=group_size, IS_PACKED=is_packed, HAS_NVFP4=target in NVFP4_ARCHITECTURES,
-        ACTIVATION=activation, PRECISION="tf32" if target and up.dtype != torch.float32 else "ieee",
+        ACTIVATION=activation, PRECISION=precision,
         BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=BLOCK_R, GROUPED=GROUPED, **options,
     )  # fmt: skip
     return out

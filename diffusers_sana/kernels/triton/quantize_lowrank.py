@@ -18,15 +18,18 @@ from diffusers_sana.kernels.triton.rows import as_rows
 
 
 PROGRAMS = 512  # about four for each multiprocessor of the largest GPUs
-MAX_RANK = 128  # of one program; further programs project the same rows on
 
 
 def _launch_config(tokens: int, rank: int, itemsize: int) -> tuple[int, int, int]:
-    """Rows, columns and ranks of a block: as many rows as leave enough programs."""
-    block_m = 64 // itemsize * 2
+    """Rows, columns and ranks of a block.
+
+    As many rows as leave enough programs. A rank that is too large for the registers of one program is shared among
+    several, of which the first quantizes.
+    """
+    block_m = 128 // itemsize
     while block_m > 16 and triton.cdiv(tokens, block_m) < PROGRAMS:
         block_m //= 2
-    block_r = min(max(16, triton.next_power_of_2(rank)), MAX_RANK)
+    block_r = min(max(16, triton.next_power_of_2(rank)), 256 // itemsize)
     return block_m, 64 if block_r * itemsize > 128 else 128, block_r
 
 

@@ -80,12 +80,16 @@ def stack_rows(above: Tensor, below: Tensor, filler: int) -> Tensor:
     return torch.cat([F.pad(rows, (length - rows.shape[1], 0), value=filler) for rows in (above, below)])
 
 
-def new_cache(config: PreTrainedConfig, implementation: str, length: int) -> Cache:
-    """An empty cache of the language model of `config`, for `length` positions.
+def cache_for(given: Cache | None, implementation: str, config: PreTrainedConfig, length: int) -> Cache:
+    """The given cache, or a new one for `length` positions of the language model of `config`.
 
     Raises:
-        ValueError: `implementation` is neither "static" nor "dynamic".
+        ValueError: the given one holds something; or `implementation` is neither "static" nor "dynamic".
     """
+    if given is not None:
+        if int(given.get_seq_length()):
+            raise ValueError(f"`past_key_values` must be empty, but holds {int(given.get_seq_length())} positions")
+        return given
     if implementation == "static":
         return StaticCache(config=config.get_text_config(decoder=True), max_cache_len=length)
     if implementation == "dynamic":

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from diffusers_sana.models.vila_u.batching_vila_u import (
     LogitsProcessorsWithoutPlaceholder,
-    new_cache,
+    cache_for,
     rows_of_samples,
     scales_of_samples,
     stack_rows,
@@ -173,8 +173,7 @@ class VilaUGenerationMixin(GenerationMixin):
             ids, mask = stack_rows(ids, others[0], self._pad), stack_rows(mask, others[1], 0)
 
         cells = num_pictures * self.config.vision_config.num_image_tokens
-        if past_key_values is None:
-            past_key_values = new_cache(self.config, cache_implementation, ids.shape[1] + cells - 1)
+        cache = cache_for(past_key_values, cache_implementation, self.config, ids.shape[1] + cells - 1)
         vision, depth = self.config.vision_config, self.config.depth_config
         noise = CodeNoise(
             generator, (len(scales), vision.grid_size, depth.num_codebooks, depth.codebook_size), ids.device
@@ -184,7 +183,7 @@ class VilaUGenerationMixin(GenerationMixin):
             mask,
             cells,
             mm_encoder_outputs=mm_encoder_outputs,
-            cache=past_key_values,
+            cache=cache,
             noise=noise if sampling.do_sample else None,
             scales=scales[:, None].to(ids.device) if is_guided else None,
             sampling=sampling,

@@ -82,7 +82,7 @@ def frames_of_video(video: Any, num_frames: int, sample: bool) -> list[Any]:
         return _checked([str(path) for path in video], num_frames)
     if isinstance(video, str | Path):
         frames, _ = load_video(
-            str(video),
+            str(video),  # type: ignore[arg-type]  # its annotation lacks the paths it is for
             sample_indices_fn=lambda metadata, **_: (
                 _indices(metadata.total_num_frames, num_frames, video)
                 if sample

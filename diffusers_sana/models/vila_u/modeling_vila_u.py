@@ -123,7 +123,8 @@ class VilaUModel(VilaUPreTrainedModel):
 
     def project(self, entries: Tensor) -> Tensor:
         """Sums of codebook entries `[..., C]` to inputs of the language model `[..., H]`."""
-        return self.projector(entries.to(self.get_input_embeddings().weight.dtype))
+        dtype: Any = self.get_input_embeddings().weight.dtype
+        return self.projector(entries.to(dtype))
 
     @can_return_tuple
     def get_image_features(
@@ -142,7 +143,8 @@ class VilaUModel(VilaUPreTrainedModel):
             raise ValueError("give exactly one of `pixel_values` and `image_codes`")
         with torch.no_grad():  # nothing in the frozen tower could use a gradient
             if pixel_values is not None:
-                image_codes = self.vision_tower.encode_to_codes(pixel_values.to(self.vision_tower.dtype))  # type: ignore[arg-type]
+                dtype: Any = self.vision_tower.dtype
+                image_codes = self.vision_tower.encode_to_codes(pixel_values.to(dtype))
             entries = self.vision_tower.embed_codes(image_codes)
         return VilaUImageFeatures(last_hidden_state=entries, pooler_output=self.project(entries), codes=image_codes)
 

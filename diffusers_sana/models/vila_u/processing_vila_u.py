@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs
 
 from diffusers_sana.models.vila_u.image_processing_vila_u import VilaUImageProcessorKwargs
 from diffusers_sana.models.vila_u.media_vila_u import frames_of_video, is_picture, is_video, media_of_rows
@@ -13,7 +13,6 @@ from diffusers_sana.models.vila_u.prompts_vila_u import (
     ASSISTANT,
     CHAT_TEMPLATE,
     IMAGE,
-    IMAGE_END,
     IMAGE_START,
     USER,
     VIDEO,
@@ -65,7 +64,7 @@ class VilaUProcessor(ProcessorMixin):
         ValueError: a tokenizer without these tokens or with another rule for the start of a text.
     """
 
-    valid_processor_kwargs = VilaUProcessorKwargs
+    valid_processor_kwargs = VilaUProcessorKwargs  # type: ignore[assignment]  # a TypedDict with more fields
 
     text_kwargs = {"padding": True, "return_tensors": "pt"}
     generation_mode = "text"
@@ -90,7 +89,7 @@ class VilaUProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
     def __call__(  # type: ignore[override]  # no audio
-        self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Unpack[VilaUProcessorKwargs]
+        self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any
     ) -> BatchFeature:
         """Inputs of the model.
 
@@ -111,14 +110,14 @@ class VilaUProcessor(ProcessorMixin):
         Raises:
             ValueError: pictures and placeholders that do not match, an unknown mode, what is not a picture.
         """
-        if kwargs.pop("audio", None) is not None:  # type: ignore[typeddict-item]
+        if kwargs.pop("audio", None) is not None:
             raise ValueError("`audio` must be None: VILA-U neither hears nor speaks.")
         texts = [text] if isinstance(text, str) else list(text or [])
         if not texts or not all(isinstance(item, str) for item in texts):
             raise ValueError(f"`text` must be a string or a list of strings, got {text!r}.")
         if "padding_side" not in kwargs.get("text_kwargs", {}):
             kwargs.setdefault("padding_side", "left")  # whatever the tokenizer has: the model writes at the right
-        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        options: dict[str, Any] = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         mode = options["generation_mode"]
         if mode not in START_TOKENS:
             raise ValueError(f"`generation_mode` must be one of {tuple(START_TOKENS)}, got {mode!r}.")

@@ -5,10 +5,10 @@ import re
 
 import pytest
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
-from tests.models.vila_u.tiny import tiny_config, tiny_depth_config, tiny_vision_config
 from transformers import LlamaConfig
 
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig, VilaUDepthConfig, VilaUVisionConfig
+from tests.models.vila_u.tiny import tiny_config, tiny_depth_config, tiny_vision_config
 
 
 def test_defaults_are_the_released_model():

@@ -2,6 +2,11 @@
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
+
+from diffusers_sana.models.vila_u import loss_vila_u
+from diffusers_sana.models.vila_u.loss_vila_u import chunked_cross_entropy
+from diffusers_sana.models.vila_u.modeling_vila_u import VilaUModel
 from tests.models.vila_u.tiny import (
     BOS,
     CELLS,
@@ -18,11 +23,6 @@ from tests.models.vila_u.tiny import (
     tiny_depth_config,
     tiny_model,
 )
-from torch.nn.functional import cross_entropy
-
-from diffusers_sana.models.vila_u import loss_vila_u
-from diffusers_sana.models.vila_u.loss_vila_u import chunked_cross_entropy
-from diffusers_sana.models.vila_u.modeling_vila_u import VilaUModel
 
 
 PICTURE = [IMAGE] * CELLS
@@ -132,7 +132,7 @@ def test_packed():
     labels = [label for name in names for label in SAMPLES[name][1]]
     labels[len(rows[0])] = BOS  # a collator that forgets to ignore it
     packed = model(
-        input_ids=torch.tensor([sum(rows, [])]),
+        input_ids=torch.tensor([[token for row in rows for token in row]]),
         position_ids=torch.cat([torch.arange(len(row)) for row in rows])[None],
         labels=torch.tensor([labels]),
         image_codes=codes_for(names),

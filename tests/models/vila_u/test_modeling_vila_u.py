@@ -2,27 +2,30 @@
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
+
+from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
+from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGeneration, VilaUModel
 from tests.models.vila_u.tiny import (
     BOS,
     CELLS,
     CODES,
     DEPTH,
     EOS,
+    GREEDY,
     IMAGE,
     IMAGE_END,
     IMAGE_START,
+    PROMPTS,
     VOCABULARY,
     WIDTH,
     ids,
+    prompt,
     shared_model,
     tiny_config,
     tiny_depth_config,
     tiny_model,
 )
-from transformers import DynamicCache, QuantoConfig, StaticCache
-
-from diffusers_sana import SVDQuantConfig
-from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGeneration, VilaUModel
 
 
 PICTURE = [IMAGE] * CELLS
@@ -206,9 +209,26 @@ def test_saving(tmp_path):
 def test_on_the_meta_device():
     """What has to be built without memory, and which blocks stay whole when devices are assigned."""
     with torch.device("meta"):
-        model = VilaUForConditionalGeneration(tiny_config())
+        model = VilaUForConditionalGeneration(VilaUConfig())
     assert all(parameter.is_meta for parameter in model.parameters())
+    # The numbers of parameters of the released checkpoint, without what only training needs.
+    assert model.depth_transformer.num_parameters() == 527_145_984
+    assert sum(parameter.numel() for parameter in model.parameters()) == 7_636_826_243
     assert {"LlamaDecoderLayer", "VilaUDepthLayer", "VilaUVisionBlock"} <= set(model._no_split_modules)
+
+
+def test_offloaded_to_disk(tmp_path):
+    """Parts that generation calls by other ways than `forward` are fetched all the same."""
+    shared_model().save_pretrained(tmp_path / "model")
+    gold = shared_model().generate(**prompt(*PROMPTS), **GREEDY)
+    places = {"model.vision_tower": "disk", "depth_transformer": "disk"}
+    places |= dict.fromkeys(("model.projector", "model.language_model", "lm_head"), "cpu")
+    model = VilaUForConditionalGeneration.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    assert model.depth_transformer.head.weight.is_meta
+    assert model.generate(**prompt(*PROMPTS), **GREEDY).equal(gold)
+    assert model.decode_image_tokens(gold).equal(shared_model().decode_image_tokens(gold))
 
 
 def test_tied_heads(tmp_path):
@@ -261,39 +281,3 @@ def test_memorizes_pictures():
     with_pictures = {"input_ids": input_ids[:, : 3 + CELLS], "image_codes": pictures}
     ends = model.generate(**with_pictures, max_new_tokens=2, do_sample=False)
     assert ends[:, -2:].tolist() == [[IMAGE_END, EOS]] * 8
-
-
-def quantized(folder, config) -> VilaUForConditionalGeneration:
-    """The shared model, saved and loaded with `config`, after a look at what it says and writes."""
-    shared_model().save_pretrained(folder)
-    model = VilaUForConditionalGeneration.from_pretrained(folder, quantization_config=config)
-    assert type(model.lm_head) is torch.nn.Linear
-    assert type(model.depth_transformer.head) is torch.nn.Linear
-    with torch.no_grad():
-        gold, logits = shared_model()(**batch(ONE)).logits, model(**batch(ONE)).logits
-    assert 0 < (logits - gold).norm() < 0.25 * gold.norm()
-    inputs = {"input_ids": torch.tensor([[BOS, 5, IMAGE_START]]), "negative_input_ids": torch.tensor([[IMAGE_START]])}
-    assert model.generate(**inputs, generation_mode="image").shape == (1, CELLS, DEPTH)
-    assert write(model, ONE).shape == (1, 8)
-    return model
-
-
-def test_int8_weights_by_quanto(tmp_path):
-    pytest.importorskip("optimum.quanto")
-    kept = ["model.vision_tower", "model.projector", "lm_head", "depth_transformer.head"]
-    model = quantized(tmp_path, QuantoConfig(weights="int8", modules_to_not_convert=kept))
-    names = [name for name, module in model.named_modules() if type(module).__name__ == "QLinear"]
-    assert len(names) == 2 * 7 + 2 * 6 + 2
-    assert all(name.startswith(("model.language_model.layers", "depth_transformer.")) for name in names)
-
-
-def test_svdquant(tmp_path):
-    """The class says which layers; what it chose is saved and read again bit for bit."""
-    model = quantized(tmp_path / "16 bit", SVDQuantConfig(rank=16))
-    names = [name for name, module in model.named_modules() if hasattr(module, "qweight")]
-    assert len(names) == 2 * 7 + 2 * 6
-    assert all(name.startswith(("model.language_model.layers", "depth_transformer.layers")) for name in names)
-    model.save_pretrained(tmp_path / "4 bit")
-    read = VilaUForConditionalGeneration.from_pretrained(tmp_path / "4 bit")
-    with torch.no_grad():
-        assert read(**batch(ONE)).logits.equal(model(**batch(ONE)).logits)

@@ -13,6 +13,11 @@ IMAGE, IMAGE_START, IMAGE_END, VIDEO_START, VIDEO_END = 128, 124, 125, 126, 127
 PAD, BOS, EOS = 0, 1, 2
 CELLS, DEPTH, CODES, WIDTH = 16, 3, 64, 64
 
+# Of different lengths, for pictures; and what to ask greedy pictures with.
+PROMPTS = [[BOS, 5, 6, IMAGE_START], [BOS, 7, 8, 9, 10, 11, IMAGE_START]]
+NEGATIVE = [BOS, 3, IMAGE_START]
+GREEDY = {"generation_mode": "image", "do_sample": False}
+
 
 def tiny_vision_config(**overrides: Any) -> VilaUVisionConfig:
     fields = {
@@ -52,8 +57,8 @@ def tiny_depth_config(**overrides: Any) -> VilaUDepthConfig:
     return VilaUDepthConfig(**(fields | overrides))
 
 
-def tiny_config(**overrides: Any) -> VilaUConfig:
-    text = {
+def tiny_text_config(**overrides: Any) -> dict[str, Any]:
+    fields = {
         "model_type": "llama",
         "vocab_size": VOCABULARY,
         "hidden_size": WIDTH,
@@ -65,8 +70,12 @@ def tiny_config(**overrides: Any) -> VilaUConfig:
         "bos_token_id": BOS,
         "eos_token_id": EOS,
     }
+    return fields | overrides
+
+
+def tiny_config(**overrides: Any) -> VilaUConfig:
     fields = {
-        "text_config": text,
+        "text_config": tiny_text_config(),
         "vision_config": tiny_vision_config(),
         "depth_config": tiny_depth_config(),
         "image_token_id": IMAGE,
@@ -101,15 +110,19 @@ def shared_model() -> Any:
 def ids(*rows: list[int], left: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """`input_ids` and `attention_mask` of rows of token ids, padded to the longest."""
     longest = max(map(len, rows))
-    pads = [[PAD] * (longest - len(row)) for row in rows]
-    ones = [[1] * len(row) for row in rows]
-    zeros = [[0] * len(pad) for pad in pads]
-    if left:
-        return (
-            torch.tensor([pad + row for pad, row in zip(pads, rows, strict=True)]),
-            torch.tensor([zero + one for zero, one in zip(zeros, ones, strict=True)]),
-        )
-    return (
-        torch.tensor([row + pad for pad, row in zip(pads, rows, strict=True)]),
-        torch.tensor([one + zero for zero, one in zip(zeros, ones, strict=True)]),
-    )
+
+    def padded(row: list[int], filler: int) -> list[int]:
+        pads = [filler] * (longest - len(row))
+        return pads + row if left else row + pads
+
+    masks = [padded([1] * len(row), 0) for row in rows]
+    return torch.tensor([padded(row, PAD) for row in rows]), torch.tensor(masks)
+
+
+def prompt(*rows: list[int], negative: list[int] | None = NEGATIVE) -> dict[str, torch.Tensor]:
+    """Arguments of `generate` for pictures."""
+    input_ids, mask = ids(*rows)
+    inputs = {"input_ids": input_ids, "attention_mask": mask}
+    if negative is not None:
+        inputs["negative_input_ids"] = torch.tensor([negative])
+    return inputs

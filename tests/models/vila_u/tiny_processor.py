@@ -11,7 +11,17 @@ from tests.models.vila_u.tiny import CELLS, VOCABULARY
 
 SPECIAL = ["<im_start>", "<im_end>", "<vi_start>", "<vi_end>", "<image>"]
 # "▁▁" as in LLaMA's vocabulary: two spaces, or the prefix and a space.
-MERGES = [("▁", "▁"), ("▁", "a"), ("U", "S"), ("US", "E"), ("USE", "R"), ("▁", "USER"), ("A", "S"), ("c", "a"), ("ca", "t")]
+MERGES = [
+    ("▁", "▁"),
+    ("▁", "a"),
+    ("U", "S"),
+    ("US", "E"),
+    ("USE", "R"),
+    ("▁", "USER"),
+    ("A", "S"),
+    ("c", "a"),
+    ("ca", "t"),
+]
 
 
 def tiny_tokenizer() -> LlamaTokenizer:

@@ -1,0 +1,64 @@
+"""What a caller of `generate` may say, and may not; pixels of codes."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from tests.models.vila_u.tiny import CELLS, CODES, DEPTH, GREEDY, NEGATIVE, PROMPTS, prompt, shared_model
+
+
+def test_decode_image_tokens():
+    model = shared_model()
+    codes = torch.randint(CODES, (5, CELLS, DEPTH), generator=torch.Generator().manual_seed(0))
+    pixels = model.decode_image_tokens(codes)
+    assert pixels.shape == (5, 3, 32, 32)
+    for shape in (codes.flatten(0, 1), codes.unflatten(0, (5, 1))):
+        torch.testing.assert_close(model.decode_image_tokens(shape, chunk_size=2).view_as(pixels), pixels)
+
+
+def test_defaults_come_from_the_generation_config():
+    model = shared_model()
+    row = prompt(PROMPTS[0])
+    config = GenerationConfig(visual_do_sample=False, visual_guidance_scale=5.0, do_sample=True, temperature=0.1)
+    gold = model.generate(**row, **GREEDY, guidance_scale=5.0)
+    assert torch.equal(model.generate(**row, generation_mode="image", generation_config=config), gold)
+    before = model.generation_config
+    try:
+        model.generation_config = config
+        assert torch.equal(model.generate(**row, generation_mode="image"), gold)
+        assert torch.equal(
+            model.generate(**row, generation_mode="image", guidance_scale=1.0),
+            model.generate(**row, **GREEDY, guidance_scale=1.0),
+        )
+    finally:
+        model.generation_config = before
+
+
+ERRORS = [
+    ({"generation_mode": "audio"}, "`generation_mode` must be"),
+    ({"num_frames": 2}, "`num_frames` is for"),
+    ({"negative_input_ids": None}, "guidance needs `negative_input_ids`"),
+    ({"guidance_scale": [1.0, 2.0, 3.0]}, "`guidance_scale` must be a number or one for each of 2 prompts"),
+    ({"generator": [torch.Generator()]}, "`generator` must be one for each of 2 samples, but is 1"),
+    ({"num_return_sequences": 0}, "must be 1 or more, but are 1 and 0"),
+    ({"cache_implementation": "none"}, "`cache_implementation` must be"),
+    ({"temperature": 0.0}, "`temperature` must be above 0"),
+    ({"top_k": -1}, "`top_k` must be 0"),
+    ({"top_p": 0.0}, "`top_p` must be above 0"),
+    ({"attention_mask": torch.tensor([[1] * 7, [1] * 6 + [0]])}, "mask of `input_ids` must .* on the left"),
+    ({"negative_input_ids": torch.tensor([NEGATIVE] * 3)}, "`negative_input_ids` must be"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), ERRORS)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        shared_model().generate(**(prompt(*PROMPTS) | {"generation_mode": "image"} | options))
+
+
+def test_leading_pads_without_a_mask():
+    model = shared_model()
+    inputs = prompt(*PROMPTS)
+    gold = model.generate(**inputs, **GREEDY)
+    del inputs["attention_mask"]
+    assert torch.equal(model.generate(inputs.pop("input_ids"), **inputs, **GREEDY), gold)
