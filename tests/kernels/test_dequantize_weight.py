@@ -1,54 +1,78 @@
-"""The matrix that a quantized layer stands for: the formula, and the kernel against it."""
+"""The matrix that a quantized layer stands for: the reference by its definition, the kernel by the reference."""
 
 import pytest
 import torch
 
-from diffusers_sana.kernels.dequantize_weight import dequantize_weight
+from diffusers_sana.kernels.dequantize_weight import dequantize_weight, dequantize_weight_reference
 from diffusers_sana.kernels.dispatch import kernel_mode
-from diffusers_sana.kernels.low_bit import GROUP_SIZES, decode_weight, encode_weight, pad_features, weight_scales
+from diffusers_sana.kernels.low_bit import decode_weight
 from tests.kernels.kernel_checks import DEVICE, DTYPES
-from tests.numerics import assert_kernel, relative_error
+from tests.kernels.low_bit_checks import PRECISIONS, check_compiled, quantized_weight
+from tests.numerics import assert_close_fp32, assert_kernel, assert_no_worse
 
 
-SHAPES = {"one": (1, 64, 4), "odd": (37, 100, 5), "no rank": (70, 130, 0), "wide": (130, 256, 40)}
+def tensors(outputs, features, rank, precision, dtype=torch.float32):
+    given = {
+        "smooth_factor": torch.rand(features) + 0.5,
+        "proj_down": torch.randn(rank, features),
+        "proj_up": torch.randn(outputs, rank),
+    }
+    given = {name: tensor.to(DEVICE, dtype) for name, tensor in given.items()}
+    return quantized_weight(outputs, features, precision, dtype) | given
 
 
-def layer(outputs, features, rank, precision, dtype):
-    """qweight, wscales, wtscale, smooth_factor, proj_down, proj_up."""
-    residual = pad_features(torch.randn(outputs, features))
-    wscales, wtscale = weight_scales(residual, precision, dtype)
-    parts = torch.rand(features) + 0.5, torch.randn(rank, features), torch.randn(outputs, rank)
-    packed = (encode_weight(residual, wscales, wtscale), wscales, wtscale)
-    on_device = [None if part is None else part.to(DEVICE) for part in packed]
-    return [*on_device, *(part.to(DEVICE, dtype) for part in parts)]
+def formula(qweight, wscales, wtscale, smooth_factor, proj_down, proj_up):
+    residual = decode_weight(qweight, wscales, wtscale).double()[:, : smooth_factor.shape[0]]
+    return residual / smooth_factor.double() + proj_up.double() @ proj_down.double()
 
 
-@pytest.mark.parametrize("precision", GROUP_SIZES)
-def test_equals_the_formula(precision):
-    qweight, wscales, wtscale, smooth, down, up = layer(48, 100, 8, precision, torch.float32)
-    expected = (
-        decode_weight(qweight, wscales, wtscale)[:, :100].double() / smooth.double() + up.double() @ down.double()
-    )
-    actual = dequantize_weight(qweight, wscales, wtscale, smooth, down, up, torch.float32)
-    assert relative_error(actual, expected) < 1e-6
-    in_half = dequantize_weight(qweight, wscales, wtscale, smooth, down, up, torch.bfloat16)
-    assert torch.equal(in_half, actual.bfloat16())
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_equals_the_formula(precision, rank):
+    given = tensors(7, 100, rank, precision)
+    assert_close_fp32(dequantize_weight(**given, dtype=torch.float32), formula(**given))
+    exact = dequantize_weight(**given, dtype=torch.float64)
+    assert (exact - formula(**given)).norm() < 1e-14 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_rounded_once(dtype):
+    given = tensors(32, 128, 8, "int4", dtype)
+    gold = formula(**given)
+    out = dequantize_weight(**given, dtype=dtype)
+    assert out.dtype == dtype
+    assert_no_worse(out, gold.to(dtype), gold, factor=1.0)
+
+
+def check_kernel(given, dtype):
+    with kernel_mode("triton"):
+        actual = dequantize_weight(**given, dtype=dtype)
+        assert torch.equal(actual, dequantize_weight(**given, dtype=dtype))
+    gold = dequantize_weight_reference(**given, dtype=torch.float64)
+    assert_kernel(actual, dequantize_weight_reference(**given, dtype=dtype), gold)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("precision", GROUP_SIZES)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_kernel(shape, precision, dtype):
-    tensors = layer(*shape, precision, dtype)
-    with kernel_mode("triton"):
-        actual, again = (dequantize_weight(*tensors, dtype) for _ in range(2))
-    assert torch.equal(actual, again)
-    with kernel_mode("torch"):
-        assert_kernel(actual, dequantize_weight(*tensors, dtype), dequantize_weight(*tensors, torch.float64), "weight")
+@pytest.mark.parametrize("sizes", [(67, 200, 32), (1, 17, 0), (3, 64, 40), (130, 100, 5)], ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_kernel(precision, sizes, dtype):
+    check_kernel(tensors(*sizes, precision, dtype), dtype)
 
 
-def test_kernel_is_an_operator():
-    tensors = layer(9, 100, 4, "nvfp4", torch.float32)
-    compiled = torch.compile(dequantize_weight, fullgraph=True, backend="aot_eager")
-    with kernel_mode("triton"):
-        assert torch.equal(compiled(*tensors, torch.float16), dequantize_weight(*tensors, torch.float16))
+def test_kernel_with_mixed_dtypes_and_slices():
+    """fp32 factors beside half ones; some rows of a larger weight, as the layers take them."""
+    given = tensors(20, 96, 6, "nvfp4", torch.float16)
+    given |= {name: given[name][4:13] for name in ("qweight", "wscales", "wtscale", "proj_up")}
+    check_kernel(given, torch.float32)
+    check_kernel(given | {"proj_down": given["proj_down"].float()}, torch.float16)
+
+
+def test_kernel_refuses_float64():
+    given = tensors(4, 64, 2, "int4")
+    with kernel_mode("triton"), pytest.raises(RuntimeError, match=r"the result is to be torch\.float64"):
+        dequantize_weight(**given, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_kernel_is_an_operator(precision):
+    check_compiled(dequantize_weight, tensors(5, 100, 4, precision), dtype=torch.float16)

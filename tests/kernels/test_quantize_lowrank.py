@@ -1,4 +1,4 @@
-"""Quantized activations and their low-rank projection: the reference by its definition, the kernel by the reference."""
+"""Quantized activations and low-rank projection: the reference by its definition, the kernel by the reference."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from diffusers_sana.kernels.low_bit import decode_e2m1, padded, unpack_nibbles
 from diffusers_sana.kernels.quantize_lowrank import FORMATS, quantize_lowrank, quantize_lowrank_reference
 from tests.kernels.kernel_checks import DEVICE, DTYPES, to_device
 from tests.kernels.low_bit_checks import bits, check_compiled
-from tests.numerics import assert_close_fp32, assert_kernel
+from tests.numerics import assert_close_fp32
 
 
 MAX_FLIPPED = 1e-3  # of the codes: those on the edge between two, where a last digit decides
@@ -67,7 +67,7 @@ def test_scales_of_nvfp4_saturate():
 
 
 def test_unknown_format():
-    with pytest.raises(ValueError, match="`activation_format` must be one of .* got 'int3'"):
+    with pytest.raises(ValueError, match=r"`activation_format` must be one of .* got 'int3'"):
         quantize_lowrank(**tensors(1, 64, 0), activation_format="int3")
 
 
@@ -84,9 +84,7 @@ def check_kernel(given, activation_format):
     assert torch.allclose(actual[1].float(), expected[1].float(), rtol=1e-6, atol=0)
     wider = {name: tensor.double() for name, tensor in given.items()}
     gold = quantize_lowrank_reference(**wider, activation_format=activation_format)[2]
-    if gold.numel():
-        # Where inputs are half their products are exact; sums differ in order only.
-        assert_kernel(actual[2], expected[2], gold, "low")
+    assert_close_fp32(actual[2], gold)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -127,6 +125,4 @@ def test_no_tokens():
 
 @pytest.mark.parametrize("activation_format", FORMATS)
 def test_kernel_is_an_operator(activation_format):
-    check_compiled(
-        quantize_lowrank, to_device(tensors(3, 100, 5), torch.float32), activation_format=activation_format
-    )
+    check_compiled(quantize_lowrank, to_device(tensors(3, 100, 5), torch.float32), activation_format=activation_format)

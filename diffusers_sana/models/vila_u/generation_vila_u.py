@@ -81,6 +81,7 @@ class VilaUGenerationMixin(GenerationMixin):
             raise ValueError(f'`generation_mode` must be "text", "image" or "video", but is {generation_mode!r}')
         if inputs is not None:
             kwargs["input_ids"] = inputs
+        kwargs.pop("max_new_tokens", None)  # the grid decides, and the pipeline "any-to-any" always passes it
         frames = kwargs.pop("num_frames", None)
         if generation_mode == "image":
             if frames is not None:

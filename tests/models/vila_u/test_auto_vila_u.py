@@ -1,21 +1,25 @@
 """The auto classes of transformers know VILA-U once the package is imported, in any order; `unregister` ends it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    pipeline,
 )
 
 import diffusers_sana
 from tests.models.vila_u.tiny import shared_model, tiny_config, tiny_vision_config
+from tests.models.vila_u.tiny_processor import tiny_processor
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,19 @@ def test_unregistered(folder):
     finally:
         diffusers_sana.register()
     assert type(AutoConfig.from_pretrained(folder)) is diffusers_sana.VilaUConfig
+
+
+def test_pipeline(folder, tmp_path, monkeypatch):
+    """Both modes. Its demand for torchvision is left out: VILA-U needs none."""
+    monkeypatch.setattr("transformers.pipelines.any_to_any.requires_backends", lambda *_: None)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    tiny_processor().save_pretrained(tmp_path)
+    pipe = pipeline("any-to-any", model=str(tmp_path))
+    content = [{"type": "image", "image": Image.new("RGB", (9, 5))}, {"type": "text", "text": "cat?"}]
+    [answer] = pipe([{"role": "user", "content": content}], max_new_tokens=3, return_full_text=False)
+    assert isinstance(answer["generated_text"], str)
+    made = pipe(["cat", "a"], generation_mode="image", processor_kwargs={"generation_mode": "image"})
+    assert [item["generated_image"].size for item in made] == [(32, 32)] * 2
 
 
 @pytest.mark.parametrize(
