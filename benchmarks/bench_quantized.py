@@ -1,6 +1,6 @@
 """Sana-0.6B in 4 bits beside 16 bits and other quantizers: seconds a step, bytes, errors, time to quantize.
 
-    python -m benchmarks.bench_quantized [--only errors steps whole] [--rounds 2]
+    python -m benchmarks.bench_quantized [--only errors steps whole] [--rounds 1]
 
 Random weights of the true sizes, with outliers in 1 % of the input channels of every layer (for the errors PyTorch's
 own initialization, elsewhere Gaussian). Other quantizers run if
@@ -55,6 +55,7 @@ ERROR_CASES = [
     ("nvfp4", "naive", False),
     ("nvfp4", "svdquant", True),
 ]
+TIMED_PEERS = ("quanto int4", "sdnq int4 + svd", "torchao int4")
 STEPS = {"512px": (512, 8), "1024px": (1024, 4)}  # side, blocks
 
 
@@ -131,7 +132,7 @@ def step_case(size: int, num_layers: int, rounds: int) -> dict[str, Any]:
         **{f"diffusers_sana int4 {mode}": our_step(model) for mode, model in quantized.items()},
     }
     failed: dict[str, str] = {}
-    for name in PEERS:
+    for name in TIMED_PEERS:
         peer = with_peer(theirs, name, inputs)
         if isinstance(peer, str):
             failed[name] = peer
@@ -174,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = ("errors", "steps", "whole")
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     path = args.results / DEVICE / "quantized.json"
