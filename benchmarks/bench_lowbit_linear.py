@@ -22,29 +22,31 @@ def case(
     """One linear layer."""
 
     def make(device: str, dtype: torch.dtype) -> Tensors:
-        is_nvfp4 = precision == "nvfp4"
-        groups = features // GROUP_SIZES[precision]
-
         def scales(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
             return (torch.rand(rows, columns, device=device) + 0.5).to(dtype)
 
+        groups = features // GROUP_SIZES[precision]
         if activation_format == "nvfp4":
             codes = torch.randint(0, 256, (tokens, features // 2), device=device, dtype=torch.uint8)
+            token_scales = scales(tokens, groups, torch.float8_e4m3fn)
         else:
             codes = torch.randint(-7, 8, (tokens, features), device=device, dtype=torch.int8)
+            token_scales = scales(tokens, 1 if activation_format == "int8" else groups, torch.float32)
+        is_nvfp4 = precision == "nvfp4"
         return {
             "codes": codes,
-            "scales": scales(tokens, 1 if activation_format == "int8" else groups, e4m3=activation_format == "nvfp4"),
+            "scales": token_scales,
             "low": torch.randn(tokens, rank, device=device),
             "qweight": torch.randint(0, 256, (outputs, features // 2), device=device, dtype=torch.uint8),
-            "wscales": scales(outputs, groups, e4m3=is_nvfp4, dtype=dtype),
+            "wscales": scales(outputs, groups, torch.float8_e4m3fn if is_nvfp4 else dtype),
             "wtscale": torch.ones(outputs, device=device, dtype=dtype) if is_nvfp4 else None,
             "proj_up": torch.randn(outputs, rank, device=device, dtype=dtype),
             "bias": torch.randn(outputs, device=device, dtype=dtype),
             "activation_format": activation_format,
         }
 
-    num_bytes = tokens * features + outputs * features // 2 + 2 * tokens * outputs
+    code_bytes = tokens * features // (2 if activation_format == "nvfp4" else 1)
+    num_bytes = code_bytes + outputs * features // 2 + 2 * tokens * outputs
     num_flops = 2 * tokens * outputs * (features + rank)
     name = f"{model} {tokens}x{features}x{outputs} {precision} x {activation_format}"
     return Case(name, make, num_bytes, num_flops)
@@ -62,12 +64,10 @@ def eager(codes, qweight, proj_up, bias, **others):
     return F.linear(*half_operands(*sizes, proj_up.device, proj_up.dtype), bias)
 
 
-def forward(
-    codes, scales, low, qweight, wscales, wtscale, proj_up, bias, activation_format, activation=""
-):  # fmt: skip
+def forward(codes, scales, low, qweight, wscales, wtscale, proj_up, bias, activation_format):
     from diffusers_sana.kernels.triton.lowbit_linear import lowbit_linear_forward
 
-    lowbit_linear_forward(codes, scales, low, qweight, wscales, wtscale, proj_up, bias, activation_format, activation)
+    lowbit_linear_forward(codes, scales, low, qweight, wscales, wtscale, proj_up, bias, activation_format, "gelu")
 
 
 BENCHMARK = KernelBenchmark(

@@ -115,7 +115,7 @@ def test_kernel_with_the_blocks_of_other_architectures(monkeypatch):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_kernel_requantizes_to_the_reference_s_codes(precision):
     """All of them, also those of numbers half way between two."""
-    module = importlib.import_module("diffusers_sana.kernels.triton.lowbit_linear")
+    module = importlib.import_module("diffusers_sana.kernels.triton.requantize_rows")
     parts = quantized_weight(21, 320, precision, torch.float16)
     weight, rows = module.requantize_rows(**parts)
     expected = requantize_rows(**parts)

@@ -1,11 +1,15 @@
 """Product of low-bit matrices, transposed: a program has some output features (rows) and some tokens (columns).
 
-The 4-bit weight is the left operand, which tensor cores may take from registers, where it is unpacked. Packing is
+A 4-bit weight is the left operand, which tensor cores may take from registers, where it is unpacked. Packing is
 planar, so that low and high nibbles are two products with two strips of K. By the format of the activations:
 
     int4    8-bit products, 64 long; each sum is scaled by its two group scales (4 operations an output and group)
-    int8    the weight is rounded to integers of its row in registers; one 32-bit sum over K, scaled once
+    int8    the weight as integers of its row; one 32-bit sum over K, scaled once
     nvfp4   block-scaled products in 4 bits where there are such; else in fp16, which holds every code times its scale
+
+About ten instructions make an integer of a row, as many as tensor cores need for a hundred products or more. So a
+weight becomes int8 in registers where one program has all tokens, and otherwise beforehand, in memory: a pass over the
+weight for itself, and a plain 8-bit product after it.
 
 The second to last step is the 16-bit branch. Its input is fp32; tensor cores round that to 11 bits, as precise as
 fp16, when the output is half.
@@ -21,12 +25,10 @@ from diffusers_sana.kernels.triton.low_bit import (
     as_bits,
     decode_e2m1,
     decode_e4m3,
-    decode_nibbles,
-    decode_scales,
     expand_groups,
     first_halves,
-    round_to_int,
 )
+from diffusers_sana.kernels.triton.requantize_rows import multipliers, requantize, requantize_rows, row_scales
 
 
 GROUPED = 8  # blocks of tokens whose programs run together, so that they find their weights in L2
@@ -53,9 +55,7 @@ def _launch_config(
         return 64, min(block_m, 64), block_k, {"num_warps": 4, "num_stages": stages}
     if target == 90 and triton.cdiv(tokens, 256) * triton.cdiv(outputs, 128) >= PROGRAMS:
         return 128, 256, block_k, {"num_warps": 8, "num_stages": stages}
-    # Where both operands of a product go through registers, too, the sums are spread over more threads.
-    num_warps = 4 if block_m < 128 or target in (90, 100, 103) else 8
-    return 128, block_m, block_k, {"num_warps": num_warps, "num_stages": stages}
+    return 128, block_m, block_k, {"num_warps": 8 if block_m == 128 else 4, "num_stages": stages}
 
 
 @triton.jit
@@ -77,63 +77,6 @@ def _int4_product(codes_ptr, scales_ptr, qweight_ptr, wscales_ptr, o_m, o_n, fea
         scales_ptr += 1
         wscales_ptr += 1
     return b_out
-
-
-@triton.jit
-def _row_scales(wscales_ptr, o_n, groups, IS_NVFP4: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Scales with which the rows of a weight become integers of -127..127."""
-    o_g = tl.arange(0, BLOCK_G)
-    b_largest = tl.zeros([o_n.shape[0], BLOCK_G], tl.float32)
-    for start in range(0, groups, BLOCK_G):
-        p_wscales = wscales_ptr + o_n[:, None] * groups + start + o_g[None, :]
-        b_largest = tl.maximum(
-            b_largest, decode_scales(tl.load(p_wscales, mask=(start + o_g < groups)[None, :], other=0))
-        )
-    return tl.max(b_largest, axis=1) * ((6.0 if IS_NVFP4 else 7.0) / 127)
-
-
-@triton.jit
-def _multipliers(b_wscales, b_rows, SIZE: tl.constexpr):
-    """From codes to integers of their row, for `SIZE` neighbours each.
-
-    e2m1 times a ratio of e4m3 numbers often lies half way between two integers, so this has to be the reference's
-    division, to the last bit.
-    """
-    return expand_groups(tl.div_rn(decode_scales(b_wscales), tl.where(b_rows == 0, 1.0, b_rows)[:, None]), SIZE)
-
-
-@triton.jit
-def _requantize(b_nibbles, b_multipliers, IS_NVFP4: tl.constexpr):
-    """Nibbles to integers of their row. int4's -8, which only others write, would be less than an int8 can hold."""
-    return round_to_int(tl.maximum(decode_nibbles(b_nibbles, IS_NVFP4) * b_multipliers, -127.0)).to(tl.int8)
-
-
-@triton.jit
-def _requantize_kernel(
-    qweight_ptr, wscales_ptr, wtscale_ptr, weight_ptr, rows_ptr,
-    outputs, features,
-    G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """A 4-bit weight to int8 with one scale a row."""
-    IS_NVFP4: tl.constexpr = G == 16
-    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < outputs
-    o_n = tl.minimum(o_n, outputs - 1)
-    b_rows = _row_scales(wscales_ptr, o_n, features // G, IS_NVFP4, 64)
-    o_j, o_g, o_k = tl.arange(0, BLOCK_K // 2), tl.arange(0, BLOCK_K // G), first_halves(BLOCK_K, G)
-    for start in range(0, features, BLOCK_K):
-        m_j, m_g, m_k = start // 2 + o_j < features // 2, start // G + o_g < features // G, start + o_k < features
-        p_wscales = wscales_ptr + o_n[:, None] * (features // G) + start // G + o_g[None, :]
-        b_multipliers = _multipliers(tl.load(p_wscales, mask=m_g[None, :], other=0), b_rows, G // 2)
-        p_packed = qweight_ptr + o_n[:, None] * (features // 2) + start // 2 + o_j[None, :]
-        b_packed = tl.load(p_packed, mask=m_j[None, :], other=0)
-        p_weight = weight_ptr + o_n[:, None] * features + start + o_k[None, :]
-        mask = m_n[:, None] & m_k[None, :]
-        tl.store(p_weight, _requantize(b_packed & 15, b_multipliers, IS_NVFP4), mask=mask)
-        tl.store(p_weight + G // 2, _requantize(b_packed >> 4, b_multipliers, IS_NVFP4), mask=mask)
-    if wtscale_ptr is not None:
-        b_rows *= tl.load(wtscale_ptr + o_n).to(tl.float32)
-    tl.store(rows_ptr + o_n, b_rows, mask=m_n)
 
 
 @triton.jit
@@ -161,10 +104,10 @@ def _packed_int8_product(
     b_sum = tl.zeros([o_n.shape[0], o_m.shape[0]], tl.int32)
     for _ in range(features // BLOCK_K):
         b_packed = tl.load(qweight_ptr + o_packed)
-        b_multipliers = _multipliers(tl.load(wscales_ptr + o_wscales), b_rows, G // 2)
-        b_low = _requantize(b_packed & 15, b_multipliers, G == 16)
+        b_multipliers = multipliers(tl.load(wscales_ptr + o_wscales), b_rows, G // 2)
+        b_low = requantize(b_packed & 15, b_multipliers, G == 16)
         b_sum = tl.dot(b_low, tl.load(codes_ptr + o_codes), b_sum, out_dtype=tl.int32)
-        b_high = _requantize(b_packed >> 4, b_multipliers, G == 16)
+        b_high = requantize(b_packed >> 4, b_multipliers, G == 16)
         b_sum = tl.dot(b_high, tl.load(codes_ptr + G // 2 + o_codes), b_sum, out_dtype=tl.int32)
         codes_ptr += BLOCK_K
         qweight_ptr += BLOCK_K // 2
@@ -240,7 +183,7 @@ def _lowbit_linear_kernel(
         b_out = _nvfp4_product(codes_ptr, scales_ptr, qweight_ptr, wscales_ptr, o_x, o_w, features, HAS_NVFP4, BLOCK_K)
     else:
         if IS_PACKED:
-            b_rows = _row_scales(wscales_ptr, o_w, features // G, G == 16, 16)
+            b_rows = row_scales(wscales_ptr, o_w, features // G, G == 16, 16)
             b_sum = _packed_int8_product(codes_ptr, qweight_ptr, wscales_ptr, b_rows, o_x, o_w, features, G, BLOCK_K)
         else:
             b_rows = tl.load(wscales_ptr + o_w)
@@ -297,15 +240,3 @@ def lowbit_linear_forward(
         BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=BLOCK_R, GROUPED=GROUPED, **options,
     )  # fmt: skip
     return out
-
-
-def requantize_rows(qweight: Tensor, wscales: Tensor, wtscale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A 4-bit weight as int8 `[N, Kp]` with one scale a row, fp32 `[N]`; see `low_bit.py` of the references."""
-    outputs, features = qweight.shape[0], 2 * qweight.shape[1]
-    weight = qweight.new_empty((outputs, features), dtype=torch.int8)
-    rows = qweight.new_empty((outputs,), dtype=torch.float32)
-    _requantize_kernel[(triton.cdiv(outputs, 8),)](
-        qweight.contiguous(), as_bits(wscales), wtscale, weight, rows, outputs, features,
-        G=64 if wtscale is None else 16, BLOCK_N=8, BLOCK_K=256, num_warps=4,
-    )  # fmt: skip
-    return weight, rows
