@@ -128,5 +128,5 @@ def _draw(layers: list[LayerResult], path: Path) -> None:
     axis.bar(positions, [layer.error for layer in layers], width=0.5, color="tab:blue", label="SVDQuant")
     axis.set_xticks(positions, [layer.layer for layer in layers], rotation=90, fontsize=5)
     axis.set_ylabel("relative error of the output")
-    axis.legend()
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     figure.savefig(path, dpi=120)
