@@ -10,6 +10,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import diffusers_sana
 from diffusers_sana import SanaTransformer2DModel, SVDQuantConfig, set_compute_mode
 from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers, quantized_layers
 from diffusers_sana.quantizers.svdquant.quantizer import attach
@@ -193,6 +194,8 @@ class TestRefused:
         assert {layer.rank for layer in quantized_layers(again)} == {4}
         with pytest.raises(ValueError, match="is already quantized by SVDQuant"):
             quantize_layers(again, CONFIG)
+        with pytest.raises(ValueError, match="is already quantized by SVDQuant"):
+            diffusers_sana.quantize(again)
 
     def test_weights_that_are_not_finite(self, original, tmp_path):
         shutil.copytree(original[0], tmp_path, dirs_exist_ok=True)

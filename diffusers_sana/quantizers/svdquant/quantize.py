@@ -16,7 +16,12 @@ from diffusers_sana.quantizers.svdquant.calibrate import Statistics, collect_sta
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.decompose import LayerReport, QuantizedWeight
 from diffusers_sana.quantizers.svdquant.model_card import model_card, save_card
-from diffusers_sana.quantizers.svdquant.quantize_model import check_weights, decompose_layers, quantize_layers
+from diffusers_sana.quantizers.svdquant.quantize_model import (
+    check_not_quantized,
+    check_weights,
+    decompose_layers,
+    quantize_layers,
+)
 from diffusers_sana.quantizers.svdquant.quantizer import attach
 from diffusers_sana.quantizers.svdquant.report import LayerResult, QuantizationReport
 from diffusers_sana.quantizers.svdquant.targets import find_targets, sibling_groups
@@ -72,6 +77,8 @@ def quantize(
         raise ValueError(f"`memory_gib` must be positive, got {memory_gib!r}.")
     if folder is not None and not hasattr(pipe_or_model, "save_pretrained"):
         raise TypeError(f"`folder` needs a model with `save_pretrained`, got {type(pipe_or_model).__name__}.")
+    for model in models.values():
+        check_not_quantized(model)
     targets = {component: find_targets(model, config) for component, model in models.items()}
     for component, model in models.items():
         check_weights(model, targets[component])

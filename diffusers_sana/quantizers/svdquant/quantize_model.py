@@ -59,6 +59,12 @@ def decompose_layers(
         return list(zip(*decompose(weights, options_for(config, mode), **(statistics or {})), strict=True))
 
 
+def check_not_quantized(model: nn.Module) -> None:
+    """Raises ValueError for a model with layers of ours: there is nothing left to quantize well."""
+    if any(True for _ in quantized_layers(model)):
+        raise ValueError(f"{type(model).__name__} is already quantized by SVDQuant. Load the original to do it again.")
+
+
 def check_weights(model: nn.Module, names: Iterable[str]) -> None:
     """Whether all weights can be quantized, before any is.
 
@@ -100,8 +106,7 @@ def quantize_layers(
     Raises:
         ValueError: see `find_targets`, `check_weights` and `decompose`; before anything is replaced.
     """
-    if any(True for _ in quantized_layers(model)):
-        raise ValueError(f"{type(model).__name__} is already quantized by SVDQuant. Load the original to do it again.")
+    check_not_quantized(model)
     targets, finished = find_targets(model, config), dict(finished or {})
     if config.gptq and not finished.keys() >= targets.keys():
         raise ValueError("`gptq=True` needs calibration data: pass prompts to `quantize`, or set `gptq=False`.")
