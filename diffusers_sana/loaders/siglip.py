@@ -1,0 +1,66 @@
+"""From transformers' SigLIP to VILA-U's vision tower, which has the same blocks under shorter names."""
+
+import re
+
+from transformers import SiglipConfig, SiglipModel
+
+from diffusers_sana.models.vila_u.configuration_vila_u import VilaUVisionConfig
+from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModel
+
+
+def tower_config_like(siglip: SiglipConfig) -> VilaUVisionConfig:
+    """The tower that takes all weights of a SigLIP: with semantic head and text tower, and the default codebook.
+
+    Raises:
+        StrictDataclassClassValidationError: the decoder has no layout for these patches (it enlarges 16 times).
+    """
+    text, vision = siglip.text_config, siglip.vision_config
+    return VilaUVisionConfig(
+        hidden_size=vision.hidden_size,
+        intermediate_size=vision.intermediate_size,
+        num_hidden_layers=vision.num_hidden_layers,
+        num_attention_heads=vision.num_attention_heads,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        hidden_act=vision.hidden_act,
+        layer_norm_eps=vision.layer_norm_eps,
+        # Where patches are not 16 pixels, the grid is resized for the decoder.
+        decoder_latent_size=None if vision.patch_size == 16 else vision.image_size // 16,
+        use_semantic_head=True,
+        use_text_tower=True,
+        text_vocab_size=text.vocab_size,
+        text_hidden_size=text.hidden_size,
+        text_intermediate_size=text.intermediate_size,
+        text_num_hidden_layers=text.num_hidden_layers,
+        text_num_attention_heads=text.num_attention_heads,
+        text_max_position_embeddings=text.max_position_embeddings,
+    )
+
+
+def tower_name(name: str, num_layers: int) -> str:
+    """The tower's name of a weight of SiglipModel whose image encoder has `num_layers` blocks."""
+    name = name.replace(".encoder.layers.", ".layers.")
+    if name.startswith("vision_model."):
+        name = name.removeprefix("vision_model.")
+        name = name.replace(f"layers.{num_layers - 1}.", "semantic_head.layer.")
+        name = re.sub(r"^(post_layernorm|head)\.", r"semantic_head.\1.", name)
+    return name
+
+
+def load_siglip(tower: VilaUVisionModel, siglip: SiglipModel) -> VilaUVisionModel:
+    """Copies the weights of `siglip` into `tower`; quantizer and decoder stay as they are. Returns the tower.
+
+    Raises:
+        ValueError: the tower lacks a part that SigLIP has, or a size differs.
+    """
+    layers = siglip.config.vision_config.num_hidden_layers
+    weights = {tower_name(name, layers): value for name, value in siglip.state_dict().items()}
+    own = tower.state_dict()
+    unfit = sorted(name for name, value in weights.items() if name not in own or own[name].shape != value.shape)
+    if unfit:
+        raise ValueError(
+            f"`tower` must have the layout of `siglip`, but does not take {', '.join(unfit[:5])}"
+            f"{' ...' if len(unfit) > 5 else ''}. Build it with `tower_config_like(siglip.config)`."
+        )
+    tower.load_state_dict(weights, strict=False)
+    return tower
