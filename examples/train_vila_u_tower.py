@@ -1,7 +1,7 @@
-"""Train VILA-U's vision tower: pictures to codes and back, with codes that mean what the caption says (arXiv 2409.04429).
+"""Train VILA-U's vision tower: pictures to codes that mean what the caption says, and back (arXiv 2409.04429).
 
-    python examples/train_vila_u_tower.py --data photos --siglip google/siglip-large-patch16-256 --output_dir outputs/tower
-    python examples/train_vila_u_tower.py --data photos --pretrained outputs/tower/model --tokenizer some/tokenizer ...
+    python examples/train_vila_u_tower.py --data photos --siglip google/siglip-large-patch16-256 --output_dir out/tower
+    python examples/train_vila_u_tower.py --data photos --pretrained out/tower/model --tokenizer some/tokenizer ...
 
 The folder holds images and `metadata.jsonl` with lines `{"file_name": ..., "text": ...}`. Another script calls
 `train(config, batches, model, tokenizer)` with any iterable of batches. The loss is
@@ -56,7 +56,7 @@ class VilaUTowerTrainingConfig(TrainingConfig):
     perceptual_every: int = option(1, "steps between uses of the perceptual loss, its weight raised to match")
     contrastive_weight: float = option(1.0, "weight of the contrastive loss; 0 leaves it out, and needs no text tower")
     train_text_tower: bool = option(False, "train the text tower too: for towers that begin from nothing")
-    initial_count: float = option(0.0, "use counts the codebook begins with: 0 for a new one, about 100 for a trained")
+    initial_count: float = option(0.0, "use counts the codebook begins with: 0 if new, 100 if trained")
 
 
 class TowerWithText(nn.Module):
@@ -67,7 +67,7 @@ class TowerWithText(nn.Module):
         self.tower = tower
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor | None) -> tuple[VilaUVisionModelOutput, Tensor | None]:
-        """Pictures `[B, 3, H, W]` and texts `[B, S]` to the tower's output and the contrastive loss of this process."""
+        """Pictures `[B, 3, H, W]` and texts `[B, S]` to the tower's output and the contrastive loss."""
         output = self.tower(pixel_values)
         if input_ids is None:
             return output, None

@@ -71,14 +71,21 @@ class ImageFolder(Dataset):
         return {"pixel_values": pixel_values, "text": self.captions[index]}
 
 
-def make_loader(dataset: Any, batch_size: int, seed: int, num_workers: int) -> Callable[[int], DataLoader]:
+def make_loader(
+    dataset: Any,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+    collate_fn: Callable[[list[Any]], dict[str, Any]] | None = None,
+) -> Callable[[int], DataLoader]:
     """Endless shuffled batches of one size each, as a function of the number of batches already used.
 
     Args:
-        dataset: map-style, with `sizes_of_items`; items are dictionaries of tensors and strings.
+        dataset: map-style, with `sizes_of_items`.
         batch_size: items a batch and process; the last batch of a size in an epoch may be smaller.
         seed: seed of the order.
         num_workers: processes that load items.
+        collate_fn: makes a batch of items; default: `collate`, for dictionaries of tensors and strings.
     """
     state = PartialState()
 
@@ -86,7 +93,7 @@ def make_loader(dataset: Any, batch_size: int, seed: int, num_workers: int) -> C
         indices = bucket_batches(
             dataset.sizes_of_items, batch_size, seed, start, state.process_index, state.num_processes
         )
-        return DataLoader(dataset, batch_sampler=indices, num_workers=num_workers, collate_fn=collate)
+        return DataLoader(dataset, batch_sampler=indices, num_workers=num_workers, collate_fn=collate_fn or collate)
 
     return from_batch
 

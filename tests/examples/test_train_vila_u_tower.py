@@ -94,7 +94,7 @@ def test_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "overrides, message",
+    ("overrides", "message"),
     [
         ({"use_semantic_head": False}, "use_semantic_head=True"),
         ({"use_text_tower": False}, "use_text_tower=True"),

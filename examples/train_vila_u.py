@@ -1,0 +1,135 @@
+"""Train VILA-U on chats: to answer about pictures and to draw them (arXiv 2409.04429, section 3.2).
+
+    python examples/train_vila_u.py --data chats --pretrained outputs/start --output_dir outputs/vila_u
+
+`--pretrained` is a folder of model and processor; the vision tower in it stays as it is (`train_vila_u_tower.py` makes
+one). The data folder holds pictures and `chats.jsonl`, a chat a line in the form of transformers' chat templates:
+
+    [{"role": "user", "content": [{"type": "text", "text": "a red cat"}]},
+     {"role": "assistant", "content": [{"type": "image", "image": "cat.png"}]}]
+
+What the assistant says or shows is learned; so a chat with the picture on the user's side teaches to answer. Another
+script calls `train(config, batches, model, processor)` with any iterable of batches. The loss is
+
+    cross-entropy of the text + that of the codes through the depth transformer, each a mean over its own targets.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from transformers import AutoProcessor
+
+from diffusers_sana import VilaUForConditionalGeneration, VilaUProcessor
+from diffusers_sana.training.batches import Batches
+from diffusers_sana.training.chats import ChatCollator, ChatFolder, encode_pictures
+from diffusers_sana.training.config import TrainingConfig, option, parse_config
+from diffusers_sana.training.data import make_loader
+from diffusers_sana.training.export import copy_with_weights
+from diffusers_sana.training.loop import TrainingLoop, make_accelerator
+from diffusers_sana.training.optimizers import make_adamw
+from diffusers_sana.training.plots import save_image_grid
+
+
+@dataclass(kw_only=True)
+class VilaUTrainingConfig(TrainingConfig):
+    """Settings of the training of language model, projector and depth transformer; the defaults are the paper's."""
+
+    output_dir: str = option("outputs/vila_u", "folder for checkpoints, samples, log and result")
+    data: str = option("", "folder of pictures with chats.jsonl (command line only)")
+    pretrained: str = option("", "folder or repository of model and processor (command line only)")
+    cache_codes: bool = option(True, "encode every picture once, before the training (command line only)")
+    batch_size: int = option(64, "chats a batch and process (command line only)")
+    num_workers: int = option(4, "processes that load chats (command line only)")
+    learning_rate: float | None = option(5e-5, "peak learning rate; the paper's fine-tuning has 1e-4")
+    lr_schedule: str = option("cosine", "`constant` or `cosine`, after the warm-up")
+    betas: tuple[float, float] | None = option((0.9, 0.999), "AdamW betas")
+    weight_decay: float | None = option(0.0, "AdamW weight decay of matrices and kernels")
+    caption_dropout: float = option(0.1, "share of the prompts of pictures that are emptied, for guidance")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    sample_prompts: tuple[str, ...] = option((), "prompts of the sample grids; none: no grids")
+    sample_guidance: float = option(3.0, "guidance scale of the sample grids")
+
+
+def train(
+    config: VilaUTrainingConfig,
+    batches: Batches,
+    model: VilaUForConditionalGeneration,
+    processor: VilaUProcessor,
+) -> None:
+    """Train all of `model` but its vision tower; model and processor are saved in `config.output_dir/model`.
+
+    Args:
+        config: the settings.
+        batches: iterable of batches, or a function from the number of batches already used to the iterable of those
+            that follow, which makes a resumed run exact. A batch holds the arguments of `model.forward`, `labels`
+            among them, as `ChatCollator` makes them of chats.
+        model: new or trained.
+        processor: for the sample grids, and to be saved beside the model.
+    """
+    accelerator = make_accelerator(config)
+    set_seed(config.seed, device_specific=True)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        for layer in (*model.model.language_model.layers, *model.depth_transformer.layers):
+            layer.compile()
+    model.train()
+    plain_model = model
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_adamw(parameters, config.learning_rate, config.betas, config.weight_decay)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    def sample(path: Path) -> None:
+        if not config.sample_prompts or not accelerator.is_main_process:
+            return
+        inputs = processor(text=list(config.sample_prompts), generation_mode="image").to(accelerator.device)
+        generator = torch.Generator().manual_seed(config.seed)
+        model.eval()
+        codes = plain_model.generate(
+            **inputs, generation_mode="image", guidance_scale=config.sample_guidance, generator=generator
+        )
+        model.train()
+        save_image_grid(plain_model.decode_image_tokens(codes), path)
+
+    def save(folder: Path) -> None:
+        state = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            copy_with_weights(plain_model, state).save_pretrained(folder)
+            processor.save_pretrained(folder)
+
+    loop = TrainingLoop(config, accelerator, [model], [optimizer], save=save, sample=sample)
+    for batch in loop.run(batches):
+        with accelerator.accumulate(model):
+            output = model(**batch)
+            accelerator.backward(output.loss)
+            if accelerator.sync_gradients and config.max_grad_norm:
+                accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        terms = {"text": output.text_loss, "codes": output.visual_loss}
+        loop.report(images=len(batch["input_ids"]), loss=output.loss, **terms)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line: a folder of chats, and the folder of a model and its processor."""
+    config = parse_config(VilaUTrainingConfig, argv, description=__doc__)
+    if not config.pretrained:
+        raise ValueError("`pretrained` must be a folder or repository of a VILA-U, got ''. Pass --pretrained.")
+    device = make_accelerator(config).device
+    set_seed(config.seed)
+    model = VilaUForConditionalGeneration.from_pretrained(config.pretrained)
+    processor = AutoProcessor.from_pretrained(config.pretrained)
+    chats = ChatFolder(config.data)
+    if config.cache_codes:
+        tower = model.model.vision_tower.to(device)
+        chats.codes = encode_pictures(
+            chats.pictures, tower, processor.image_processor, Path(config.output_dir) / "codes.safetensors"
+        )
+    collate = ChatCollator(processor, config.caption_dropout)
+    train(config, make_loader(chats, config.batch_size, config.seed, config.num_workers, collate), model, processor)
+
+
+if __name__ == "__main__":
+    main()

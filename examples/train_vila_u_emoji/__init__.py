@@ -1,0 +1,1 @@
+"""The bundled VILA-U from nothing: see README.md."""

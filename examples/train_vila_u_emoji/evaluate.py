@@ -1,0 +1,178 @@
+"""How good the bundled VILA-U is, on triples of object, style and background that no training showed.
+
+    python -m examples.train_vila_u_emoji.evaluate --data outputs/emoji.zip [--model FOLDER] [--tower FOLDER]
+
+Drawing: pictures of prompts are compared with true renderings, as in `examples.train_emoji.evaluate`. Answering: the
+answers about true pictures are compared with the true ones, word for word. The tower: how near its reconstructions
+are, and, where its text tower is at hand, how often the nearest caption names the object.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from benchmarks.harness import environment
+from diffusers_sana import VilaUForConditionalGeneration, VilaUProcessor, VilaUVisionModel
+from diffusers_sana.checkpoints import VILA_U_EMOJI
+from examples.train_emoji.data import COLORS, STYLES, EmojiArt, EmojiScenes, Scene
+from examples.train_emoji.evaluate import captioned_grid, held_out_scenes, prompt_following
+from examples.train_vila_u_tower import tokenize
+
+from .data import QUESTIONS, TAUGHT, answer
+from .models import RESOLUTION
+
+
+def to_pictures(pixels: Tensor) -> list[Image.Image]:
+    """`[B, 3, H, W]` in [-1, 1] as a user would have them."""
+    integers = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(item) for item in integers]
+
+
+@torch.no_grad()
+def reconstruct(tower: VilaUVisionModel, pixels: Tensor) -> Tensor:
+    """Pictures `[B, 3, H, W]` through their codes."""
+    codes = torch.cat([tower.encode_to_codes(batch) for batch in pixels.to(tower.dtype).split(32)])
+    return torch.cat([tower.decode_codes(batch) for batch in codes.split(32)]).float().clamp(-1, 1)
+
+
+def similarity(originals: Tensor, others: Tensor) -> dict[str, float]:
+    """Mean PSNR (dB) and SSIM of pictures `[B, 3, H, W]` in [-1, 1]."""
+    pairs = [(a.numpy(), b.numpy()) for a, b in zip(originals, others, strict=True)]
+    psnr = [peak_signal_noise_ratio(a, b, data_range=2) for a, b in pairs]
+    ssim = [structural_similarity(a, b, data_range=2, channel_axis=0) for a, b in pairs]
+    return {"pictures": len(pairs), "psnr_db": float(np.mean(psnr)), "ssim": float(np.mean(ssim))}
+
+
+def draw(
+    model: VilaUForConditionalGeneration, processor: VilaUProcessor, prompts: list[str], guidance_scale: float
+) -> Tensor:
+    """Pictures `[B, 3, H, W]` of the prompts, number i from seed i."""
+    pictures = []
+    for start in tqdm(range(0, len(prompts), 16), desc="drawing"):
+        batch = prompts[start : start + 16]
+        codes = model.generate(
+            **processor(text=batch, generation_mode="image"),
+            generation_mode="image",
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(start + i) for i in range(len(batch))],
+        )
+        pictures.append(model.decode_image_tokens(codes).float().clamp(-1, 1))
+    return torch.cat(pictures)
+
+
+def ask(
+    model: VilaUForConditionalGeneration, processor: VilaUProcessor, question: str, pictures: list[Image.Image]
+) -> list[str]:
+    """The most likely answer about each picture."""
+    content = [[{"type": "image", "image": picture}, {"type": "text", "text": question}] for picture in pictures]
+    chats = [[{"role": "user", "content": parts}] for parts in content]
+    inputs = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
+    written = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    return [said.strip() for said in processor.batch_decode(written[:, inputs["input_ids"].shape[1] :], True)]
+
+
+def answering(
+    model: VilaUForConditionalGeneration, processor: VilaUProcessor, scenes: list[Scene], pixels: Tensor
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Share of right answers by what is asked for, beside chance; and what was said of each object."""
+    chance = {"object": 1 / len(TAUGHT), "color": 1 / len(COLORS), "style": 1 / len(STYLES)}
+    chance["caption"] = chance["object"] * chance["color"] * chance["style"]
+    right: dict[str, list[bool]] = defaultdict(list)
+    named: list[str] = []
+    for question, about in tqdm(QUESTIONS.items(), desc="asking"):
+        said = ask(model, processor, question, to_pictures(pixels))
+        right[about] += [a == answer(question, scene) for a, scene in zip(said, scenes, strict=True)]
+        named = named or said
+    return {about: {"right": float(np.mean(found)), "chance": chance[about]} for about, found in right.items()}, named
+
+
+@torch.no_grad()
+def zero_shot(tower: VilaUVisionModel, tokenizer, scenes: list[Scene], pixels: Tensor) -> float:
+    """How often the caption nearest to a picture, among those that differ in the object, is the true one."""
+    images = F.normalize(tower.get_image_features(pixels), dim=-1)
+    hits = []
+    for scene, image in zip(scenes, images, strict=True):
+        captions = [Scene((label,), scene.style, scene.color).prompt for label in TAUGHT]
+        texts = F.normalize(tower.get_text_features(tokenize(tokenizer, captions, tower.config)), dim=-1)
+        hits.append(TAUGHT[int((texts @ image).argmax())] == scene.labels[0])
+    return float(np.mean(hits))
+
+
+def evaluate(
+    model: VilaUForConditionalGeneration,
+    processor: VilaUProcessor,
+    data: Path,
+    out: Path,
+    tower: VilaUVisionModel | None = None,
+    singles: int = 96,
+    guidance_scale: float = 3.0,
+    labels: Sequence[str] = TAUGHT,
+) -> dict:
+    """Measures a model; writes `evaluation.json` and three pictures into `out`."""
+    art = EmojiArt(data)
+    renderer = EmojiScenes(art, RESOLUTION, labels=labels)
+    scenes = [Scene(s.labels, s.style, s.color) for s in held_out_scenes(labels, singles=singles, pairs=0)]
+    truth = renderer.render(scenes, jitter=0.0)
+    through_codes = reconstruct(model.model.vision_tower, truth)
+    pictures = draw(model, processor, [scene.prompt for scene in scenes], guidance_scale)
+    answers, named = answering(model, processor, scenes, truth)
+    out.mkdir(parents=True, exist_ok=True)
+    shown = slice(0, 32)
+    captioned_grid(enlarge(pictures[shown]), [scene.prompt for scene in scenes[shown]], out / "drawn.png")
+    captioned_grid(enlarge(truth[shown]), named[shown], out / "answered.png")
+    captioned_grid(
+        enlarge(torch.cat([truth[:8], through_codes[:8]])),
+        ["original"] * 8 + ["from its codes"] * 8,
+        out / "codes.png",
+    )
+    report = {
+        **environment(),
+        "guidance_scale": guidance_scale,
+        "tower_on_held_out_triples": similarity(truth, through_codes),
+        "answers_on_held_out_triples": answers,
+        "drawn": prompt_following(
+            {"generated_from_held_out_prompts": pictures, "ceiling_true_pictures_through_codes": through_codes},
+            scenes,
+            renderer,
+        ),
+    }
+    if tower is not None:
+        report["tower_on_held_out_triples"]["zero_shot_object"] = zero_shot(
+            tower.eval(), processor.tokenizer, scenes, truth
+        )
+    (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def enlarge(pictures: Tensor) -> Tensor:
+    """Twice the side, pixel by pixel: there is room for captions then."""
+    return F.interpolate(pictures, scale_factor=2, mode="nearest")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("outputs/emoji.zip"), help="what prepare_data wrote")
+    parser.add_argument("--model", default=VILA_U_EMOJI, help="folder of a model; default: the bundled one")
+    parser.add_argument("--tower", help="folder of the tower as trained, with its text tower")
+    parser.add_argument("--out", type=Path, default=Path("outputs/vila-u-evaluation"), help="for figures and pictures")
+    parser.add_argument("--guidance-scale", type=float, default=3.0)
+    args = parser.parse_args(argv)
+    model = VilaUForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
+    processor = VilaUProcessor.from_pretrained(args.model)
+    tower = VilaUVisionModel.from_pretrained(args.tower) if args.tower else None
+    report = evaluate(model, processor, args.data, args.out, tower, guidance_scale=args.guidance_scale)
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

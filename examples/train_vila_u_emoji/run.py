@@ -1,0 +1,123 @@
+"""Trains the bundled VILA-U from nothing, unattended, within a time budget.
+
+    python -m examples.train_vila_u_emoji.run --data outputs/emoji.zip --out outputs/vila-u-emoji --minutes 110
+
+Two stages, each resumed where it stopped when the command is given again: the vision tower with its text tower; then
+the language model, projector and depth transformer on the codes of the tower, which stays as it is. Then the model is
+written in bf16 under `OUT/model` and judged on held-out prompts under `OUT/evaluation`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from diffusers_sana import VilaUForConditionalGeneration, VilaUImageProcessor, VilaUProcessor, VilaUVisionModel
+from diffusers_sana.training.chats import ChatCollator
+from examples import train_vila_u, train_vila_u_tower
+from examples.train_emoji.data import COMMON_OBJECTS, EmojiArt, EmojiScenes
+from examples.train_emoji.evaluate import held_out_scenes
+from examples.train_emoji.run import device, resumable
+
+from .data import QUESTIONS, TAUGHT, EmojiChats, TowerScenes
+from .evaluate import evaluate
+from .models import RESOLUTION, make_model, make_tower
+from .tokenizer import make_tokenizer
+
+
+# Shares of the time budget.
+TOWER, LANGUAGE_MODEL = 0.35, 0.65
+# Batch, scenes in the store of codes, and how many of them each batch renews: what depends on the machine.
+PRESETS = {"cpu": (32, 8192, 8), "cuda": (256, 32768, 128)}
+
+
+def train_tower(art: EmojiArt, out: Path, minutes: float) -> Path:
+    """Trains the vision tower with its text tower; returns the folder of the model."""
+    tokenizer = make_tokenizer(art, list(QUESTIONS))
+    scenes = EmojiScenes(art, RESOLUTION, device(), seed=1, labels=COMMON_OBJECTS)
+    config = train_vila_u_tower.VilaUTowerTrainingConfig(
+        output_dir=str(out),
+        max_minutes=minutes,
+        max_steps=10_000_000,
+        learning_rate=8e-4,
+        lr_schedule="cosine",
+        warmup_steps=50,
+        betas=(0.9, 0.99),
+        weight_decay=0.01,
+        perceptual_weight=0.3,
+        perceptual_every=2,
+        contrastive_weight=0.03,
+        train_text_tower=True,
+        compile=True,
+        resume=resumable(out),
+    )
+    torch.manual_seed(0)
+    batches = TowerScenes(scenes).batches(PRESETS[device()][0])
+    train_vila_u_tower.train(config, batches, make_tower(tokenizer), tokenizer)
+    return out / "model"
+
+
+def make_processor(art: EmojiArt) -> VilaUProcessor:
+    """The processor of the bundled model."""
+    image_processor = VilaUImageProcessor(size={"height": RESOLUTION, "width": RESOLUTION})
+    tokenizer = make_tokenizer(art, list(QUESTIONS))
+    return VilaUProcessor(image_processor, tokenizer, num_image_tokens=(RESOLUTION // 8) ** 2, num_video_frames=2)
+
+
+def train_model(art: EmojiArt, tower_folder: Path, out: Path, minutes: float) -> Path:
+    """Trains everything but the tower; returns the folder of model and processor."""
+    batch_size, store, renewed = PRESETS[device()]
+    processor = make_processor(art)
+    torch.manual_seed(0)
+    model = make_model(VilaUVisionModel.from_pretrained(tower_folder), processor.tokenizer)
+    scenes = EmojiScenes(art, RESOLUTION, device(), seed=3, labels=TAUGHT)
+    chats = EmojiChats(scenes, model.model.vision_tower.to(device()), store, renewed)
+    config = train_vila_u.VilaUTrainingConfig(
+        output_dir=str(out),
+        max_minutes=minutes,
+        max_steps=10_000_000,
+        learning_rate=1.5e-3,
+        lr_schedule="cosine",
+        warmup_steps=50,
+        betas=(0.9, 0.98),
+        weight_decay=0.05,
+        ema_decay=0.99,
+        sample_prompts=tuple(scene.prompt for scene in held_out_scenes(scenes.labels)[:16]),
+        sample_minutes=10,
+        resume=resumable(out),
+    )
+    train_vila_u.train(config, chats.batches(ChatCollator(processor, 0.1), batch_size), model, processor)
+    return out / "model"
+
+
+def publish(trained: Path, out: Path) -> None:
+    """Writes the model in bf16: half the bytes."""
+    model = VilaUForConditionalGeneration.from_pretrained(trained, dtype=torch.bfloat16)
+    model.save_pretrained(out)
+    VilaUProcessor.from_pretrained(trained).save_pretrained(out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("outputs/emoji.zip"), help="what prepare_data wrote")
+    parser.add_argument("--out", type=Path, default=Path("outputs/vila-u-emoji"), help="folder for all stages")
+    parser.add_argument("--minutes", type=float, default=110, help="time budget of the training in all")
+    parser.add_argument("--stage", choices=("tower", "model", "evaluate"), help="only this one; default: all in turn")
+    args = parser.parse_args(argv)
+    art = EmojiArt(args.data)
+    wanted = [args.stage] if args.stage else ["tower", "model", "evaluate"]
+    if "tower" in wanted:
+        train_tower(art, args.out / "tower", TOWER * args.minutes)
+    if "model" in wanted:
+        train_model(art, args.out / "tower" / "model", args.out / "language", LANGUAGE_MODEL * args.minutes)
+    if "evaluate" in wanted:
+        publish(args.out / "language" / "model", args.out / "model")
+        model = VilaUForConditionalGeneration.from_pretrained(args.out / "model", dtype=torch.float32).eval()
+        processor = VilaUProcessor.from_pretrained(args.out / "model")
+        tower = VilaUVisionModel.from_pretrained(args.out / "tower" / "model")
+        print(json.dumps(evaluate(model, processor, args.data, args.out / "evaluation", tower), indent=1))
+
+
+if __name__ == "__main__":
+    main()
