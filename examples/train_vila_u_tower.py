@@ -55,6 +55,7 @@ class VilaUTowerTrainingConfig(TrainingConfig):
     perceptual_weight: float = option(1.0, "weight of the perceptual loss beside L1; 0 leaves it out")
     perceptual_every: int = option(1, "steps between uses of the perceptual loss, its weight raised to match")
     contrastive_weight: float = option(1.0, "weight of the contrastive loss; 0 leaves it out, and needs no text tower")
+    decoder_only: bool = option(False, "train the pixel decoder alone: no code changes, so it can be done at any time")
     train_text_tower: bool = option(False, "train the text tower too: for towers that begin from nothing")
     initial_count: float = option(0.0, "use counts the codebook begins with: 0 if new, 100 if trained")
 
@@ -98,9 +99,7 @@ def train(
     check_contrastive_parts(config, model, tokenizer)
     accelerator = make_accelerator(config)
     set_seed(config.seed, device_specific=True)
-    if model.text_model is not None:
-        model.text_model.requires_grad_(config.train_text_tower)
-    model.quantizer.start_ema(config.initial_count)
+    choose_what_trains(config, model)
     if config.compile:
         model.decoder.compile()
     trained = TowerWithText(model).train()
@@ -156,10 +155,24 @@ def train(
         loop.report(images=len(pixel_values), loss=loss, **terms)
 
 
+def choose_what_trains(config: VilaUTowerTrainingConfig, model: VilaUVisionModel) -> None:
+    """Freezes what the settings say, and starts the moving averages of the codebook where it is to move."""
+    model.requires_grad_(not config.decoder_only)
+    if config.decoder_only:
+        model.post_quant_conv.requires_grad_(True)
+        model.decoder.requires_grad_(True)
+        return
+    if model.text_model is not None:
+        model.text_model.requires_grad_(config.train_text_tower)
+    model.quantizer.start_ema(config.initial_count)
+
+
 def check_contrastive_parts(config: VilaUTowerTrainingConfig, model: VilaUVisionModel, tokenizer: Any) -> None:
     """Raises a ValueError that names the part without which there can be no contrastive loss."""
     if not config.contrastive_weight:
         return
+    if config.decoder_only:
+        raise ValueError("`contrastive_weight` must be 0 with `decoder_only`, which trains nothing it could reach.")
     missing = [
         name
         for name, part in (

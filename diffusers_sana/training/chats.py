@@ -65,7 +65,7 @@ class ChatCollator:
     def __call__(self, chats: Sequence[Chat]) -> dict[str, Tensor]:
         dropped = torch.rand(len(chats)) < self.caption_dropout
         rows = [without_prompt(chat) if drop else chat for chat, drop in zip(chats, dropped.tolist(), strict=True)]
-        return dict(self.processor.apply_chat_template(rows, tokenize=True, return_dict=True, return_labels=True))
+        return dict(self.processor.apply_chat_template(rows, tokenize=True, return_dict=True, output_labels=True))
 
 
 def picture_parts(chat: Chat) -> list[dict[str, Any]]:

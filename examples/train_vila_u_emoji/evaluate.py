@@ -10,7 +10,6 @@ are, and, where its text tower is at hand, how often the nearest caption names t
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -116,12 +115,11 @@ def evaluate(
     tower: VilaUVisionModel | None = None,
     singles: int = 96,
     guidance_scale: float = 3.0,
-    labels: Sequence[str] = TAUGHT,
 ) -> dict:
     """Measures a model; writes `evaluation.json` and three pictures into `out`."""
     art = EmojiArt(data)
-    renderer = EmojiScenes(art, RESOLUTION, labels=labels)
-    scenes = [Scene(s.labels, s.style, s.color) for s in held_out_scenes(labels, singles=singles, pairs=0)]
+    renderer = EmojiScenes(art, RESOLUTION, labels=TAUGHT)
+    scenes = [Scene(s.labels, s.style, s.color) for s in held_out_scenes(TAUGHT, singles=singles, pairs=0)]
     truth = renderer.render(scenes, jitter=0.0)
     through_codes = reconstruct(model.model.vision_tower, truth)
     pictures = draw(model, processor, [scene.prompt for scene in scenes], guidance_scale)

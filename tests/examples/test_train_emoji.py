@@ -1,48 +1,16 @@
 """The emoji example from end to end on made-up art, and its parts: scenes, captions, tokenizer, held-out prompts."""
 
-import io
 import json
-import zipfile
 
-import pytest
 import torch
-from PIL import Image, ImageDraw
 
 from diffusers_sana.training.prompt_conditioning import complex_human_instruction
 from examples.train_emoji import run
-from examples.train_emoji.data import COLORS, STYLES, EmojiArt, EmojiScenes, Scene, is_held_out, with_article
+from examples.train_emoji.data import COLORS, EmojiScenes, Scene, is_held_out, with_article
 from examples.train_emoji.evaluate import held_out_scenes, prompt_following
 from examples.train_emoji.models import make_autoencoder, make_text_encoder, make_transformer
 from examples.train_emoji.tokenizer import make_tokenizer
-
-
-NAMES = [f"{color} {shape}" for color in ("red", "blue", "green") for shape in ("ball", "box", "tile")]
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory):
-    """A zip like that of prepare_data: nine objects in two styles, and nine more that cannot be prompted."""
-    path = tmp_path_factory.mktemp("emoji") / "emoji.zip"
-    rows = [{"hexcode": f"{i:x}", "label": name, "subgroup": "sport"} for i, name in enumerate(NAMES)]
-    rows += [{"hexcode": f"{100 + i:x}", "label": f"sign {i}", "subgroup": "other-symbol"} for i in range(40)]
-    with zipfile.ZipFile(path, "w") as out:
-        out.writestr("metadata.json", json.dumps(rows))
-        for style in STYLES:
-            for i, row in enumerate(rows):
-                picture = Image.new("RGBA", (128, 128))
-                fill = row["label"].split()[0] if i < len(NAMES) else "gray"
-                draw = ImageDraw.Draw(picture)
-                shape = (draw.ellipse, draw.rectangle, draw.chord)[i % 3]
-                shape((16, 16, 112, 112), *((0, 180) if i % 3 == 2 else ()), fill=fill, outline="black")
-                buffer = io.BytesIO()
-                picture.save(buffer, "webp")
-                out.writestr(f"{style}/{row['hexcode']}.webp", buffer.getvalue())
-    return path
-
-
-@pytest.fixture(scope="module")
-def art(pack):
-    return EmojiArt(pack)
+from tests.examples.conftest import NAMES
 
 
 def test_art(art):

@@ -56,6 +56,17 @@ def test_what_trains_and_what_does_not(tmp_path):
     assert not any(name.startswith(("layers.", "decoder.", "quantizer.", "semantic_head.")) for name in unchanged)
 
 
+def test_the_decoder_alone_leaves_the_codes_as_they_are(tmp_path):
+    model = tiny_tower()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train(make_config(tmp_path, decoder_only=True, contrastive_weight=0), image_batches, model)
+    trained = VilaUVisionModel.from_pretrained(tmp_path / "model").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], trained[name])}
+    assert changed == {name for name in before if name.startswith(("decoder.", "post_quant_conv."))}
+    with pytest.raises(ValueError, match="`contrastive_weight` must be 0 with `decoder_only`"):
+        train(make_config(tmp_path, decoder_only=True), image_batches, tiny_tower(), tiny_tokenizer())
+
+
 def test_without_contrastive_loss_no_text_is_needed(tmp_path):
     model = VilaUVisionModel(tiny_vision_config())
     batch = {"pixel_values": smooth_images(4, 32)}

@@ -1,0 +1,155 @@
+"""The example that trains VILA-U on chats, at tiny size, and what it reads chats with."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from diffusers_sana import VilaUForConditionalGeneration
+from diffusers_sana.training.chats import ChatCollator, ChatFolder, encode_pictures, without_prompt
+from examples.train_vila_u import VilaUTrainingConfig, main, train
+from tests.models.vila_u.tiny import CELLS, CODES, DEPTH, IMAGE, tiny_model
+from tests.models.vila_u.tiny_processor import tiny_processor
+
+
+def drawing(prompt, picture):
+    shown = [{"type": "image", "image": picture}]
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": shown}]
+
+
+def answering(picture, said):
+    asked = [{"type": "image", "image": picture}, {"type": "text", "text": "what"}]
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+
+
+def random_codes(seed):
+    return torch.randint(CODES, (CELLS, DEPTH), generator=torch.Generator().manual_seed(seed))
+
+
+def make_config(folder, **changes):
+    settings = {"output_dir": str(folder), "max_steps": 3, "log_every": 1, "learning_rate": 1e-3, "warmup_steps": 2}
+    return VilaUTrainingConfig(**settings | changes)
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def trainable():
+    """A tiny model of weights as a training begins with."""
+    torch.manual_seed(0)
+    return VilaUForConditionalGeneration(tiny_model().config)
+
+
+def test_it_learns_to_draw_and_to_answer(tmp_path):
+    processor = tiny_processor()
+    first, second = random_codes(1), random_codes(2)
+    chats = [drawing("a", first), drawing("b", second), answering(first, "cat"), answering(second, "USER")]
+    config = make_config(tmp_path, max_steps=60, learning_rate=3e-3, lr_schedule="constant")
+    train(config, [ChatCollator(processor)(chats)], trainable(), processor)
+    rows = read_log(tmp_path)
+    assert rows[-1]["codes"] < 0.05
+    assert rows[-1]["text"] < 0.05
+    model = VilaUForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
+    saved = AutoProcessor.from_pretrained(tmp_path / "model")
+    inputs = saved(text=["a", "b"], generation_mode="image")
+    drawn = model.generate(**inputs, generation_mode="image", do_sample=False, guidance_scale=1)
+    assert torch.equal(drawn, torch.stack([first, second]))
+    asked = saved.apply_chat_template(
+        [chat[:1] for chat in chats[2:]], tokenize=True, return_dict=True, add_generation_prompt=True
+    )
+    written = model.generate(**asked, max_new_tokens=8, do_sample=False)[:, asked["input_ids"].shape[1] :]
+    assert saved.batch_decode(written, skip_special_tokens=True) == ["cat", "USER"]
+
+
+def test_the_tower_stays_as_it_is_and_pictures_are_shown(tmp_path):
+    model, processor = trainable(), tiny_processor()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = ChatCollator(processor)([drawing("a", random_codes(1)), answering(random_codes(2), "cat")])
+    train(make_config(tmp_path, sample_prompts=("a", "cat"), ema_decay=0.5), [batch], model, processor)
+    after = VilaUForConditionalGeneration.from_pretrained(tmp_path / "model").state_dict()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if name.startswith("model.vision_tower.")}
+    assert [path.stem for path in (tmp_path / "samples").glob("*.png")] == ["step_0000003"]
+
+
+def test_a_resumed_run_gives_the_same_bits(tmp_path):
+    processor = tiny_processor()
+    chats = [drawing("a", random_codes(1)), answering(random_codes(2), "cat")]
+
+    def batches(start):
+        collate = ChatCollator(processor, caption_dropout=0.5)
+        return (collate(chats) for _ in range(10))
+
+    states = []
+    for folder, parts in (("whole", (4,)), ("parts", (2, 4))):
+        for steps in parts:
+            settings = {"max_steps": steps, "resume": steps > parts[0], "lr_schedule": "constant"}
+            train(make_config(tmp_path / folder, **settings), batches, trainable(), processor)
+        states.append(VilaUForConditionalGeneration.from_pretrained(tmp_path / folder / "model").state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_caption_dropout_empties_prompts_of_pictures_only():
+    draw, ask = drawing("a", random_codes(1)), answering(random_codes(2), "cat")
+    assert without_prompt(draw)[0]["content"] == ""
+    assert without_prompt(ask) is ask
+    collate, processor = ChatCollator(tiny_processor(), caption_dropout=1.0), tiny_processor()
+    row = collate([draw])["input_ids"][0].tolist()
+    negative = processor(text="a", generation_mode="image")["negative_input_ids"][0].tolist()
+    assert row[: len(negative)] == negative  # what generation guides away from
+    assert row[len(negative) :].count(IMAGE) == CELLS
+
+
+def chat_folder(folder):
+    """Two pictures in four chats."""
+    folder.mkdir()
+    for name, color in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (40, 32), color).save(folder / name)
+    chats = [drawing("a", "a.png"), drawing("b", "b.png"), answering("a.png", "cat"), answering("b.png", "USER")]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    return folder
+
+
+def test_pictures_of_a_folder_are_encoded_once(tmp_path):
+    chats, model, processor = ChatFolder(chat_folder(tmp_path / "data")), tiny_model(), tiny_processor()
+    tower, file = model.model.vision_tower, tmp_path / "codes.safetensors"
+    codes = encode_pictures(chats.pictures, tower, processor.image_processor, file, batch_size=1)
+    assert codes.keys() == {"a.png", "b.png"}
+    collate = ChatCollator(processor)
+    from_pixels = collate([chats[index] for index in range(4)])
+    chats.codes = encode_pictures(chats.pictures, None, None, file)  # from the file: nothing is encoded
+    from_codes = collate([chats[index] for index in range(4)])
+    assert torch.equal(from_codes["image_codes"], tower.encode_to_codes(from_pixels["pixel_values"]))
+    assert torch.equal(from_codes["input_ids"], from_pixels["input_ids"])
+    assert torch.equal(from_codes["labels"], from_pixels["labels"])
+
+
+@pytest.mark.parametrize("cached", ["--cache_codes", "--no-cache_codes"])
+def test_command_line(tmp_path, cached):
+    model, processor = trainable(), tiny_processor()
+    model.save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    arguments = ["--data", str(chat_folder(tmp_path / "data")), "--pretrained", str(tmp_path / "start"), cached]
+    settings = ["--output_dir", str(tmp_path / "out"), "--batch_size", "4", "--num_workers", "0"]
+    main([*arguments, *settings, "--max_steps", "2", "--gradient_checkpointing"])
+    VilaUForConditionalGeneration.from_pretrained(tmp_path / "out" / "model")
+    assert (tmp_path / "out" / "codes.safetensors").exists() == (cached == "--cache_codes")
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ValueError, match="`pretrained` must be a folder or repository of a VILA-U"):
+        main(["--data", str(tmp_path)])
+    with pytest.raises(ValueError, match=r"folder with chats\.jsonl"):
+        ChatFolder(tmp_path)
+    folder = chat_folder(tmp_path / "data")
+    (folder / "b.png").unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 of the pictures, 'b.png' first"):
+        ChatFolder(folder)
+    processor = tiny_processor()
+    with pytest.raises(ValueError, match=r"must all be pictures or all codes, got 1 codes among 2\."):
+        ChatCollator(processor)([drawing("a", random_codes(1)), drawing("b", Image.new("RGB", (32, 32)))])
+    with pytest.raises(ValueError, match=r"must be \[16, D\], got \[15, 3\]"):
+        ChatCollator(processor)([drawing("a", random_codes(1)[1:])])
