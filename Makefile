@@ -5,7 +5,7 @@ MINUTES ?= 25
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test check format gpu-check gpu-bench bench compile-kernels tables study train-bundled prepare-data
+.PHONY: setup demo test check format gpu-check gpu-bench bench compile-kernels tables study train-bundled train-bundled-vila-u prepare-data
 
 setup: $(STAMP)
 
@@ -32,7 +32,7 @@ format: setup
 gpu-check: setup  ## on a GPU: every kernel against its reference, and what only a GPU can show
 	$(BIN)/pytest tests/kernels tests/test_gpu.py
 
-gpu-bench: setup  ## on a GPU, in 8 minutes: kernels, steps, autoencoder, pictures
+gpu-bench: setup  ## on a GPU, in 10 minutes: kernels, steps, autoencoder, pictures, VILA-U
 	$(BIN)/python -m benchmarks.bench_gpu
 
 bench: setup  ## models at true size on this machine, ours beside diffusers'
@@ -54,3 +54,6 @@ prepare-data: setup outputs/emoji.zip
 
 train-bundled: setup outputs/emoji.zip  ## retrains diffusers_sana/checkpoints/sana-emoji within MINUTES
 	$(BIN)/python -m examples.train_emoji.run --data outputs/emoji.zip --out outputs/sana-emoji --minutes $(MINUTES)
+
+train-bundled-vila-u: setup outputs/emoji.zip  ## retrains diffusers_sana/checkpoints/vila-u-emoji within MINUTES
+	$(BIN)/python -m examples.train_vila_u_emoji.run --data outputs/emoji.zip --out outputs/vila-u-emoji --minutes $(MINUTES)

@@ -16,9 +16,11 @@ __version__ = "0.1.0"
 # Public name -> module. The one list of what the package exports.
 _EXPORTS = {
     "AutoencoderDC": "diffusers_sana.models.autoencoders.autoencoder_dc",
-    "DiffusionPipeline": "diffusers",  # this and the mixins: diffusers looks for the bases of a class in its package
+    "DiffusionPipeline": "diffusers",  # this and its like: diffusers looks for the bases of a class in its package
     "FlowDPMSolverScheduler": "diffusers_sana.schedulers.scheduling_flow_dpm_solver",
     "ModelMixin": "diffusers",
+    "PreTrainedModel": "transformers",
+    "ProcessorMixin": "transformers",
     "SVDQuantConfig": "diffusers_sana.quantizers.svdquant.config",
     "SanaPipeline": "diffusers_sana.pipelines.pipeline_sana",
     "SanaTransformer2DModel": "diffusers_sana.models.transformers.transformer_sana",
@@ -27,6 +29,7 @@ _EXPORTS = {
     "VilaUForConditionalGeneration": "diffusers_sana.models.vila_u.modeling_vila_u",
     "VilaUImageProcessor": "diffusers_sana.models.vila_u.image_processing_vila_u",
     "VilaUModel": "diffusers_sana.models.vila_u.modeling_vila_u",
+    "VilaUPipeline": "diffusers_sana.pipelines.pipeline_vila_u",
     "VilaUProcessor": "diffusers_sana.models.vila_u.processing_vila_u",
     "VilaUVisionModel": "diffusers_sana.models.vila_u.vision_vila_u",
     "quantize": "diffusers_sana.quantizers.svdquant.quantize",
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline as DiffusionPipeline
     from diffusers import ModelMixin as ModelMixin
     from diffusers import SchedulerMixin as SchedulerMixin
+    from transformers import PreTrainedModel as PreTrainedModel
+    from transformers import ProcessorMixin as ProcessorMixin
 
     from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC as AutoencoderDC
     from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel as SanaTransformer2DModel
@@ -49,6 +54,7 @@ if TYPE_CHECKING:
     from diffusers_sana.models.vila_u.processing_vila_u import VilaUProcessor as VilaUProcessor
     from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModel as VilaUVisionModel
     from diffusers_sana.pipelines.pipeline_sana import SanaPipeline as SanaPipeline
+    from diffusers_sana.pipelines.pipeline_vila_u import VilaUPipeline as VilaUPipeline
     from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig as SVDQuantConfig
     from diffusers_sana.quantizers.svdquant.quantize import quantize as quantize
     from diffusers_sana.quantizers.svdquant.quantize_model import set_compute_mode as set_compute_mode

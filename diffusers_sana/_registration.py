@@ -104,6 +104,10 @@ ENTRIES = (
         key=lambda: PACKAGE,
         value=_loading_methods,
     ),
+    # `DiffusionPipeline.from_pretrained` looks for the class that an index names in diffusers, which knows in which of
+    # its modules each of its classes is. Ours is in a module that is this package under another name.
+    Entry(host="diffusers", table="_class_to_module", key=_always("VilaUPipeline"), value=_always(PACKAGE)),
+    Entry("sys", "modules", _always(f"diffusers.{PACKAGE}"), lambda: sys.modules[PACKAGE], after="diffusers"),
     # AutoPipelineForText2Image takes the first pipeline of the name that the folder states, and that is "SanaPipeline"
     # for diffusers' and for ours.
     Entry(
@@ -193,9 +197,11 @@ def unregister() -> None:
     """Takes every entry out that `register` added, and stops waiting for hosts. Entries of others stay."""
     if _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
-    for table, key, value in _added.values():
+    for entry, (table, key, value) in _added.items():
         if table.get(key) is value:
             del table[key]
+            if entry.table == "_class_to_module":
+                vars(import_module(entry.host)).pop(str(key), None)  # a lazy module keeps what was asked for
     _added.clear()
     _refused.clear()
 

@@ -1,4 +1,4 @@
-"""The command line: `diffusers-sana generate "a red apple on a blue background"`, `quantize`, `env`."""
+"""The command line: `diffusers-sana generate "a red apple on a blue background"`, `chat`, `quantize`, `env`."""
 
 import argparse
 import os
@@ -14,24 +14,30 @@ def generate(args: argparse.Namespace) -> None:
     """Writes pictures of a prompt and prints their paths."""
     import torch
 
-    from diffusers_sana import SanaPipeline
-    from diffusers_sana.checkpoints import SANA_EMOJI
+    from diffusers_sana import SanaPipeline, VilaUPipeline
 
     started = time.perf_counter()
-    model = SANA_EMOJI if args.model is None else args.model
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = SanaPipeline.from_pretrained(model, torch_dtype=getattr(torch, args.dtype)).to(device)
+    options = {name: getattr(args, name) for name in ("height", "width", "steps") if getattr(args, name) is not None}
+    is_vila_u = _pipeline_class(args.model) is VilaUPipeline
+    if is_vila_u and options:
+        raise ValueError(f"--{', --'.join(options)} must be left out for a VILA-U, which {args.model} is")
+    if "steps" in options:
+        options["num_inference_steps"] = options.pop("steps")
+    if args.guidance_scale is not None:
+        options["guidance_scale"] = args.guidance_scale
+    # On the CPU, for the same noise on every device. VILA-U takes one a picture, which then depends on no other.
+    seeds = range(args.seed, args.seed + (args.num_images if is_vila_u else 1))
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    device, dtype = _device(args), getattr(torch, args.dtype)
+    pipe = (VilaUPipeline if is_vila_u else SanaPipeline).from_pretrained(args.model, torch_dtype=dtype).to(device)
     loaded = time.perf_counter()
     images, *_ = pipe(
         args.prompt,
         negative_prompt=args.negative_prompt,
-        height=args.height,
-        width=args.width,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance_scale,
         num_images_per_prompt=args.num_images,
-        generator=torch.Generator("cpu").manual_seed(args.seed),  # the same noise on every device
+        generator=generators if is_vila_u else generators[0],
         return_dict=False,
+        **options,
     )
     drawn = time.perf_counter()
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +46,18 @@ def generate(args: argparse.Namespace) -> None:
         image.save(path)
         print(path.resolve())
     print(f"loaded in {loaded - started:.1f} s, drawn in {drawn - loaded:.1f} s on {device}", file=sys.stderr)
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Prints the answer to a question about a picture."""
+    import torch
+
+    from diffusers_sana import VilaUPipeline
+
+    pipe = VilaUPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(_device(args))
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    print(pipe.chat(args.image, args.question, max_new_tokens=args.max_new_tokens, do_sample=args.seed is not None))
 
 
 def quantize(args: argparse.Namespace) -> None:
@@ -53,10 +71,9 @@ def quantize(args: argparse.Namespace) -> None:
     if args.prompts is not None:
         prompts = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     config = SVDQuantConfig(precision=args.precision, rank=args.rank, gptq=args.gptq)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = _load_pipeline(args.model, getattr(torch, args.dtype)).to(device)
+    pipe = _pipeline_class(args.model).from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
     report = quantize_pipeline(
-        pipe,
+        pipe.to(_device(args)),
         config,
         prompts=prompts,
         components=args.components,
@@ -68,15 +85,30 @@ def quantize(args: argparse.Namespace) -> None:
     print(report)
 
 
-def _load_pipeline(model: str, dtype: Any) -> Any:
-    """Of whatever class its index names; ours in place of its namesake in diffusers."""
+def _pipeline_class(model: str) -> Any:
+    """The class that the index of a pipeline names; ours in place of its namesake in diffusers."""
     from diffusers import DiffusionPipeline
+    from transformers.utils.hub import has_file
 
-    from diffusers_sana import SanaPipeline
+    from diffusers_sana import SanaPipeline, VilaUPipeline
 
+    if has_file(model, "config.json") and not has_file(model, DiffusionPipeline.config_name):
+        return VilaUPipeline  # from a checkpoint of transformers; it says so where that is another model
     name = DiffusionPipeline.load_config(model).get("_class_name")
-    cls = SanaPipeline if name == SanaPipeline.__name__ else DiffusionPipeline
-    return cls.from_pretrained(model, torch_dtype=dtype)
+    return next((cls for cls in (SanaPipeline, VilaUPipeline) if cls.__name__ == name), DiffusionPipeline)
+
+
+def _device(args: argparse.Namespace) -> str:
+    import torch
+
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _checkpoint(model: str) -> str:
+    """The path of a bundled checkpoint; any other name as it is."""
+    from diffusers_sana.checkpoints import BUNDLED
+
+    return BUNDLED.get(model, model)
 
 
 def env(args: argparse.Namespace) -> None:
@@ -139,21 +171,43 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("generate", help="write a picture of a prompt", description=generate.__doc__)
     command.set_defaults(run=generate)
     command.add_argument("prompt", help="what to draw")
-    command.add_argument("--model", help="Hub id or folder of a Sana pipeline; default: the small bundled checkpoint")
+    command.add_argument(
+        "--model",
+        type=_checkpoint,
+        default="sana-emoji",
+        help="Hub id or folder of Sana or VILA-U, or a bundled one: sana-emoji (the default), vila-u-emoji",
+    )
     command.add_argument("--out", type=Path, default=Path("outputs/generated.png"), help="the file to write")
     command.add_argument("--negative-prompt", default="", help="what not to draw")
     command.add_argument("--height", type=int, help="pixels; default: what the checkpoint was made for")
     command.add_argument("--width", type=int, help="pixels; default: what the checkpoint was made for")
-    command.add_argument("--steps", type=int, default=20, help="denoising steps")
-    command.add_argument("--guidance-scale", type=float, default=4.5, help="how strictly to follow the prompt")
+    command.add_argument("--steps", type=int, help="denoising steps; default: 20")
+    command.add_argument(
+        "--guidance-scale", type=float, help="how strictly to follow the prompt; default: the model's"
+    )
     command.add_argument("--num-images", type=int, default=1, help="pictures to draw")
     command.add_argument("--seed", type=int, default=0, help="same seed, same picture")
     command.add_argument("--device", help="default: cuda where there is one, else cpu")
     command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
 
+    command = commands.add_parser("chat", help="ask about a picture", description=chat.__doc__)
+    command.set_defaults(run=chat)
+    command.add_argument("image", help="file or address of the picture")
+    command.add_argument("question", help="what to answer")
+    command.add_argument(
+        "--model",
+        type=_checkpoint,
+        default="vila-u-emoji",
+        help="Hub id or folder of VILA-U; default: the small bundled vila-u-emoji",
+    )
+    command.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
+    command.add_argument("--seed", type=int, help="draw an answer by chance; default: the most probable one")
+    command.add_argument("--device", help="default: cuda where there is one, else cpu")
+    command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+
     command = commands.add_parser("quantize", help="save a pipeline in 4 bits", description=quantize.__doc__)
     command.set_defaults(run=quantize)
-    command.add_argument("model", help="Hub id or folder of a pipeline")
+    command.add_argument("model", type=_checkpoint, help="Hub id or folder of a pipeline, or a bundled checkpoint")
     command.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="new or empty folder to write")
     command.add_argument("--precision", default="int4", choices=("int4", "nvfp4"))
     command.add_argument("--rank", type=int, default=32, help="of the 16-bit branch")

@@ -1,7 +1,13 @@
-"""Small checkpoints that come with the package: ordinary diffusers folders beside this file."""
+"""Small checkpoints that come with the package: ordinary folders beside this file."""
 
 from pathlib import Path
 
 
 # Draws what its prompt names among some 350 animals, foods, vehicles and the like; 128 px. See docs/checkpoints.md.
 SANA_EMOJI = str(Path(__file__).parent / "sana-emoji")
+
+# Draws the same things, and says what is in a picture.
+VILA_U_EMOJI = str(Path(__file__).parent / "vila-u-emoji")
+
+# What the command line calls them.
+BUNDLED = {"sana-emoji": SANA_EMOJI, "vila-u-emoji": VILA_U_EMOJI}

@@ -30,6 +30,8 @@ def check_complete(folder: Path, components: Collection[str]) -> None:
         component = folder / name
         if name == "tokenizer":
             _require_one_of(component, "tokenizer.json", "tokenizer.model")
+        elif name == "processor":
+            check_processor(component)
         elif name == "scheduler":
             _require_one_of(component, "scheduler_config.json")
         else:
@@ -41,13 +43,23 @@ def check_complete(folder: Path, components: Collection[str]) -> None:
                     _require_one_of(component, shard)
 
 
+def check_processor(folder: Path) -> None:
+    """Raises where the local `folder` lacks a file of its processor.
+
+    Raises:
+        OSError: naming the missing file.
+    """
+    _require_one_of(folder, "processor_config.json", component="processor")
+    _require_one_of(folder, "tokenizer.json", "tokenizer.model", component="processor")
+
+
 def check_readable(folder: Path) -> None:
-    """Raises where a JSON or safetensors file of the components in `folder` is cut off or otherwise damaged.
+    """Raises where a JSON or safetensors file in `folder` or of its components is cut off or otherwise damaged.
 
     Raises:
         OSError: naming the damaged file.
     """
-    for file in sorted(folder.glob("*/*")):
+    for file in sorted([*folder.glob("*"), *folder.glob("*/*")]):
         if file.suffix == ".json":
             _read_json(file)
         elif file.suffix == ".safetensors":
@@ -58,9 +70,10 @@ def check_readable(folder: Path) -> None:
                 raise OSError(f"{file} is damaged: {error}. Download it again.") from error
 
 
-def _require_one_of(folder: Path, *names: str) -> None:
+def _require_one_of(folder: Path, *names: str, component: str | None = None) -> None:
     if not any((folder / name).is_file() for name in names):
-        raise OSError(f"{folder / names[0]} is missing. Download it again, or pass `{folder.name}` yourself.")
+        component = component or folder.name
+        raise OSError(f"{folder / names[0]} is missing. Download it again, or pass `{component}` yourself.")
 
 
 def _read_json(file: Path) -> dict:

@@ -63,7 +63,7 @@ def question_chat(question: str, picture: Tensor, said: str) -> Chat:
 
 
 class TowerScenes:
-    """Endless captioned pictures for the tower: all scenes there are, of the objects of `scenes`."""
+    """Endless captioned pictures for the tower: mostly what will be taught, for the rest all scenes there are."""
 
     def __init__(self, scenes: EmojiScenes):
         self.scenes = scenes
@@ -71,7 +71,10 @@ class TowerScenes:
     def batches(self, batch_size: int) -> Iterator[dict]:
         """`{"pixel_values": [B, 3, H, W] in [-1, 1], "text": list of B captions}`."""
         while True:
-            drawn = [self.scenes.sample_scene() for _ in range(batch_size)]
+            drawn = [
+                sample_single(self.scenes) if self.scenes.random.random() < 0.75 else self.scenes.sample_scene()
+                for _ in range(batch_size)
+            ]
             yield {"pixel_values": self.scenes.render(drawn), "text": [self.scenes.caption(scene) for scene in drawn]}
 
 

@@ -86,7 +86,6 @@ def test_run(pack, tmp_path, monkeypatch):
     for module in (run, evaluate):
         monkeypatch.setattr(module, "TAUGHT", tuple(NAMES))
         monkeypatch.setattr(module, "held_out_scenes", lambda labels, **_: held_out_scenes(labels, 2, pairs=0))
-    monkeypatch.setattr(run, "COMMON_OBJECTS", tuple(NAMES))
     arguments = ["--data", str(pack), "--out", str(tmp_path), "--minutes", "0.05"]
     run.main(arguments)
     report = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())

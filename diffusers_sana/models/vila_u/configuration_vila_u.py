@@ -13,6 +13,17 @@ from transformers.configuration_utils import SubConfigSpec
 NORM_GROUPS = 32  # of the group norms in the pixel decoder
 
 
+class NeverCopied:
+    """A class that saved folders do not carry the code of: it is in an installed package.
+
+    Loading with `trust_remote_code=True` asks for that, and would put a second class of the name next to this one.
+    """
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Does nothing; `diffusers_sana.loaders.vila_u_hub.add_remote_code` makes a folder loadable that way."""
+
+
 def _require_at_least(config: PreTrainedConfig, least: int, *names: str) -> None:
     for name in names:
         if getattr(config, name) < least:
@@ -169,7 +180,7 @@ class VilaUDepthConfig(PreTrainedConfig):
 
 
 @strict
-class VilaUConfig(PreTrainedConfig):
+class VilaUConfig(NeverCopied, PreTrainedConfig):
     """VILA-U: vision tower, projector, language model, and the depth transformer as its head for pictures.
 
     Args:

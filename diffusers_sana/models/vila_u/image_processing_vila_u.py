@@ -11,6 +11,8 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from diffusers_sana.models.vila_u.configuration_vila_u import NeverCopied
+
 
 ASPECT_RATIOS = ("resize", "pad", "crop")
 OUTPUT_TYPES = ("pil", "np", "uint8", "pt")
@@ -29,7 +31,7 @@ class VilaUImageProcessorKwargs(ImagesKwargs, total=False):
     image_aspect_ratio: Literal["resize", "pad", "crop"]
 
 
-class VilaUImageProcessor(PilBackend):
+class VilaUImageProcessor(NeverCopied, PilBackend):
     """Makes pictures square, resizes them (bicubic, by PIL) and maps 0..255 to [-1, 1].
 
     Every argument is a default for `preprocess`, where it can be given again.

@@ -1,13 +1,18 @@
 """Pictures and videos as users hand them over: which belongs to which prompt, and which frames are taken."""
 
+import re
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers.video_utils import load_video
+
+from diffusers_sana.models.vila_u.prompts_vila_u import IMAGE, VIDEO
 
 
 def is_picture(item: Any) -> bool:
@@ -15,6 +20,24 @@ def is_picture(item: Any) -> bool:
     if isinstance(item, np.ndarray | Tensor):
         return item.ndim in (2, 3)
     return isinstance(item, str | Path | Image.Image)
+
+
+def codes_of_pictures(items: list[Any], num_cells: int) -> list[Tensor]:
+    """The items if they are codes `[num_cells, D]` of pictures, none if they are pictures.
+
+    Raises:
+        ValueError: they are mixed, or have another number of cells.
+    """
+    integers = (torch.int32, torch.int64)
+    codes = [item for item in items if isinstance(item, Tensor) and item.ndim == 2 and item.dtype in integers]
+    if not codes:
+        return []
+    if len(codes) != len(items):
+        raise ValueError(f"`images` must all be pictures or all codes, got {len(codes)} codes among {len(items)}.")
+    for item in codes:
+        if len(item) != num_cells or item.shape != codes[0].shape:
+            raise ValueError(f"codes in `images` must be [{num_cells}, D], got {list(item.shape)}.")
+    return codes
 
 
 def is_video(item: Any) -> bool:
@@ -63,6 +86,24 @@ def media_of_rows(media: Any, counts: list[int], name: str, is_one: Callable[[An
                 "Each placeholder takes one, in order."
             )
     return rows
+
+
+def media_in_order(texts: list[str], images: Any, videos: Any, num_frames: int, sample: bool) -> list[Any]:
+    """All pictures and frames of a batch, in the order in which its prompts have `<image>` and `<video>`.
+
+    Args:
+        texts: prompts.
+        images, videos: see `media_of_rows`.
+        num_frames, sample: see `frames_of_video`.
+    """
+    pictures = media_of_rows(images, [text.count(IMAGE) for text in texts], "images", is_picture)
+    films = media_of_rows(videos, [text.count(VIDEO) for text in texts], "videos", is_video)
+    next_of = {IMAGE: chain.from_iterable(pictures), VIDEO: chain.from_iterable(films)}
+    ordered: list[Any] = []
+    for mark in re.findall(f"{IMAGE}|{VIDEO}", "".join(texts)):
+        item = next(next_of[mark])
+        ordered += [item] if mark == IMAGE else frames_of_video(item, num_frames, sample)
+    return ordered
 
 
 def frames_of_video(video: Any, num_frames: int, sample: bool) -> list[Any]:

@@ -1,21 +1,22 @@
 """From chats, pictures and videos to the inputs of VILA-U, and from its outputs back."""
 
-import re
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs
 
+from diffusers_sana.models.vila_u.configuration_vila_u import NeverCopied
 from diffusers_sana.models.vila_u.image_processing_vila_u import VilaUImageProcessorKwargs
-from diffusers_sana.models.vila_u.media_vila_u import frames_of_video, is_picture, is_video, media_of_rows
+from diffusers_sana.models.vila_u.labels_vila_u import labels_of, places_of_tokens
+from diffusers_sana.models.vila_u.media_vila_u import codes_of_pictures, media_in_order
 from diffusers_sana.models.vila_u.prompts_vila_u import (
     ASSISTANT,
     CHAT_TEMPLATE,
     IMAGE,
     IMAGE_START,
     USER,
-    VIDEO,
     VIDEO_START,
     check_tokenizer,
     encode_piece,
@@ -49,7 +50,7 @@ class VilaUProcessorKwargs(ProcessingKwargs, total=False):
     do_sample_frames: bool
 
 
-class VilaUProcessor(ProcessorMixin):
+class VilaUProcessor(NeverCopied, ProcessorMixin):
     """Prompts of VILA-U.
 
     Args:
@@ -95,7 +96,9 @@ class VilaUProcessor(ProcessorMixin):
 
         Args:
             images: for the placeholders `<image>`: one, a list in the order of the placeholders, or a list for each
-                prompt. PIL, array, tensor, path or address.
+                prompt. PIL, array, tensor, path or address; or the codes that the vision tower made of it, an int64
+                or int32 tensor [T, D]: then all must be codes, and `image_codes` [n, T, D] takes the place of
+                `pixel_values`.
             text: one prompt or a list. In mode "text" it is taken as it is. In the other modes it is what
                 `apply_chat_template` writes (it ends in "ASSISTANT:"), or what the user says, which is then put into
                 the template.
@@ -129,6 +132,8 @@ class VilaUProcessor(ProcessorMixin):
         if pixels := self._pixels(texts, images, videos, options):
             data |= pixels
         data |= self._rows(texts, options)
+        if options["text_kwargs"].get("return_offsets_mapping"):
+            data |= self._offsets(texts, data["attention_mask"], options)
         if negatives:
             data |= {f"negative_{key}": value for key, value in self._rows(negatives, options).items()}
         return BatchFeature(data)
@@ -139,6 +144,7 @@ class VilaUProcessor(ProcessorMixin):
         chat_template: str | None = None,
         generation_mode: str | None = None,
         negative_prompt: str | list[str] | None = None,
+        output_labels: bool = False,
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -150,15 +156,31 @@ class VilaUProcessor(ProcessorMixin):
             chat_template: in place of the processor's.
             generation_mode, negative_prompt: see `VilaUProcessorKwargs`. Modes "image" and "video" open the
                 assistant's turn by themselves.
+            output_labels: also return `labels` [B, L] to train with: what the assistant says, pictures included, and
+                -100 elsewhere. `return_assistant_tokens_mask` is the same as a mask.
             processor_kwargs: for `__call__`.
             **kwargs: those of `ProcessorMixin.apply_chat_template`.
+
+        Raises:
+            ValueError: labels of what has no answer, or where they do not belong.
         """
         options = dict(processor_kwargs or {})
         given = {"generation_mode": generation_mode, "negative_prompt": negative_prompt}
         options |= {key: value for key, value in given.items() if value is not None}
-        if options.get("generation_mode", "text") != "text":
+        is_text = options.get("generation_mode", "text") == "text"
+        if not is_text:
             kwargs["add_generation_prompt"] = True
-        return super().apply_chat_template(conversation, chat_template, processor_kwargs=options, **kwargs)
+        if not output_labels:
+            return super().apply_chat_template(conversation, chat_template, processor_kwargs=options, **kwargs)
+        if not (is_text and kwargs.get("tokenize") and kwargs.get("return_dict")):
+            raise ValueError("`output_labels` needs `tokenize=True, return_dict=True` and no `generation_mode`.")
+        has_mask = kwargs.pop("return_assistant_tokens_mask", False)
+        batch = super().apply_chat_template(
+            conversation, chat_template, processor_kwargs=options, return_assistant_tokens_mask=True, **kwargs
+        )
+        masks = batch["assistant_masks"] if has_mask else batch.pop("assistant_masks")
+        batch["labels"] = labels_of(batch["input_ids"], masks)
+        return batch
 
     def postprocess(self, images: Any, **kwargs: Any) -> Any:
         """Decoded pixels as pictures, see `VilaUImageProcessor.postprocess`."""
@@ -194,7 +216,8 @@ class VilaUProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "negative_input_ids", "negative_attention_mask", "pixel_values"]
+        of_text = ["input_ids", "attention_mask"]
+        return [*of_text, *(f"negative_{name}" for name in of_text), "pixel_values", "image_codes"]
 
     def _open(self, text: str, mode: str) -> str:
         """The prompt up to the mark behind which the model writes codes."""
@@ -216,28 +239,12 @@ class VilaUProcessor(ProcessorMixin):
         return [self._open(turn, mode) for turn in turns]
 
     def _pixels(self, texts: list[str], images: Any, videos: Any, options: dict[str, Any]) -> dict[str, Any]:
-        """`pixel_values` of all media, in the order of their placeholders."""
-        pictures, films = (
-            iter(
-                [
-                    item
-                    for row in media_of_rows(media, [text.count(mark) for text in texts], name, is_one)
-                    for item in row
-                ]
-            )
-            for media, mark, name, is_one in (
-                (images, IMAGE, "images", is_picture),
-                (videos, VIDEO, "videos", is_video),
-            )
-        )
-        ordered: list[Any] = []
-        for mark in re.findall(f"{IMAGE}|{VIDEO}", "".join(texts)):
-            if mark == IMAGE:
-                ordered.append(next(pictures))
-            else:
-                ordered += frames_of_video(next(films), self.num_video_frames, options["do_sample_frames"])
+        """`pixel_values` or `image_codes` of all media, in the order of their placeholders."""
+        ordered = media_in_order(texts, images, videos, self.num_video_frames, options["do_sample_frames"])
         if not ordered:
             return {}
+        if codes := codes_of_pictures(ordered, self.num_image_tokens):
+            return {"image_codes": torch.stack(codes)}
         is_place = (isinstance(item, str | Path) for item in ordered)
         loaded = [
             self.image_processor.fetch_images(str(item)) if place else item
@@ -253,7 +260,7 @@ class VilaUProcessor(ProcessorMixin):
             raise ValueError("`truncation` must be off: it could cut through a picture. Shorten the text instead.")
         rows = []
         for text in texts:
-            text = expand_media(text, self.num_video_frames, options["wrap_image_tokens"])
+            text, _ = expand_media(text, self.num_video_frames, options["wrap_image_tokens"])
             first, *others = (encode_piece(self.tokenizer, piece) for piece in text.split(IMAGE))
             row = [self.tokenizer.bos_token_id, *first] if of_text.get("add_special_tokens", True) else first
             for piece in others:
@@ -262,3 +269,12 @@ class VilaUProcessor(ProcessorMixin):
         names = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_tensors")
         padding = {name: of_text[name] for name in names if name in of_text}
         return dict(self.tokenizer.pad({"input_ids": rows}, return_attention_mask=True, **padding))
+
+    def _offsets(self, texts: list[str], masks: Any, options: dict[str, Any]) -> dict[str, Any]:
+        """Where the tokens of a batch stand, as `ProcessorMixin.apply_chat_template` asks for it."""
+        expanded = [expand_media(text, self.num_video_frames, options["wrap_image_tokens"]) for text in texts]
+        places = [
+            places_of_tokens(self.tokenizer, text, self.num_image_tokens, mask)
+            for (text, _), mask in zip(expanded, masks, strict=True)
+        ]
+        return {"offset_mapping": places, "text_replacement_offsets": [moves for _, moves in expanded]}

@@ -15,7 +15,8 @@ SYSTEM_PROMPT = (
 )
 
 # Vicuna's first template. An empty message is its role alone: neither space nor separator. A picture that the
-# assistant shows stands between its marks, a picture that the user shows is followed by a new line.
+# assistant shows stands between its marks, a picture that the user shows is followed by a new line. What is to be
+# learned is marked by `generation`, a tag of transformers that writes nothing.
 CHAT_TEMPLATE = """\
 {%- macro text_of(message) -%}
 {%- if message.content is string -%}
@@ -45,7 +46,12 @@ CHAT_TEMPLATE = """\
 {{- 'USER: ' ~ text ~ ' ' if text else 'USER:' -}}
 {%- elif message.role == 'assistant' -%}
 {%- set text = text_of(message) -%}
-{{- 'ASSISTANT: ' ~ text ~ '</s>' if text else 'ASSISTANT:' -}}
+{{- 'ASSISTANT:' -}}
+{%- if text -%}
+{%- generation -%}
+{{- ' ' ~ text ~ '</s>' -}}
+{%- endgeneration -%}
+{%- endif -%}
 {%- elif message.role != 'system' or not loop.first -%}
 {{- raise_exception('roles must be user and assistant, after at most one system message, got ' ~ message.role) -}}
 {%- endif -%}
@@ -62,16 +68,26 @@ def user_turn(text: str, head: str = f"{SYSTEM_PROMPT} ") -> str:
     return f"{head}{USER} {text} {ASSISTANT}" if text else f"{head}{USER}{ASSISTANT}"
 
 
-def expand_media(text: str, num_frames: int, wrap: bool) -> str:
+def expand_media(text: str, num_frames: int, wrap: bool) -> tuple[str, list[dict[str, tuple[int, int]]]]:
     """`<video>` as one `<image>` a frame; with `wrap`, `<image>` between its marks where they are missing.
 
     Frames that the user shows stand on a line each; in an answer they follow one another.
+
+    Returns:
+        The text, and of everything replaced, where it was ("span") and where it is now ("new_span"), from character
+        to character, as processors of transformers have it.
     """
+    video = IMAGE * num_frames
+    written = {f"{VIDEO_START}{VIDEO}": VIDEO_START + video, VIDEO: "\n".join([IMAGE] * num_frames)}
     if wrap:
-        bare = f"(?<!{IMAGE_START}){IMAGE}(?!{IMAGE_END})"
-        text = re.sub(bare, f"{IMAGE_START}{IMAGE}{IMAGE_END}", text)
-    text = text.replace(f"{VIDEO_START}{VIDEO}", VIDEO_START + IMAGE * num_frames)
-    return text.replace(VIDEO, "\n".join([IMAGE] * num_frames))
+        written[IMAGE] = f"{IMAGE_START}{IMAGE}{IMAGE_END}"
+    expanded, moves, done = "", [], 0
+    for match in re.finditer(f"{VIDEO_START}{VIDEO}|{VIDEO}|(?<!{IMAGE_START}){IMAGE}(?!{IMAGE_END})", text):
+        expanded += text[done : match.start()]
+        start, done = len(expanded), match.end()
+        expanded += written.get(match[0], match[0])
+        moves.append({"span": match.span(), "new_span": (start, len(expanded))})
+    return expanded + text[done:], moves
 
 
 def encode_piece(tokenizer: Any, text: str) -> list[int]:

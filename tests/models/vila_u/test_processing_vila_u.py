@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffusers_sana.models.vila_u import media_vila_u
 from diffusers_sana.models.vila_u.prompts_vila_u import SYSTEM_PROMPT, encode_piece
-from tests.models.vila_u.tiny import CELLS, IMAGE
+from tests.models.vila_u.tiny import CELLS, CODES, DEPTH, IMAGE
 from tests.models.vila_u.tiny_processor import tiny_processor
 
 
@@ -279,3 +279,16 @@ class TestMedia:
             PROCESSOR(text="a", generation_mode="audio")
         with pytest.raises(ValueError, match="`generation_mode` must be one of"):
             PROCESSOR.post_process_multimodal_output(torch.zeros(1, 3, 4, 4), generation_mode="audio")
+
+
+def test_codes_in_place_of_pictures():
+    processor = tiny_processor()
+    codes = [torch.randint(CODES, (CELLS, DEPTH)) for _ in range(2)]
+    batch = processor(text=["<image>\na", "<image>\nb"], images=codes)
+    assert torch.equal(batch["image_codes"], torch.stack(codes))
+    assert "pixel_values" not in batch
+    gray = torch.zeros(32, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="must all be pictures or all codes, got 1 codes among 2"):
+        processor(text="<image>\n<image>\na", images=[codes[0], gray])
+    with pytest.raises(ValueError, match=r"must be \[16, D\], got \[15, 3\]"):
+        processor(text="<image>\na", images=[codes[0][1:]])
