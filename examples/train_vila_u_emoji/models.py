@@ -26,6 +26,7 @@ def make_tower(tokenizer: LlamaTokenizer) -> VilaUVisionModel:
         decoder_base_channels=32,
         decoder_channel_multipliers=(1, 1, 2, 2),
         decoder_num_res_blocks=1,
+        decoder_norm_groups=8,
         use_semantic_head=True,
         use_text_tower=True,
         text_vocab_size=len(tokenizer),

@@ -10,9 +10,6 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
-NORM_GROUPS = 32  # of the group norms in the pixel decoder
-
-
 class NeverCopied:
     """A class that saved folders do not carry the code of: it is in an installed package.
 
@@ -55,6 +52,8 @@ class VilaUVisionConfig(PreTrainedConfig):
         quantizer_dtype: in which the nearest entry is searched. None: that of the tower, as the official model does.
         latent_channels, decoder_base_channels, decoder_channel_multipliers, decoder_num_res_blocks: of the pixel
             decoder; each multiplier after the first doubles the resolution.
+        decoder_norm_groups: of the group norms of the pixel decoder; 32 in the released models. With as many groups as
+            channels nothing tells how strong a channel is, and narrow decoders draw a spot that does.
         decoder_latent_size: side to which the grid is resized before it is decoded, where patch size and decoder do
             not match (384 pixel model: 24).
         use_semantic_head: also build the last encoder block and the attention pooling of SigLIP.
@@ -88,6 +87,7 @@ class VilaUVisionConfig(PreTrainedConfig):
     decoder_base_channels: int = 128
     decoder_channel_multipliers: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
     decoder_num_res_blocks: int = 2
+    decoder_norm_groups: int = 32
     decoder_latent_size: int | None = None
     use_semantic_head: bool = False
     text_vocab_size: int = 32000
@@ -113,16 +113,17 @@ class VilaUVisionConfig(PreTrainedConfig):
         """Run by `@strict`: what would otherwise fail deep inside the model, or silently."""
         _require_whole_heads(self)
         _require_at_least(self, 2, "num_hidden_layers")  # the last one is not run
-        _require_at_least(self, 1, "num_codebooks", "codebook_size", "grid_size", "decoder_num_res_blocks")
+        _require_at_least(self, 1, "num_codebooks", "codebook_size", "grid_size")
+        _require_at_least(self, 1, "decoder_num_res_blocks", "decoder_norm_groups")
         self._validate_decoder()
 
     def _validate_decoder(self) -> None:
         multipliers = self.decoder_channel_multipliers
         channels = [self.decoder_base_channels * multiplier for multiplier in multipliers]
-        if not channels or any(width < 1 or width % NORM_GROUPS for width in channels):
+        if not channels or any(width < 1 or width % self.decoder_norm_groups for width in channels):
             raise ValueError(
                 f"`decoder_base_channels` times each of `decoder_channel_multipliers` must be a positive multiple of "
-                f"{NORM_GROUPS} (group norm), but they are {channels}"
+                f"`decoder_norm_groups` = {self.decoder_norm_groups}, but they are {channels}"
             )
         factor = 2 ** (len(multipliers) - 1)
         if self.decoder_latent_size is None:

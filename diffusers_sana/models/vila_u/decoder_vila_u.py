@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from diffusers_sana.models.vila_u.configuration_vila_u import NORM_GROUPS, VilaUVisionConfig
+from diffusers_sana.models.vila_u.configuration_vila_u import VilaUVisionConfig
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class VilaUDecoderResBlock(GradientCheckpointingLayer):
     """Norm, SiLU, convolution, twice, beside a shortcut."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int):
         super().__init__()
-        self.norm1 = _norm(in_channels)
+        self.norm1 = _norm(in_channels, norm_groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
+        self.norm2 = _norm(out_channels, norm_groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
@@ -38,9 +38,9 @@ class VilaUDecoderResBlock(GradientCheckpointingLayer):
 class VilaUDecoderAttention(nn.Module):
     """Attention between all pixels, with one head as wide as the features."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, norm_groups: int):
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = _norm(channels, norm_groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -69,11 +69,11 @@ class VilaUDecoderUpsample(nn.Module):
 class VilaUDecoderMiddle(nn.Module):
     """Block, attention, block at the coarsest resolution."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, norm_groups: int):
         super().__init__()
-        self.block_1 = VilaUDecoderResBlock(channels, channels)
-        self.attn_1 = VilaUDecoderAttention(channels)
-        self.block_2 = VilaUDecoderResBlock(channels, channels)
+        self.block_1 = VilaUDecoderResBlock(channels, channels, norm_groups)
+        self.attn_1 = VilaUDecoderAttention(channels, norm_groups)
+        self.block_2 = VilaUDecoderResBlock(channels, channels, norm_groups)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, C, H, W]` to the same."""
@@ -83,11 +83,13 @@ class VilaUDecoderMiddle(nn.Module):
 class VilaUDecoderLevel(nn.Module):
     """The blocks of one resolution, each with attention after it or none; then the step to the next, if any."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, upsample: bool):
+    def __init__(
+        self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, upsample: bool, norm_groups: int
+    ):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(VilaUDecoderResBlock(*pair) for pair in pairwise(widths))
-        self.attn = nn.ModuleList(VilaUDecoderAttention(out_channels) for _ in self.block if attention)
+        self.block = nn.ModuleList(VilaUDecoderResBlock(*pair, norm_groups) for pair in pairwise(widths))
+        self.attn = nn.ModuleList(VilaUDecoderAttention(out_channels, norm_groups) for _ in self.block if attention)
         self.upsample = VilaUDecoderUpsample(out_channels) if upsample else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -107,7 +109,7 @@ class VilaUPixelDecoder(nn.Module):
         channels = [config.decoder_base_channels * multiplier for multiplier in config.decoder_channel_multipliers]
         coarsest = len(channels) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
-        self.mid = VilaUDecoderMiddle(channels[-1])
+        self.mid = VilaUDecoderMiddle(channels[-1], config.decoder_norm_groups)
         self.up = nn.ModuleList(
             VilaUDecoderLevel(
                 in_channels=channels[min(level + 1, coarsest)],
@@ -115,10 +117,11 @@ class VilaUPixelDecoder(nn.Module):
                 num_blocks=config.decoder_num_res_blocks + 1,
                 attention=level == coarsest,
                 upsample=level > 0,
+                norm_groups=config.decoder_norm_groups,
             )
             for level in range(len(channels))
         )
-        self.norm_out = _norm(channels[0])
+        self.norm_out = _norm(channels[0], config.decoder_norm_groups)
         self.conv_out = nn.Conv2d(channels[0], config.num_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
