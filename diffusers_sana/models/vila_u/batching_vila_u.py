@@ -1,9 +1,10 @@
 """Prompts as the generation loop of VILA-U wants them, and what keeps its placeholder from transformers' own loops.
 
-Legend: B prompts, N samples (some of each prompt), P prompt length, K codebook entries.
+Legend: B prompts, N samples (some of each prompt), P prompt length, K codebook entries, T cells of a picture.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,6 +51,30 @@ def scales_of_samples(guidance_scale: float | Sequence[float] | Tensor, prompts:
             f"{list(scales.shape)}"
         )
     return scales.expand(prompts).repeat_interleave(samples_of_each)
+
+
+def scales_of_cells(scales: Tensor, interval: Sequence[float], pictures: int, cells: int) -> Tensor:
+    """Guidance scales `[pictures * T, N, 1]` from those of the samples `[N]`: the same, and 1 outside the interval.
+
+    Args:
+        scales: of the samples.
+        interval: where a picture is guided: from which to which share of its T cells.
+        pictures: how many, one after the other.
+        cells: T.
+
+    Raises:
+        ValueError: no interval of [0, 1].
+    """
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(f"`guidance_interval` must be (start, end) with 0 <= start < end <= 1, but is {interval}")
+    places = torch.arange(cells) / cells
+    is_guided = (places >= interval[0]) & (places < interval[1])
+    return torch.where(is_guided[:, None, None], scales[:, None], 1.0).repeat(pictures, 1, 1)
+
+
+def twice(features: Any) -> Any:
+    """Features of pictures for guidance whose unconditional prompts have the same pictures."""
+    return replace(features, pooler_output=features.pooler_output.repeat(2, 1, 1))
 
 
 def rows_of_samples(

@@ -9,22 +9,23 @@ codes a cell, K codebook entries, H width of the language model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
-from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers.generation import CompileConfig, GenerateDecoderOnlyOutput, GenerationConfig, GenerationMixin
 from transformers.utils import logging
 
 from diffusers_sana.models.vila_u.batching_vila_u import (
     LogitsProcessorsWithoutPlaceholder,
     cache_for,
     rows_of_samples,
+    scales_of_cells,
     scales_of_samples,
     stack_rows,
+    twice,
 )
 from diffusers_sana.models.vila_u.depth_vila_u import VilaUDepthCache
 from diffusers_sana.models.vila_u.sampling_vila_u import CodeNoise, VisualSampling, guide, visual_option
@@ -58,15 +59,16 @@ class VilaUGenerationMixin(GenerationMixin):
         Args:
             inputs: `[B, P]`, the same as `input_ids`; prompts, padded on the left.
             generation_config: for text as in transformers. For pictures, its entries `visual_guidance_scale`,
-                `visual_do_sample`, `visual_temperature`, `visual_top_k` and `visual_top_p` are the defaults of the
-                arguments without "visual_"; the entries for text say nothing about pictures.
+                `visual_guidance_interval`, `visual_do_sample`, `visual_temperature`, `visual_top_k` and `visual_top_p`
+                are the defaults of the arguments without "visual_"; the other entries say nothing about pictures.
             generation_mode: "text", "image" or "video".
             image_codes: `[n, T, D]`, codes of the pictures in the prompts, in place of `pixel_values`.
-            kwargs: for "text", those of `transformers.GenerationMixin.generate`; else those of `generate_codes`.
+            kwargs: for "text", those of `transformers.GenerationMixin.generate`; else those of `generate_codes`, for
+                "video" `num_frames`, and `return_dict_in_generate`.
 
         Returns:
             For "text", what transformers returns. For "image" codes `[N, T, D]`, for "video" `[N, F, T, D]`, which
-            `decode_image_tokens` turns into pixels.
+            `decode_image_tokens` turns into pixels; with `return_dict_in_generate` they are its `sequences`.
 
         Raises:
             ValueError: an unknown mode, or see `generate_codes`.
@@ -83,14 +85,15 @@ class VilaUGenerationMixin(GenerationMixin):
             kwargs["input_ids"] = inputs
         kwargs.pop("max_new_tokens", None)  # the grid decides, and the pipeline "any-to-any" always passes it
         frames = kwargs.pop("num_frames", None)
-        if generation_mode == "image":
-            if frames is not None:
-                raise ValueError('`num_frames` is for generation_mode="video"')
-            return self.generate_codes(1, generation_config=generation_config, **kwargs)[:, 0]
-        frames = self.config.num_video_frames if frames is None else frames
-        return self.generate_codes(frames, generation_config=generation_config, **kwargs)
+        if generation_mode == "image" and frames is not None:
+            raise ValueError('`num_frames` is for generation_mode="video"')
+        frames = (1 if generation_mode == "image" else self.config.num_video_frames) if frames is None else frames
+        is_dict = kwargs.pop("return_dict_in_generate", False)
+        codes: Any = self.generate_codes(frames, generation_config=generation_config, **kwargs)
+        codes = codes[:, 0] if generation_mode == "image" else codes
+        return GenerateDecoderOnlyOutput(sequences=codes) if is_dict else codes
 
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorsWithoutPlaceholder:
         return LogitsProcessorsWithoutPlaceholder(
             super()._get_logits_processor(*args, **kwargs), self.config.image_token_id, self._pad
         )
@@ -111,6 +114,7 @@ class VilaUGenerationMixin(GenerationMixin):
         mm_encoder_outputs: dict[str, Any] | None = None,
         generation_config: GenerationConfig | None = None,
         guidance_scale: float | Sequence[float] | Tensor | None = None,
+        guidance_interval: Sequence[float] | None = None,
         do_sample: bool | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -134,6 +138,7 @@ class VilaUGenerationMixin(GenerationMixin):
             pixel_values: `[n, 3, H, W]`, pictures in the prompts.
             mm_encoder_outputs: the same as `get_image_features` returns it, {"image": ...}.
             guidance_scale: one, or one for each prompt: 1 for none. Default 3.
+            guidance_interval: from which to which share of its cells a picture is guided. Default (0, 1), all.
             do_sample, temperature, top_k, top_p: see `VisualSampling`; for their defaults also `generate`.
             num_return_sequences: samples of each prompt, beside each other in the result.
             generator: None, one, or one for each sample. With the latter a sample's noise does not depend on which
@@ -158,27 +163,26 @@ class VilaUGenerationMixin(GenerationMixin):
             configs, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p
         )
         guidance_scale = visual_option("guidance_scale", guidance_scale, configs, GUIDANCE_SCALE)
+        interval = visual_option("guidance_interval", guidance_interval, configs, (0, 1))
+        vision, depth = self.config.vision_config, self.config.depth_config
         scales = scales_of_samples(guidance_scale, len(input_ids), num_return_sequences)
+        scales_by_cell = scales_of_cells(scales, interval, num_pictures, vision.num_image_tokens)
+        pad, samples = self._pad, len(scales)
         if pixel_values is not None:
             mm_encoder_outputs = {"image": self.get_image_features(pixel_values, return_dict=True)}
         if mm_encoder_outputs and num_return_sequences > 1:
             mm_encoder_outputs = self._expand_multimodal_outputs(input_ids, mm_encoder_outputs, num_return_sequences)  # type: ignore[arg-type]
-        ids, mask = rows_of_samples("input_ids", input_ids, attention_mask, self._pad, len(scales))
-        is_guided = bool((scales != 1).any())
+        ids, mask = rows_of_samples("input_ids", input_ids, attention_mask, pad, samples)
+        is_guided = bool((scales_by_cell != 1).any())
         if is_guided:
-            others = rows_of_samples(
-                "negative_input_ids", negative_input_ids, negative_attention_mask, self._pad, len(scales)
-            )
+            others = rows_of_samples("negative_input_ids", negative_input_ids, negative_attention_mask, pad, samples)
             if mm_encoder_outputs and self.model.is_placeholder(others[0]).any():
-                mm_encoder_outputs = {"image": _twice(mm_encoder_outputs["image"])}
-            ids, mask = stack_rows(ids, others[0], self._pad), stack_rows(mask, others[1], 0)
+                mm_encoder_outputs = {"image": twice(mm_encoder_outputs["image"])}
+            ids, mask = stack_rows(ids, others[0], pad), stack_rows(mask, others[1], 0)
 
-        cells = num_pictures * self.config.vision_config.num_image_tokens
+        cells = len(scales_by_cell)
         cache = cache_for(past_key_values, cache_implementation, self.config, ids.shape[1] + cells - 1)
-        vision, depth = self.config.vision_config, self.config.depth_config
-        noise = CodeNoise(
-            generator, (len(scales), vision.grid_size, depth.num_codebooks, depth.codebook_size), ids.device
-        )
+        noise = CodeNoise(generator, (samples, vision.grid_size, depth.num_codebooks, depth.codebook_size), ids.device)
         written = self._write_cells(
             ids,
             mask,
@@ -186,11 +190,11 @@ class VilaUGenerationMixin(GenerationMixin):
             mm_encoder_outputs=mm_encoder_outputs,
             cache=cache,
             noise=noise if sampling.do_sample else None,
-            scales=scales[:, None].to(ids.device) if is_guided else None,
+            scales_by_cell=scales_by_cell.to(ids.device) if is_guided else None,
             sampling=sampling,
             compile_config=compile_config,
         )
-        codes = ids.new_empty(len(scales), cells, depth.num_codebooks)
+        codes = ids.new_empty(samples, cells, depth.num_codebooks)
         for cell, of_cell in enumerate(logging.tqdm(written, total=cells, disable=not progress_bar)):
             codes[:, cell] = of_cell
             if callback_on_cell is not None:
@@ -205,7 +209,7 @@ class VilaUGenerationMixin(GenerationMixin):
         mm_encoder_outputs: dict[str, Any] | None,
         cache: Cache,
         noise: CodeNoise | None,
-        scales: Tensor | None,
+        scales_by_cell: Tensor | None,
         sampling: VisualSampling,
         compile_config: CompileConfig | None,
     ) -> Iterator[Tensor]:
@@ -227,6 +231,7 @@ class VilaUGenerationMixin(GenerationMixin):
             if noise is not None and cell % row == 0:
                 row_noise = noise.draw()
             cell_noise = None if noise is None else row_noise[:, cell % row]
+            scales = None if scales_by_cell is None else scales_by_cell[cell]
             if cell == 0:
                 codes, inputs = self.write_cell(hidden_states, cell_noise, scales, sampling)
             else:
@@ -293,7 +298,3 @@ class VilaUGenerationMixin(GenerationMixin):
             return codes.clone(), inputs.clone()  # the next run of a CUDA graph writes over them
 
         return run
-
-
-def _twice(features: Any) -> Any:
-    return replace(features, pooler_output=features.pooler_output.repeat(2, 1, 1))

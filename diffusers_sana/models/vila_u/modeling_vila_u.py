@@ -257,6 +257,7 @@ class VilaUForConditionalGeneration(VilaUPreTrainedModel, VilaUGenerationMixin):
         self.model = VilaUModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.depth_transformer = VilaUDepthTransformer._from_config(config.depth_config)
+        self.add_model_tags(["vila-u", "diffusers_sana"])  # on the Hub, `push_to_hub` says whose model it is
         self.post_init()
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> VilaUImageFeatures:

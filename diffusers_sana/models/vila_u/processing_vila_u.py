@@ -175,7 +175,7 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
         if not (is_text and kwargs.get("tokenize") and kwargs.get("return_dict")):
             raise ValueError("`output_labels` needs `tokenize=True, return_dict=True` and no `generation_mode`.")
         has_mask = kwargs.pop("return_assistant_tokens_mask", False)
-        batch = super().apply_chat_template(
+        batch: Any = super().apply_chat_template(
             conversation, chat_template, processor_kwargs=options, return_assistant_tokens_mask=True, **kwargs
         )
         masks = batch["assistant_masks"] if has_mask else batch.pop("assistant_masks")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import GenerationConfig
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from tests.models.vila_u.tiny import CELLS, CODES, DEPTH, GREEDY, NEGATIVE, PROMPTS, prompt, shared_model
 
@@ -22,6 +23,10 @@ def test_defaults_come_from_the_generation_config():
     config = GenerationConfig(visual_do_sample=False, visual_guidance_scale=5.0, do_sample=True, temperature=0.1)
     gold = model.generate(**row, **GREEDY, guidance_scale=5.0)
     assert torch.equal(model.generate(**row, generation_mode="image", generation_config=config), gold)
+    part = GenerationConfig(visual_guidance_interval=[0.5, 1.0])
+    halves = [model.generate(**row, **GREEDY, **option) for option in ({"generation_config": part}, {})]
+    assert torch.equal(halves[0], model.generate(**row, **GREEDY, guidance_interval=(0.5, 1)))
+    assert not torch.equal(*halves)
     before = model.generation_config
     try:
         model.generation_config = config
@@ -39,6 +44,10 @@ ERRORS = [
     ({"num_frames": 2}, "`num_frames` is for"),
     ({"negative_input_ids": None}, "guidance needs `negative_input_ids`"),
     ({"guidance_scale": [1.0, 2.0, 3.0]}, "`guidance_scale` must be a number or one for each of 2 prompts"),
+    *(
+        ({"guidance_interval": interval}, "`guidance_interval` must be .* but is")
+        for interval in ((0.5, 0.5), (-0.1, 1), (0, 1.1), (0.5,))
+    ),
     ({"generator": [torch.Generator()]}, "`generator` must be one for each of 2 samples, but is 1"),
     ({"num_return_sequences": 0}, "must be 1 or more, but are 1 and 0"),
     ({"cache_implementation": "none"}, "`cache_implementation` must be"),
@@ -54,6 +63,19 @@ ERRORS = [
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         shared_model().generate(**(prompt(*PROMPTS) | {"generation_mode": "image"} | options))
+
+
+def test_output_as_in_transformers():
+    model = shared_model()
+    row = prompt(PROMPTS[0])
+    codes = model.generate(**row, **GREEDY)
+    outputs = model.generate(**row, **GREEDY, return_dict_in_generate=True)
+    assert isinstance(outputs, GenerateDecoderOnlyOutput)
+    assert torch.equal(outputs.sequences, codes)
+    assert set(outputs) == {"sequences"}
+    assert model.generate(**row, **GREEDY, return_dict_in_generate=False).equal(codes)
+    video = {"generation_mode": "video", "num_frames": 1, "do_sample": False}
+    assert torch.equal(model.generate(**row, **video, return_dict_in_generate=True).sequences[:, 0], codes)
 
 
 def test_leading_pads_without_a_mask():

@@ -27,15 +27,18 @@ from tests.models.vila_u.tiny import (
 
 
 @torch.no_grad()
-def literal(model, row: list[int], negative: list[int], scale: float, cells: int, choose) -> torch.Tensor:
-    """One sample without any cache, padding or batch; `choose` gets logits `[K]`, the cell and the depth."""
+def literal(model, row: list[int], negative: list[int], scale: float | list, cells: int, choose) -> torch.Tensor:
+    """One sample without any cache, padding or batch; `choose` gets logits `[K]`, the cell and the depth.
+
+    The scale is one, or one for each cell.
+    """
     tower, states = model.model.vision_tower, {}
     embeds = {name: model.get_input_embeddings()(torch.tensor([r])) for name, r in (("yes", row), ("no", negative))}
     written = []
     for cell in range(cells):
         for name in embeds:
             states[name] = model.model(inputs_embeds=embeds[name]).last_hidden_state[:, -1]
-        codes = []
+        codes, of_cell = [], scale[cell] if isinstance(scale, list) else scale
         for depth in range(DEPTH):
             known = codes + [0] * (DEPTH - len(codes))  # what comes later is not looked at
             entries = tower.embed_code(torch.tensor([known]))
@@ -43,7 +46,7 @@ def literal(model, row: list[int], negative: list[int], scale: float, cells: int
                 name: model.depth_transformer.head(model.depth_transformer(state, entries).last_hidden_state[0, depth])
                 for name, state in states.items()
             }
-            codes.append(int(choose(logits["no"] + scale * (logits["yes"] - logits["no"]), cell, depth)))
+            codes.append(int(choose(logits["no"] + of_cell * (logits["yes"] - logits["no"]), cell, depth)))
         written.append(codes)
         read = model.model.project(tower.embed_code(torch.tensor(codes)).sum(0))[None, None]
         embeds = {name: torch.cat([embed, read], 1) for name, embed in embeds.items()}
@@ -145,6 +148,24 @@ def test_without_guidance_the_second_half_does_not_run():
     hook.remove()
     assert unguided == [2] * CELLS * DEPTH
     assert rows == [4] * CELLS * DEPTH
+
+
+def test_guided_in_an_interval_only():
+    """Of every picture; outside, the model is the conditional one, and where no cell is inside it runs alone."""
+    model = shared_model()
+    scales = [3.0 if 4 <= cell < 8 else 1.0 for cell in range(CELLS)]
+    codes = model.generate(**prompt(*PROMPTS), **GREEDY, guidance_interval=(0.25, 0.5))
+    for row, of_row in zip(PROMPTS, codes, strict=True):
+        assert torch.equal(of_row, literal(model, row, NEGATIVE, scales, CELLS, greedy))
+    frames = model.generate(
+        **prompt(PROMPTS[0]), **GREEDY | {"generation_mode": "video"}, guidance_interval=[0.25, 0.5]
+    )
+    assert torch.equal(frames[0].flatten(0, 1), literal(model, PROMPTS[0], NEGATIVE, 2 * scales, 2 * CELLS, greedy))
+    everywhere = model.generate(**prompt(*PROMPTS), **GREEDY, guidance_interval=(0, 1))
+    assert torch.equal(everywhere, model.generate(**prompt(*PROMPTS), **GREEDY))
+    assert not torch.equal(everywhere, codes)
+    nowhere = model.generate(**prompt(*PROMPTS, negative=None), **GREEDY, guidance_interval=(0.01, 0.02))
+    assert torch.equal(nowhere, model.generate(**prompt(*PROMPTS, negative=None), **GREEDY, guidance_scale=1.0))
 
 
 def test_negative_prompts_for_each_row():

@@ -1,0 +1,95 @@
+"""What people do with any model of transformers: compile, resize, write after embeddings, checkpoint, tag."""
+
+import pytest
+import torch
+from torch._dynamo.backends.debugging import aot_eager
+from transformers import AutoModelForMultimodalLM, DynamicCache
+
+from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGeneration
+from tests.models.vila_u.tiny import (
+    BOS,
+    CELLS,
+    CODES,
+    DEPTH,
+    GREEDY,
+    IMAGE,
+    IMAGE_END,
+    IMAGE_START,
+    PROMPTS,
+    VOCABULARY,
+    ids,
+    prompt,
+    shared_model,
+    tiny_config,
+    tiny_model,
+    tiny_text_config,
+)
+
+
+ROWS = [BOS, *[IMAGE] * CELLS, 8], [BOS, 9, IMAGE_START, *[IMAGE] * CELLS, IMAGE_END, 10]
+
+
+def batch() -> dict[str, torch.Tensor]:
+    input_ids, mask = ids(*ROWS)
+    codes = torch.randint(CODES, (2, CELLS, DEPTH), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": input_ids, "attention_mask": mask, "image_codes": codes}
+
+
+@torch.no_grad()
+def test_compiles_to_one_graph():
+    model, graphs = tiny_model(text_config=tiny_text_config(num_hidden_layers=1)), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    compiled = torch.compile(model.forward, fullgraph=True, backend=backend)
+    assert compiled(**batch(), use_cache=False).logits.equal(model(**batch(), use_cache=False).logits)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_resized_and_saved(tied, tmp_path):
+    model = tiny_model(tie_word_embeddings=tied)
+    model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    read = AutoModelForMultimodalLM.from_pretrained(tmp_path)
+    assert (read.lm_head.weight is read.get_input_embeddings().weight) == tied
+    with torch.no_grad():
+        logits = read(**batch()).logits
+        assert logits.shape[-1] == read.config.text_config.vocab_size == VOCABULARY + 8
+        assert logits.equal(model(**batch()).logits)
+    assert read.generate(**prompt(*PROMPTS), **GREEDY).equal(model.generate(**prompt(*PROMPTS), **GREEDY))
+
+
+def test_text_after_embeddings():
+    model, inputs = shared_model(), batch()
+    new = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    gold = model.generate(**inputs, **new)[:, -6:]
+    features = model.get_image_features(image_codes=inputs["image_codes"])
+    embeds = model.model.embed(inputs["input_ids"], features.pooler_output)
+    assert model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **new).equal(gold)
+
+
+@torch.no_grad()
+def test_a_cache_by_default_unless_there_are_labels():
+    model = shared_model()
+    assert isinstance(model(**batch()).past_key_values, DynamicCache)
+    assert model(**batch(), use_cache=False).past_key_values is None
+    assert model(**batch(), labels=batch()["input_ids"]).past_key_values is None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_of_either_kind_reaches_every_weight(reentrant):
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model(**batch(), labels=batch()["input_ids"]).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_tags_are_of_one_model():
+    """What `push_to_hub` writes into the card; tags that it is given belong to that model alone."""
+    first, second = (VilaUForConditionalGeneration(tiny_config()) for _ in range(2))
+    first.add_model_tags("cats")
+    assert first.model_tags == ["vila-u", "diffusers_sana", "cats"]
+    assert second.model_tags == ["vila-u", "diffusers_sana"]
