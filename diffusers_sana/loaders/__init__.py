@@ -5,4 +5,5 @@
 
 VILA-U: `vila_u_official.py` and `vila_u_export.py` are what a user calls; `vila_u_names.py` knows the names,
 `vila_u_config.py` the configs, `weight_files.py` how to read and write tensors one by one.
+`vila_u_hub.py` makes a folder of ours a repository of the Hub.
 """
