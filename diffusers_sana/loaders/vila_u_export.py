@@ -11,6 +11,9 @@ from diffusers_sana.loaders.weight_files import MAX_SHARD_BYTES, WeightFiles, wr
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 
 
+OFFICIAL_NORM_GROUPS = 32  # written into the official decoder
+
+
 def export_official(
     folder: str | Path, target: str | Path, like: str | Path | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[str]:
@@ -28,7 +31,7 @@ def export_official(
         not use them; it makes them up at random.
 
     Raises:
-        ValueError: no small files, a weight that is missing or has no place in the official checkpoint.
+        ValueError: a decoder that the official code cannot build, no small files, a weight that is missing or has no place in the official checkpoint.
         FileExistsError: `target` has files.
     """
     folder, target = Path(folder), Path(target)
@@ -38,6 +41,11 @@ def export_official(
     ours, config = WeightFiles(folder), VilaUConfig.from_pretrained(folder)
     rest = WeightFiles(small, REST) if (small / REST).is_file() else None
     vision = config.vision_config
+    if vision.decoder_norm_groups != OFFICIAL_NORM_GROUPS:
+        raise ValueError(
+            f"`decoder_norm_groups` must be {OFFICIAL_NORM_GROUPS}, the only number the official code knows, but is "
+            f"{vision.decoder_norm_groups} in {folder}."
+        )
     weights = list(official_weights(full_shapes(config), vision.num_hidden_layers, vision.num_codebooks))
     unknown = ours.shapes.keys() - {weight.name for weight in weights}
     if unknown:
