@@ -276,7 +276,7 @@ class TestRefused:
             export_official(tmp_path / "ours", tmp_path / "again")
 
     def test_export_of_a_decoder_that_the_official_code_cannot_build(self, official, tmp_path):
-        convert_official(official, tmp_path / "ours")
+        convert_official(official, tmp_path / "ours", **TOLD)
         file = tmp_path / "ours" / "config.json"
         file.write_text(file.read_text().replace('"decoder_norm_groups": 32', '"decoder_norm_groups": 8'))
         with pytest.raises(ValueError, match="`decoder_norm_groups` must be 32"):
