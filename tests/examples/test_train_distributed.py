@@ -7,32 +7,85 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 
-from examples.train_dc_ae import DCAETrainingConfig, train
+from diffusers_sana import VilaUForConditionalGeneration
+from diffusers_sana.training.chats import ChatCollator
+from examples import train_dc_ae, train_vila_u
+from tests.models.vila_u.tiny import CELLS, CODES, DEPTH, tiny_config
+from tests.models.vila_u.tiny_processor import tiny_processor
 from tests.training.tiny import smooth_images, tiny_autoencoder
 
 
 ROOT = Path(__file__).parents[2]
-WEIGHTS = "model/diffusion_pytorch_model.safetensors"
 
 
-def run(folder, process_index, num_processes):
+def new_autoencoder():
+    torch.manual_seed(0)
+    return tiny_autoencoder()
+
+
+def new_vila_u():
+    torch.manual_seed(0)
+    config = tiny_config()
+    config.depth_config.dropout = 0.0  # drawn in each process
+    return VilaUForConditionalGeneration(config)
+
+
+def train_autoencoder(folder, process_index, num_processes):
     """Two steps on eight images each, of which this process sees its share."""
 
     def batches(start):
         for step in range(start, 2):
             yield {"pixel_values": smooth_images(8, 32, seed=step).chunk(num_processes)[process_index]}
 
-    torch.manual_seed(0)
-    config = DCAETrainingConfig(output_dir=str(folder), max_steps=2, log_every=1, phase=3, discriminator_channels=8)
-    train(config, batches, tiny_autoencoder())
+    config = train_dc_ae.DCAETrainingConfig(
+        output_dir=str(folder), max_steps=2, log_every=1, phase=3, discriminator_channels=8
+    )
+    train_dc_ae.train(config, batches, new_autoencoder())
 
 
-def test_two_processes_equal_one(tmp_path):
-    run(tmp_path / "one", 0, 1)
+def train_model(folder, process_index, num_processes):
+    """Two steps on four chats each, half of which draw and half answer; each process sees as many of both."""
+    processor = tiny_processor()
+    collate = ChatCollator(processor)
+
+    def batches(start):
+        for step in range(start, 2):
+            codes = torch.randint(CODES, (4, CELLS, DEPTH), generator=torch.Generator().manual_seed(step))
+            shown = [[{"type": "image", "image": picture}] for picture in codes]
+            chats = [
+                [{"role": "user", "content": "a"}, {"role": "assistant", "content": shown[i]}]
+                if i < 2
+                else [{"role": "user", "content": shown[i]}, {"role": "assistant", "content": "cat"}]
+                for i in (0, 2, 1, 3)
+            ]
+            share = len(chats) // num_processes
+            yield collate(chats[process_index * share :][:share])
+
+    config = train_vila_u.VilaUTrainingConfig(output_dir=str(folder), max_steps=2, log_every=1, lr_schedule="constant")
+    train_vila_u.train(config, batches, new_vila_u(), processor)
+
+
+# What trains, how it starts, its file of weights, and one of them that must change.
+CASES = {
+    "train_dc_ae": (
+        train_autoencoder,
+        new_autoencoder,
+        "model/diffusion_pytorch_model.safetensors",
+        "decoder.conv_out.conv.weight",
+    ),
+    "train_vila_u": (train_model, new_vila_u, "model/model.safetensors", "depth_transformer.head.weight"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(tmp_path, case):
+    train, new_model, weights, changed = CASES[case]
+    train(tmp_path / "one", 0, 1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -40,17 +93,15 @@ def test_two_processes_equal_one(tmp_path):
     for rank in ("0", "1"):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
         environment |= {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, __file__, str(tmp_path / "two")]
+        command = [sys.executable, __file__, case, str(tmp_path / "two")]
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     for process in processes:
         _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
-    one, two = (load_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
-    torch.manual_seed(0)
-    start = tiny_autoencoder().state_dict()
+    one, two = (load_file(tmp_path / name / weights) for name in ("one", "two"))
     for name in one:
-        assert torch.allclose(one[name], two[name], atol=1e-6)
-    assert not torch.equal(one["decoder.conv_out.conv.weight"], start["decoder.conv_out.conv.weight"])
+        assert torch.allclose(one[name], two[name], atol=1e-6), name
+    assert not torch.equal(one[changed], new_model().state_dict()[changed])
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert len(logs[0]) == len(logs[1]) == 2  # only the main process writes
     for row, other in zip(*logs, strict=True):
@@ -59,4 +110,4 @@ def test_two_processes_equal_one(tmp_path):
 
 if __name__ == "__main__":
     state = PartialState(cpu=True)
-    run(Path(sys.argv[1]), state.process_index, state.num_processes)
+    CASES[sys.argv[1]][0](Path(sys.argv[2]), state.process_index, state.num_processes)

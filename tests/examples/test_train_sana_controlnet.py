@@ -1,0 +1,164 @@
+"""Training a ControlNet at tiny size: on cached latents, on folders, resumed, and for the emoji checkpoint."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_sana import SanaControlNetModel, SanaPipeline
+from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.training.edges import sobel_edges
+from examples.train_emoji import controlnet as emoji
+from examples.train_emoji.data import EmojiScenes
+from examples.train_sana_controlnet import ControlNetTrainingConfig, main, train
+from tests.training.tiny import (
+    image_batches,
+    tiny_autoencoder,
+    tiny_pipeline,
+    tiny_text_encoder,
+    tiny_tokenizer,
+    tiny_transformer,
+    write_image_folder,
+)
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def make_config(folder, **changes):
+    settings = {"output_dir": str(folder), "max_steps": 3, "log_every": 1, "warmup_steps": 0, "sample_steps": 2}
+    return ControlNetTrainingConfig(**settings | {"max_sequence_length": 32, "caption_dropout": 0.5} | changes)
+
+
+def latent_batch():
+    """Cached latents and text vectors; what is to be drawn is in the control latents."""
+    latents = torch.randn(4, 4, 4, 4)
+    text = {"prompt_embeds": torch.randn(4, 6, 16), "prompt_attention_mask": torch.ones(4, 6, dtype=torch.long)}
+    return {"latents": latents, "control_latents": -latents, **text}
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("wiring", ["diffusers", "nvlabs"])
+def test_learns_and_leaves_the_transformer_alone(tmp_path, wiring):
+    transformer = tiny_transformer()
+    before = {name: value.clone() for name, value in transformer.state_dict().items()}
+    model = SanaControlNetModel.from_transformer(transformer, num_layers=1, wiring=wiring)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    config = make_config(tmp_path, max_steps=60, learning_rate=2e-2, caption_dropout=0.0)
+    train(config, [latent_batch()], model, transformer)
+    losses = [row["loss"] for row in read_log(tmp_path)]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert all(torch.equal(value, before[name]) for name, value in transformer.state_dict().items())
+    saved = SanaControlNetModel.from_pretrained(tmp_path / "model")
+    assert saved.config["wiring"] == wiring
+    assert all(not torch.equal(value, start[name]) for name, value in saved.state_dict().items() if "to_k" in name)
+    assert not (tmp_path / "samples").exists()  # which need an autoencoder
+
+
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    transformer, vae, text_encoder = tiny_transformer(), tiny_autoencoder(), tiny_text_encoder()
+    start = SanaControlNetModel.from_transformer(transformer, num_layers=1).state_dict()
+
+    def run(folder, resume=False, stop_at=None):
+        model = SanaControlNetModel.from_transformer(transformer, num_layers=1)
+
+        def batches(begin):
+            for number, batch in enumerate(image_batches(begin), begin):
+                if number == stop_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch | {"control_image": sobel_edges(batch["pixel_values"])}
+
+        config = make_config(folder, max_steps=4, ema_decay=0.9, resume=resume, learning_rate=1e-2)
+        train(config, batches, model, transformer, text_encoder, tiny_tokenizer(), vae)
+        return load_file(folder / "model" / WEIGHTS)
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", stop_at=1)
+    assert len(read_log(tmp_path / "parts")) == 2
+    resumed = run(tmp_path / "parts", resume=True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert any(not torch.equal(whole[name], start[name]) for name in whole)
+    assert list((tmp_path / "whole" / "samples").glob("*.png"))
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    transformer, batch, results = tiny_transformer(), latent_batch(), []
+    for checkpointing in (False, True):
+        model = SanaControlNetModel.from_transformer(transformer, num_layers=1)
+        folder = tmp_path / str(checkpointing)
+        train(make_config(folder, gradient_checkpointing=checkpointing), [batch], model, transformer)
+        results.append(load_file(folder / "model" / WEIGHTS))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_says_which_part_a_batch_needs(tmp_path):
+    transformer, batch = tiny_transformer(), latent_batch()
+    model = SanaControlNetModel.from_transformer(transformer, num_layers=1)
+    image = {"control_image": torch.zeros(4, 3, 16, 16)}
+    for changed, match in (
+        ({"latents": batch["latents"], "control_latents": batch["latents"], "text": ["a"] * 4}, "`text_encoder`"),
+        ({name: value for name, value in batch.items() if name != "control_latents"} | image, "`control_latents`"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            train(make_config(tmp_path), [changed], model, transformer)
+
+
+@pytest.mark.parametrize("control", ["edges", "folder"])
+def test_main(tmp_path, control):
+    write_image_folder(tmp_path / "data", [(40, 40), (40, 40), (40, 90)])
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    arguments = ["--data", str(tmp_path / "data"), "--pretrained", str(tmp_path / "pipeline"), "--num_layers", "1"]
+    arguments += ["--batch_size", "2", "--num_workers", "0", "--resolution", "32", "--max_steps", "2"]
+    arguments += ["--sample_steps", "1", "--log_every", "1", "--max_sequence_length", "32"]
+    arguments += ["--output_dir", str(tmp_path / "out")]
+    if control == "folder":
+        arguments += ["--control_data", str(tmp_path / "control")]
+        with pytest.raises(ValueError, match="`control_data` must have a control image for each"):
+            main(arguments)
+        (tmp_path / "control").mkdir()
+        for path in (tmp_path / "data").glob("*.png"):
+            Image.open(path).convert("L").save(tmp_path / "control" / path.name)
+    main(arguments)
+    model = SanaControlNetModel.from_pretrained(tmp_path / "out" / "model")
+    assert model.config["num_layers"] == 1
+    assert any(parameter.any() for parameter in model.controlnet_blocks.parameters())
+    with pytest.raises(ValueError, match="`pretrained` must be a SanaPipeline"):
+        main(arguments[:2])
+
+
+def test_sobel_edges():
+    picture = torch.full((1, 3, 6, 8), -1.0)
+    picture[:, 0, :, 4:] = 1  # red on the right
+    edges = sobel_edges(picture)
+    assert edges.shape == picture.shape
+    expected = torch.full((6, 8), -1.0)
+    expected[:, 3:5] = 1
+    assert torch.allclose(edges[0, 2], expected, atol=1e-5)
+    assert torch.allclose(sobel_edges(picture.transpose(2, 3)), edges.transpose(2, 3))
+    assert torch.equal(sobel_edges(torch.zeros(1, 3, 4, 4)), torch.full((1, 3, 4, 4), -1.0))  # also at the border
+
+
+def test_emoji_batches_and_training(art, tmp_path):
+    """The bundled checkpoint itself, for a few steps, and the judge's report."""
+    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    scenes = emoji.EdgeScenes(EmojiScenes(art, 128, seed=4), pipe.vae, size=4, renewed=1)
+    batch = next(scenes.batches(2))
+    assert batch["latents"].shape == batch["control_latents"].shape == (2, 32, 4, 4)
+    assert not torch.allclose(batch["latents"], batch["control_latents"], atol=0.1)
+    folder = emoji.train(art, pipe, tmp_path, minutes=0.01, batch_size=8, store=8)
+    model = SanaControlNetModel.from_pretrained(folder)
+    report = emoji.judge(pipe, model, art, tmp_path, count=2, steps=2)
+    figures = report["mean_cosine_of_edges"]
+    assert figures.keys() == {"prompt_alone", "with_edges"}
+    assert all(0 < value < 1 for value in figures.values())
+    assert json.loads(Path(tmp_path / "evaluation.json").read_text()) == report
+    assert Image.open(tmp_path / "held_out.png").size == (2 * 128, 3 * 128)
