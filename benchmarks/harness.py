@@ -35,17 +35,22 @@ def alternate(functions: dict[str, Callable[[], Any]], rounds: int, warmup: int 
     return {name: statistics.median(times) for name, times in alternating_times(functions, rounds, warmup).items()}
 
 
-def alternating_times(functions: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call, `rounds` a function, after `warmup` untimed rounds."""
+def alternating_times(
+    functions: dict[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each call by `clock`, `rounds` a function, after `warmup` untimed rounds."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(warmup + rounds):
         for name, function in functions.items():
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             function()
             synchronize()
             if i >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 
@@ -58,6 +63,13 @@ def summary(times: dict[str, list[float]], baseline: str) -> dict[str, Any]:
         "speedup": statistics.median(ratios),
         "speedup_range": [ratios[0], ratios[-1]],
     }
+
+
+def copy_bandwidth(device: str, elements: int = 2**30) -> float:
+    """Bytes a second of a copy of bf16 elements, read and written: what a roofline is drawn with."""
+    x = torch.empty(elements, dtype=torch.bfloat16, device=device)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / alternate({"copy": lambda: y.copy_(x)}, rounds=10, warmup=3)["copy"]
 
 
 def device_name() -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffusers_sana.quantizers.svdquant.calibrate import collect_statistics
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.linear import SVDQuantLayer
-from diffusers_sana.quantizers.svdquant.quantize_model import decompose_layers, quantize_layers
+from diffusers_sana.quantizers.svdquant.quantize_model import decompose_layers, options_for, quantize_layers
 from diffusers_sana.quantizers.svdquant.targets import find_targets, sibling_groups
 
 
@@ -34,7 +34,8 @@ def quantize_on(model: nn.Module, config: SVDQuantConfig, run: Callable[[], Any]
     targets = find_targets(model, config)
     groups = {names[0]: names for names in sibling_groups(targets)}
     layers = {name: model.get_submodule(name) for name in groups}
-    statistics = collect_statistics(run, layers, layers, layers if config.gptq else ())
+    with_hessian = [name for name in layers if options_for(config, targets[name]).uses_hessian]
+    statistics = collect_statistics(run, layers, layers, with_hessian)
     finished: dict[str, Any] = {}
     for first, names in groups.items():
         results = decompose_layers(model, names, targets[first], config, statistics.pop(first).tensors())

@@ -15,7 +15,7 @@ from benchmarks.harness import RESULTS
 
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = (DOCS / "performance.md", DOCS / "quantization.md")
+PAGES = (DOCS / "performance.md", DOCS / "quantization.md", DOCS / "vila_u.md")
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -143,6 +143,48 @@ def quantized_size() -> str:
     return f"{render(header, rows)}\n\n{provenance(report)}"
 
 
+def vila_u_pictures() -> str:
+    """Pictures of a small VILA-U, the official way and ours."""
+    report = json.loads((RESULTS / "cpu" / "vila_u.json").read_text())
+    rows = []
+    for name, case in report["cases"].items():
+        if "speedup" not in case:
+            continue
+        low, high = case["speedup_range"]
+        spread = f" ({low:.2f}-{high:.2f})" if case["rounds"] > 1 else ""
+        theirs, ours = (
+            [
+                f"{case[key][way]:.{digits}f}"
+                for key, digits in (("seconds", 1), ("cells_per_second", 0), ("peak_mib", 0))
+            ]
+            for way in ("official way", "diffusers_sana")
+        )
+        best = case["same_best_codes"]
+        same = f"all {best['codes']}" if best else "not compared"
+        rows.append([name, *theirs, *ours, f"**{case['speedup']:.2f}x**{spread}", same])
+    sides = [f"{side} {what}" for side in ("official", "ours") for what in ("s", "cells/s", "MiB")]
+    return f"{render(['case', *sides, 'faster', 'same best codes'], rows)}\n\n{vila_u_provenance(report)}"
+
+
+def vila_u_others() -> str:
+    """Text of the same VILA-U, and its image tokenizer."""
+    report = json.loads((RESULTS / "cpu" / "vila_u.json").read_text())
+    rows = []
+    for name, case in report["cases"].items():
+        if "speedup" not in case:
+            low, high = case["seconds_range"]
+            unit = "tokens" if "tokens_per_second" in case else "images"
+            pace = f"{case[f'{unit}_per_second']:.2g} {unit}/s"
+            seconds, memory = case["seconds"]["diffusers_sana"], case["peak_mib"]["diffusers_sana"]
+            rows.append([name, pace, f"{seconds:.2f} ({low:.2f}-{high:.2f})", f"{memory:.0f}"])
+    return f"{render(['case', 'pace', 's', 'MiB'], rows)}\n\n{vila_u_provenance(report)}"
+
+
+def vila_u_provenance(report: dict[str, Any]) -> str:
+    """Also says which clock."""
+    return f"{provenance(report)} Seconds are {'processor' if report['clock'] == 'cpu' else 'wall'} time."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "models_cpu": models_cpu,
     "kernels_compiled": kernels_compiled,
@@ -150,6 +192,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantized_errors": quantized_errors,
     "quantized_steps": quantized_steps,
     "quantized_size": quantized_size,
+    "vila_u_pictures": vila_u_pictures,
+    "vila_u_others": vila_u_others,
 }
 
 

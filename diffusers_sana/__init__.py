@@ -22,7 +22,14 @@ _EXPORTS = {
     "PreTrainedModel": "transformers",
     "ProcessorMixin": "transformers",
     "SVDQuantConfig": "diffusers_sana.quantizers.svdquant.config",
+    "SanaControlNetModel": "diffusers_sana.models.controlnets.controlnet_sana",
+    "SanaControlNetImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_controlnet_img2img",
+    "SanaControlNetPipeline": "diffusers_sana.pipelines.pipeline_sana_controlnet",
+    "SanaImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_img2img",
+    "SanaInpaintPipeline": "diffusers_sana.pipelines.pipeline_sana_inpaint",
     "SanaPipeline": "diffusers_sana.pipelines.pipeline_sana",
+    "SanaSprintImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint_img2img",
+    "SanaSprintPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint",
     "SanaTransformer2DModel": "diffusers_sana.models.transformers.transformer_sana",
     "SchedulerMixin": "diffusers",
     "VilaUConfig": "diffusers_sana.models.vila_u.configuration_vila_u",
@@ -44,6 +51,7 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin as ProcessorMixin
 
     from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC as AutoencoderDC
+    from diffusers_sana.models.controlnets.controlnet_sana import SanaControlNetModel as SanaControlNetModel
     from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel as SanaTransformer2DModel
     from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig as VilaUConfig
     from diffusers_sana.models.vila_u.image_processing_vila_u import VilaUImageProcessor as VilaUImageProcessor
@@ -54,6 +62,16 @@ if TYPE_CHECKING:
     from diffusers_sana.models.vila_u.processing_vila_u import VilaUProcessor as VilaUProcessor
     from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModel as VilaUVisionModel
     from diffusers_sana.pipelines.pipeline_sana import SanaPipeline as SanaPipeline
+    from diffusers_sana.pipelines.pipeline_sana_controlnet import SanaControlNetPipeline as SanaControlNetPipeline
+    from diffusers_sana.pipelines.pipeline_sana_controlnet_img2img import (
+        SanaControlNetImg2ImgPipeline as SanaControlNetImg2ImgPipeline,
+    )
+    from diffusers_sana.pipelines.pipeline_sana_img2img import SanaImg2ImgPipeline as SanaImg2ImgPipeline
+    from diffusers_sana.pipelines.pipeline_sana_inpaint import SanaInpaintPipeline as SanaInpaintPipeline
+    from diffusers_sana.pipelines.pipeline_sana_sprint import SanaSprintPipeline as SanaSprintPipeline
+    from diffusers_sana.pipelines.pipeline_sana_sprint_img2img import (
+        SanaSprintImg2ImgPipeline as SanaSprintImg2ImgPipeline,
+    )
     from diffusers_sana.pipelines.pipeline_vila_u import VilaUPipeline as VilaUPipeline
     from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig as SVDQuantConfig
     from diffusers_sana.quantizers.svdquant.quantize import quantize as quantize

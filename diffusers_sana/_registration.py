@@ -27,6 +27,7 @@ PACKAGE = "diffusers_sana"
 UPSTREAM_NAMES = {
     "AutoencoderDC": "AutoencoderDC",
     "FlowDPMSolverScheduler": "DPMSolverMultistepScheduler",
+    "SanaControlNetModel": "SanaControlNetModel",
     "SanaTransformer2DModel": "SanaTransformer2DModel",
 }
 
@@ -58,8 +59,8 @@ class Entry:
         return f"{self.host}.{self.table}[{self.key()!r}]"
 
 
-def _pipeline() -> type:
-    return import_module(f"{PACKAGE}.pipelines.pipeline_sana").SanaPipeline
+def _pipeline(module: str, name: str) -> Callable[[], type]:
+    return lambda: getattr(import_module(f"{PACKAGE}.pipelines.pipeline_{module}"), name)
 
 
 def _block() -> type:
@@ -98,24 +99,34 @@ _VILA_U = "VilaUForConditionalGeneration"
 
 ENTRIES = (
     # `model_index.json` may name our classes, in folders and on the Hub.
-    Entry(
-        host="diffusers.pipelines.pipeline_loading_utils",
-        table="LOADABLE_CLASSES",
-        key=lambda: PACKAGE,
-        value=_loading_methods,
-    ),
+    Entry("diffusers.pipelines.pipeline_loading_utils", "LOADABLE_CLASSES", _always(PACKAGE), _loading_methods),
     # `DiffusionPipeline.from_pretrained` looks for the class that an index names in diffusers, which knows in which of
     # its modules each of its classes is. Ours is in a module that is this package under another name.
-    Entry(host="diffusers", table="_class_to_module", key=_always("VilaUPipeline"), value=_always(PACKAGE)),
+    *(
+        Entry(host="diffusers", table="_class_to_module", key=_always(name), value=_always(PACKAGE))
+        for name in ("SanaControlNetImg2ImgPipeline", "SanaImg2ImgPipeline", "SanaInpaintPipeline", "VilaUPipeline")
+    ),
     Entry("sys", "modules", _always(f"diffusers.{PACKAGE}"), lambda: sys.modules[PACKAGE], after="diffusers"),
-    # AutoPipelineForText2Image takes the first pipeline of the name that the folder states, and that is "SanaPipeline"
-    # for diffusers' and for ours.
-    Entry(
-        host="diffusers.pipelines.auto_pipeline",
-        table="AUTO_TEXT2IMAGE_PIPELINES_MAPPING",
-        key=lambda: PACKAGE,
-        value=_pipeline,
-        first=True,
+    # The auto pipelines take the first pipeline of the name that the folder states, and that is "SanaPipeline" for
+    # diffusers' and for ours; from there they go to the pipeline of the same key in the table of the task. ControlNet
+    # and Sprint, which diffusers has not listed, have keys of their own.
+    *(
+        Entry(
+            host="diffusers.pipelines.auto_pipeline",
+            table=f"AUTO_{task}_PIPELINES_MAPPING",
+            key=_always(PACKAGE + family),
+            value=_pipeline(module, name),
+            first=not family,
+        )
+        for task, family, module, name in (
+            ("TEXT2IMAGE", "", "sana", "SanaPipeline"),
+            ("IMAGE2IMAGE", "", "sana_img2img", "SanaImg2ImgPipeline"),
+            ("INPAINT", "", "sana_inpaint", "SanaInpaintPipeline"),
+            ("TEXT2IMAGE", "-controlnet", "sana_controlnet", "SanaControlNetPipeline"),
+            ("IMAGE2IMAGE", "-controlnet", "sana_controlnet_img2img", "SanaControlNetImg2ImgPipeline"),
+            ("TEXT2IMAGE", "-sprint", "sana_sprint", "SanaSprintPipeline"),
+            ("IMAGE2IMAGE", "-sprint", "sana_sprint_img2img", "SanaSprintImg2ImgPipeline"),
+        )
     ),
     # Step caches (`enable_cache`) need to know what a block returns.
     Entry(

@@ -1,6 +1,7 @@
-"""The command line: `diffusers-sana generate "a red apple on a blue background"`, `chat`, `quantize`, `env`."""
+"""The command line: `diffusers-sana generate "a red apple on a blue background"`, `chat`, `quantize`, `convert`."""
 
 import argparse
+import json
 import os
 import platform
 import sys
@@ -14,13 +15,18 @@ def generate(args: argparse.Namespace) -> None:
     """Writes pictures of a prompt and prints their paths."""
     import torch
 
-    from diffusers_sana import SanaPipeline, VilaUPipeline
+    from diffusers_sana import SanaPipeline, SanaSprintPipeline, VilaUPipeline
 
     started = time.perf_counter()
     options = {name: getattr(args, name) for name in ("height", "width", "steps") if getattr(args, name) is not None}
-    is_vila_u = _pipeline_class(args.model) is VilaUPipeline
+    pipeline_class = _pipeline_class(args.model)
+    is_vila_u = pipeline_class is VilaUPipeline
     if is_vila_u and options:
         raise ValueError(f"--{', --'.join(options)} must be left out for a VILA-U, which {args.model} is")
+    if pipeline_class is not SanaSprintPipeline:
+        options["negative_prompt"] = args.negative_prompt
+    elif args.negative_prompt:
+        raise ValueError(f"--negative-prompt must be left out for SANA-Sprint, which {args.model} is")
     if "steps" in options:
         options["num_inference_steps"] = options.pop("steps")
     if args.guidance_scale is not None:
@@ -29,11 +35,12 @@ def generate(args: argparse.Namespace) -> None:
     seeds = range(args.seed, args.seed + (args.num_images if is_vila_u else 1))
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     device, dtype = _device(args), getattr(torch, args.dtype)
-    pipe = (VilaUPipeline if is_vila_u else SanaPipeline).from_pretrained(args.model, torch_dtype=dtype).to(device)
+    if pipeline_class not in (SanaSprintPipeline, VilaUPipeline):
+        pipeline_class = SanaPipeline
+    pipe = pipeline_class.from_pretrained(args.model, torch_dtype=dtype).to(device)
     loaded = time.perf_counter()
     images, *_ = pipe(
         args.prompt,
-        negative_prompt=args.negative_prompt,
         num_images_per_prompt=args.num_images,
         generator=generators if is_vila_u else generators[0],
         return_dict=False,
@@ -85,23 +92,49 @@ def quantize(args: argparse.Namespace) -> None:
     print(report)
 
 
+def convert(args: argparse.Namespace) -> None:
+    """Writes the authors' file of Sana, its ControlNet or DC-AE as a folder of diffusers."""
+    import torch
+
+    from diffusers_sana.loaders.sana_official import convert_sana_file, plan_sana_file
+
+    fields = dict(args.set)
+    if args.dry_run:
+        print(plan_sana_file(args.file, args.component, **fields))
+        return
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    plan = convert_sana_file(args.file, args.out, args.base, args.component, dtype, **fields)
+    print(args.out.resolve())
+    print(plan)
+
+
 def _pipeline_class(model: str) -> Any:
     """The class that the index of a pipeline names; ours in place of its namesake in diffusers."""
     from diffusers import DiffusionPipeline
     from transformers.utils.hub import has_file
 
-    from diffusers_sana import SanaPipeline, VilaUPipeline
+    from diffusers_sana import SanaPipeline, SanaSprintPipeline, VilaUPipeline
 
     if has_file(model, "config.json") and not has_file(model, DiffusionPipeline.config_name):
         return VilaUPipeline  # from a checkpoint of transformers; it says so where that is another model
     name = DiffusionPipeline.load_config(model).get("_class_name")
-    return next((cls for cls in (SanaPipeline, VilaUPipeline) if cls.__name__ == name), DiffusionPipeline)
+    ours = (SanaPipeline, SanaSprintPipeline, VilaUPipeline)
+    return next((cls for cls in ours if cls.__name__ == name), DiffusionPipeline)
 
 
 def _device(args: argparse.Namespace) -> str:
     import torch
 
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _field(text: str) -> tuple[str, Any]:
+    """A field of a config and its value: JSON, or a word."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def _checkpoint(model: str) -> str:
@@ -181,7 +214,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--negative-prompt", default="", help="what not to draw")
     command.add_argument("--height", type=int, help="pixels; default: what the checkpoint was made for")
     command.add_argument("--width", type=int, help="pixels; default: what the checkpoint was made for")
-    command.add_argument("--steps", type=int, help="denoising steps; default: 20")
+    command.add_argument("--steps", type=int, help="denoising steps; default: 20, or 2 for SANA-Sprint")
     command.add_argument(
         "--guidance-scale", type=float, help="how strictly to follow the prompt; default: the model's"
     )
@@ -218,6 +251,25 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of the calibration")
     command.add_argument("--device", help="default: cuda where there is one, else cpu")
     command.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+
+    command = commands.add_parser("convert", help="read the authors' files", description=convert.__doc__)
+    command.set_defaults(run=convert)
+    command.add_argument("file", type=Path, help=".pth or .safetensors of Sana, a ControlNet or DC-AE")
+    command.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="new or empty folder to write")
+    command.add_argument(
+        "--base", metavar="PIPELINE", help="folder or Hub id that gives the other parts of a pipeline"
+    )
+    command.add_argument("--component", choices=("transformer", "controlnet"), help="of a file that has both")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the file's")
+    command.add_argument(
+        "--set",
+        type=_field,
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="of the config, where the file does not tell: sample_size=32",
+    )
+    command.add_argument("--dry-run", action="store_true", help="check the file and say what would be written")
 
     command = commands.add_parser("env", help="say what will run on this machine", description=env.__doc__)
     command.set_defaults(run=env)

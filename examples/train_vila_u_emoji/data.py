@@ -4,7 +4,8 @@ A sample is a chat of one question and one answer about a scene of `examples.tra
 middle, so that the small model has one thing to learn.
 """
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,8 +37,7 @@ QUESTIONS = {
     "What style is it drawn in?": "style",
     "Describe the picture.": "caption",
 }
-JITTER = 0.25  # of place, size and colour: little, so that a short training meets the same codes again
-SHARE_DRAWN = 0.7  # of chats in which the model draws
+SHARE_DRAWN = 0.85  # of chats in which the model draws
 
 
 def answer(question: str, scene: Scene) -> str:
@@ -70,25 +70,28 @@ class TowerScenes:
 
     def batches(self, batch_size: int) -> Iterator[dict]:
         """`{"pixel_values": [B, 3, H, W] in [-1, 1], "text": list of B captions}`."""
+        rng, singles = self.scenes.random, single_scenes(self.scenes.labels)
         while True:
             drawn = [
-                sample_single(self.scenes) if self.scenes.random.random() < 0.75 else self.scenes.sample_scene()
-                for _ in range(batch_size)
+                rng.choice(singles) if rng.random() < 0.75 else self.scenes.sample_scene() for _ in range(batch_size)
             ]
             yield {"pixel_values": self.scenes.render(drawn), "text": [self.scenes.caption(scene) for scene in drawn]}
 
 
-def sample_single(scenes: EmojiScenes) -> Scene:
-    """One object in the middle; never a held-out triple."""
-    while True:
-        rng = scenes.random
-        label, style, color = rng.choice(scenes.labels), rng.choice(STYLES), rng.choice(list(COLORS))
-        if not is_held_out(label, style, color):
-            return Scene((label,), style, color)
+def single_scenes(labels: Sequence[str]) -> list[Scene]:
+    """Every scene of one object in the middle but the held-out ones, in random order."""
+    triples = [(label, style, color) for label in labels for style in STYLES for color in COLORS]
+    scenes = [Scene((triple[0],), *triple[1:]) for triple in triples if not is_held_out(*triple)]
+    random.Random(0).shuffle(scenes)
+    return scenes
 
 
 class EmojiChats:
-    """Endless batches of chats about scenes, whose codes come from a store of which each batch renews a part.
+    """Endless batches of chats about scenes of one object.
+
+    What is drawn are exact renderings, each encoded once: a short training then meets the same codes again and again.
+    What is shown to be described varies in place, size and colour, and comes from a store of which each batch renews a
+    part.
 
     Args:
         scenes: draws the pictures.
@@ -99,31 +102,34 @@ class EmojiChats:
 
     def __init__(self, scenes: EmojiScenes, tower: VilaUVisionModel, size: int, renewed: int):
         self.scenes, self.tower, self.size, self.renewed = scenes, tower.eval(), size, renewed
+        self.singles = single_scenes(scenes.labels)
 
-    def encode(self, scenes: list[Scene]) -> Tensor:
+    def encode(self, scenes: list[Scene], jitter: float) -> Tensor:
         """Codes `[B, T, D]` of the scenes."""
-        pictures = self.scenes.render(scenes, JITTER).to(self.tower.device, self.tower.dtype)
-        return self.tower.encode_to_codes(pictures).cpu()
-
-    def chat(self, scene: Scene, codes: Tensor) -> Chat:
-        """One of the things that can be said about a scene."""
-        if self.scenes.random.random() < SHARE_DRAWN:
-            return drawing_chat(self.scenes.caption(scene), codes)
-        question = self.scenes.random.choice(list(QUESTIONS))
-        return question_chat(question, codes, answer(question, scene))
+        codes = []
+        for start in trange(0, len(scenes), 64, desc="encoding scenes", mininterval=10, disable=len(scenes) < 64):
+            pictures = self.scenes.render(scenes[start : start + 64], jitter)
+            codes.append(self.tower.encode_to_codes(pictures.to(self.tower.device, self.tower.dtype)).cpu())
+        return torch.cat(codes)
 
     def batches(self, collate: ChatCollator, batch_size: int) -> Iterator[dict]:
         """What `collate` makes of `batch_size` chats."""
-        described = [sample_single(self.scenes) for _ in range(self.size)]
-        steps = trange(0, self.size, 64, desc="filling the store of codes", mininterval=10)
-        codes = torch.cat([self.encode(described[i : i + 64]) for i in steps])
+        rng = self.scenes.random
+        drawn = self.encode(self.singles, jitter=0.0)
+        shown = rng.choices(self.singles, k=self.size)
+        codes = self.encode(shown, jitter=1.0)
         oldest = 0
+
+        def chat() -> Chat:
+            if rng.random() < SHARE_DRAWN:
+                index = rng.randrange(len(self.singles))
+                return drawing_chat(self.scenes.caption(self.singles[index]), drawn[index])
+            index, question = rng.randrange(self.size), rng.choice(list(QUESTIONS))
+            return question_chat(question, codes[index], answer(question, shown[index]))
+
         while True:
-            new = [sample_single(self.scenes) for _ in range(self.renewed)]
-            places = [(oldest + i) % self.size for i in range(self.renewed)]
-            oldest += self.renewed
-            codes[places] = self.encode(new)
-            for place, scene in zip(places, new, strict=True):
-                described[place] = scene
-            chosen = torch.randint(self.size, (batch_size,), generator=self.scenes.generator).tolist()
-            yield collate([self.chat(described[i], codes[i]) for i in chosen])
+            new = rng.choices(self.singles, k=self.renewed)
+            codes[oldest : oldest + self.renewed] = self.encode(new, jitter=1.0)
+            shown[oldest : oldest + self.renewed] = new
+            oldest = (oldest + self.renewed) % self.size
+            yield collate([chat() for _ in range(batch_size)])

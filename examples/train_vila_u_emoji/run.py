@@ -30,9 +30,9 @@ from .tokenizer import make_tokenizer
 # Shares of the time budget.
 TOWER, LANGUAGE_MODEL, DECODER = 0.35, 0.5, 0.15
 STAGES = ("tower", "model", "decoder", "evaluate")
-# Batch, scenes in the store of codes, and how many of them each batch renews: what depends on the machine.
+# Batch, scenes in the store of shown ones, and how many each batch renews (a divisor): what depends on the machine.
 COMPILE = True  # the tower's decoder
-PRESETS = {"cpu": (32, 8192, 8), "cuda": (256, 32768, 128)}
+PRESETS = {"cpu": (32, 1024, 2), "cuda": (256, 8192, 32)}
 
 
 def train_tower(art: EmojiArt, out: Path, minutes: float, decoder_of: Path | None = None) -> Path:

@@ -4,6 +4,7 @@ import copy
 
 import diffusers
 import torch
+from diffusers import ModelMixin
 from torch import Tensor
 
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
@@ -37,7 +38,7 @@ def tiny_config(family: str = "sana_1.5", **overrides) -> dict:
 
 def tiny_model(family: str = "sana_1.5", **overrides) -> SanaTransformer2DModel:
     """Ours, in eval mode, with weights large enough that no part of the model can be dropped unnoticed."""
-    return _excite(SanaTransformer2DModel(**tiny_config(family, **overrides))).eval()
+    return excite(SanaTransformer2DModel(**tiny_config(family, **overrides))).eval()
 
 
 def upstream_twin(model: SanaTransformer2DModel) -> diffusers.SanaTransformer2DModel:
@@ -74,7 +75,8 @@ def to_dtype(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 
 
 @torch.no_grad()
-def _excite(model: SanaTransformer2DModel) -> SanaTransformer2DModel:
+def excite(model: ModelMixin) -> ModelMixin:
+    """Moves every weight, also those that begin as zeros or ones."""
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.1)
     return model

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusers_sana
-from diffusers_sana.pipelines import pipeline_sana
+from diffusers_sana.pipelines import latent_coding
 from tests import tiny
 from tests.numerics import assert_close_fp32
 
@@ -268,7 +268,7 @@ class TestDecoding:
     def test_tiles_large_images_only(self, pipe, monkeypatch):
         calls = self.tiled_calls(pipe, monkeypatch)
         plain = generate(pipe, output_type="pt")
-        monkeypatch.setattr(pipeline_sana, "TILING_SIZE", 32)
+        monkeypatch.setattr(latent_coding, "TILING_SIZE", 32)
         assert_close_fp32(generate(pipe, output_type="pt"), plain)
         assert calls == [(False, False), (True, False)]
         assert not pipe.vae.use_tiling

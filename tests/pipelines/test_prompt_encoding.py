@@ -84,7 +84,7 @@ def test_adapters_of_the_text_encoder_are_scaled_and_scaled_back(ours, monkeypat
     calls = []
     for name in ("scale_lora_layers", "unscale_lora_layers"):
         monkeypatch.setattr(
-            f"diffusers_sana.pipelines.pipeline_sana.{name}", lambda _, w, n=name: calls.append((n, w))
+            f"diffusers_sana.pipelines.pipeline_sana_base.{name}", lambda _, w, n=name: calls.append((n, w))
         )
     monkeypatch.setattr(ours.text_encoder, "forward", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):

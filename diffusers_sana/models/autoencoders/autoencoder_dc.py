@@ -12,12 +12,10 @@ ratio = image size / latent size.
 
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import Any, cast
+from typing import cast
 
-import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import FromOriginalModelMixin
 from diffusers.models.activations import get_activation
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, EncoderOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -35,9 +33,11 @@ from diffusers_sana.models.autoencoders.exact_tiling import (
     encoder_shallow_end,
     map_tiles,
 )
+from diffusers_sana.models.autoencoders.official_dc import read_official_dc
 from diffusers_sana.models.autoencoders.resample import down_shortcut, interleave, interpolated_conv2d
 from diffusers_sana.models.autoencoders.stage_config import StageConfig, stage_configs
 from diffusers_sana.models.layers import Conv2d, Linear, PackedLinears, PointwiseConv2d, gated_bottleneck, is_plain
+from diffusers_sana.models.single_file import FromOfficialFileMixin
 
 
 DEFAULT_TILE_SIZE = 1024
@@ -394,7 +394,7 @@ class Decoder(nn.Module):
         return self.conv_out(self.conv_act(self.norm_out(hidden_states)))
 
 
-class AutoencoderDC(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalModelMixin):
+class AutoencoderDC(ModelMixin, AutoencoderMixin, ConfigMixin, FromOfficialFileMixin):
     """Deep compression autoencoder (DC-AE, arXiv 2410.10733; DC-AE 1.5, arXiv 2508.00413).
 
     A drop-in for the diffusers class of this name: same config, state dict and calls. There is no sampling: `encode`
@@ -429,6 +429,7 @@ class AutoencoderDC(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalModel
     """
 
     _supports_gradient_checkpointing = True
+    _read_official = staticmethod(read_official_dc)
     _group_offload_block_modules = ["encoder", "decoder"]
 
     @register_to_config
@@ -485,19 +486,6 @@ class AutoencoderDC(ModelMixin, AutoencoderMixin, ConfigMixin, FromOriginalModel
         self.use_tiling = False
         self.tile_sample_min_height = self.tile_sample_min_width = DEFAULT_TILE_SIZE
         self.tile_sample_stride_height = self.tile_sample_stride_width = DEFAULT_TILE_SIZE - self._tile_margin()
-
-    @classmethod
-    def from_single_file(cls, pretrained_model_link_or_path_or_dict: Any = None, **kwargs: Any) -> "AutoencoderDC":
-        """Loads one file in the layout of the authors' code; the arguments are those of the diffusers class.
-
-        The file does not say which dataset it was trained on, and with it the scaling factor. Where `config` is not
-        given, diffusers takes the "mix" variants.
-        """
-        stock = diffusers.AutoencoderDC.from_single_file(pretrained_model_link_or_path_or_dict, **kwargs)
-        with torch.device("meta"):
-            model = cast(AutoencoderDC, cls.from_config(stock.config))
-        model.load_state_dict(stock.state_dict(), assign=True)
-        return model.eval()
 
     @property
     def tile_latent_min_height(self) -> int:

@@ -4,9 +4,8 @@ Legend: B batch, C latent channels, H W latent height and width, p patch size, h
 tokens, L text tokens, D inner width, F feed-forward width.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -25,13 +24,13 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
 from diffusers.utils import apply_lora_scale
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusers_sana.kernels.gated_residual import gated_residual
 from diffusers_sana.kernels.modulated_layer_norm import modulated_layer_norm
 from diffusers_sana.models.layers import Conv2d, Linear, PointwiseConv2d, gated_bottleneck
+from diffusers_sana.models.single_file import FromOfficialFileMixin
 from diffusers_sana.models.transformers.attention_sana import (
     SanaAttention,
     SanaAttnProcessor,
@@ -39,6 +38,8 @@ from diffusers_sana.models.transformers.attention_sana import (
     SanaRMSNorm,
     SanaTextState,
 )
+from diffusers_sana.models.transformers.official_sana import TRANSFORMER, read_official_sana
+from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTextMixin, check_widths
 
 
 class SanaModulatedNorm(nn.LayerNorm):
@@ -249,34 +250,9 @@ class SanaCombinedTimestepGuidanceEmbeddings(nn.Module):
         return self.linear(F.silu(embedding)), embedding
 
 
-@dataclass(frozen=True)
-class SanaTextContext:
-    """What the blocks need of the prompts, computed once by `SanaTransformer2DModel.encode_text`.
-
-    A snapshot of the weights: make a new one after loading, scaling or removing an adapter, changing an attention
-    processor, or a training step.
-
-    Attributes:
-        states: one entry a block.
-        attention_mask: as in `SanaTransformerBlock.forward`; None when no text token is masked.
-        batch_size: B.
-    """
-
-    states: tuple[Tensor | SanaTextState, ...]
-    attention_mask: Tensor | None
-    batch_size: int
-
-
-def attendable_tokens(mask: Tensor) -> Tensor:
-    """Boolean text mask `[B, L]` (True: attend) of a 0/1 mask.
-
-    A row without any valid token attends to all of its tokens, as in diffusers: a softmax needs at least one key.
-    """
-    mask = mask.bool()
-    return mask | ~mask.any(dim=1, keepdim=True)
-
-
-class SanaTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+class SanaTransformer2DModel(
+    SanaTextMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, FromOfficialFileMixin
+):
     """The denoiser of Sana (arXiv 2410.10629), SANA-1.5 (arXiv 2501.18427) and SANA-Sprint (arXiv 2503.09641).
 
     Configuration, state-dict keys, `forward` and outputs are those of the diffusers class of the same name. Beyond
@@ -311,6 +287,7 @@ class SanaTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapte
     _skip_layerwise_casting_patterns = ["patch_embed", "norm"]  # type: ignore[assignment]
     # `encode_text` calls these outside of `forward`, so each must bring its own weights onto the device.
     _group_offload_block_modules = ["caption_projection", "caption_norm"]
+    _read_official = staticmethod(partial(read_official_sana, class_name=TRANSFORMER))
 
     @register_to_config
     def __init__(
@@ -339,34 +316,14 @@ class SanaTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapte
     ) -> None:
         super().__init__()
         dim = num_attention_heads * attention_head_dim
-        if num_cross_attention_heads is None or cross_attention_head_dim is None or cross_attention_dim is None:
-            raise ValueError(
-                "`num_cross_attention_heads`, `cross_attention_head_dim` and `cross_attention_dim` must be given: "
-                f"every block attends to the text, got {num_cross_attention_heads}, {cross_attention_head_dim} and "
-                f"{cross_attention_dim}. Set `cross_attention_dim={dim}`."
-            )
-        if num_cross_attention_heads * cross_attention_head_dim != dim:
-            raise ValueError(
-                "`num_cross_attention_heads * cross_attention_head_dim` must be `num_attention_heads * "
-                f"attention_head_dim` = {dim}, got {num_cross_attention_heads} * {cross_attention_head_dim} = "
-                f"{num_cross_attention_heads * cross_attention_head_dim}. Change one of the two."
-            )
-        if cross_attention_dim != dim:
-            raise ValueError(
-                "`cross_attention_dim` must be `num_attention_heads * attention_head_dim` = "
-                f"{dim}, the width the text is projected to, got {cross_attention_dim}. Set it to {dim}."
-            )
-        if qk_norm not in (None, "rms_norm_across_heads"):
-            raise ValueError(
-                f'`qk_norm` must be None or "rms_norm_across_heads", got {qk_norm!r}. Norms of single heads do not '
-                "apply: queries and keys are normed before the heads are split."
-            )
-        if interpolation_scale is not None and dim % 4:
-            raise ValueError(
-                "`num_attention_heads * attention_head_dim` must be a multiple of 4 for a positional table, got "
-                f"{dim}. Change the heads, or set `interpolation_scale=None`."
-            )
-
+        of_the_text = check_widths(
+            dim,
+            num_cross_attention_heads,
+            cross_attention_head_dim,
+            cross_attention_dim,
+            qk_norm=qk_norm,
+            interpolation_scale=interpolation_scale,
+        )
         self.patch_embed = SanaPatchEmbed(sample_size, patch_size, in_channels, dim, interpolation_scale)
         self.time_embed = SanaCombinedTimestepGuidanceEmbeddings(dim) if guidance_embeds else AdaLayerNormSingle(dim)
         self.caption_projection = PixArtAlphaTextProjection(in_features=caption_channels, hidden_size=dim)
@@ -376,9 +333,7 @@ class SanaTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapte
                 dim,
                 num_attention_heads,
                 attention_head_dim,
-                num_cross_attention_heads,
-                cross_attention_head_dim,
-                cross_attention_dim,
+                *of_the_text,
                 mlp_ratio=mlp_ratio,
                 dropout=dropout,
                 attention_bias=attention_bias,
@@ -393,54 +348,6 @@ class SanaTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapte
         self.proj_out = Linear(dim, patch_size * patch_size * (out_channels or in_channels))
         self.gradient_checkpointing = False
 
-    @apply_forward_hook
-    @apply_lora_scale("attention_kwargs")
-    def encode_text(
-        self,
-        encoder_hidden_states: Tensor,
-        encoder_attention_mask: Tensor | None = None,
-        attention_kwargs: dict[str, Any] | None = None,
-    ) -> SanaTextContext:
-        """Does everything that depends on the prompts alone, for `forward(..., text_context=)` over all steps.
-
-        Also packs the projections of the self-attentions (`PackedLinears`), once.
-
-        Masked tokens are dropped, wherever they stand. The prompts with a single token at the start of the batch (the
-        empty negative prompts of classifier-free guidance) cost no attention at all. Where a block has a
-        foreign attention processor or is offloaded as a group, the text is projected here and its keys and values in
-        the blocks. Reads the prompt lengths on the host, so call it outside of compiled code.
-
-        Args:
-            encoder_hidden_states: text encoder output `[B, L, caption_channels]`.
-            encoder_attention_mask: as in `forward`. An additive mask drops nothing.
-            attention_kwargs: as in `forward`; must be the same there.
-
-        Returns:
-            A snapshot, equal in effect to the arguments it was made of.
-        """
-        self._check_text(encoder_hidden_states, encoder_attention_mask, attention_kwargs)
-        text, mask, num_single = encoder_hidden_states, encoder_attention_mask, 0
-        blocks: Any = self.transformer_blocks
-        in_full = all(block.can_encode_text() for block in blocks)
-        if in_full and not torch.is_grad_enabled():
-            for block in blocks:
-                block.attn1.pack_linears()
-        if mask is not None and mask.ndim == 2:
-            valid = attendable_tokens(mask)
-            lengths = valid.sum(dim=1).tolist()
-            if in_full and not self.training:  # in training, dropout may act on the output
-                num_single = next((row for row, length in enumerate(lengths) if length != 1), len(lengths))
-            rest = lengths[num_single:] or [1]
-            order = valid.byte().argsort(dim=1, descending=True, stable=True)[:, : max(rest)]  # valid tokens first
-            text = text.take_along_dim(order[..., None], dim=1)
-            mask = None if min(rest) == max(rest) else valid.take_along_dim(order, dim=1)[num_single:]
-
-        text = self.caption_norm(self.caption_projection(text))  # [B, L, D]
-        states = tuple(
-            block.attn2.processor.encode_text(block.attn2, text, num_single) if in_full else text for block in blocks
-        )
-        return SanaTextContext(states, self._broadcast_mask(mask, text.dtype), text.shape[0])
-
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
@@ -451,7 +358,7 @@ class SanaTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapte
         encoder_attention_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
-        controlnet_block_samples: Sequence[Tensor] | None = None,
+        controlnet_block_samples: Sequence[Tensor] | Callable[[Tensor], Sequence[Tensor]] | None = None,
         return_dict: bool = True,
         text_context: SanaTextContext | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -466,7 +373,9 @@ class SanaTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapte
             encoder_attention_mask: `[B, L]`, 1 for tokens to attend to and 0 for others, or additive `[B, 1 or N, L]`.
             attention_mask: must be None: linear self-attention has no mask.
             attention_kwargs: may hold `scale`, the weight of the loaded LoRAs.
-            controlnet_block_samples: `[B, N, D]` each; number i is added to the output of block i + 1.
+            controlnet_block_samples: `[B, N, D]` each; number i is added to the output of block i + 1. Or a function
+                that makes them of the first block's output `[B, N, D]`; then number i is added to the output of block
+                i (`SanaControlNetModel` with `wiring="nvlabs"`).
             return_dict: return a `Transformer2DModelOutput` in place of a tuple.
             text_context: from `encode_text`, in place of `encoder_hidden_states` and `encoder_attention_mask`.
 
@@ -477,25 +386,9 @@ class SanaTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapte
             ValueError: shapes that do not fit the configuration, or arguments that this model would not use.
         """
         self._check_inputs(hidden_states, timestep, guidance, attention_mask)
-        if text_context is None:
-            self._check_text(encoder_hidden_states, encoder_attention_mask, attention_kwargs)
-            mask = encoder_attention_mask
-            if mask is not None and mask.ndim == 2:
-                mask = attendable_tokens(mask)
-            text = self.caption_norm(self.caption_projection(encoder_hidden_states))  # [B, L, D]
-            text_context = SanaTextContext(
-                (text,) * len(self.transformer_blocks), self._broadcast_mask(mask, text.dtype), text.shape[0]
-            )
-        elif encoder_hidden_states is not None or encoder_attention_mask is not None:
-            raise ValueError(
-                "`text_context` stands for `encoder_hidden_states` and `encoder_attention_mask`, which must then be "
-                "None. Pass either the context or the two."
-            )
-        if text_context.batch_size != hidden_states.shape[0]:
-            raise ValueError(
-                f"`hidden_states` and the text must have one batch size, got {hidden_states.shape[0]} and "
-                f"{text_context.batch_size}. Repeat the prompts or the latents."
-            )
+        text_context = self._resolve_text(
+            hidden_states.shape[0], encoder_hidden_states, encoder_attention_mask, attention_kwargs, text_context
+        )
 
         p = self.config["patch_size"]
         height, width = hidden_states.shape[-2] // p, hidden_states.shape[-1] // p
@@ -503,14 +396,19 @@ class SanaTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapte
         conditions = {"guidance": guidance} if self.config["guidance_embeds"] else {}
         modulation, embedded_timestep = self.time_embed(timestep, hidden_dtype=hidden_states.dtype, **conditions)
 
+        first_controlled = 1
         for index, (block, text) in enumerate(zip(self.transformer_blocks, text_context.states, strict=True)):
             arguments = (hidden_states, text, text_context.attention_mask, modulation, height, width)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_states = self._gradient_checkpointing_func(block, *arguments)
             else:
                 hidden_states = block(*arguments)
-            if controlnet_block_samples is not None and 1 <= index <= len(controlnet_block_samples):
-                hidden_states = hidden_states + controlnet_block_samples[index - 1]
+            if callable(controlnet_block_samples):
+                controlnet_block_samples, first_controlled = controlnet_block_samples(hidden_states), 0
+            if controlnet_block_samples is not None:
+                number = index - first_controlled
+                if 0 <= number < len(controlnet_block_samples):
+                    hidden_states = hidden_states + controlnet_block_samples[number]
 
         # The last modulation takes the time embedding itself, not its projection as the blocks do.
         table = self.scale_shift_table
@@ -519,13 +417,6 @@ class SanaTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapte
         hidden_states = hidden_states.unflatten(1, (height, width)).unflatten(-1, (p, p, -1))  # [B, h, w, p, p, C]
         sample = hidden_states.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # [B, C, H, W]
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    @staticmethod
-    def _broadcast_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """A boolean `[B, L]` or additive `[B, 1 or N, L]` mask with an axis for the heads."""
-        if mask is None:
-            return None
-        return mask[:, None, None] if mask.ndim == 2 else mask[:, None].to(dtype)
 
     def _check_inputs(
         self, hidden_states: Tensor, timestep: Tensor, guidance: Tensor | None, attention_mask: Tensor | None
@@ -555,26 +446,3 @@ class SanaTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapte
                     f"`{name}` must have shape ({shape[0]},) or (1,), got {tuple(value.shape)}. "
                     f"Use `{name}.expand({shape[0]})`."
                 )
-
-    def _check_text(
-        self, encoder_hidden_states: Tensor | None, mask: Tensor | None, attention_kwargs: dict[str, Any] | None
-    ) -> None:
-        width = self.config["caption_channels"]
-        if encoder_hidden_states is None:
-            raise ValueError("`encoder_hidden_states` must be given when `text_context` is not, got None for both.")
-        shape = tuple(encoder_hidden_states.shape)
-        if len(shape) != 3 or shape[2] != width:
-            raise ValueError(
-                f"`encoder_hidden_states` must have shape [batch, tokens, {width}], got {shape}. "
-                "Use the last hidden state of the text encoder this model was trained with."
-            )
-        if mask is not None and (mask.ndim not in (2, 3) or mask.shape[0] != shape[0] or mask.shape[-1] != shape[1]):
-            raise ValueError(
-                f"`encoder_attention_mask` must have shape {shape[:2]}, or ({shape[0]}, 1, {shape[1]}) if additive, "
-                f"got {tuple(mask.shape)}. Select the same tokens in the mask as in `encoder_hidden_states`."
-            )
-        if attention_kwargs:
-            raise ValueError(
-                "`attention_kwargs` may only hold `scale`, as a keyword argument, got "
-                f"{sorted(attention_kwargs)}. Give custom attention processors their options when you make them."
-            )

@@ -51,7 +51,8 @@ def collect_statistics(
         layers: by name: linear layers and 1x1 convolutions.
         observed: names of those to observe. All get a hook, because a model may compute with plain layers otherwise,
             and all passes over it shall see the same numbers.
-        with_hessian: names of those whose hessian is wanted.
+        with_hessian: names of those whose hessian is wanted; it is summed call by call, so that the number of rows
+            does not matter to the memory.
         seed: of the sample.
 
     Returns:

@@ -28,7 +28,8 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
         precision: "int4" (integers, a scale for 64 weights) or "nvfp4" (e2m1, an e4m3 scale for 16).
         rank: of the 16-bit branch; 0 for none.
         smoothing: "search" the exponent of the smoothing factors layer by layer, or "none".
-        refinements: how often the branch is fitted again to what rounding left over; each costs an SVD.
+        refinements: how often the branch is fitted again to what rounding left over, with calibration prompts for
+            the inputs that the layer had; each costs an SVD.
         gptq: round the residual with second-order error compensation; needs calibration prompts.
         compute_mode: how layers compute: "w4a4", "w4a8", "w4a16", or "auto" for what the device is best at.
         modules: which layers to quantize: patterns of module names to "w4a4" (activations may be quantized) or

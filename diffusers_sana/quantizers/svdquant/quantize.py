@@ -20,6 +20,7 @@ from diffusers_sana.quantizers.svdquant.quantize_model import (
     check_not_quantized,
     check_weights,
     decompose_layers,
+    options_for,
     quantize_layers,
 )
 from diffusers_sana.quantizers.svdquant.quantizer import attach
@@ -58,8 +59,8 @@ def quantize(
             goes on where it stopped if it is called again with the same arguments; what it has is in
             `folder` + ".unfinished" until then.
         num_inference_steps: of the calibration; by default the pipeline's.
-        memory_gib: for what is collected about the layers at a time. The pipeline runs as often as that takes; matters
-            with `gptq` only, which needs a matrix a layer.
+        memory_gib: for what is collected at a time: of each distinct input of layers, with K features, a K x K matrix
+            in fp32 above all. The pipeline runs as often as that takes. No matrix without a branch and `gptq`.
         progress: show bars.
         seed: of the noise, prompt i has `seed + i`, and of the sample of inputs.
         **kwargs: of the pipeline's call, for the calibration.
@@ -134,7 +135,7 @@ class _Work:
             key for key, (component, names) in groups.items()
             if not all(f"{component}.{name}" in self.finished for name in names)
         ]  # fmt: skip
-        hessians = {key for key in to_do if self.config.gptq and modes[key] == "w4a4"}
+        hessians = {key for key in to_do if options_for(self.config, modes[key]).uses_hessian}
 
         def finish(key: str, statistics: Statistics) -> None:
             component, names = groups[key]

@@ -1,4 +1,4 @@
-"""The largest singular directions of a matrix, from products with it.
+"""The best approximation of a matrix by one of small rank, as such or for given inputs, from products with it.
 
 Legend: N rows, K columns, r rank, c columns of the working basis, a few more than r.
 """
@@ -32,6 +32,37 @@ def randomized_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor
     values, vectors = _principal(projected)
     values, vectors = values[:rank], vectors[:, :rank]
     return basis @ (vectors * values), (vectors / nonzero(values)).t() @ projected
+
+
+def weighted_svd(matrix: Tensor, rank: int, seed: int, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """The best approximation for inputs x of a covariance: `up` `[N, r]` and `down` `[r, K]` with rows of length 1.
+
+    With C = E[x x^T] and L L^T = C, the mean error of the output is
+
+        E |(matrix - up @ down) x|^2 = ||(matrix - up @ down) L||_F^2
+
+    which is least for `up` from the largest left singular vectors of matrix @ L, those of matrix @ C @ matrix^T, and
+    `down = up^T @ matrix`. So C need not be inverted, and as the approximation is a projection, for no input at all is
+    the error larger than the output of `matrix` itself. Same seed, same bits, as in `randomized_svd`.
+
+    Args:
+        matrix: `[N, K]`, fp32.
+        rank: r.
+        seed: of the search for the directions.
+        covariance: `[K, K]`, fp32; any constant factor will do.
+    """
+    columns = min(rank + OVERSAMPLING, *matrix.shape)
+    generator = torch.Generator().manual_seed(seed)
+    probe = torch.randn(matrix.shape[1], columns, generator=generator).to(matrix)
+    basis = _orthonormal(matrix @ (covariance @ probe))
+    for _ in range(POWER_ITERATIONS):
+        basis = _orthonormal(matrix @ (covariance @ (matrix.t() @ basis)))
+    projected = basis.t() @ matrix
+    _, vectors = torch.linalg.eigh((projected @ covariance @ projected.t()).double())
+    up = basis @ vectors.flip(1)[:, :rank].to(matrix)
+    down = up.t() @ matrix
+    lengths = down.norm(dim=1)
+    return up * lengths, down / nonzero(lengths)[:, None]
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:

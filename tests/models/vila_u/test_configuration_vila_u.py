@@ -58,7 +58,10 @@ VISION_ERRORS = [
         {"patch_size": 7, "decoder_latent_size": 5},
         "times 8 .* must be `image_size` = 32, but `decoder_latent_size` is 5",
     ),
-    ({"decoder_base_channels": 48}, re.escape("multiple of `decoder_norm_groups` = 32, but they are [48, 48, 48, 48]")),
+    (
+        {"decoder_base_channels": 48},
+        re.escape("multiple of `decoder_norm_groups` = 32, but they are [48, 48, 48, 48]"),
+    ),
 ]
 
 

@@ -1,0 +1,281 @@
+"""ControlNet for Sana: a copy of the first blocks that sees an image and steers the denoiser (arXiv 2302.05543).
+
+Legend: B batch, C latent channels, H W latent height and width, p patch size, h w token grid (H/p, W/p), N = h*w image
+tokens, L text tokens, D inner width.
+"""
+
+import inspect
+import json
+from functools import partial
+from typing import Any, Self
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.controlnets.controlnet_sana import SanaControlNetOutput
+from diffusers.models.embeddings import PixArtAlphaTextProjection
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import AdaLayerNormSingle
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+
+from diffusers_sana.models.controlnets.wiring_sana import WIRINGS
+from diffusers_sana.models.layers import Linear
+from diffusers_sana.models.single_file import FromOfficialFileMixin
+from diffusers_sana.models.transformers.attention_sana import SanaRMSNorm
+from diffusers_sana.models.transformers.official_sana import CONTROLNET, read_official_sana
+from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTextMixin, check_widths
+from diffusers_sana.models.transformers.transformer_sana import SanaPatchEmbed, SanaTransformerBlock
+
+
+# Fields of the configuration that diffusers does not have, and the values under which it builds the same model.
+EXTENSIONS = {"qk_norm": None, "wiring": "diffusers"}
+
+
+class SanaControlNetModel(
+    SanaTextMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, FromOfficialFileMixin
+):
+    """The ControlNet of Sana: its outputs are added to the stream of a `SanaTransformer2DModel`.
+
+    State-dict keys, `forward` and outputs are those of the diffusers class of the same name, and so is the
+    configuration but for `qk_norm` and `wiring`, which are only saved where they differ from what diffusers does.
+
+    There are two ways to connect the same weights. With `wiring="diffusers"` the branch starts from the latents, and
+    its output i is added behind block i + 1 of the transformer. With `wiring="nvlabs"`, that of the authors' code
+    (github.com/NVlabs/Sana), it starts from the output of the transformer's first block, and its output i is added
+    behind block i. Weights work best in the way they were trained in.
+
+    Args:
+        in_channels: latent channels.
+        out_channels: not used; as in the transformer's configuration.
+        num_layers: blocks, and outputs; fewer than the transformer has.
+        qk_norm: None, or "rms_norm_across_heads" for transformers that have it (SANA-1.5).
+        wiring: "diffusers" or "nvlabs".
+        the others: as in `SanaTransformer2DModel`.
+
+    Raises:
+        ValueError: widths that do not fit together, or an unknown `qk_norm` or `wiring`.
+    """
+
+    _read_official = staticmethod(partial(read_official_sana, class_name=CONTROLNET))
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SanaTransformerBlock", "SanaPatchEmbed"]  # type: ignore[assignment]
+    _repeated_blocks = ["SanaTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "norm"]  # type: ignore[assignment]
+    # `encode_text` calls these outside of `forward`, so each must bring its own weights onto the device.
+    _group_offload_block_modules = ["caption_projection", "caption_norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 32,
+        out_channels: int | None = 32,
+        num_attention_heads: int = 70,
+        attention_head_dim: int = 32,
+        num_layers: int = 7,
+        num_cross_attention_heads: int | None = 20,
+        cross_attention_head_dim: int | None = 112,
+        cross_attention_dim: int | None = 2240,
+        caption_channels: int = 2304,
+        mlp_ratio: float = 2.5,
+        dropout: float = 0.0,
+        attention_bias: bool = False,
+        sample_size: int = 32,
+        patch_size: int = 1,
+        norm_elementwise_affine: bool = False,
+        norm_eps: float = 1e-6,
+        interpolation_scale: int | None = None,
+        qk_norm: str | None = None,
+        wiring: str = "diffusers",
+    ) -> None:
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        of_the_text = check_widths(
+            dim,
+            num_cross_attention_heads,
+            cross_attention_head_dim,
+            cross_attention_dim,
+            qk_norm=qk_norm,
+            interpolation_scale=interpolation_scale,
+        )
+        if wiring not in WIRINGS:
+            raise ValueError(f"`wiring` must be one of {WIRINGS}, got {wiring!r}. Take the one of the training.")
+
+        self.patch_embed = SanaPatchEmbed(sample_size, patch_size, in_channels, dim, interpolation_scale)
+        self.time_embed = AdaLayerNormSingle(dim)
+        self.caption_projection = PixArtAlphaTextProjection(in_features=caption_channels, hidden_size=dim)
+        self.caption_norm = SanaRMSNorm(dim)
+        self.transformer_blocks = nn.ModuleList(
+            SanaTransformerBlock(
+                dim,
+                num_attention_heads,
+                attention_head_dim,
+                *of_the_text,
+                mlp_ratio=mlp_ratio,
+                dropout=dropout,
+                attention_bias=attention_bias,
+                norm_elementwise_affine=norm_elementwise_affine,
+                norm_eps=norm_eps,
+                qk_norm=qk_norm,
+            )
+            for _ in range(num_layers)
+        )
+        # All zero: a new ControlNet changes nothing, and learns from there.
+        self.input_block = _zero_linear(dim)
+        self.controlnet_blocks = nn.ModuleList(_zero_linear(dim) for _ in range(num_layers))
+        self.gradient_checkpointing = False
+
+    @classmethod
+    def from_transformer(
+        cls,
+        transformer: ModelMixin,
+        num_layers: int = 7,
+        load_weights_from_transformer: bool = True,
+        wiring: str = "diffusers",
+    ) -> Self:
+        """A new ControlNet for `transformer`, to be trained: its first blocks, and zeros behind them.
+
+        Args:
+            transformer: a SanaTransformer2DModel, of diffusers or ours.
+            num_layers: how many of its blocks are copied; fewer than it has.
+            load_weights_from_transformer: copy the weights too, and not only the sizes.
+            wiring: "diffusers" or "nvlabs".
+
+        Returns:
+            A ControlNet in fp32 on the CPU; what it does is nothing, as long as it has not been trained.
+
+        Raises:
+            ValueError: naming what does not fit, such as quantized weights.
+        """
+        config: Any = transformer.config
+        if not 1 <= num_layers < config["num_layers"]:
+            raise ValueError(
+                f"`num_layers` must be between 1 and {config['num_layers'] - 1}, one below the layers of `transformer`"
+                f", got {num_layers}."
+            )
+        if config["guidance_embeds"]:
+            raise ValueError(
+                "`transformer` must not have `guidance_embeds`: a ControlNet is not told the guidance scale. Use a "
+                "Sana or SANA-1.5 transformer."
+            )
+        shared = [name for name in inspect.signature(cls.__init__).parameters if name in config]
+        model = cls(**{name: config[name] for name in shared} | {"num_layers": num_layers, "wiring": wiring})
+        if load_weights_from_transformer:
+            weights = transformer.state_dict()
+            wanted = [key for key in model.state_dict() if not key.startswith(("input_block", "controlnet_blocks"))]
+            if missing := [key for key in wanted if key not in weights]:
+                raise ValueError(
+                    f"`transformer` must have plain weights, but lacks {missing[0]!r} and {len(missing) - 1} others. "
+                    "Load it unquantized and remove its adapters, or set `load_weights_from_transformer=False`."
+                )
+            model.load_state_dict({key: weights[key] for key in wanted}, strict=False)
+        return model
+
+    def to_json_string(self) -> str:
+        """The configuration; of our own fields only those that say something, as diffusers warns of unknown ones."""
+        config = json.loads(super().to_json_string())
+        config = {k: v for k, v in config.items() if k not in EXTENSIONS or v != EXTENSIONS[k]}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        timestep: Tensor,
+        controlnet_cond: Tensor,
+        conditioning_scale: float = 1.0,
+        encoder_attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+        text_context: SanaTextContext | None = None,
+    ) -> SanaControlNetOutput | tuple[tuple[Tensor, ...]]:
+        """What is to be added to the transformer's stream.
+
+        Args:
+            hidden_states: noisy latents `[B, C, H, W]`; with `wiring="nvlabs"` the output of the transformer's first
+                block `[B, N, D]`.
+            encoder_hidden_states: text encoder output `[B, L, caption_channels]`; None with `text_context`.
+            timestep: `[B]`, or `[1]` for all samples.
+            controlnet_cond: latents of the control image `[B or 1, C, H, W]`, scaled as the noisy ones are.
+            conditioning_scale: strength: factor of the outputs.
+            encoder_attention_mask: `[B, L]`, 1 for tokens to attend to and 0 for others, or additive `[B, 1 or N, L]`.
+            attention_mask: must be None: linear self-attention has no mask.
+            attention_kwargs: may hold `scale`, the weight of the loaded LoRAs.
+            return_dict: return a `SanaControlNetOutput` in place of a tuple.
+            text_context: from `encode_text`, in place of `encoder_hidden_states` and `encoder_attention_mask`.
+
+        Returns:
+            `controlnet_block_samples`, `num_layers` tensors `[B, N, D]`.
+
+        Raises:
+            ValueError: shapes that do not fit the configuration, or arguments that this model would not use.
+        """
+        p = self.config["patch_size"]
+        height, width = controlnet_cond.shape[-2] // p, controlnet_cond.shape[-1] // p
+        self._check_inputs(hidden_states, timestep, controlnet_cond, attention_mask)
+        text_context = self._resolve_text(
+            hidden_states.shape[0], encoder_hidden_states, encoder_attention_mask, attention_kwargs, text_context
+        )
+        if self.config["wiring"] == "diffusers":
+            hidden_states = self.patch_embed(hidden_states)  # [B, N, D]
+        hidden_states = hidden_states + self.input_block(self.patch_embed(controlnet_cond.to(hidden_states.dtype)))
+        modulation, _ = self.time_embed(timestep, hidden_dtype=hidden_states.dtype)
+
+        samples = []
+        layers = zip(self.transformer_blocks, self.controlnet_blocks, text_context.states, strict=True)
+        for block, head, text in layers:
+            arguments = (hidden_states, text, text_context.attention_mask, modulation, height, width)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden_states = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                hidden_states = block(*arguments)
+            samples.append(head(hidden_states) * conditioning_scale)
+        outputs = tuple(samples)
+        return SanaControlNetOutput(controlnet_block_samples=outputs) if return_dict else (outputs,)
+
+    def _check_inputs(
+        self, hidden_states: Tensor, timestep: Tensor, controlnet_cond: Tensor, attention_mask: Tensor | None
+    ) -> None:
+        channels, p = self.config["in_channels"], self.config["patch_size"]
+        shape, cond_shape = tuple(hidden_states.shape), tuple(controlnet_cond.shape)
+        if len(cond_shape) != 4 or cond_shape[1] != channels or cond_shape[2] % p or cond_shape[3] % p:
+            raise ValueError(
+                f"`controlnet_cond` must be latents [batch, {channels}, height, width] with sides divisible by "
+                f"`patch_size` {p}, got {cond_shape}. Encode the control image with the VAE."
+            )
+        rest: tuple[int, ...]
+        if self.config["wiring"] == "diffusers":
+            what, rest = "latents", cond_shape[1:]
+        else:
+            dim = self.config["num_attention_heads"] * self.config["attention_head_dim"]
+            what, rest = "the output of the transformer's first block", (cond_shape[2] * cond_shape[3] // p**2, dim)
+        if shape[1:] != rest:
+            raise ValueError(
+                f'`hidden_states` must be {what} [batch, {", ".join(map(str, rest))}] for `wiring="'
+                f'{self.config["wiring"]}"` and `controlnet_cond` {cond_shape}, got {shape}.'
+            )
+        if cond_shape[0] not in (1, shape[0]):
+            raise ValueError(
+                f"`controlnet_cond` must have batch size {shape[0]}, that of `hidden_states`, or 1, got "
+                f"{cond_shape[0]}. Repeat the control latents."
+            )
+        if attention_mask is not None:
+            raise ValueError(
+                "`attention_mask` must be None: linear self-attention has no mask, got a tensor. "
+                "For the text, use `encoder_attention_mask`."
+            )
+        if timestep.ndim != 1 or timestep.shape[0] not in (1, shape[0]):
+            raise ValueError(
+                f"`timestep` must have shape ({shape[0]},) or (1,), got {tuple(timestep.shape)}. "
+                f"Use `timestep.expand({shape[0]})`."
+            )
+
+
+def _zero_linear(dim: int) -> Linear:
+    layer = Linear(dim, dim)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,92 @@
+"""Components of Sana pipelines: from folders that name diffusers' classes, and from other pipelines."""
+
+import os
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from safetensors import SafetensorError
+
+from diffusers_sana._registration import PACKAGE, UPSTREAM_NAMES
+from diffusers_sana.pipelines.folder_check import check_complete, check_readable
+
+
+_OURS = {("diffusers", theirs): (PACKAGE, ours) for ours, theirs in UPSTREAM_NAMES.items()}
+
+
+class ComponentLoading(DiffusionPipeline):
+    """Part of `SanaPipelineBase`: loads our classes in place of diffusers' and saves diffusers' names for ours."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """Loads a pipeline from a folder or the Hub; all arguments are those of `DiffusionPipeline.from_pretrained`.
+
+        Raises:
+            OSError: naming the file of a local folder that is missing or damaged.
+            ValueError: for an argument or a component that does not belong to this pipeline.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            check_complete(folder, cls._get_init_keys(cls) - kwargs.keys())
+        try:
+            return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+        except (SafetensorError, ValueError):  # of JSON and of text encodings: kinds of ValueError
+            check_readable(folder)  # where a file is damaged, raises with its name, which those errors lack
+            raise
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """Reads `model_index.json`; where it names a diffusers class that one of ours replaces, ours is loaded.
+
+        Raises:
+            ValueError: for components and arguments of `from_pretrained` that this pipeline does not know.
+        """
+        config_dict = {
+            name: _OURS.get(tuple(value), value) if isinstance(value, list) else value
+            for name, value in config_dict.items()
+        }
+        init_dict, unknown, hidden = super().extract_init_dict(config_dict, **kwargs)
+        if unknown:
+            known = sorted(cls._get_init_keys(cls) - {"self"})
+            raise ValueError(
+                f"`{'`, `'.join(unknown)}`: neither a component of {cls.__name__} nor an argument of"
+                f" `from_pretrained`. The components are {known}."
+            )
+        return init_dict, unknown, hidden
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Records a component of ours under the name of the diffusers class it replaces: see `save_pretrained`."""
+        for name, value in kwargs.items():
+            if isinstance(value, tuple) and str(value[0]).split(".")[0] == PACKAGE and value[1] in UPSTREAM_NAMES:
+                kwargs[name] = ("diffusers", UPSTREAM_NAMES[value[1]])
+        super().register_to_config(**kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """A pipeline of this class around the components of another, as they are: nothing is copied, moved or cast.
+
+        diffusers' method casts all components to `dtype`, by default to fp32.
+
+        Args:
+            pipeline: has the components, whichever package it comes from.
+            kwargs: components in place of the pipeline's, or that it lacks; `dtype` (or `torch_dtype`) casts all.
+
+        Raises:
+            ValueError: for an argument that is no component, and for a component that neither has.
+        """
+        dtype: torch.dtype | None = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        names, _ = cls._get_signature_keys(cls)
+        if unknown := sorted(kwargs.keys() - names):
+            raise ValueError(f"`{'`, `'.join(unknown)}`: no component of {cls.__name__}, which has {sorted(names)}.")
+        components = {name: part for name, part in pipeline.components.items() if name in names} | kwargs
+        if missing := sorted(names - components.keys()):
+            raise ValueError(
+                f"{cls.__name__} also needs `{'`, `'.join(missing)}`, which {type(pipeline).__name__} lacks. Pass"
+                f" `from_pipe(pipeline, {missing[0]}=...)`."
+            )
+        made = cls(**components)
+        if path := pipeline.config.get("_name_or_path"):
+            made.register_to_config(_name_or_path=path)
+        made.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        return made if dtype is None else made.to(dtype=dtype)

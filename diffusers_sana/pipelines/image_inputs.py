@@ -1,0 +1,146 @@
+"""Images and masks that pipelines are given: read, brought to the size that is generated, laid out by prompts.
+
+Legend: N images, c color channels, H W height and width in pixels.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffusers_sana.pipelines.resolution import ASPECT_RATIO_BINS, bin_size
+
+
+def read_images(name: str, images: Any, channels: int = 3) -> Tensor:
+    """Images as one tensor.
+
+    Args:
+        name: of the argument, for errors.
+        images: one or a list of: PIL images; arrays `[H, W]`, `[H, W, c]`, `[N, H, W, c]`; tensors `[H, W]`,
+            `[c, H, W]`, `[N, c, H, W]`. Arrays and tensors hold floats in [0, 1], bytes or booleans. For masks, three
+            axes may also be `[N, H, W]`.
+        channels: c of the result, 3 for images and 1 for masks; gray images become color.
+
+    Returns:
+        `[N, c, H, W]` in fp32, in [0, 1].
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    items = list(images) if isinstance(images, list | tuple) else [images]
+    if not items:
+        raise ValueError(f"`{name}` must have at least one image, got an empty list.")
+    parts = [_read(name, item, channels) for item in items]
+    if len({part.shape[-2:] for part in parts}) > 1:
+        sizes = sorted({tuple(part.shape[-2:]) for part in parts})
+        raise ValueError(f"`{name}` must have images of one size, got heights and widths {sizes}. Resize them first.")
+    return torch.cat(parts)
+
+
+def _read(name: str, image: Any, channels: int) -> Tensor:
+    if isinstance(image, Image.Image):
+        image = np.array(image.convert("RGB" if channels == 3 else "L"))
+    if isinstance(image, np.ndarray):
+        if image.ndim == 2 or (image.ndim == 3 and channels == 1 and image.shape[-1] != 1):
+            image = image[..., None]
+        tensor = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, -3)
+    elif isinstance(image, Tensor):
+        is_bare = image.ndim == 2 or (image.ndim == 3 and channels == 1 and image.shape[0] != 1)
+        tensor = image.unsqueeze(-3) if is_bare else image
+    else:
+        raise TypeError(f"`{name}` must be PIL images, arrays or tensors, one or a list, got {type(image).__name__}.")
+    tensor = tensor.unsqueeze(0) if tensor.ndim == 3 else tensor
+    if tensor.ndim != 4 or tensor.shape[1] not in (1, channels):
+        raise ValueError(
+            f"`{name}` must have {channels} color channels, in arrays as the last axis, in tensors as the one before"
+            f" height and width, got {type(image).__name__} {list(image.shape)}."
+        )
+    if tensor.dtype == torch.uint8:
+        tensor = tensor.float() / 255
+    elif not tensor.is_floating_point() and tensor.dtype != torch.bool:
+        raise TypeError(f"`{name}` must hold floats in [0, 1] or bytes, got {tensor.dtype}.")
+    tensor = tensor.float().expand(-1, channels, -1, -1)
+    if not bool(((tensor >= 0) & (tensor <= 1)).all()):
+        raise ValueError(
+            f"`{name}` must have values in [0, 1], got {tensor.min():.3g} to {tensor.max():.3g}. For values in [-1, 1]"
+            " give `image / 2 + 0.5`."
+        )
+    return tensor
+
+
+def trained_size(height: int, width: int, native_size: int, multiple: int) -> tuple[int, int]:
+    """The size to generate at for an image of this size: trained, of its aspect ratio.
+
+    Args:
+        height, width: of the image, in pixels.
+        native_size: side in pixels of the square images that the checkpoint was trained on.
+        multiple: that sides must be of, in pixels.
+
+    Returns:
+        Height and width from the table of trained sizes; without one, of the native area.
+    """
+    if native_size in ASPECT_RATIO_BINS:
+        return bin_size(height, width, native_size)
+    stretch = math.sqrt(height / width)
+    tall, wide = (max(1, round(native_size * factor / multiple)) * multiple for factor in (stretch, 1 / stretch))
+    return tall, wide
+
+
+def pad_to_ratio(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Repeats the pixels of the border so that images get the aspect ratio of `size`.
+
+    Args:
+        images: `[N, c, H, W]`.
+        size: height and width.
+
+    Returns:
+        The area that `resize_and_crop` covers and cuts again when it brings an image of `size` to `H` and `W`.
+    """
+    height, width = images.shape[-2:]
+    ratio = max(height / size[0], width / size[1])
+    below, right = round(size[0] * ratio) - height, round(size[1] * ratio) - width
+    top, left = below // 2, right // 2
+    return F.pad(images, (left, right - left, top, below - top), mode="replicate")
+
+
+def cover_images(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images `[N, c, H, W]` in [0, 1] at `size`, height and width, in their proportions; what is too much is cut."""
+    ratio = max(size[0] / images.shape[-2], size[1] / images.shape[-1])
+    height, width = (round(side * ratio) for side in images.shape[-2:])
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    return _resize(images, (height, width))[..., top : top + size[0], left : left + size[1]]
+
+
+def fit_images(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images `[N, c, H, W]` in [0, 1] at `size`, height and width; `resize_and_crop` is the way back."""
+    return _resize(pad_to_ratio(images, size), size)
+
+
+def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def for_each_output(name: str, values: Tensor, num_prompts: int, num_images_per_prompt: int) -> Tensor:
+    """Lays out one row for all outputs, one a prompt or one an output; the images of a prompt are neighbours.
+
+    Args:
+        name: of the argument, for errors.
+        values: `[N, ...]`.
+
+    Returns:
+        `[num_prompts * num_images_per_prompt, ...]`.
+    """
+    num_outputs = num_prompts * num_images_per_prompt
+    if len(values) == num_outputs:
+        return values
+    if len(values) not in (1, num_prompts):
+        raise ValueError(
+            f"`{name}` must have one image, or one for each of the {num_prompts} prompts, got {len(values)}."
+        )
+    return values.repeat_interleave(num_outputs // len(values), dim=0)

@@ -1,0 +1,93 @@
+"""Images to latents and back, in tiles where one piece is or turns out too large.
+
+Legend: B images, C latent channels, h w latent height and width.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from torch import Tensor
+
+from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
+
+
+logger = logging.get_logger(__name__)
+
+TILING_SIZE = 2048  # pixels a side from which an image in one piece outgrows common GPUs
+
+
+def decode_latents(vae: Any, latents: Tensor, scale_factor: int) -> Tensor:
+    """Decodes as much at a time as the memory allows.
+
+    Args:
+        vae: deep compression autoencoder, of either package, whose own settings for tiling and slicing stay.
+        latents: `[B, C, h, w]`, as the denoiser has them.
+        scale_factor: pixels of a latent cell's side.
+
+    Returns:
+        `[B, 3, scale_factor * h, scale_factor * w]` in [-1, 1].
+
+    Raises:
+        torch.OutOfMemoryError: even image by image and in tiles.
+    """
+    latents = (latents / vae.config.scaling_factor).to(vae.dtype)
+    size = max(latents.shape[-2:]) * scale_factor
+    advice = (
+        f"Decoding latents {list(latents.shape)} does not fit even image by image and in tiles. Free memory"
+        " (`enable_model_cpu_offload()`), or take the latents (`output_type='latent'`) and decode elsewhere."
+    )
+    return _as_memory_allows(vae, size, lambda: vae.decode(latents, return_dict=False)[0], advice)
+
+
+def encode_images(vae: Any, images: Tensor) -> Tensor:
+    """Encodes as much at a time as the memory allows.
+
+    Args:
+        vae: deep compression autoencoder, of either package, whose own settings for tiling and slicing stay.
+        images: `[B, 3, height, width]` in [-1, 1], sides multiples of a latent cell's.
+
+    Returns:
+        `[B, C, h, w]` in fp32, as the denoiser has them.
+
+    Raises:
+        torch.OutOfMemoryError: even image by image and in tiles.
+    """
+    images = images.to(vae.dtype)
+    advice = (
+        f"Encoding images {list(images.shape)} does not fit even image by image and in tiles. Free memory"
+        " (`enable_model_cpu_offload()`), or encode elsewhere and give the latents."
+    )
+    latents = _as_memory_allows(vae, max(images.shape[-2:]), lambda: vae.encode(images, return_dict=False)[0], advice)
+    return latents.float() * vae.config.scaling_factor
+
+
+def _as_memory_allows(vae: Any, size: int, run: Callable[[], Tensor], advice: str) -> Tensor:
+    """`run()`, in tiles for images of large `size`; where that does not fit, again in tiles and image by image."""
+    by_need = isinstance(vae, AutoencoderDC) and size >= TILING_SIZE
+    try:
+        with _tiled(vae) if by_need else nullcontext():
+            return run()
+    except torch.OutOfMemoryError as error:
+        reason = str(error)  # not the error itself: its traceback keeps the tensors alive
+    logger.warning(f"Out of memory in the autoencoder; trying again image by image and in tiles. {reason}")
+    try:
+        with _tiled(vae, sliced=True):
+            return run()
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(advice) from error
+
+
+@contextmanager
+def _tiled(vae: Any, sliced: bool = False) -> Iterator[None]:
+    """Works in tiles, and with `sliced` image by image, for the time of the block; settings of the user stay."""
+    was_tiled, was_sliced = vae.use_tiling, vae.use_slicing
+    if not was_tiled:
+        vae.enable_tiling()
+    vae.use_slicing = was_sliced or sliced
+    try:
+        yield
+    finally:
+        vae.use_tiling, vae.use_slicing = was_tiled, was_sliced

@@ -1,0 +1,70 @@
+"""Changes a picture and repaints a part of it with the bundled checkpoint, on a CPU.
+
+    python examples/img2img_inpaint.py --out img2img_inpaint.png
+
+Upper row, image to image: the picture, and "a green apple" from it at growing strength; at 1 it leaves no trace.
+Lower row, inpainting: the picture, the mask, "a lemon" under it; the same with pixels around it as the autoencoder has
+them; and half of the picture under another mask.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from diffusers_sana import SanaImg2ImgPipeline, SanaInpaintPipeline, SanaPipeline
+from diffusers_sana.checkpoints import SANA_EMOJI
+
+
+SIDE, GAP = 128, 4
+STRENGTHS = (0.2, 0.4, 0.6, 1.0)
+
+
+def mask(box: tuple[int, int, int, int]) -> Image.Image:
+    """White in `box` (left, top, right, bottom), in pixels: what is to be repainted."""
+    image = Image.new("L", (SIDE, SIDE))
+    ImageDraw.Draw(image).rectangle(box, fill=255)
+    return image
+
+
+def draw() -> list[list[Image.Image]]:
+    """The rows of the picture."""
+    pipe = SanaPipeline.from_pretrained(SANA_EMOJI)
+    img2img = SanaImg2ImgPipeline.from_pipe(pipe)
+    inpaint = SanaInpaintPipeline.from_pipe(pipe)
+
+    def seeded() -> torch.Generator:
+        return torch.Generator().manual_seed(0)
+
+    apple = pipe("a red apple on a blue background", generator=seeded()).images[0]
+    prompt = "a green apple on a blue background"
+    changed = [img2img(prompt, apple, strength=s, generator=seeded()).images[0] for s in STRENGTHS]
+
+    prompt, middle, half = "a lemon on a blue background", mask((16, 16, 111, 111)), mask((64, 0, 127, 127))
+    lemon = inpaint(prompt, apple, middle, generator=seeded()).images[0]
+    unkept = inpaint(prompt, apple, middle, preserve_unmasked=False, generator=seeded()).images[0]
+    halves = inpaint(prompt, apple, half, generator=seeded()).images[0]
+    return [[apple, *changed], [apple, middle, lemon, unkept, halves]]
+
+
+def sheet(rows: list[list[Image.Image]]) -> Image.Image:
+    """The rows as one picture."""
+    step = SIDE + GAP
+    whole = Image.new("RGB", (len(rows[0]) * step - GAP, len(rows) * step - GAP), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            whole.paste(image, (x * step, y * step))
+    return whole
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("img2img_inpaint.png"), help="where the picture goes")
+    out = parser.parse_args().out
+    sheet(draw()).save(out, optimize=True)
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""`SanaSprintImg2ImgPipeline` against diffusers', and what only ours does."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoPipelineForImage2Image
+from PIL import Image
+
+import diffusers_sana
+from diffusers_sana import SanaSprintImg2ImgPipeline, SanaSprintPipeline
+from tests.numerics import assert_close_fp32
+from tests.pipelines.sprint_cases import CALL, sprint_pipeline
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return sprint_pipeline(diffusers_sana, "SanaSprintImg2ImgPipeline")
+
+
+@pytest.fixture(scope="module")
+def upstream():
+    return sprint_pipeline(diffusers, "SanaSprintImg2ImgPipeline")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def picture(height=32, width=64, number=1):
+    return torch.rand(number, 3, height, width, generator=seeded(7))
+
+
+def as_pil(tensor):
+    return [Image.fromarray((item.movedim(0, -1) * 255).byte().numpy()) for item in tensor]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"image": picture()},
+        {"image": picture()[0], "strength": 0.4},
+        {"image": as_pil(picture())[0], "num_inference_steps": 4, "strength": 0.75},
+        {"image": as_pil(picture(50, 40))[0], "num_inference_steps": 1, "strength": 1.0},
+        {"image": picture(64, 32), "num_inference_steps": 3, "strength": 0.5},
+        {"image": np.array(as_pil(picture())[0]) / np.float32(255), "output_type": "latent"},
+        {"image": picture(number=2), "prompt": ["a fox", "two red apples"], "strength": 0.5},
+        # Of equal length: diffusers gives the images of several prompts each other's masks.
+        {"image": picture(), "prompt": ["a fox", "a cat"], "num_images_per_prompt": 2, "strength": 0.5},
+        {"image": picture(), "latents": torch.randn(1, 4, 16, 32, generator=seeded()), "strength": 0.5},
+    ],
+    ids=["tensor", "weak", "pil", "resized pil", "resized tensor", "array", "batch", "several", "latents"],
+)
+def test_equals_diffusers(ours, upstream, arguments):
+    arguments = {**CALL, **arguments}
+    images = ours(**arguments, generator=seeded()).images
+    if arguments.get("num_inference_steps", 2) != 2:
+        arguments["intermediate_timesteps"] = None  # which diffusers insists on
+    assert_close_fp32(images, upstream(**arguments, generator=seeded()).images)
+
+
+def test_latents_in_place_of_an_image(ours):
+    call = {name: value for name, value in CALL.items() if name not in ("height", "width")}
+    vae = ours.vae
+    with torch.no_grad():
+        latents = vae.encode(picture() * 2 - 1).latent * vae.config.scaling_factor
+    expected = ours(**call, image=picture(), strength=0.5, generator=seeded()).images
+    assert_close_fp32(ours(**call, image=latents, strength=0.5, generator=seeded()).images, expected)
+    assert expected.shape == (1, 3, 32, 64)  # the size of the image
+
+
+def test_a_weak_change_stays_near_the_image(ours):
+    """The first of few steps is known to be the image in the latents, whatever the random weights say."""
+    call = {**CALL, "timesteps": [1.5, 0.02, 0.0], "output_type": "latent"}
+    latents = torch.randn(1, 4, 16, 32, generator=seeded())
+    call |= {"height": None, "width": None, "image": latents}
+    near = ours(**call, strength=0.5, generator=seeded()).images
+    far = ours(**call, strength=1.0, generator=seeded()).images
+    assert (near - latents).norm() < 0.1 * latents.norm() < (far - latents).norm()
+
+
+def test_several_images_of_one_prompt(ours):
+    together = ours(**CALL, image=picture(number=2), strength=0.5, generator=[seeded(1), seeded(2)]).images
+    for index, seed in ((0, 1), (1, 2)):
+        alone = ours(**CALL, image=picture(number=2)[index], strength=0.5, generator=seeded(seed)).images
+        assert_close_fp32(together[index : index + 1], alone)
+
+
+def test_from_pipe_and_auto_pipeline(tmp_path, ours):
+    text_to_image = SanaSprintPipeline(**ours.components)
+    shared = SanaSprintImg2ImgPipeline.from_pipe(text_to_image)
+    assert shared.transformer is ours.transformer
+    text_to_image.save_pretrained(tmp_path)
+    for pipe in (
+        AutoPipelineForImage2Image.from_pretrained(tmp_path),
+        AutoPipelineForImage2Image.from_pipe(text_to_image),
+        SanaSprintImg2ImgPipeline.from_pretrained(tmp_path),
+    ):
+        assert type(pipe) is SanaSprintImg2ImgPipeline
+        images = pipe(**CALL, image=picture(), strength=0.5, generator=seeded()).images
+        assert_close_fp32(images, ours(**CALL, image=picture(), strength=0.5, generator=seeded()).images)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "`image` must be given, got None. Use SanaSprintPipeline"),
+        ({"image": picture() * 2}, ValueError, r"`image` must have values in \[0, 1\]"),
+        ({"image": "fox.png"}, TypeError, "`image` must be PIL images, arrays or tensors"),
+        (
+            {"image": torch.zeros(1, 4, 8, 8)},
+            ValueError,
+            "must be left out where `image` is latents",
+        ),
+        ({"image": picture(), "strength": 0}, ValueError, "`strength` must be above 0 and at most 1, got 0"),
+        ({"image": picture(), "strength": "weak"}, TypeError, "`strength` must be a number"),
+        (
+            {"image": picture(number=3), "prompt": ["a", "b"]},
+            ValueError,
+            "`image` must have one image, or one for each",
+        ),
+    ],
+)
+def test_wrong_arguments(ours, arguments, error, message):
+    with pytest.raises(error, match=message):
+        ours(**{**CALL, **arguments})

@@ -1,0 +1,74 @@
+"""The branch that is the best for given inputs, against exact decompositions and on inputs it has not seen."""
+
+import pytest
+import torch
+
+from diffusers_sana.kernels.dequantize_weight import dequantize_weight_reference
+from diffusers_sana.quantizers.svdquant.decompose import Options, decompose
+from diffusers_sana.quantizers.svdquant.randomized_svd import randomized_svd, weighted_svd
+from tests.numerics import assert_close_fp32, relative_error
+
+
+def spread(features, decades=1.5):
+    """A map of white noise to inputs that mostly lie in some directions, which are not those of the channels."""
+    directions = torch.linalg.qr(torch.randn(features, features)).Q
+    return directions * torch.logspace(0, -decades, features)
+
+
+def output_error(item, x, weight):
+    parts = (item.qweight, item.wscales, item.wtscale, item.smooth_factor, item.proj_down, item.proj_up)
+    return relative_error(x @ dequantize_weight_reference(*parts, torch.float32).t(), x @ weight.t())
+
+
+def test_weighted_svd_is_the_best_for_its_inputs():
+    matrix, factor = torch.randn(60, 80) * torch.logspace(0, -1, 80), spread(80)
+    up, down = weighted_svd(matrix, 12, 0, factor @ factor.t())
+    best = torch.linalg.svdvals((matrix @ factor).double())[12:].norm()
+    error = ((matrix - up @ down) @ factor).norm()
+    assert error < 1.01 * best
+    plain_up, plain_down = randomized_svd(matrix, 12, 0)
+    assert ((matrix - plain_up @ plain_down) @ factor).norm() > 1.2 * error
+    assert_close_fp32(down.norm(dim=1), torch.ones(12))
+
+
+def test_weighted_svd_makes_no_input_worse():
+    # Also in directions that the covariance does not have.
+    matrix, seen = torch.randn(48, 64), torch.randn(5, 64)
+    up, down = weighted_svd(matrix, 8, 0, seen.t() @ seen)
+    x = torch.randn(500, 64)
+    assert ((x @ (matrix - up @ down).t()).norm(dim=1) <= (x @ matrix.t()).norm(dim=1) * 1.0001).all()
+    assert relative_error(seen @ (up @ down).t(), seen @ matrix.t()) < 1e-4
+    nothing = weighted_svd(matrix, 8, 0, torch.zeros(64, 64))
+    assert all(part.isfinite().all() for part in nothing)
+
+
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+@pytest.mark.parametrize("tokens", [2048, 96], ids=["many", "fewer than channels"])
+def test_hessian_helps_on_other_inputs(precision, tokens):
+    weight, factor = torch.randn(96, 192), spread(192, decades=3)
+    x, other = torch.randn(tokens, 192) @ factor.t(), torch.randn(512, 192) @ factor.t()
+    options = Options(precision, rank=16, smoothing="none", quantize_activations=False)
+    (plain,), _ = decompose([weight], options, inputs=x)
+    (fitted,), _ = decompose([weight], options, inputs=x, hessian=x.t() @ x)
+    assert output_error(fitted, x, weight) < 0.85 * output_error(plain, x, weight)
+    assert output_error(fitted, other, weight) < 0.9 * output_error(plain, other, weight)
+
+
+def test_scale_of_the_hessian_does_not_matter():
+    weight, x = torch.randn(32, 64), torch.randn(256, 64) @ spread(64)
+    options = Options(rank=8)
+    errors = [decompose([weight], options, x, hessian=x.t() @ x * scale)[1][0].error for scale in (1e-4, 1.0, 1e4)]
+    assert errors == pytest.approx([errors[0]] * 3, rel=0.02)
+
+
+def test_no_branch_needs_no_hessian():
+    assert Options().uses_hessian
+    assert Options(rank=0, gptq=True).uses_hessian
+    assert not Options(rank=0).uses_hessian
+    assert not Options(refinements=0).uses_hessian
+
+
+def test_bad_hessian():
+    x = torch.randn(16, 64)
+    with pytest.raises(ValueError, match="`hessian` must be finite"):
+        decompose([torch.randn(64, 64)], Options(rank=4), inputs=x, hessian=torch.full((64, 64), torch.inf))
