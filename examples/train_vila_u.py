@@ -16,9 +16,11 @@ script calls `train(config, batches, model, processor)` with any iterable of bat
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from torch import Tensor, nn
 from transformers import AutoProcessor
 
 from diffusers_sana import VilaUForConditionalGeneration, VilaUProcessor
@@ -26,7 +28,7 @@ from diffusers_sana.training.batches import Batches
 from diffusers_sana.training.chats import ChatCollator, ChatFolder, encode_pictures
 from diffusers_sana.training.config import TrainingConfig, option, parse_config
 from diffusers_sana.training.data import make_loader
-from diffusers_sana.training.export import copy_with_weights
+from diffusers_sana.training.export import copy_with_weights, sub_state
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.plots import save_image_grid
@@ -47,9 +49,33 @@ class VilaUTrainingConfig(TrainingConfig):
     betas: tuple[float, float] | None = option((0.9, 0.999), "AdamW betas")
     weight_decay: float | None = option(0.0, "AdamW weight decay of matrices and kernels")
     caption_dropout: float = option(0.1, "share of the prompts of pictures that are emptied, for guidance")
+    cell_dropout: float = option(0.0, "hide up to this share of a picture's cells from the language model; see docs")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     sample_prompts: tuple[str, ...] = option((), "prompts of the sample grids; none: no grids")
     sample_guidance: float = option(3.0, "guidance scale of the sample grids")
+
+
+class WithHiddenCells(nn.Module):
+    """The model, and in training pictures of which the language model does not see all cells.
+
+    From the cells before it a cell is guessed more easily than from the prompt, so that a short training learns what a
+    prompt means from the first cells of an object only. Of each picture a share is hidden, drawn anew from 0 to
+    `cell_dropout`: inputs of zeros. All cells are still to be predicted.
+    """
+
+    def __init__(self, model: VilaUForConditionalGeneration, cell_dropout: float):
+        super().__init__()
+        self.model, self.cell_dropout = model, cell_dropout
+
+    def forward(self, pixel_values: Tensor | None = None, image_codes: Tensor | None = None, **batch: Any) -> Any:
+        """As `VilaUForConditionalGeneration.forward`."""
+        if pixel_values is None and image_codes is None:
+            return self.model(**batch)
+        features = self.model.get_image_features(pixel_values, image_codes, return_dict=True)
+        share = torch.rand(len(features.codes), 1, 1, device=features.codes.device) * self.cell_dropout
+        is_seen = torch.rand(*features.codes.shape[:2], 1, device=share.device) >= share
+        features.pooler_output = features.pooler_output * is_seen
+        return self.model(mm_encoder_outputs={"image": features}, **batch)
 
 
 def train(
@@ -75,11 +101,10 @@ def train(
     if config.compile:
         for layer in (*model.model.language_model.layers, *model.depth_transformer.layers):
             layer.compile()
-    model.train()
-    plain_model = model
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = WithHiddenCells(model, config.cell_dropout).train()
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = make_adamw(parameters, config.learning_rate, config.betas, config.weight_decay)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    trained, optimizer = accelerator.prepare(trained, optimizer)
 
     def sample(path: Path) -> None:
         if not config.sample_prompts or not accelerator.is_main_process:
@@ -87,25 +112,25 @@ def train(
         inputs = processor(text=list(config.sample_prompts), generation_mode="image").to(accelerator.device)
         generator = torch.Generator().manual_seed(config.seed)
         model.eval()
-        codes = plain_model.generate(
+        codes = model.generate(
             **inputs, generation_mode="image", guidance_scale=config.sample_guidance, generator=generator
         )
         model.train()
-        save_image_grid(plain_model.decode_image_tokens(codes), path)
+        save_image_grid(model.decode_image_tokens(codes), path)
 
     def save(folder: Path) -> None:
-        state = accelerator.get_state_dict(model)
+        state = sub_state(accelerator.get_state_dict(trained), "model.")
         if accelerator.is_main_process:
-            copy_with_weights(plain_model, state).save_pretrained(folder)
+            copy_with_weights(model, state).save_pretrained(folder)
             processor.save_pretrained(folder)
 
-    loop = TrainingLoop(config, accelerator, [model], [optimizer], save=save, sample=sample)
+    loop = TrainingLoop(config, accelerator, [trained], [optimizer], save=save, sample=sample)
     for batch in loop.run(batches):
-        with accelerator.accumulate(model):
-            output = model(**batch)
+        with accelerator.accumulate(trained):
+            output = trained(**batch)
             accelerator.backward(output.loss)
             if accelerator.sync_gradients and config.max_grad_norm:
-                accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                accelerator.clip_grad_norm_(trained.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         terms = {"text": output.text_loss, "codes": output.visual_loss}

@@ -1,6 +1,7 @@
 """From transformers' SigLIP to VILA-U's vision tower, which has the same blocks under shorter names."""
 
 import re
+from typing import Any
 
 from transformers import SiglipConfig, SiglipModel
 
@@ -14,7 +15,8 @@ def tower_config_like(siglip: SiglipConfig) -> VilaUVisionConfig:
     Raises:
         StrictDataclassClassValidationError: the decoder has no layout for these patches (it enlarges 16 times).
     """
-    text, vision = siglip.text_config, siglip.vision_config
+    text: Any = siglip.text_config  # fields of it may be None for mypy, but are not once it is set up
+    vision: Any = siglip.vision_config
     return VilaUVisionConfig(
         hidden_size=vision.hidden_size,
         intermediate_size=vision.intermediate_size,
@@ -53,7 +55,8 @@ def load_siglip(tower: VilaUVisionModel, siglip: SiglipModel) -> VilaUVisionMode
     Raises:
         ValueError: the tower lacks a part that SigLIP has, or a size differs.
     """
-    layers = siglip.config.vision_config.num_hidden_layers
+    config: Any = siglip.config
+    layers = config.vision_config.num_hidden_layers
     weights = {tower_name(name, layers): value for name, value in siglip.state_dict().items()}
     own = tower.state_dict()
     unfit = sorted(name for name, value in weights.items() if name not in own or own[name].shape != value.shape)

@@ -31,7 +31,8 @@ def export_official(
         not use them; it makes them up at random.
 
     Raises:
-        ValueError: a decoder that the official code cannot build, no small files, a weight that is missing or has no place in the official checkpoint.
+        ValueError: a decoder that the official code cannot build, no small files, a weight that is missing or has no
+            place in the official checkpoint.
         FileExistsError: `target` has files.
     """
     folder, target = Path(folder), Path(target)

@@ -113,7 +113,7 @@ def evaluate(
     data: Path,
     out: Path,
     tower: VilaUVisionModel | None = None,
-    singles: int = 96,
+    singles: int = 64,
     guidance_scale: float = 3.0,
 ) -> dict:
     """Measures a model; writes `evaluation.json` and three pictures into `out`."""
@@ -128,11 +128,9 @@ def evaluate(
     shown = slice(0, 32)
     captioned_grid(enlarge(pictures[shown]), [scene.prompt for scene in scenes[shown]], out / "drawn.png")
     captioned_grid(enlarge(truth[shown]), named[shown], out / "answered.png")
-    captioned_grid(
-        enlarge(torch.cat([truth[:8], through_codes[:8]])),
-        ["original"] * 8 + ["from its codes"] * 8,
-        out / "codes.png",
-    )
+    count = min(8, len(scenes))
+    both = torch.cat([truth[:count], through_codes[:count]])
+    captioned_grid(enlarge(both), ["original"] * count + ["from its codes"] * count, out / "codes.png", columns=count)
     report = {
         **environment(),
         "guidance_scale": guidance_scale,

@@ -88,7 +88,8 @@ def train_model(art: EmojiArt, tower_folder: Path, out: Path, minutes: float) ->
         betas=(0.9, 0.98),
         weight_decay=0.05,
         ema_decay=0.99,
-        sample_prompts=tuple(scene.prompt for scene in held_out_scenes(scenes.labels)[:16]),
+        cell_dropout=0.9,
+        sample_prompts=tuple(scene.prompt for scene in held_out_scenes(TAUGHT, pairs=0)[:16] if not scene.position),
         sample_minutes=10,
         resume=resumable(out),
     )

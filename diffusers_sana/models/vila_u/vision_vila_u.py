@@ -171,7 +171,10 @@ class VilaUVisionModel(PreTrainedModel):
         latents = quantized.mT.unflatten(2, (side, side)).to(self.post_quant_conv.weight.dtype)
         if self.config.decoder_latent_size is not None:
             latents = resize_latents(latents, self.config.decoder_latent_size)
-        return self.decoder(self.post_quant_conv(latents))
+        latents = self.post_quant_conv(latents)
+        if latents.device.type == "cpu":  # else a single picture's convolutions in bf16 take many times as long
+            latents = latents.contiguous(memory_format=torch.channels_last)
+        return self.decoder(latents)
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         """`[B, T, D]` to pixels `[B, 3, H, W]`, about -1 to 1 and not clamped."""
