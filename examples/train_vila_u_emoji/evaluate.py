@@ -11,6 +11,7 @@ import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def similarity(originals: Tensor, others: Tensor) -> dict[str, float]:
 
 
 def draw(
-    model: VilaUForConditionalGeneration, processor: VilaUProcessor, prompts: list[str], guidance_scale: float
+    model: VilaUForConditionalGeneration, processor: VilaUProcessor, prompts: list[str], **options: Any
 ) -> Tensor:
     """Pictures `[B, 3, H, W]` of the prompts, number i from seed i."""
     pictures = []
@@ -62,7 +63,7 @@ def draw(
         codes = model.generate(
             **processor(text=batch, generation_mode="image"),
             generation_mode="image",
-            guidance_scale=guidance_scale,
+            **options,
             generator=[torch.Generator().manual_seed(start + i) for i in range(len(batch))],
         )
         pictures.append(model.decode_image_tokens(codes).float().clamp(-1, 1))
@@ -114,7 +115,6 @@ def evaluate(
     out: Path,
     tower: VilaUVisionModel | None = None,
     singles: int = 64,
-    guidance_scale: float = 3.0,
 ) -> dict:
     """Measures a model; writes `evaluation.json` and three pictures into `out`."""
     art = EmojiArt(data)
@@ -122,7 +122,7 @@ def evaluate(
     scenes = [Scene(s.labels, s.style, s.color) for s in held_out_scenes(TAUGHT, singles=singles, pairs=0)]
     truth = renderer.render(scenes, jitter=0.0)
     through_codes = reconstruct(model.model.vision_tower, truth)
-    pictures = draw(model, processor, [scene.prompt for scene in scenes], guidance_scale)
+    pictures = draw(model, processor, [scene.prompt for scene in scenes])
     answers, named = answering(model, processor, scenes, truth)
     out.mkdir(parents=True, exist_ok=True)
     shown = slice(0, 32)
@@ -133,7 +133,6 @@ def evaluate(
     captioned_grid(enlarge(both), ["original"] * count + ["from its codes"] * count, out / "codes.png", columns=count)
     report = {
         **environment(),
-        "guidance_scale": guidance_scale,
         "tower_on_held_out_triples": similarity(truth, through_codes),
         "answers_on_held_out_triples": answers,
         "drawn": prompt_following(
@@ -161,12 +160,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default=VILA_U_EMOJI, help="folder of a model; default: the bundled one")
     parser.add_argument("--tower", help="folder of the tower as trained, with its text tower")
     parser.add_argument("--out", type=Path, default=Path("outputs/vila-u-evaluation"), help="for figures and pictures")
-    parser.add_argument("--guidance-scale", type=float, default=3.0)
     args = parser.parse_args(argv)
     model = VilaUForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
     processor = VilaUProcessor.from_pretrained(args.model)
     tower = VilaUVisionModel.from_pretrained(args.tower) if args.tower else None
-    report = evaluate(model, processor, args.data, args.out, tower, guidance_scale=args.guidance_scale)
+    report = evaluate(model, processor, args.data, args.out, tower)
     print(json.dumps(report, indent=1))
 
 

@@ -31,6 +31,8 @@ from .tokenizer import make_tokenizer
 TOWER, LANGUAGE_MODEL, DECODER = 0.35, 0.5, 0.15
 STAGES = ("tower", "model", "decoder", "evaluate")
 # Batch, scenes in the store of shown ones, and how many each batch renews (a divisor): what depends on the machine.
+# What the small model draws best with, see docs/checkpoints.md.
+SAMPLING = {"visual_guidance_scale": 2.0, "visual_temperature": 0.7}
 COMPILE = True  # the tower's decoder
 PRESETS = {"cpu": (32, 1024, 2), "cuda": (256, 8192, 32)}
 
@@ -98,11 +100,12 @@ def train_model(art: EmojiArt, tower_folder: Path, out: Path, minutes: float) ->
 
 
 def publish(trained: Path, decoder: Path, out: Path) -> None:
-    """Writes the model with the last decoder, in bf16: half the bytes."""
+    """Writes the model with the last decoder and its sampling settings, in bf16: half the bytes."""
     model = VilaUForConditionalGeneration.from_pretrained(trained, dtype=torch.bfloat16)
     tower, last = model.model.vision_tower, VilaUVisionModel.from_pretrained(decoder, dtype=torch.bfloat16)
     tower.decoder.load_state_dict(last.decoder.state_dict())
     tower.post_quant_conv.load_state_dict(last.post_quant_conv.state_dict())
+    model.generation_config.update(**SAMPLING)
     model.save_pretrained(out)
     VilaUProcessor.from_pretrained(trained).save_pretrained(out)
 

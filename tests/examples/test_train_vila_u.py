@@ -9,7 +9,7 @@ from transformers import AutoProcessor
 
 from diffusers_sana import VilaUForConditionalGeneration
 from diffusers_sana.training.chats import ChatCollator, ChatFolder, encode_pictures, without_prompt
-from examples.train_vila_u import VilaUTrainingConfig, main, train
+from examples.train_vila_u import VilaUTrainingConfig, WithHiddenCells, main, train
 from tests.models.vila_u.tiny import CELLS, CODES, DEPTH, IMAGE, tiny_model
 from tests.models.vila_u.tiny_processor import tiny_processor
 
@@ -153,3 +153,21 @@ def test_bad_input(tmp_path):
         ChatCollator(processor)([drawing("a", random_codes(1)), drawing("b", Image.new("RGB", (32, 32)))])
     with pytest.raises(ValueError, match=r"must be \[16, D\], got \[15, 3\]"):
         ChatCollator(processor)([drawing("a", random_codes(1)[1:])])
+
+
+def test_hidden_cells_are_not_seen_but_still_learned():
+    model, processor = trainable().eval(), tiny_processor()
+    batch = ChatCollator(processor)([drawing("a", random_codes(1)), drawing("b", random_codes(2))])
+    seen = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    plain = model(**batch)
+    assert torch.equal(WithHiddenCells(model, 0.0)(**batch).loss, plain.loss)
+    torch.manual_seed(0)
+    hidden = WithHiddenCells(model, 1.0)(**batch)
+    is_cell = batch["input_ids"] == IMAGE
+    is_hidden = (seen[2] == 0).all(-1) & is_cell
+    assert 0 < is_hidden.sum() < is_cell.sum()
+    assert torch.equal(seen[2][~is_hidden], seen[0][~is_hidden])
+    assert hidden.depth_logits.shape == plain.depth_logits.shape
