@@ -1,4 +1,4 @@
-"""The bundled checkpoint: an ordinary folder, small, deterministic, and it draws what the prompt says."""
+"""The bundled checkpoints: ordinary folders, small, deterministic; one draws what a prompt says, one names it."""
 
 from pathlib import Path
 
@@ -7,8 +7,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from diffusers_sana import AutoencoderDC, FlowDPMSolverScheduler, SanaPipeline, SanaTransformer2DModel, cli
-from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana import (
+    AutoencoderDC,
+    FlowDPMSolverScheduler,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    VilaUPipeline,
+    cli,
+)
+from diffusers_sana.checkpoints import BUNDLED, SANA_EMOJI, VILA_U_EMOJI
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +30,12 @@ def draw(pipe, prompt: str, **kwargs) -> torch.Tensor:
     return pipe(prompt, generator=torch.Generator().manual_seed(0), output_type="pt", **kwargs).images[0]
 
 
-def test_folder():
-    files = [path for path in Path(SANA_EMOJI).rglob("*") if path.is_file()]
+@pytest.mark.parametrize("folder", BUNDLED.values(), ids=BUNDLED)
+def test_folder(folder):
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 31e6
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".jinja"}
-    for path in Path(SANA_EMOJI).rglob("*.safetensors"):
+    for path in Path(folder).rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
             assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.bfloat16}, path  # noqa: SIM118
 
@@ -89,3 +97,26 @@ def test_command_line_errors(arguments, message, tmp_path):
         cli.main(["generate", "a fox", "--out", str(tmp_path / "x.png"), *arguments])
     assert message in str(error.value)
     assert not (tmp_path / "x.png").exists()
+
+
+def test_vila_u_names_what_sana_draws(pipe):
+    """Pictures from a model that VILA-U has never seen the work of."""
+    things = {"a lemon": "black", "a frog": "blue", "a fox": "green", "a star": "purple", "a panda": "pink"}
+    prompts = [f"{thing} on a {color} background, flat style" for thing, color in things.items()]
+    pictures = pipe(prompts, generator=[torch.Generator().manual_seed(0) for _ in prompts]).images
+    vila_u = VilaUPipeline.from_pretrained(VILA_U_EMOJI, torch_dtype=torch.float32)
+    named = vila_u.chat(pictures, "What is this?", do_sample=False)
+    assert sum(said == thing for said, thing in zip(named, things, strict=True)) >= 4
+    colors = vila_u.chat(pictures, "Which colour is the background?", do_sample=False)
+    assert sum(said == color for said, color in zip(colors, things.values(), strict=True)) >= 4
+
+
+def test_vila_u_draws_on_the_colour_of_the_prompt():
+    vila_u = VilaUPipeline.from_pretrained(VILA_U_EMOJI, torch_dtype=torch.float32)
+    vila_u.set_progress_bar_config(disable=True)
+    prompts = ["a frog on a blue background, flat style", "a lemon on a red background, flat style"]
+    drawn = vila_u(prompts, generator=[torch.Generator().manual_seed(0) for _ in prompts], output_type="pt").images
+    corners = drawn[:, :, :8, :8].mean((2, 3))
+    assert corners.argmax(1).tolist() == [2, 0]
+    again = vila_u(prompts[1], generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert torch.equal(again[0], drawn[1])

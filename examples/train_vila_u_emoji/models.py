@@ -46,6 +46,7 @@ def make_model(tower: VilaUVisionModel, tokenizer: LlamaTokenizer) -> VilaUForCo
     """
     vision = tower.config.to_dict() | {"use_semantic_head": False, "use_text_tower": False}
     vision["quantizer_dtype"] = "float32"
+    vision.pop("_name_or_path", None)  # where the tower lay
     media = (IMAGE, IMAGE_START, IMAGE_END, VIDEO_START, VIDEO_END)
     names = ("image", "image_start", "image_end", "video_start", "video_end")
     config = VilaUConfig(

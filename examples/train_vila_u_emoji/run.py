@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
 from diffusers_sana import VilaUForConditionalGeneration, VilaUImageProcessor, VilaUProcessor, VilaUVisionModel
 from diffusers_sana.training.chats import ChatCollator
@@ -32,7 +33,7 @@ TOWER, LANGUAGE_MODEL, DECODER = 0.35, 0.5, 0.15
 STAGES = ("tower", "model", "decoder", "evaluate")
 # Batch, scenes in the store of shown ones, and how many each batch renews (a divisor): what depends on the machine.
 # What the small model draws best with, see docs/checkpoints.md.
-SAMPLING = {"visual_guidance_scale": 2.0, "visual_temperature": 0.7}
+SAMPLING = {"visual_guidance_scale": 1.5, "visual_temperature": 0.5}
 COMPILE = True  # the tower's decoder
 PRESETS = {"cpu": (32, 1024, 2), "cuda": (256, 8192, 32)}
 
@@ -105,7 +106,12 @@ def publish(trained: Path, decoder: Path, out: Path) -> None:
     tower, last = model.model.vision_tower, VilaUVisionModel.from_pretrained(decoder, dtype=torch.bfloat16)
     tower.decoder.load_state_dict(last.decoder.state_dict())
     tower.post_quant_conv.load_state_dict(last.post_quant_conv.state_dict())
-    model.generation_config.update(**SAMPLING)
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.generation_config.bos_token_id,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=model.generation_config.pad_token_id,
+        **SAMPLING,
+    )
     model.save_pretrained(out)
     VilaUProcessor.from_pretrained(trained).save_pretrained(out)
 
