@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, a fixed seed, and NaN in memory that nobody has written."""
+"""Shared by all tests: one thread, a fixed seed, fresh settings, and NaN in memory that nobody has written."""
 
 import os
 
@@ -20,6 +20,16 @@ def _deterministic():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_new_process():
+    """Undoes what other tests, or benchmarks they import, have set for the whole process."""
+    import diffusers  # after the environment is set
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    diffusers.utils.logging.set_verbosity_warning()
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
 
 
 def pytest_collection_modifyitems(config, items):
