@@ -61,6 +61,9 @@ def chat(args: argparse.Namespace) -> None:
 
     from diffusers_sana import VilaUPipeline
 
+    _check_there("IMAGE", args.image)
+    if _pipeline_class(args.model) is not VilaUPipeline:
+        raise ValueError(f"--model must be a VILA-U, which {args.model} is not; leave it out for the bundled one")
     pipe = VilaUPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(_device(args))
     if args.seed is not None:
         torch.manual_seed(args.seed)
@@ -98,6 +101,7 @@ def convert(args: argparse.Namespace) -> None:
 
     from diffusers_sana.loaders.sana_official import convert_sana_file, plan_sana_file
 
+    _check_there("FILE", args.file)
     fields = dict(args.set)
     if args.dry_run:
         print(plan_sana_file(args.file, args.component, **fields))
@@ -106,6 +110,12 @@ def convert(args: argparse.Namespace) -> None:
     plan = convert_sana_file(args.file, args.out, args.base, args.component, dtype, **fields)
     print(args.out.resolve())
     print(plan)
+
+
+def _check_there(name: str, place: str) -> None:
+    """Raises an OSError where `place` is neither a file nor an address: what reads it would call it a bad address."""
+    if not str(place).startswith(("http://", "https://", "data:")) and not Path(place).is_file():
+        raise OSError(f"{name} must be a file or an address, but there is no file {place}")
 
 
 def _pipeline_class(model: str) -> Any:

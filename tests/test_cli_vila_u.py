@@ -76,7 +76,7 @@ def test_options_of_sana(folders, kind, tmp_path):
     [
         (["no-such-file.png", "cat?", "--model", "{vila}"], "no-such-file.png"),
         (["{picture}", "cat?", "--model", "no/such/folder"], "no/such/folder"),
-        (["{picture}", "cat?", "--model", "{sana}"], "expected"),
+        (["{picture}", "cat?", "--model", "{sana}"], "--model must be a VILA-U"),
     ],
 )
 def test_chat_errors(folders, picture, arguments, message):
@@ -93,3 +93,15 @@ def test_names_of_the_bundled_checkpoints():
     assert parse(["generate", "a fox", "--model", "vila-u-emoji"]).model == checkpoints.VILA_U_EMOJI
     assert parse(["generate", "a fox", "--model", "./sana-emoji"]).model == "./sana-emoji"
     assert {Path(path).name for path in checkpoints.BUNDLED.values()} == set(checkpoints.BUNDLED)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chat", "none.png", "what"], r"IMAGE must be a file or an address, but there is no file none\.png"),
+        (["convert", "none.pth", "-o", "out"], r"FILE must be a file or an address, but there is no file none\.pth"),
+    ],
+)
+def test_files_that_are_not_there(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        cli.main(arguments)
