@@ -27,7 +27,7 @@ from benchmarks.compile_kernels import benchmarks
 from benchmarks.harness import alternate, copy_bandwidth, environment, write_results
 from benchmarks.kernel_benchmark import run_on_gpu
 from benchmarks.models import AUTOENCODER, TRANSFORMERS, random_model, step_inputs, twins
-from diffusers_sana.pipelines.cuda_graphs import CudaGraphs
+from diffusers_sana.pipelines.parts.cuda_graphs import CudaGraphs
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.decompose import Options, decompose
 from diffusers_sana.quantizers.svdquant.linear import quantized_layer

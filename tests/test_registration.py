@@ -16,7 +16,7 @@ from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 import diffusers_sana
-from diffusers_sana import _registration
+from diffusers_sana import _entries, _registration
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformerBlock
 from tests import tiny
 
@@ -261,12 +261,12 @@ for host in (ours, theirs):
 
 def test_components_are_recorded_under_the_name_of_the_package():
     # A parent folder with the name of one of diffusers' pipelines would be taken for that pipeline.
-    for name in _registration.UPSTREAM_NAMES:
+    for name in _entries.UPSTREAM_NAMES:
         component = getattr(diffusers_sana, name)
         assert pipeline_loading_utils._fetch_class_library_tuple(component) == ("diffusers_sana", name)
 
 
 def test_every_drop_in_is_exported_and_exists_in_diffusers():
-    for ours, theirs in _registration.UPSTREAM_NAMES.items():
+    for ours, theirs in _entries.UPSTREAM_NAMES.items():
         assert hasattr(diffusers_sana, ours)
         assert hasattr(diffusers, theirs)

@@ -22,13 +22,13 @@ from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
-from diffusers_sana.pipelines.component_loading import ComponentLoading
-from diffusers_sana.pipelines.cuda_graphs import CudaGraphs
-from diffusers_sana.pipelines.denoising_loop import TEXT_TENSORS, DenoisingLoop
-from diffusers_sana.pipelines.input_checks import check_positive_integer, check_prompts
-from diffusers_sana.pipelines.latent_coding import decode_latents
-from diffusers_sana.pipelines.prompt_encoding import clean_captions, encode_captions, join_instruction
-from diffusers_sana.pipelines.resolution import bin_size, check_size, resize_and_crop
+from diffusers_sana.pipelines.parts.component_loading import ComponentLoading
+from diffusers_sana.pipelines.parts.cuda_graphs import CudaGraphs
+from diffusers_sana.pipelines.parts.denoising_loop import TEXT_TENSORS, DenoisingLoop
+from diffusers_sana.pipelines.parts.input_checks import check_positive_integer, check_prompts
+from diffusers_sana.pipelines.parts.latent_coding import decode_latents
+from diffusers_sana.pipelines.parts.prompt_encoding import clean_captions, encode_captions, join_instruction
+from diffusers_sana.pipelines.parts.resolution import bin_size, check_size, resize_and_crop
 
 
 class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, SanaLoraLoaderMixin):

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusers_sana.pipelines.image_inputs import for_each_output, read_images
-from diffusers_sana.pipelines.input_checks import check_latents, check_options
-from diffusers_sana.pipelines.latent_coding import encode_images
-from diffusers_sana.pipelines.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION
-from diffusers_sana.pipelines.trigflow import TrigFlowBase
+from diffusers_sana.pipelines.parts.image_inputs import for_each_output, read_images
+from diffusers_sana.pipelines.parts.input_checks import check_latents, check_options
+from diffusers_sana.pipelines.parts.latent_coding import encode_images
+from diffusers_sana.pipelines.parts.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION
+from diffusers_sana.pipelines.parts.trigflow import TrigFlowBase
 
 
 class SanaSprintImg2ImgPipeline(TrigFlowBase):

@@ -26,7 +26,7 @@ from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 from diffusers_sana.models.vila_u.media_vila_u import is_video
 from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGeneration
 from diffusers_sana.models.vila_u.processing_vila_u import VilaUProcessor
-from diffusers_sana.pipelines.folder_check import check_complete, check_processor, check_readable
+from diffusers_sana.pipelines.parts.folder_check import check_complete, check_processor, check_readable
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusers_sana
-from diffusers_sana.pipelines import latent_coding
+from diffusers_sana.pipelines.parts import latent_coding
 from tests import tiny
 from tests.numerics import assert_close_fp32
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_sana.pipelines.denoising_loop import TextInputs
-from diffusers_sana.pipelines.input_checks import check_positive_integer
+from diffusers_sana.pipelines.parts.denoising_loop import TextInputs
+from diffusers_sana.pipelines.parts.input_checks import check_positive_integer
 from diffusers_sana.pipelines.pipeline_sana_base import SanaPipelineBase
 
 

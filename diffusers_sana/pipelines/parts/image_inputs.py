@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusers_sana.pipelines.resolution import ASPECT_RATIO_BINS, bin_size
+from diffusers_sana.pipelines.parts.resolution import ASPECT_RATIO_BINS, bin_size
 
 
 def read_images(name: str, images: Any, channels: int = 3) -> Tensor:

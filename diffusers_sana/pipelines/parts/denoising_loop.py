@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_sana.pipelines.cuda_graphs import CudaGraphs, graphed
-from diffusers_sana.pipelines.prompt_encoding import pad_text
+from diffusers_sana.pipelines.parts.cuda_graphs import CudaGraphs, graphed
+from diffusers_sana.pipelines.parts.prompt_encoding import pad_text
 
 
 # What `encode_prompt` returns, in order.

@@ -13,8 +13,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import Gemma2Config, Gemma2Model, MistralConfig, MistralModel
 
 import diffusers_sana
-from diffusers_sana.pipelines import prefix_cache
-from diffusers_sana.pipelines.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION, encode_captions
+from diffusers_sana.pipelines.parts import prefix_cache
+from diffusers_sana.pipelines.parts.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION, encode_captions
 from tests import tiny
 from tests.numerics import assert_close_fp32, assert_no_worse
 
@@ -285,11 +285,13 @@ class TestForgets:
         assert (encode(model, "c")[0] - before).norm() > 1e-2
 
     def test_dtype(self, model):
-        encode(model)
+        encode(model.to(torch.bfloat16))
         model.to(torch.float64)
         assert encode(model)[0].dtype == torch.float64
         gold = encode_whole(model)[0]
-        assert (encode(model)[0] - gold).norm() < 1e-12 * gold.norm()
+        # Not less: the model's cosines are fp32, and where a vector of them begins changes their last bit. What bf16
+        # had left would be wrong by 1e-3.
+        assert (encode(model)[0] - gold).norm() < 1e-6 * gold.norm()
 
     def test_autocast(self, model):
         plain = encode(model, "a")[0], encode(model)[0]

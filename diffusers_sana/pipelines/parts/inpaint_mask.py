@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusers_sana.pipelines.image_inputs import pad_to_ratio
+from diffusers_sana.pipelines.parts.image_inputs import pad_to_ratio
 
 
 IS_MASKED = 0.5  # values from here on are to be repainted

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusers_sana.pipelines.prompt_encoding import check_embeds
+from diffusers_sana.pipelines.parts.prompt_encoding import check_embeds
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -8,8 +8,8 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from safetensors import SafetensorError
 
-from diffusers_sana._registration import PACKAGE, UPSTREAM_NAMES
-from diffusers_sana.pipelines.folder_check import check_complete, check_readable
+from diffusers_sana._entries import PACKAGE, UPSTREAM_NAMES
+from diffusers_sana.pipelines.parts.folder_check import check_complete, check_readable
 
 
 _OURS = {("diffusers", theirs): (PACKAGE, ours) for ours, theirs in UPSTREAM_NAMES.items()}

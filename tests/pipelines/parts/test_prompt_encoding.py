@@ -6,8 +6,8 @@ import logging
 import pytest
 import torch
 
-from diffusers_sana.pipelines import prompt_encoding
-from diffusers_sana.pipelines.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION
+from diffusers_sana.pipelines.parts import prompt_encoding
+from diffusers_sana.pipelines.parts.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION
 from tests import tiny
 from tests.numerics import assert_close_fp32
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from diffusers_sana.pipelines.prefix_cache import hidden_states
+from diffusers_sana.pipelines.parts.prefix_cache import hidden_states
 
 
 # The lines of the default instruction, as the installed diffusers has them.

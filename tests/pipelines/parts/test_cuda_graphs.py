@@ -5,7 +5,7 @@ import torch
 from diffusers.hooks import FirstBlockCacheConfig
 
 import diffusers_sana
-from diffusers_sana.pipelines.cuda_graphs import _fingerprint, _flatten, _unflatten
+from diffusers_sana.pipelines.parts.cuda_graphs import _fingerprint, _flatten, _unflatten
 from tests import tiny
 
 

@@ -14,10 +14,16 @@ import torch
 from diffusers.pipelines.sana.pipeline_sana import retrieve_timesteps
 from torch import Tensor
 
-from diffusers_sana.pipelines.image_inputs import cover_images, fit_images, for_each_output, read_images, trained_size
-from diffusers_sana.pipelines.input_checks import check_latents, check_positive_integer
-from diffusers_sana.pipelines.latent_coding import encode_images
-from diffusers_sana.pipelines.resolution import bin_size
+from diffusers_sana.pipelines.parts.image_inputs import (
+    cover_images,
+    fit_images,
+    for_each_output,
+    read_images,
+    trained_size,
+)
+from diffusers_sana.pipelines.parts.input_checks import check_latents, check_positive_integer
+from diffusers_sana.pipelines.parts.latent_coding import encode_images
+from diffusers_sana.pipelines.parts.resolution import bin_size
 
 
 def check_strength(

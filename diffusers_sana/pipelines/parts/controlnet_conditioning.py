@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from diffusers_sana.models.controlnets.wiring_sana import control, wiring_of
-from diffusers_sana.pipelines.denoising_loop import TextInputs
-from diffusers_sana.pipelines.image_inputs import for_each_output
-from diffusers_sana.pipelines.latent_coding import encode_images
-from diffusers_sana.pipelines.resolution import check_size
+from diffusers_sana.pipelines.parts.denoising_loop import TextInputs
+from diffusers_sana.pipelines.parts.image_inputs import for_each_output
+from diffusers_sana.pipelines.parts.latent_coding import encode_images
+from diffusers_sana.pipelines.parts.resolution import check_size
 
 
 # Fields of the configurations in which a ControlNet and its transformer must agree.

@@ -1,0 +1,35 @@
+"""The command line: `diffusers-sana generate "a red apple on a blue background"` and the other commands."""
+
+import argparse
+import sys
+
+from diffusers_sana.cli import chat, convert, env, generate, quantize
+
+
+COMMANDS = {
+    "generate": (generate, "write a picture of a prompt"),
+    "chat": (chat, "ask about a picture"),
+    "quantize": (quantize, "save a pipeline in 4 bits"),
+    "convert": (convert, "read the authors' files"),
+    "env": (env, "say what will run on this machine"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    root = argparse.ArgumentParser(prog="diffusers-sana", description="Sana and its relatives, from the command line.")
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
+    for name, (module, help) in COMMANDS.items():
+        command = commands.add_parser(name, help=help, description=module.run.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return root
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a command; what a user can mend ends it with one line."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"diffusers-sana: {error}")

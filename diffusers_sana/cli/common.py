@@ -1,0 +1,45 @@
+"""What several commands share: arguments, and what a name stands for."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_device(command: argparse.ArgumentParser, dtype: str = "float32") -> None:
+    """`--device` and `--dtype`."""
+    command.add_argument("--device", help="default: cuda where there is one, else cpu")
+    command.add_argument("--dtype", default=dtype, choices=("float32", "bfloat16", "float16"))
+
+
+def check_there(name: str, place: str) -> None:
+    """Raises an OSError where `place` is neither a file nor an address: what reads it would call it a bad address."""
+    if not str(place).startswith(("http://", "https://", "data:")) and not Path(place).is_file():
+        raise OSError(f"{name} must be a file or an address, but there is no file {place}")
+
+
+def find_pipeline_class(model: str) -> Any:
+    """The class that the index of a pipeline names; ours in place of its namesake in diffusers."""
+    from diffusers import DiffusionPipeline
+    from transformers.utils.hub import has_file
+
+    from diffusers_sana import SanaPipeline, SanaSprintPipeline, VilaUPipeline
+
+    if has_file(model, "config.json") and not has_file(model, DiffusionPipeline.config_name):
+        return VilaUPipeline  # from a checkpoint of transformers; it says so where that is another model
+    name = DiffusionPipeline.load_config(model).get("_class_name")
+    ours = (SanaPipeline, SanaSprintPipeline, VilaUPipeline)
+    return next((cls for cls in ours if cls.__name__ == name), DiffusionPipeline)
+
+
+def find_device(args: argparse.Namespace) -> str:
+    """The device asked for, or the one there is."""
+    import torch
+
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def checkpoint(model: str) -> str:
+    """The path of a bundled checkpoint; any other name as it is."""
+    from diffusers_sana.checkpoints import BUNDLED
+
+    return BUNDLED.get(model, model)

@@ -1,0 +1,62 @@
+"""`diffusers-sana env`: say what will run on this machine."""
+
+import argparse
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+
+def _memory() -> str:
+    """Of the machine, where its system tells."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, ValueError, OSError):
+        return ""
+    return f", {total:.1f} GiB of memory"
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The command has none."""
+
+
+def run(args: argparse.Namespace) -> None:
+    """Says what will run on this machine, and why."""
+    import torch
+
+    from diffusers_sana import __version__
+    from diffusers_sana.kernels import int8_linear_cpu
+    from diffusers_sana.kernels.dispatch import ENVIRONMENT_VARIABLE, current_kernel_mode, kernel_mode, use_triton
+    from diffusers_sana.quantizers.svdquant.compute_mode import best_mode, why_best_mode
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{'diffusers_sana':15} {__version__}")
+    for package in ("torch", "diffusers", "transformers", "peft", "triton"):
+        try:
+            installed = version(package)
+        except PackageNotFoundError:
+            installed = "not installed"
+        print(f"{package:15} {installed}")
+    print(f"{'python':15} {platform.python_version()} on {platform.platform()}")
+
+    cpu = torch.backends.cpu.get_cpu_capability() + (" with VNNI" if int8_linear_cpu.levels() == 127 else "")
+    print(f"{'processor':15} {cpu}, {torch.get_num_threads()} threads{_memory()}")
+    if device.type == "cuda":
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        name = torch.cuda.get_device_name()
+        print(f"{'GPU':15} {name}, compute capability {capability}, {free:.1f} of {total:.1f} GiB free")
+    else:
+        print(f"{'GPU':15} none that PyTorch can use")
+
+    mode = current_kernel_mode()
+    runs, why = "PyTorch", "asked for by name" if mode == "torch" else "Triton needs a GPU"
+    if mode != "torch" and device.type != "cpu":
+        try:
+            with kernel_mode("triton"):
+                use_triton("any", torch.empty(1, device=device))
+            runs, why = "Triton", "this GPU can"
+        except RuntimeError as error:
+            why = str(error)
+    print(f"{'operations':15} {runs} in mode {mode!r} of {ENVIRONMENT_VARIABLE}: {why}")
+    for precision in ("int4", "nvfp4"):
+        print(f"{precision + ' layers':15} {best_mode(device, precision)}: {why_best_mode(device, precision)}")

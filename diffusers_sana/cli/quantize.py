@@ -1,0 +1,45 @@
+"""`diffusers-sana quantize`: save a pipeline in 4 bits."""
+
+import argparse
+from pathlib import Path
+
+from diffusers_sana.cli.common import add_device, checkpoint, find_device, find_pipeline_class
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    command.add_argument("model", type=checkpoint, help="Hub id or folder of a pipeline, or a bundled checkpoint")
+    command.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="new or empty folder to write")
+    command.add_argument("--precision", default="int4", choices=("int4", "nvfp4"))
+    command.add_argument("--rank", type=int, default=32, help="of the 16-bit branch")
+    command.add_argument("--prompts", type=Path, metavar="FILE", help="calibration prompts, one a line")
+    command.add_argument("--gptq", action="store_true", help="smaller errors, slower; needs --prompts")
+    command.add_argument("--components", nargs="+", default=["transformer"], help="models to quantize")
+    command.add_argument("--steps", type=int, help="denoising steps of the calibration; default: the pipeline's")
+    command.add_argument("--seed", type=int, default=0, help="of the calibration")
+    add_device(command, dtype="bfloat16")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Saves a pipeline with its transformer in 4 bits (SVDQuant). Called again, goes on where it was cut off."""
+    import torch
+
+    from diffusers_sana import SVDQuantConfig
+    from diffusers_sana import quantize as quantize_pipeline
+
+    prompts = None
+    if args.prompts is not None:
+        prompts = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    config = SVDQuantConfig(precision=args.precision, rank=args.rank, gptq=args.gptq)
+    pipe = find_pipeline_class(args.model).from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
+    report = quantize_pipeline(
+        pipe.to(find_device(args)),
+        config,
+        prompts=prompts,
+        components=args.components,
+        folder=args.out,
+        num_inference_steps=args.steps,
+        seed=args.seed,
+    )
+    print(args.out.resolve())
+    print(report)
