@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def environment() -> dict[str, Any]:
     module = sys.modules["__main__"].__spec__
     command = f"python -m {module.name}" if module else Path(sys.argv[0]).name
     return {
-        "command": " ".join([command, *sys.argv[1:]]),
+        "command": " ".join([command, *map(shlex.quote, sys.argv[1:])]),
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "commit": commit,
