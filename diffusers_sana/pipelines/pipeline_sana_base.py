@@ -3,7 +3,7 @@
 Legend: B images (prompts times images per prompt), C latent channels, h w latent height and width, L text tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -301,7 +301,13 @@ class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, SanaL
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, h, w]` to images `[B, 3, height, width]` in [-1, 1]."""
-        return decode_latents(self.vae, latents, self.vae_scale_factor)
+
+        def shown(tiles: Sequence[Any]) -> Iterable[Any]:
+            bar = self.progress_bar(tiles)
+            bar.set_description("tiles")
+            return bar
+
+        return decode_latents(self.vae, latents, self.vae_scale_factor, shown)
 
     def _output(
         self, latents: Tensor, size: tuple[int, int], output_type: str, return_dict: bool

@@ -280,6 +280,23 @@ class TestDecoding:
         assert calls == [(True, False)]
         assert pipe.vae.use_tiling
 
+    def test_shows_the_tiles(self, pipe, capsys):
+        pipe.set_progress_bar_config(disable=False)
+        plain = generate(pipe, output_type="pt")
+        assert "tiles" not in capsys.readouterr().err
+        smallest = pipe.vae._tile_margin() // 32 * 32 + 32
+        pipe.vae.enable_tiling(smallest, smallest)
+        latents = torch.randn(1, 4, 2 * smallest // pipe.vae_scale_factor, smallest // pipe.vae_scale_factor)
+        with torch.no_grad():
+            tiled = pipe._decode(latents)
+        shown = capsys.readouterr().err
+        assert "tiles: 100%" in shown
+        pipe.set_progress_bar_config(disable=True)
+        with torch.no_grad():
+            assert torch.equal(pipe._decode(latents), tiled)
+        assert not capsys.readouterr().err
+        assert plain.isfinite().all()
+
     @pytest.mark.parametrize("library", [diffusers_sana, diffusers], ids=["ours", "diffusers"])
     def test_out_of_memory_is_tried_again_in_tiles(self, pipe, ours, library, monkeypatch):
         # diffusers warns, and then dies of an unbound variable.

@@ -9,8 +9,12 @@ One unit is a cell of that grid, `2**num_shallow` pixels of the image wide.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +23,9 @@ from diffusers_sana.models.autoencoders.stage_config import StageConfig
 
 # Each further stage doubles the halo in pixels and holds a quarter of the memory: beyond the third it does not pay.
 MAX_SHALLOW_STAGES = 3
+
+# Wraps the tiles that `map_tiles` goes through: a progress bar of the caller, who is many calls away.
+_progress: ContextVar[Callable[[Sequence[Any]], Iterable[Any]]] = ContextVar("progress", default=iter)
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,16 @@ def _num_shallow(stages: Sequence[StageConfig]) -> int:
     return min([MAX_SHALLOW_STAGES, len(stages) - 1, *attention])
 
 
+@contextmanager
+def tiles_shown_by(progress: Callable[[Sequence[Any]], Iterable[Any]]) -> Iterator[None]:
+    """Within the block, what runs in tiles iterates over `progress(tiles)`, as `tqdm` would be given them."""
+    token = _progress.set(progress)
+    try:
+        yield
+    finally:
+        _progress.reset(token)
+
+
 def map_tiles(
     function: Callable[[Tensor], Tensor],
     hidden_states: Tensor,
@@ -115,20 +132,18 @@ def map_tiles(
     """
     num_rows, num_columns = (size // unit_in for size in hidden_states.shape[-2:])
     output = None
-    for top, bottom in _spans(num_rows, core[0]):
-        for left, right in _spans(num_columns, core[1]):
-            # The halo stops at the image's border, where the convolutions' own zero padding is the right context.
-            first_row, first_column = max(top - halo, 0), max(left - halo, 0)
-            rows = slice(first_row * unit_in, (bottom + halo) * unit_in)
-            columns = slice(first_column * unit_in, (right + halo) * unit_in)
-            tile = function(hidden_states[..., rows, columns])
-            if output is None:
-                output = tile.new_empty(*tile.shape[:2], num_rows * unit_out, num_columns * unit_out)
-            rows = slice((top - first_row) * unit_out, (bottom - first_row) * unit_out)
-            columns = slice((left - first_column) * unit_out, (right - first_column) * unit_out)
-            output[..., top * unit_out : bottom * unit_out, left * unit_out : right * unit_out] = tile[
-                ..., rows, columns
-            ]
+    tiles = list(product(_spans(num_rows, core[0]), _spans(num_columns, core[1])))
+    for (top, bottom), (left, right) in _progress.get()(tiles):
+        # The halo stops at the image's border, where the convolutions' own zero padding is the right context.
+        first_row, first_column = max(top - halo, 0), max(left - halo, 0)
+        rows = slice(first_row * unit_in, (bottom + halo) * unit_in)
+        columns = slice(first_column * unit_in, (right + halo) * unit_in)
+        tile = function(hidden_states[..., rows, columns])
+        if output is None:
+            output = tile.new_empty(*tile.shape[:2], num_rows * unit_out, num_columns * unit_out)
+        rows = slice((top - first_row) * unit_out, (bottom - first_row) * unit_out)
+        columns = slice((left - first_column) * unit_out, (right - first_column) * unit_out)
+        output[..., top * unit_out : bottom * unit_out, left * unit_out : right * unit_out] = tile[..., rows, columns]
     assert output is not None, "an image has at least one tile"
     return output
 

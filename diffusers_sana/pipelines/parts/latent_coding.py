@@ -3,7 +3,7 @@
 Legend: B images, C latent channels, h w latent height and width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -12,6 +12,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
+from diffusers_sana.models.autoencoders.exact_tiling import tiles_shown_by
 
 
 logger = logging.get_logger(__name__)
@@ -19,13 +20,16 @@ logger = logging.get_logger(__name__)
 TILING_SIZE = 2048  # pixels a side from which an image in one piece outgrows common GPUs
 
 
-def decode_latents(vae: Any, latents: Tensor, scale_factor: int) -> Tensor:
+def decode_latents(
+    vae: Any, latents: Tensor, scale_factor: int, progress_bar: Callable[[Sequence[Any]], Any] = iter
+) -> Tensor:
     """Decodes as much at a time as the memory allows.
 
     Args:
         vae: deep compression autoencoder, of either package, whose own settings for tiling and slicing stay.
         latents: `[B, C, h, w]`, as the denoiser has them.
         scale_factor: pixels of a latent cell's side.
+        progress_bar: wraps the tiles, as `tqdm` does; for ours only, where there are several.
 
     Returns:
         `[B, 3, scale_factor * h, scale_factor * w]` in [-1, 1].
@@ -39,7 +43,8 @@ def decode_latents(vae: Any, latents: Tensor, scale_factor: int) -> Tensor:
         f"Decoding latents {list(latents.shape)} does not fit even image by image and in tiles. Free memory"
         " (`enable_model_cpu_offload()`), or take the latents (`output_type='latent'`) and decode elsewhere."
     )
-    return _as_memory_allows(vae, size, lambda: vae.decode(latents, return_dict=False)[0], advice)
+    with tiles_shown_by(progress_bar):
+        return _as_memory_allows(vae, size, lambda: vae.decode(latents, return_dict=False)[0], advice)
 
 
 def encode_images(vae: Any, images: Tensor) -> Tensor:
