@@ -15,7 +15,7 @@ from benchmarks.harness import RESULTS
 
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = (DOCS / "performance.md", DOCS / "quantization.md", DOCS / "vila_u.md")
+PAGES = (DOCS / "performance.md", DOCS / "quantization.md", DOCS / "vila_u.md", DOCS / "caching.md")
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -185,6 +185,26 @@ def vila_u_provenance(report: dict[str, Any]) -> str:
     return f"{provenance(report)} Seconds are {'processor' if report['clock'] == 'cpu' else 'wall'} time."
 
 
+def step_caches() -> str:
+    """What step caches gain and lose with the bundled checkpoint."""
+    report = json.loads((RESULTS / "cpu" / "step_caches.json").read_text())
+    rows = [
+        [
+            name,
+            f"{row['seconds']:.2f}",
+            f"{row['speedup']:.2f}x",
+            "same" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}",
+        ]
+        for name, row in report["variants"].items()
+    ]
+    table = render(["variant", "s a picture", "faster", "PSNR dB"], rows)
+    clock = "processor" if report["clock"] == "cpu" else "wall"
+    return (
+        f"{table}\n\nMedians over {report['prompts']} prompts, {report['steps']} steps where nothing else is said. "
+        f"{provenance(report)} Seconds are {clock} time."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "models_cpu": models_cpu,
     "kernels_compiled": kernels_compiled,
@@ -194,6 +214,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantized_size": quantized_size,
     "vila_u_pictures": vila_u_pictures,
     "vila_u_others": vila_u_others,
+    "step_caches": step_caches,
 }
 
 

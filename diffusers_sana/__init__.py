@@ -27,6 +27,7 @@ _EXPORTS = {
     "SanaControlNetPipeline": "diffusers_sana.pipelines.pipeline_sana_controlnet",
     "SanaImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_img2img",
     "SanaInpaintPipeline": "diffusers_sana.pipelines.pipeline_sana_inpaint",
+    "SanaPAGPipeline": "diffusers_sana.pipelines.pipeline_sana_pag",
     "SanaPipeline": "diffusers_sana.pipelines.pipeline_sana",
     "SanaSprintImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint_img2img",
     "SanaSprintPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     )
     from diffusers_sana.pipelines.pipeline_sana_img2img import SanaImg2ImgPipeline as SanaImg2ImgPipeline
     from diffusers_sana.pipelines.pipeline_sana_inpaint import SanaInpaintPipeline as SanaInpaintPipeline
+    from diffusers_sana.pipelines.pipeline_sana_pag import SanaPAGPipeline as SanaPAGPipeline
     from diffusers_sana.pipelines.pipeline_sana_sprint import SanaSprintPipeline as SanaSprintPipeline
     from diffusers_sana.pipelines.pipeline_sana_sprint_img2img import (
         SanaSprintImg2ImgPipeline as SanaSprintImg2ImgPipeline,

@@ -97,16 +97,17 @@ ENTRIES = (
     Entry("sys", "modules", _always(f"diffusers.{PACKAGE}"), lambda: sys.modules[PACKAGE], after="diffusers"),
     # The auto pipelines take the first pipeline of the name that the folder states, and that is "SanaPipeline" for
     # diffusers' and for ours; from there they go to the pipeline of the same key in the table of the task. ControlNet
-    # and Sprint, which diffusers has not listed, have keys of their own.
+    # and Sprint, which diffusers has not listed, have keys of their own. `enable_pag` looks for "SanaPAGPipeline".
     *(
         Entry(
             host="diffusers.pipelines.auto_pipeline",
             table=f"AUTO_{task}_PIPELINES_MAPPING",
             key=_always(PACKAGE + family),
             value=_pipeline(module, name),
-            first=not family,
+            first=family in ("", "-pag"),
         )
         for task, family, module, name in (
+            ("TEXT2IMAGE", "-pag", "sana_pag", "SanaPAGPipeline"),
             ("TEXT2IMAGE", "", "sana", "SanaPipeline"),
             ("IMAGE2IMAGE", "", "sana_img2img", "SanaImg2ImgPipeline"),
             ("INPAINT", "", "sana_inpaint", "SanaInpaintPipeline"),

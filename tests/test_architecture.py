@@ -22,9 +22,10 @@ MAY_IMPORT = {
     "quantizers": {"kernels"},
     "loaders": {"kernels", "models", "quantizers"},
     "checkpoints": set(),
+    "evaluation": set(),
 }
 # Nothing in the package but these may import a pipeline: data flows from pipelines down.
-TOP_LEVEL = {"__init__.py", "_entries.py", "_registration.py", "cli"}
+TOP_LEVEL = {"__init__.py", "_entries.py", "_registration.py", "cli", "demo"}
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -64,10 +65,13 @@ def test_imports(path: Path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_length(path: Path):
-    """A file is one room. 700 lines for a model, a pipeline or a scheduler, 300 for everything else."""
+    """A file is one room. 700 lines for a model, a pipeline or a scheduler, 300 for everything else.
+
+    Kernels have 350: forward and backward of an operation stay together.
+    """
     lines = len(path.read_text().splitlines())
     big = path.name.startswith(("transformer_", "autoencoder_", "modeling_", "pipeline_", "scheduling_"))
-    assert lines <= (700 if big else 300)
+    assert lines <= (700 if big else 350 if path.parent.name == "triton" else 300)
 
 
 def test_no_folder_is_named_like_a_diffusers_pipeline():

@@ -234,6 +234,14 @@ class TestLoading:
         theirs = tiny.pipeline(diffusers)
         assert type(diffusers.AutoPipelineForText2Image.from_pipe(theirs)) is diffusers_sana.SanaPipeline
 
+    def test_auto_pipeline_with_perturbed_attention(self, folder):
+        auto = diffusers.AutoPipelineForText2Image
+        pipe = auto.from_pretrained(folder, enable_pag=True, pag_applied_layers=["transformer_blocks.1"])
+        assert type(pipe) is diffusers_sana.SanaPAGPipeline
+        plain = auto.from_pipe(pipe, enable_pag=False)
+        assert type(plain) is diffusers_sana.SanaPipeline
+        assert type(auto.from_pipe(plain, enable_pag=True)) is diffusers_sana.SanaPAGPipeline
+
     def test_auto_pipeline_is_theirs_again(self, folder):
         diffusers_sana.unregister()
         pipe = diffusers.AutoPipelineForText2Image.from_pretrained(folder)

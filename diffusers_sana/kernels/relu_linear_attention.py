@@ -9,6 +9,7 @@ thousands of tokens overflow fp16 and lose all small terms in bf16. An enclosing
 Legend: B batch, N tokens, H heads, D head_dim.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,20 +24,32 @@ from diffusers_sana.kernels.dispatch import use_triton
 MAX_HEAD_DIM = 64  # the state of a head must fit beside a block of rows into one program
 
 
-def relu_linear_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e-15) -> Tensor:
+def relu_linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    eps: float = 1e-15,
+    reduce_state: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Unmasked linear attention with the feature map `relu`.
 
     Args:
         query, key, value: `[B, N, H, D]`, any strides and floating dtype; `key` and `value` may have another N.
         eps: added to the denominator, in fp32 (1e-15 is zero in fp16).
+        reduce_state: for keys and values that several processes hold a part of: gets the states `[B, H, D + 1, D]` of
+            these, in fp32 and to be overwritten, and returns those of all. Has no gradient.
 
     Returns:
         `[B, N, H, D]` in the dtype of `value`, contiguous. Zero where no key and query share a positive entry.
     """
     unless = _refusal(query, key, value)
     if use_triton("relu_linear_attention", query, key, value, unless=unless):
-        return _relu_linear_attention_triton(query, key, value, eps)[0]
-    return relu_linear_attention_reference(query, key, value, eps=eps)
+        if reduce_state is None:
+            return _relu_linear_attention_triton(query, key, value, eps)[0]
+        state = reduce_state(_relu_linear_attention_state_triton(key, value))
+        return _relu_linear_attention_apply_triton(query, state, value.dtype, eps)
+    return relu_linear_attention_reference(query, key, value, eps=eps, reduce_state=reduce_state)
 
 
 def _refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -54,7 +67,14 @@ def _refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def relu_linear_attention_reference(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e-15) -> Tensor:
+def relu_linear_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    eps: float = 1e-15,
+    reduce_state: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """The formula in PyTorch; float64 inputs give the gold standard."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     query = F.relu(query).to(dtype).transpose(1, 2)  # [B, H, N, D]
@@ -62,8 +82,11 @@ def relu_linear_attention_reference(query: Tensor, key: Tensor, value: Tensor, *
     device_type = query.device.type
     with torch.autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext():
         state = torch.matmul(value.to(dtype).permute(0, 2, 3, 1), key)  # [B, H, D, D]: sum_j v_j k_j^T
+        key_sum = key.sum(dim=-2, keepdim=True)  # [B, H, 1, D]
+        if reduce_state is not None:
+            state, key_sum = reduce_state(torch.cat([state, key_sum], dim=-2)).tensor_split([-1], dim=-2)
         numerator = torch.matmul(query, state.transpose(-1, -2))
-        denominator = torch.matmul(query, key.sum(dim=-2).unsqueeze(-1))
+        denominator = torch.matmul(query, key_sum.transpose(-1, -2))
     # Written as [B, N, H, D] at once, so that the caller merges heads without a copy.
     return (numerator / (denominator + eps)).transpose(1, 2).to(value.dtype).contiguous()
 
@@ -81,6 +104,31 @@ def _(query: Tensor, key: Tensor, value: Tensor, eps: float) -> tuple[Tensor, Te
     batch, _, heads, head_dim = query.shape
     state = query.new_empty((batch, heads, head_dim + 1, head_dim), dtype=torch.float32)
     return query.new_empty(query.shape, dtype=value.dtype), state
+
+
+@torch.library.custom_op("diffusers_sana::relu_linear_attention_state", mutates_args=())
+def _relu_linear_attention_state_triton(key: Tensor, value: Tensor) -> Tensor:
+    from diffusers_sana.kernels.triton.relu_linear_attention import relu_linear_attention_state
+
+    return relu_linear_attention_state(key, value).sum(dim=0)
+
+
+@_relu_linear_attention_state_triton.register_fake
+def _(key: Tensor, value: Tensor) -> Tensor:
+    batch, _, heads, head_dim = key.shape
+    return key.new_empty((batch, heads, head_dim + 1, head_dim), dtype=torch.float32)
+
+
+@torch.library.custom_op("diffusers_sana::relu_linear_attention_apply", mutates_args=())
+def _relu_linear_attention_apply_triton(query: Tensor, state: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+    from diffusers_sana.kernels.triton.relu_linear_attention import relu_linear_attention_apply
+
+    return relu_linear_attention_apply(query, state[None], dtype, eps)[0]
+
+
+@_relu_linear_attention_apply_triton.register_fake
+def _(query: Tensor, state: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+    return query.new_empty(query.shape, dtype=dtype)
 
 
 @torch.library.custom_op("diffusers_sana::relu_linear_attention_backward", mutates_args=())

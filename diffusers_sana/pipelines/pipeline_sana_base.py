@@ -53,6 +53,7 @@ class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, SanaL
     _guidance_scale: float
     _attention_kwargs: dict[str, Any] | None
     _num_timesteps: int
+    _current_timestep: float
     _interrupt: bool
     _cuda_graphs: CudaGraphs | None = None
 
@@ -86,6 +87,10 @@ class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, SanaL
     @property
     def num_timesteps(self) -> int:
         return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> float:
+        return self._current_timestep
 
     @property
     def interrupt(self) -> bool:

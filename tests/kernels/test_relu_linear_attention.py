@@ -203,6 +203,32 @@ def test_kernel_is_an_operator():
     check_operator(relu_linear_attention, tensors((2, 40, 2, 16), torch.float16))
 
 
+def in_two_parts(query, key, value):
+    """As of two processes with half of the keys and values each."""
+    states = []
+    (key, other_key), (value, other_value) = key.chunk(2, dim=1), value.chunk(2, dim=1)
+    relu_linear_attention(query, other_key, other_value, reduce_state=lambda state: states.append(state) or state)
+    return relu_linear_attention(query, key, value, reduce_state=lambda state: state.add_(states[0]))
+
+
+def test_states_of_parts_add_up():
+    query, key, value = qkv((2, 63, 3, 16))
+    assert_close_fp32(in_two_parts(query, key, value), quadratic(query, key, value))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [63, 8 * 16 * 6], ids=["whole", "split"])
+def test_kernel_with_states_of_parts(tokens, dtype):
+    check_kernel(in_two_parts, tensors((1, tokens, 2, 16), dtype), backward=False)
+
+
+def test_states_of_parts_are_operators():
+    given = tensors((2, 40, 2, 16), torch.float16)
+    with kernel_mode("triton"):
+        compiled = torch.compile(in_two_parts, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(**given), in_two_parts(**given))
+
+
 @pytest.mark.parametrize(
     ("shapes", "reason"),
     [

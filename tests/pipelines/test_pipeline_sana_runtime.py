@@ -200,7 +200,7 @@ def test_step_cache(pipe, ours):
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
     for _ in range(2):  # the state of one image must not reach the next
         blocks.clear()
-        assert generate(pipe).isfinite().all()
+        assert generate(pipe, num_inference_steps=5).isfinite().all()
         assert len(blocks) == 1
     pipe.transformer.disable_cache()
     assert_close_fp32(generate(pipe), generate(ours))

@@ -249,21 +249,29 @@ def _reduce(partials: Tensor) -> Tensor:
     return partials if partials.shape[0] <= MAX_FOLDED else partials.sum(dim=0, keepdim=True)
 
 
-def relu_linear_attention_forward(query: Tensor, key: Tensor, value: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Output `[B, N, H, D]` and states `[B, H, D + 1, D]` in fp32, both contiguous; see the reference."""
-    query, key, value = (_readable(x) for x in (query, key, value))
-    batch, tokens, heads, head_dim = query.shape
-    out = value.new_empty(query.shape)
-    itemsize = max(x.itemsize for x in (query, key, value))
-    block_n, block_d, rows = _launch_config(batch * heads, head_dim, key.shape[1], itemsize, REDUCING_PROGRAMS)
-    splits = triton.cdiv(key.shape[1], rows)
-    partials = query.new_empty((splits, batch, heads, head_dim + 1, head_dim), dtype=torch.float32)
+def relu_linear_attention_state(key: Tensor, value: Tensor) -> Tensor:
+    """Partial states `[splits, B, H, D + 1, D]` in fp32, contiguous; their sum is the state."""
+    key, value = _readable(key), _readable(value)
+    batch, tokens, heads, head_dim = key.shape
+    itemsize = max(key.itemsize, value.itemsize)
+    block_n, block_d, rows = _launch_config(batch * heads, head_dim, tokens, itemsize, REDUCING_PROGRAMS)
+    splits = triton.cdiv(tokens, rows)
+    partials = key.new_empty((splits, batch, heads, head_dim + 1, head_dim), dtype=torch.float32)
     _state_kernel[(batch * heads, splits)](
-        key, value, partials, *key.stride()[:3], *value.stride()[:3], heads, key.shape[1], rows,
+        key, value, partials, *key.stride()[:3], *value.stride()[:3], heads, tokens, rows,
         D=head_dim, BLOCK_N=block_n, BLOCK_D=block_d, **OPTIONS,
     )  # fmt: skip
+    return _reduce(partials)
 
-    partials = _reduce(partials)
+
+def relu_linear_attention_apply(
+    query: Tensor, partials: Tensor, dtype: torch.dtype, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, N, H, D]` in `dtype` and states `[B, H, D + 1, D]`, of at most `MAX_FOLDED` partial states."""
+    query = _readable(query)
+    batch, tokens, heads, head_dim = query.shape
+    out = query.new_empty(query.shape, dtype=dtype)
+    itemsize = max(query.itemsize, out.itemsize)
     state = partials[0] if partials.shape[0] == 1 else torch.empty_like(partials[0])
     block_n, block_d, rows = _launch_config(batch * heads, head_dim, tokens, itemsize, APPLYING_PROGRAMS)
     _out_kernel[(batch * heads, triton.cdiv(tokens, rows))](
@@ -271,6 +279,11 @@ def relu_linear_attention_forward(query: Tensor, key: Tensor, value: Tensor, eps
         D=head_dim, BLOCK_N=block_n, BLOCK_D=block_d, SPLITS=partials.shape[0], **OPTIONS,
     )  # fmt: skip
     return out, state
+
+
+def relu_linear_attention_forward(query: Tensor, key: Tensor, value: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Output `[B, N, H, D]` and states `[B, H, D + 1, D]` in fp32, both contiguous; see the reference."""
+    return relu_linear_attention_apply(query, relu_linear_attention_state(key, value), value.dtype, eps)
 
 
 def relu_linear_attention_backward(

@@ -3,6 +3,7 @@
 Legend: B batch, N image tokens, L text tokens, D inner width, S prompts of a single token, H heads, d head width.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from diffusers_sana.kernels.linear import linear
 from diffusers_sana.kernels.relu_linear_attention import relu_linear_attention
 from diffusers_sana.kernels.rms_norm import rms_norm
 from diffusers_sana.models.layers import Linear, PackedLinears
+from diffusers_sana.models.transformers.sequence_parallel import all_reduced
 
 
 class SanaRMSNorm(nn.Module):
@@ -39,6 +41,8 @@ class SanaLinearAttnProcessor:
     Has no attention backend to choose: there is no softmax.
     """
 
+    _parallel_config = None  # `enable_parallelism` sets it: other processes have other tokens
+
     def __call__(self, attn: "SanaAttention", hidden_states: Tensor) -> Tensor:
         packed = attn.packed_linears()
         if packed is None:
@@ -47,8 +51,10 @@ class SanaLinearAttnProcessor:
             query, key, value = linear(hidden_states, packed).chunk(3, dim=-1)
         if attn.norm_q is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
-        heads = (attn.heads, -1)
-        out = relu_linear_attention(query.unflatten(-1, heads), key.unflatten(-1, heads), value.unflatten(-1, heads))
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
+        config = self._parallel_config
+        reduce_state = None if config is None else partial(all_reduced, config=config)
+        out = relu_linear_attention(query, key, value, reduce_state=reduce_state)
         out = attn.to_out[1](attn.to_out[0](out.flatten(-2)))  # [B, N, H, d] -> [B, N, D]
         # Checkpoints trained in fp16 rely on saturation here.
         return out.clamp(-65504, 65504) if out.dtype == torch.float16 else out

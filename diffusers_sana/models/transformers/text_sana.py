@@ -31,6 +31,26 @@ class SanaTextContext:
     attention_mask: Tensor | None
     batch_size: int
 
+    def rows(self, start: int, stop: int) -> "SanaTextContext":
+        """The same for some of the prompts, without a copy."""
+        state = self.states[0]
+        num_single = self.batch_size - len(state.key) if isinstance(state, SanaTextState) else 0
+        rest = slice(max(start - num_single, 0), max(stop - num_single, 0))
+
+        def of_state(state: Tensor | SanaTextState) -> Tensor | SanaTextState:
+            if isinstance(state, Tensor):
+                return state[rest]
+            constant = state.constant[start:stop] if state.constant is not None and start < num_single else None
+            return SanaTextState(state.key[rest], state.value[rest], constant)
+
+        mask = None if self.attention_mask is None else self.attention_mask[rest]
+        return SanaTextContext(tuple(map(of_state, self.states)), mask, stop - start)
+
+    def chunk(self, chunks: int, dim: int = 0) -> tuple["SanaTextContext", ...]:
+        """Equal parts of the batch, like `Tensor.chunk`: so FasterCache takes the conditional half of its inputs."""
+        size = self.batch_size // chunks
+        return tuple(self.rows(start, start + size) for start in range(0, self.batch_size, size))
+
 
 def attendable_tokens(mask: Tensor) -> Tensor:
     """Boolean text mask `[B, L]` (True: attend) of a 0/1 mask.

@@ -12,8 +12,8 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks import HookRegistry
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import (
     PixArtAlphaTextProjection,
     TimestepEmbedding,
@@ -38,7 +38,9 @@ from diffusers_sana.models.transformers.attention_sana import (
     SanaRMSNorm,
     SanaTextState,
 )
+from diffusers_sana.models.transformers.cache_sana import SanaCacheMixin
 from diffusers_sana.models.transformers.official_sana import TRANSFORMER, read_official_sana
+from diffusers_sana.models.transformers.sequence_parallel import SequenceParallelMixin
 from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTextMixin, check_widths
 
 
@@ -162,8 +164,9 @@ class SanaTransformerBlock(nn.Module):
         )
 
         norm_hidden_states = self.norm2(hidden_states, shift_mlp, scale_mlp)
-        # The tokens seen as an image are channels-last: a view, before and after.
-        ff_output = self.ff(norm_hidden_states.unflatten(1, (height, width)).movedim(-1, 1))  # [B, D, h, w]
+        # The tokens seen as an image are channels-last: a view, before and after. Of parallel processes, each has some
+        # of the rows.
+        ff_output = self.ff(norm_hidden_states.unflatten(1, (-1, width)).movedim(-1, 1))  # [B, D, h, w]
         return gated_residual(hidden_states, ff_output.movedim(1, -1).flatten(1, 2), gate_mlp)
 
 
@@ -213,6 +216,7 @@ class SanaPatchEmbed(nn.Module):
         self.base_size = sample_size // patch_size
         self.interpolation_scale = interpolation_scale
         self.proj = Conv2d(in_channels, dim, patch_size, stride=patch_size)
+        self.flatten = nn.Flatten(1, 2)  # a layer, because before it is where `_cp_plan` can split the rows
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, N, D]`, contiguous, rows first."""
@@ -224,7 +228,7 @@ class SanaPatchEmbed(nn.Module):
             columns, rows = axes(height, width, dim, self.base_size, self.interpolation_scale, hidden_states.device)
             table = torch.cat([columns.expand(height, -1, -1), rows[:, None].expand(-1, width, -1)], dim=-1)
             hidden_states = (hidden_states + table).to(hidden_states.dtype)  # fp32 sum, whatever the dtype
-        return hidden_states.flatten(1, 2).contiguous()
+        return self.flatten(hidden_states).contiguous()
 
 
 class SanaCombinedTimestepGuidanceEmbeddings(nn.Module):
@@ -251,7 +255,14 @@ class SanaCombinedTimestepGuidanceEmbeddings(nn.Module):
 
 
 class SanaTransformer2DModel(
-    SanaTextMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, FromOfficialFileMixin
+    SanaTextMixin,
+    SequenceParallelMixin,
+    ModelMixin,
+    AttentionMixin,
+    ConfigMixin,
+    PeftAdapterMixin,
+    SanaCacheMixin,
+    FromOfficialFileMixin,
 ):
     """The denoiser of Sana (arXiv 2410.10629), SANA-1.5 (arXiv 2501.18427) and SANA-Sprint (arXiv 2503.09641).
 
@@ -287,6 +298,11 @@ class SanaTransformer2DModel(
     _skip_layerwise_casting_patterns = ["patch_embed", "norm"]  # type: ignore[assignment]
     # `encode_text` calls these outside of `forward`, so each must bring its own weights onto the device.
     _group_offload_block_modules = ["caption_projection", "caption_norm"]
+    # Rows of tokens go to the processes, and what becomes of them comes together at the end.
+    _cp_plan = {  # type: ignore[assignment]
+        "patch_embed.flatten": {"input": ContextParallelInput(split_dim=1, expected_dims=4)},
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
     _read_official = staticmethod(partial(read_official_sana, class_name=TRANSFORMER))
 
     @register_to_config
@@ -386,6 +402,8 @@ class SanaTransformer2DModel(
             ValueError: shapes that do not fit the configuration, or arguments that this model would not use.
         """
         self._check_inputs(hidden_states, timestep, guidance, attention_mask)
+        if controlnet_block_samples is not None:
+            self._check_controlled_cache()
         text_context = self._resolve_text(
             hidden_states.shape[0], encoder_hidden_states, encoder_attention_mask, attention_kwargs, text_context
         )

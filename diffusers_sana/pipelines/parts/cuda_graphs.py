@@ -112,13 +112,14 @@ def _unflatten(value: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 def _fingerprint(model: nn.Module) -> Hashable:
-    """Where the weights are, and what the adapters multiply their outputs with."""
+    """Where the weights are, what the adapters multiply their outputs with, and how the layers attend."""
     weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
     layers: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
     adapters = tuple(
         (tuple(layer.scaling.items()), tuple(layer.active_adapters), bool(layer.disable_adapters)) for layer in layers
     )
-    return weights, adapters, model.training
+    processors = tuple(module.processor for module in model.modules() if hasattr(module, "processor"))
+    return weights, adapters, processors, model.training
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -5,7 +5,6 @@ Legend: B images (prompts times images per prompt), C latent channels, h w laten
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from diffusers_sana.pipelines.parts.cuda_graphs import CudaGraphs, graphed
 from diffusers_sana.pipelines.parts.prompt_encoding import pad_text
+from diffusers_sana.pipelines.parts.step_caches import start_step_cache, step_context
 
 
 # What `encode_prompt` returns, in order.
@@ -26,7 +26,7 @@ class TextInputs:
 
     Attributes:
         is_guided: whether there are two halves.
-        embeds, mask: `[B or 2 B, L, width]` and `[B or 2 B, L]`.
+        embeds, mask: `[n B, L, width]` and `[n B, L]`, n is 2 with guidance and else 1, unless a pipeline adds to it.
         arguments: the same as keyword arguments of the transformer, projected once for all steps where it can do that.
     """
 
@@ -40,7 +40,7 @@ class DenoisingLoop:
     """Part of `SanaPipelineBase`, which has the components and properties.
 
     A pipeline calls `_denoise`. What it does otherwise at each step it passes (`predict`, `after_step`) or overrides
-    (`_predict`, `_step`).
+    (`_texts`, `_predict`, `_step`).
     """
 
     transformer: Any
@@ -53,6 +53,7 @@ class DenoisingLoop:
     enable_cuda_graphs: Any
     _cuda_graphs: CudaGraphs | None
     _num_timesteps: int
+    _current_timestep: float
 
     def _denoise(
         self,
@@ -88,6 +89,7 @@ class DenoisingLoop:
         step_kwargs = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
         if self._cuda_graphs is not None and self._cuda_graphs.model is not self.transformer:
             self.enable_cuda_graphs()
+        times, noisiest = timesteps.tolist(), self.scheduler.config.num_train_timesteps
         text: TextInputs | None = None
         with (
             graphed(self.transformer, self._cuda_graphs) as run,
@@ -98,7 +100,9 @@ class DenoisingLoop:
                     break
                 if text is None or text.is_guided != self.do_classifier_free_guidance:
                     text = self._text_inputs(tensors)
-                with _cache_context(self.transformer):
+                    start_step_cache(self.transformer, len(times), len(text.mask) // len(latents))
+                self._current_timestep = times[i]
+                with step_context(self.transformer, i, times, noisiest):
                     prediction = predict(run, latents, t, text)
                 latents = self._step(prediction, t, latents, text.is_guided, step_kwargs)
                 if after_step is not None:
@@ -115,27 +119,32 @@ class DenoisingLoop:
         return latents
 
     def _text_inputs(self, tensors: dict[str, Any]) -> TextInputs:
-        """Both halves where there is guidance, lengthened to the longer of the two."""
-        embeds, mask = tensors["prompt_embeds"], tensors["prompt_attention_mask"]
-        is_guided = self.do_classifier_free_guidance
-        if is_guided:
-            negative, negative_mask = tensors["negative_prompt_embeds"], tensors["negative_prompt_attention_mask"]
-            length = max(negative.shape[1], embeds.shape[1])
-            halves = pad_text(negative, negative_mask, length), pad_text(embeds, mask, length)
-            embeds, mask = (torch.cat(both) for both in zip(*halves, strict=True))
+        """The texts as the transformer takes them."""
+        embeds, mask = self._texts(tensors)
         embeds = embeds.to(self.transformer.dtype)
         if hasattr(self.transformer, "encode_text"):
             context = self.transformer.encode_text(embeds, mask, attention_kwargs=self.attention_kwargs)
             arguments = {"encoder_hidden_states": None, "text_context": context}
         else:
             arguments = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
-        return TextInputs(is_guided, embeds, mask, arguments)
+        return TextInputs(self.do_classifier_free_guidance, embeds, mask, arguments)
+
+    def _texts(self, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Features and mask of a step: both halves where there is guidance, lengthened to the longer of the two."""
+        embeds, mask = tensors["prompt_embeds"], tensors["prompt_attention_mask"]
+        if not self.do_classifier_free_guidance:
+            return embeds, mask
+        negative, negative_mask = tensors["negative_prompt_embeds"], tensors["negative_prompt_attention_mask"]
+        length = max(negative.shape[1], embeds.shape[1])
+        halves = pad_text(negative, negative_mask, length), pad_text(embeds, mask, length)
+        embeds, mask = (torch.cat(both) for both in zip(*halves, strict=True))
+        return embeds, mask
 
     def _predict(
         self, run: Callable[..., Tensor], latents: Tensor, t: Tensor, text: TextInputs, **more: Any
     ) -> Tensor:
-        """The transformer's prediction `[B or 2 B, C, h, w]`; `run` calls it, `more` are further arguments of it."""
-        model_input = (torch.cat([latents, latents]) if text.is_guided else latents).to(self.transformer.dtype)
+        """The transformer's prediction `[n B, C, h, w]`; `run` calls it, `more` are further arguments of it."""
+        model_input = torch.cat([latents] * (len(text.mask) // len(latents))).to(self.transformer.dtype)
         return run(
             hidden_states=model_input,
             timestep=t.expand(len(model_input)) * self.transformer.config.timestep_scale,
@@ -157,8 +166,3 @@ class DenoisingLoop:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + self.guidance_scale * (conditional - unconditional)
         return self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
-
-
-def _cache_context(transformer: Any) -> AbstractContextManager:
-    """Where step caches (`transformer.enable_cache`) keep their state, if the model can have any."""
-    return transformer.cache_context("text") if hasattr(transformer, "cache_context") else nullcontext()

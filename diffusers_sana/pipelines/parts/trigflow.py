@@ -19,9 +19,6 @@ from diffusers_sana.pipelines.parts.input_checks import check_positive_integer
 from diffusers_sana.pipelines.pipeline_sana_base import SanaPipelineBase
 
 
-FEWEST_CACHED_STEPS = 5  # a step cache that skips one of fewer steps skips most of the picture
-
-
 class TrigFlowBase(SanaPipelineBase):
     """Base of the pipelines of SANA-Sprint. The guidance scale is an input of the transformer: one pass a step."""
 
@@ -78,11 +75,6 @@ class TrigFlowBase(SanaPipelineBase):
                     f" [1.5683, 1.3, 0.0], got {timesteps!r}."
                 )
             num_inference_steps = len(angles) - 1
-        if num_inference_steps < FEWEST_CACHED_STEPS and getattr(self.transformer, "is_cache_enabled", False):
-            raise ValueError(
-                f"`num_inference_steps` must be at least {FEWEST_CACHED_STEPS} with a step cache, got"
-                f" {num_inference_steps}. Call `transformer.disable_cache()`."
-            )
         return num_inference_steps
 
     def _lay_out(

@@ -6,6 +6,7 @@ from diffusers.hooks import FirstBlockCacheConfig
 
 import diffusers_sana
 from diffusers_sana.pipelines.parts.cuda_graphs import _fingerprint, _flatten, _unflatten
+from diffusers_sana.pipelines.parts.pag import perturbed, self_attentions
 from tests import tiny
 
 
@@ -78,3 +79,16 @@ def test_refuses_hooks(pipe):
     pipe.enable_cuda_graphs()
     with pytest.raises(RuntimeError, match="cannot be combined with offloading"):
         pipe("a cat", num_inference_steps=1)
+
+
+def test_fingerprint_sees_how_layers_attend(pipe):
+    """A graph that perturbs two rows must not be replayed for three."""
+    model, attentions = pipe.transformer, self_attentions(pipe.transformer, [0])
+    before = _fingerprint(model)
+    with perturbed(attentions, 2):
+        of_two = _fingerprint(model)
+    with perturbed(attentions, 2):
+        assert _fingerprint(model) == of_two
+    with perturbed(attentions, 3):
+        assert len({before, of_two, _fingerprint(model)}) == 3
+    assert _fingerprint(model) == before

@@ -1,0 +1,103 @@
+"""Step caches of diffusers on Sana's transformer: what they must be told of it, and which of them cannot work."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from diffusers.hooks import (
+    FasterCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    SeaCacheConfig,
+    TaylorSeerCacheConfig,
+    TextKVCacheConfig,
+)
+from diffusers.models.cache_utils import CacheMixin
+from torch import Tensor, nn
+
+
+class SanaCacheMixin(CacheMixin):
+    """`enable_cache` of diffusers for a transformer with Sana's blocks."""
+
+    config: Any
+    _cache_timestep: float | None = None
+
+    def enable_cache(self, config: Any) -> None:
+        """Reuses from step to step what changes little, until `disable_cache`.
+
+        What a config leaves open is filled in: the time comes from the pipeline where there is no
+        `current_timestep_callback`; FasterCache learns that latents are images and how its arguments are halved;
+        TaylorSeer, whose patterns do not match the names in here, predicts both attention layers unless
+        `cache_identifiers` say otherwise; SeaCache compares the latents.
+
+        Args:
+            config: `FirstBlockCacheConfig`, `MagCacheConfig`, `TaylorSeerCacheConfig`, `SeaCacheConfig`,
+                `PyramidAttentionBroadcastConfig` (arXiv 2408.12588) or `FasterCacheConfig` (arXiv 2410.19355).
+
+        Raises:
+            ValueError: SANA-Sprint, a cache that is already on, or one that would do nothing.
+        """
+        if self.config["guidance_embeds"]:
+            raise ValueError(
+                "`config` must not be given to SANA-Sprint (`guidance_embeds=True`): of its one to four steps, each "
+                f"from new noise, none can be left out, got {type(config).__name__}. Take fewer steps."
+            )
+        if isinstance(config, TextKVCacheConfig):
+            raise ValueError(
+                "`config` must not be a TextKVCacheConfig, which would do nothing: `encode_text` makes keys and "
+                "values of the text once a prompt. Leave it out."
+            )
+        changes: dict[str, Any] = {}
+        timed = isinstance(config, PyramidAttentionBroadcastConfig | FasterCacheConfig)
+        if timed and config.current_timestep_callback is None:
+            changes["current_timestep_callback"] = self._current_timestep
+        if isinstance(config, FasterCacheConfig):
+            changes["tensor_format"] = "BCHW"
+            changes["_unconditional_conditional_input_kwargs_identifiers"] = (
+                "hidden_states",
+                "timestep",
+                "text_context",
+            )
+        if isinstance(config, TaylorSeerCacheConfig) and not (config.cache_identifiers or config.use_lite_mode):
+            changes["cache_identifiers"] = [r"transformer_blocks\.\d+\.attn[12]"]
+        if isinstance(config, SeaCacheConfig) and config.raw_vision_callback is None:
+            changes["raw_vision_callback"] = _as_videos
+        super().enable_cache(replace(config, **changes) if changes else config)
+
+    @contextmanager
+    def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
+        """What caches need to know of a call of the model.
+
+        Args:
+            name: calls of one name share their state.
+            kwargs: `step_index`, `num_inference_steps`, `timestep`, `sigma`; see diffusers' `CacheContext`.
+        """
+        self._cache_timestep = kwargs.get("timestep")
+        with super().cache_context(name, **kwargs):
+            yield
+        self._cache_timestep = None
+
+    def _current_timestep(self) -> float:
+        if self._cache_timestep is None:
+            raise ValueError(
+                "`current_timestep_callback` must be given, or the model called within "
+                "`cache_context(name, timestep=...)`, as the pipelines of diffusers_sana do."
+            )
+        return self._cache_timestep
+
+    def _check_controlled_cache(self) -> None:
+        """Raises where a cache would add the control signal twice, or to half of the batch."""
+        if self._cache_config is not None and not isinstance(
+            self._cache_config, PyramidAttentionBroadcastConfig | TaylorSeerCacheConfig
+        ):
+            raise ValueError(
+                "`controlnet_block_samples` cannot be used with a step cache that leaves out blocks or half of the "
+                f"batch, got {type(self._cache_config).__name__}. Enable a PyramidAttentionBroadcastConfig or a "
+                "TaylorSeerCacheConfig, or call `transformer.disable_cache()`."
+            )
+
+
+def _as_videos(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+    """The latents `[B, C, H, W]` of a call as SeaCache wants them: `[C, 1, H, W]` each."""
+    latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return list(latents.unsqueeze(2))

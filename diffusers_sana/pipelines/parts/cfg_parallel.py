@@ -1,0 +1,129 @@
+"""The halves of classifier-free guidance, or any batch, on several processes.
+
+Each process runs a share of the batch through the model and gathers the predictions of the others, so that all go on
+with the same bits. Wherever the batch comes from: several prompts are shared in the same way.
+
+Legend: B rows of the batch, S prompts of a single token, L text tokens.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from diffusers_sana.models.transformers.attention_sana import SanaTextState
+from diffusers_sana.models.transformers.text_sana import SanaTextContext
+
+
+@contextmanager
+def cfg_parallel(*models: nn.Module, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Within it, each process of a group runs its share of the batch: with two, one half of the guidance each.
+
+    Every process must make the same calls with the same inputs, so with equal seeds.
+
+        with cfg_parallel(pipe.transformer):
+            image = pipe(prompt, generator=torch.Generator().manual_seed(0)).images[0]
+
+    Args:
+        models: transformers or ControlNets, whose batch is axis 0 of the `hidden_states`.
+        group: of `torch.distributed`; all processes by default.
+    """
+    for model in models:
+        HookRegistry.check_if_exists_or_initialize(model).register_hook(BatchParallelHook(group), "cfg_parallel")
+    try:
+        yield
+    finally:
+        for model in models:
+            HookRegistry.check_if_exists_or_initialize(model).remove_hook("cfg_parallel", recurse=False)
+
+
+class BatchParallelHook(ModelHook):
+    """Gives a model the rows of the batch that are this process's, and returns those of all.
+
+    Args:
+        group: as in `cfg_parallel`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.group = group
+        self.batch_size = 0
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
+        """Takes the rows out of all arguments."""
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        kwargs |= dict(zip(names, args, strict=False))
+        self.batch_size = len(kwargs["hidden_states"])
+        return (), {name: self._share(value) for name, value in kwargs.items()}
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Gathers all outputs."""
+        return self._gather(output)
+
+    def _share_of(self, rank: int) -> slice:
+        """Rows of a process: as many for each; where the batch does not suffice, the last shares overlap."""
+        share = -(-self.batch_size // dist.get_world_size(self.group))
+        start = min(rank * share, self.batch_size - share)
+        return slice(start, start + share)
+
+    def _share(self, value: Any) -> Any:
+        """The rows of whatever has a row for each of the batch; other values as they are."""
+        rows = self._share_of(dist.get_rank(self.group))
+        if isinstance(value, Tensor):
+            return value[rows] if value.ndim and len(value) == self.batch_size else value
+        if isinstance(value, SanaTextContext):
+            return text_rows(value, rows)
+        if isinstance(value, list | tuple):
+            return type(value)(self._share(item) for item in value)
+        if callable(value):  # a ControlNet that starts from the first block's output
+            return lambda stream: self._share(value(self._gather(stream)))
+        return value
+
+    def _gather(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            value = value.contiguous()
+            pieces = [torch.empty_like(value) for _ in range(dist.get_world_size(self.group))]
+            dist.all_gather(pieces, value, group=self.group)
+            # Of overlapping shares, the first process's rows.
+            return torch.cat(
+                [piece[rank * len(value) - self._share_of(rank).start :] for rank, piece in enumerate(pieces)]
+            )
+        if isinstance(value, BaseOutput):
+            return type(value)(**{name: self._gather(item) for name, item in value.items()})
+        return type(value)(self._gather(item) for item in value)
+
+
+def text_rows(context: SanaTextContext, rows: slice) -> SanaTextContext:
+    """What a model needs of some of the prompts, without a copy.
+
+    Args:
+        context: from `encode_text`.
+        rows: the prompts, from `start` to `stop`.
+
+    Returns:
+        The same for these prompts.
+    """
+    state = context.states[0]
+    num_single = context.batch_size - len(state.key) if isinstance(state, SanaTextState) else 0
+    single = slice(min(rows.start, num_single), min(rows.stop, num_single))
+    others = slice(max(rows.start - num_single, 0), max(rows.stop - num_single, 0))
+
+    def of_state(state: Tensor | SanaTextState) -> Tensor | SanaTextState:
+        if isinstance(state, Tensor):
+            return state[others]
+        constant = state.constant[single] if state.constant is not None and single.start < single.stop else None
+        return SanaTextState(state.key[others], state.value[others], constant)
+
+    return replace(
+        context,
+        states=tuple(map(of_state, context.states)),
+        attention_mask=None if context.attention_mask is None else context.attention_mask[others],
+        batch_size=rows.stop - rows.start,
+    )

@@ -1,0 +1,100 @@
+"""The examples for Ray, each in a Ray of its own with two CPUs."""
+
+import concurrent.futures
+import io
+import os
+import socket
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_sana import SanaPipeline
+from diffusers_sana.checkpoints import SANA_EMOJI
+from examples.generate_many import draw, read_tasks
+from tests.two_processes import ROOT
+
+
+ray = pytest.importorskip("ray")
+STEPS = 2
+
+
+@pytest.fixture(autouse=True)
+def local_ray(monkeypatch):
+    # Ray asks nobody for anything, and its processes find the examples.
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    try:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
+    except Exception as error:  # Ray raises no other class
+        if "timed out during startup" not in str(error):
+            raise
+        pytest.skip("this machine is too busy to start Ray in its 30 s")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def difference(image, other):
+    """The largest, in steps of a byte."""
+    first, second = (
+        torch.frombuffer(bytearray(x.convert("RGB").tobytes()), dtype=torch.uint8) for x in (image, other)
+    )
+    return (first.int() - second.int()).abs().max()
+
+
+def test_data(tmp_path, pipe):
+    from examples.ray_data import draw_all
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\na fox\n")
+    tasks = read_tasks(prompts, tmp_path, seed=5)
+    drawn = draw_all(tasks, batch_size=2, num_inference_steps=STEPS)
+    assert sorted(drawn) == [str(task.path) for task in tasks]
+    expected = [*draw(pipe, tasks[:2], num_inference_steps=STEPS), *draw(pipe, tasks[2:], num_inference_steps=STEPS)]
+    for task, image in zip(tasks, expected, strict=True):
+        assert task.is_done()
+        assert difference(Image.open(task.path), image) == 0
+    assert draw_all(tasks, batch_size=2, num_inference_steps=STEPS) == []
+
+
+def test_serve(pipe):
+    from ray import serve
+
+    from examples.ray_serve import application
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}/"
+
+    def post(body):
+        with urllib.request.urlopen(address, data=body, timeout=120) as answer:
+            assert answer.headers["content-type"] == "image/png"
+            return Image.open(io.BytesIO(answer.read()))
+
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(application(wait=1.0, num_inference_steps=STEPS))
+    try:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            images = list(pool.map(post, (b'{"prompt": "a cat", "seed": %d}' % seed for seed in (1, 2))))
+        for seed, image in zip((1, 2), images, strict=True):
+            generator = torch.Generator().manual_seed(seed)
+            expected = pipe("a cat", num_inference_steps=STEPS, generator=generator).images[0]
+            assert difference(image, expected) <= 2
+        for body, message in ((b'{"seed": 1}', "prompt"), (b'{"prompt": 3}', "must be of type str"), (b"{", "Expect")):
+            with pytest.raises(urllib.error.HTTPError) as error:
+                post(body)
+            assert error.value.code == 400
+            assert message in error.value.read().decode()
+    finally:
+        serve.shutdown()

@@ -1,0 +1,130 @@
+"""The transformer with its tokens on two processes, against one process that has them all."""
+
+import json
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from diffusers import ContextParallelConfig
+from safetensors.torch import load_file, save_file
+
+import diffusers_sana
+from tests import tiny
+from tests.models.sana_transformers import tiny_inputs, tiny_model
+from tests.numerics import assert_close_fp32
+from tests.two_processes import join, run_in_two
+
+
+# Family of the model, height of the latents, and whether a LoRA is on.
+CASES = {
+    "plain": ("sana", 8, False),
+    "qk_norm": ("sana_1.5", 8, False),
+    "positions": ("sana_2k", 6, False),
+    "guided": ("sprint", 4, False),
+    "lora": ("sana_1.5", 8, True),
+    "odd": ("sana_2k", 7, False),
+    "two_rows": ("sana_1.5", 2, False),
+}
+ODD = ("odd",)
+
+
+def new_model(family, with_lora):
+    torch.manual_seed(0)
+    model = tiny_model(family)
+    if with_lora:
+        targets = ["to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point"]
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    return model
+
+
+@torch.no_grad()
+def outputs(model, height):
+    """Without and with the text done before."""
+    inputs = tiny_inputs(model, height=height)
+    whole = model(**inputs).sample.contiguous()
+    text = {name: inputs.pop(name) for name in ("encoder_hidden_states", "encoder_attention_mask")}
+    context = model.encode_text(**text)
+    sample = model(**inputs, encoder_hidden_states=None, text_context=context).sample
+    return {"whole": whole, "context": sample.contiguous()}
+
+
+def draw(pipe):
+    generator = torch.Generator().manual_seed(0)
+    image = pipe("a cat", num_inference_steps=3, height=24, width=16, generator=generator, output_type="pt").images
+    return {"image": image.contiguous()}
+
+
+def errors_of(config):
+    """What a model says to what it cannot do."""
+    model = new_model("sana", False)
+    model.enable_parallelism(config=config)
+    messages = {}
+    for name, height, grad in (("odd", 7, False), ("too_low", 1, False), ("grad", 8, True)):
+        with torch.set_grad_enabled(grad):
+            try:
+                model(**tiny_inputs(model, height=height))
+            except (ValueError, RuntimeError) as error:
+                messages[name] = f"{type(error).__name__}: {error}"
+    return messages
+
+
+def all_gather(pieces, piece, group):
+    """Of unlike sizes too, which NCCL can do and gloo cannot."""
+    for rank, other in enumerate(pieces):
+        if rank == torch.distributed.get_rank(group):
+            other.copy_(piece)
+        torch.distributed.broadcast(other, group=group, group_src=rank)
+
+
+def main(folder):
+    rank = join()
+    torch.distributed.all_gather = all_gather
+    for name, (family, height, with_lora) in CASES.items():
+        model = new_model(family, with_lora)
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2, ulysses_anything=name in ODD))
+        save_file(outputs(model, height), folder / f"{name}-{rank}.safetensors")
+    (folder / f"errors-{rank}.json").write_text(json.dumps(errors_of(ContextParallelConfig(ring_degree=2))))
+    pipe = tiny.pipeline(diffusers_sana)
+    pipe.transformer.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
+    save_file(draw(pipe), folder / f"pipeline-{rank}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    run_in_two(__file__, folder)
+    return folder
+
+
+def of_both(results, name):
+    """The tensors of the first process, after a look at those of the other: equal bits."""
+    ours, others = (load_file(results / f"{name}-{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(ours[key], others[key]) for key in ours)
+    return ours
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(results, case):
+    family, height, with_lora = CASES[case]
+    expected, actual = outputs(new_model(family, with_lora), height), of_both(results, case)
+    for name in expected:
+        assert_close_fp32(actual[name], expected[name])
+
+
+def test_both_processes_draw_the_picture_of_one(results):
+    expected = draw(tiny.pipeline(diffusers_sana))["image"]
+    assert (of_both(results, "pipeline")["image"] - expected).abs().max() < 1e-5
+
+
+def test_errors(results):
+    messages = json.loads((results / "errors-0.json").read_text())
+    assert messages == json.loads((results / "errors-1.json").read_text())
+    assert "`hidden_states` must have rows of tokens divisible by the 2 processes, got 7" in messages["odd"]
+    assert "a row of tokens for each of the 2 processes, got 1" in messages["too_low"]
+    assert "has no gradients" in messages["grad"]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
