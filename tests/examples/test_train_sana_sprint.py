@@ -1,0 +1,128 @@
+"""Distilling at tiny size: on cached latents, on folders, resumed, and for the emoji checkpoint."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_sana import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel
+from diffusers_sana.checkpoints import SANA_EMOJI
+from examples.train_emoji import sprint as emoji
+from examples.train_sana_sprint import SprintTrainingConfig, main, train
+from tests.training.tiny import (
+    image_batches,
+    tiny_autoencoder,
+    tiny_pipeline,
+    tiny_text_encoder,
+    tiny_tokenizer,
+    tiny_transformer,
+    write_image_folder,
+)
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def make_config(folder, **changes):
+    settings = {"output_dir": str(folder), "max_steps": 3, "log_every": 1, "tangent_warmup_steps": 2}
+    return SprintTrainingConfig(**settings | {"max_sequence_length": 32, "learning_rate": 1e-3} | changes)
+
+
+def latent_batch():
+    """Cached latents and text vectors."""
+    text = {"prompt_embeds": torch.randn(4, 6, 16), "prompt_attention_mask": torch.ones(4, 6, dtype=torch.long)}
+    return {"latents": torch.randn(4, 4, 4, 4), **text}
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("adversarial_weight", [0.5, 0.0])
+def test_learns_and_leaves_the_teacher_alone(tmp_path, adversarial_weight):
+    teacher = tiny_transformer()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    train(make_config(tmp_path, adversarial_weight=adversarial_weight), [latent_batch()], teacher)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    student = SanaTransformer2DModel.from_pretrained(tmp_path / "model" / "transformer")
+    assert student.config.guidance_embeds
+    assert student.time_embed.guidance_embedder.linear_2.weight.any()  # which began as zeros
+    rows = read_log(tmp_path)
+    assert len(rows) == 3
+    assert all(("discriminator" in row) == bool(adversarial_weight) for row in rows)
+    assert not (tmp_path / "samples").exists()  # which need an autoencoder
+
+
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    teacher, vae, text_encoder = tiny_transformer(), tiny_autoencoder(), tiny_text_encoder()
+
+    def run(folder, resume=False, stop_at=None):
+        def batches(begin):
+            for number, batch in enumerate(image_batches(begin), begin):
+                if number == stop_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+        config = make_config(folder, max_steps=4, ema_decay=0.9, resume=resume)
+        train(config, batches, teacher, text_encoder, tiny_tokenizer(), vae)
+        return load_file(folder / "model" / "transformer" / WEIGHTS)
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", stop_at=1)
+    assert len(read_log(tmp_path / "parts")) == 2
+    resumed = run(tmp_path / "parts", resume=True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    grid = Image.open(next((tmp_path / "whole" / "samples").glob("*.png")))
+    assert grid.size == (4 * 32, 3 * 32)  # four prompts, in 1, 2 and 4 steps
+
+
+def test_says_which_part_a_batch_needs(tmp_path):
+    batch = latent_batch()
+    for changed, match in (
+        ({"latents": batch["latents"], "text": ["a"] * 4}, "`text_encoder` and `tokenizer` must be given"),
+        ({name: batch[name] for name in batch if name != "latents"} | image_batch(), "`vae` must be given"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            train(make_config(tmp_path), [changed], tiny_transformer())
+
+
+def image_batch():
+    return {"pixel_values": torch.zeros(4, 3, 16, 16)}
+
+
+def test_main_makes_a_pipeline(tmp_path):
+    write_image_folder(tmp_path / "data", [(40, 40), (40, 40), (40, 90)])
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    arguments = ["--data", str(tmp_path / "data"), "--pretrained", str(tmp_path / "pipeline"), "--batch_size", "2"]
+    arguments += ["--cache_dir", str(tmp_path / "cache"), "--num_workers", "0", "--resolution", "32"]
+    arguments += ["--max_steps", "2", "--log_every", "1", "--max_sequence_length", "32", "--sigma_data", "0.4"]
+    arguments += ["--output_dir", str(tmp_path / "out")]
+    main(arguments)
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3
+    pipe = SanaSprintPipeline.from_pretrained(tmp_path / "out" / "model")
+    assert pipe.scheduler.config.sigma_data == 0.4
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red cat", height=32, width=32, max_sequence_length=32).images[0].width > 0
+    with pytest.raises(ValueError, match="`pretrained` must be a SanaPipeline"):
+        main(arguments[:2])
+
+
+def test_emoji(art, tmp_path, monkeypatch):
+    """The bundled checkpoint itself, for a step or two, and the judge's report."""
+    teacher = SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.float32)
+    teacher.set_progress_bar_config(disable=True)
+    folder = emoji.train(art, teacher, tmp_path, minutes=0.01, batch_size=8, store=8, max_steps=1)
+    student = SanaSprintPipeline.from_pretrained(folder)
+    student.set_progress_bar_config(disable=True)
+    report = emoji.judge(teacher, student, art, tmp_path, singles=2)
+    rows = ["teacher_2_steps", "teacher_4_steps", "teacher_20_steps"]
+    rows += ["student_1_steps", "student_2_steps", "student_4_steps"]
+    assert report["rows"] == rows
+    assert all(0 <= report[row]["object_top1"] <= 1 for row in rows)
+    assert json.loads(Path(tmp_path / "evaluation.json").read_text()) == report
+    assert Image.open(tmp_path / "held_out.png").size == (2 * 128, 6 * 128)
