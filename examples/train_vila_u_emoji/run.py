@@ -111,12 +111,13 @@ def train_model(art: EmojiArt, tower_folder: Path, out: Path, minutes: float, st
     return out / "model"
 
 
-def publish(trained: Path, decoder: Path, out: Path) -> None:
-    """Writes the model with the last decoder and its sampling settings, in bf16: half the bytes."""
+def publish(trained: Path, out: Path, decoder: Path | None = None) -> None:
+    """Writes the model, with another decoder if given, and its sampling settings, in bf16: half the bytes."""
     model = VilaUForConditionalGeneration.from_pretrained(trained, dtype=torch.bfloat16)
-    tower, last = model.model.vision_tower, VilaUVisionModel.from_pretrained(decoder, dtype=torch.bfloat16)
-    tower.decoder.load_state_dict(last.decoder.state_dict())
-    tower.post_quant_conv.load_state_dict(last.post_quant_conv.state_dict())
+    if decoder is not None:
+        tower, last = model.model.vision_tower, VilaUVisionModel.from_pretrained(decoder, dtype=torch.bfloat16)
+        tower.decoder.load_state_dict(last.decoder.state_dict())
+        tower.post_quant_conv.load_state_dict(last.post_quant_conv.state_dict())
     model.generation_config = GenerationConfig(
         bos_token_id=model.generation_config.bos_token_id,
         eos_token_id=model.generation_config.eos_token_id,
@@ -136,19 +137,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stage", choices=STAGES, help="only this one; default: all in turn")
     args = parser.parse_args(argv)
     art = EmojiArt(args.data)
-    wanted = [args.stage] if args.stage else STAGES
+    wanted = [args.stage] if args.stage else ("model", "evaluate") if args.start else STAGES
     tower, language, decoder = (args.out / name for name in ("tower", "language", "decoder"))
     if "tower" in wanted:
         train_tower(art, tower, TOWER * args.minutes)
     if "model" in wanted:
-        train_model(art, tower / "model", language, LANGUAGE_MODEL * args.minutes, args.start)
+        share = 1.0 if args.start else LANGUAGE_MODEL
+        train_model(art, tower / "model", language, share * args.minutes, args.start)
     if "decoder" in wanted:
         train_tower(art, decoder, DECODER * args.minutes, decoder_of=tower / "model")
     if "evaluate" in wanted:
-        publish(language / "model", decoder / "model", args.out / "model")
+        publish(language / "model", args.out / "model", None if args.start else decoder / "model")
         model = VilaUForConditionalGeneration.from_pretrained(args.out / "model", dtype=torch.float32).eval()
         processor = VilaUProcessor.from_pretrained(args.out / "model")
-        trained = VilaUVisionModel.from_pretrained(tower / "model")
+        trained = None if args.start else VilaUVisionModel.from_pretrained(tower / "model")
         print(json.dumps(evaluate(model, processor, args.data, args.out / "evaluation", trained), indent=1))
 
 
