@@ -5,7 +5,7 @@ MINUTES ?= 25
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test check format gpu-check gpu-bench bench compile-kernels tables study train-bundled train-bundled-vila-u prepare-data
+.PHONY: setup demo test check format gpu-check gpu-bench bench compile-kernels tables study train-bundled train-bundled-vila-u prepare-data docs
 
 setup: $(STAMP)
 
@@ -46,6 +46,9 @@ tables: setup  ## the tables of docs from benchmarks/results
 
 study: setup  ## solvers on flows with known answers: results, table, picture
 	$(BIN)/python benchmarks/study_flow_solvers.py
+
+docs: setup  ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 outputs/emoji.zip:
 	$(BIN)/python -m examples.train_emoji.prepare_data --out $@

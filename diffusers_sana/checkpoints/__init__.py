@@ -9,5 +9,8 @@ SANA_EMOJI = str(Path(__file__).parent / "sana-emoji")
 # Draws the same things, and says what is in a picture.
 VILA_U_EMOJI = str(Path(__file__).parent / "vila-u-emoji")
 
+# A LoRA for SANA_EMOJI: prompts that end in ", pixel art" are drawn in coarse blocks.
+SANA_EMOJI_PIXEL_ART = str(Path(__file__).parent / "sana-emoji-pixel-art")
+
 # What the command line calls them.
 BUNDLED = {"sana-emoji": SANA_EMOJI, "vila-u-emoji": VILA_U_EMOJI}

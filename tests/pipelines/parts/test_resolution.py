@@ -40,7 +40,7 @@ def test_bad_sizes(size, advice):
         (1, 1),
         (1000, 1),
         (64, 64),
-    ],  # the first three are a pixel short in diffusers
+    ],  # of the first three diffusers leaves an image one pixel wide
 )
 def test_resize_and_crop_is_exact(height, width):
     for trained in (bin_size(height, width, 1024), (64, 64)):

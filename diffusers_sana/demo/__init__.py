@@ -1,0 +1,1 @@
+"""The page behind `diffusers-sana demo`. It uses the package as its users do: by its public names."""

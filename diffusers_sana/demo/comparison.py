@@ -1,0 +1,104 @@
+"""One pipeline twice, as it is and with its transformer in 4 bits, for the same seeds."""
+
+import inspect
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from diffusers_sana import quantize
+from diffusers_sana.pipelines.parts.resolution import ASPECT_RATIO_BINS
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture and what it took.
+
+    Attributes:
+        precision: of the transformer, such as "16 bit".
+        image: the picture.
+        seconds: from prompt to picture.
+        megabytes: of the transformer's weights, 10^6 bytes.
+    """
+
+    precision: str
+    image: Image.Image
+    seconds: float
+    megabytes: float
+
+
+class Comparison:
+    """A pipeline of Sana and its copy in 4 bits. They share all but the transformer.
+
+    Args:
+        pipe: `SanaPipeline` or `SanaSprintPipeline`, on its device and not quantized.
+
+    Raises:
+        ValueError: the transformer is quantized already.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        transformer = deepcopy(pipe.transformer)
+        self.report = quantize(transformer, progress=False)
+        quantized = type(pipe)(**{**pipe.components, "transformer": transformer})
+        self.pipes: dict[str, Any] = {f"{torch.finfo(pipe.dtype).bits} bit": pipe, "4 bit": quantized}
+        for each in self.pipes.values():
+            each.set_progress_bar_config(disable=True)
+            each("", num_inference_steps=1)  # so that the first picture asked for takes no longer than the next
+
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        self.default_steps: int = parameters["num_inference_steps"].default
+        self.default_guidance: float = parameters["guidance_scale"].default
+        native = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+        table = ASPECT_RATIO_BINS.get(native, {"1.0": (native, native)})
+        # Height and width in pixels of what the checkpoint was trained on, the native size first.
+        self.sizes = sorted(
+            {(int(h), int(w)) for h, w in table.values()}, key=lambda size: (abs(size[0] - size[1]), size)
+        )
+
+    def draw(
+        self,
+        prompt: str,
+        seed: int,
+        steps: int,
+        guidance: float,
+        size: tuple[int, int],
+        on_step: Callable[[str, int], None],
+    ) -> list[Drawing]:
+        """The same picture in both precisions.
+
+        Args:
+            prompt: what to draw.
+            seed: of the noise, which is drawn on the CPU: the same on every device.
+            steps: evaluations of the transformer.
+            guidance: weight of the prompt.
+            size: height and width, one of `sizes`.
+            on_step: called with the precision and the number of steps done.
+
+        Raises:
+            TypeError, ValueError: those of the pipeline, before anything is computed.
+        """
+        drawings = []
+        for precision, pipe in self.pipes.items():
+
+            def after_step(_pipe: Any, step: int, _timestep: Any, _tensors: dict, precision: str = precision) -> dict:
+                on_step(precision, step + 1)
+                return {}
+
+            started = time.perf_counter()
+            image = pipe(
+                prompt,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                height=size[0],
+                width=size[1],
+                generator=torch.Generator("cpu").manual_seed(seed),
+                callback_on_step_end=after_step,
+            ).images[0]
+            seconds = time.perf_counter() - started
+            drawings.append(Drawing(precision, image, seconds, pipe.transformer.get_memory_footprint() / 1e6))
+        return drawings

@@ -1,0 +1,113 @@
+"""The README.md of a trained folder: how to load it first, then what its files say about it."""
+
+import json
+from math import prod
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors import safe_open
+
+import diffusers_sana
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+# Class of a pipeline -> what the Hub calls its task.
+TASKS = {
+    "SanaPipeline": "text-to-image",
+    "SanaSprintPipeline": "text-to-image",
+    "SanaControlNetPipeline": "text-to-image",
+    "SanaImg2ImgPipeline": "image-to-image",
+    "SanaInpaintPipeline": "image-to-image",
+}
+TEXT = """# {title}
+
+```python
+{code}
+```
+
+The code is in a package: `pip install {library}`.
+
+| | |
+|---|---|
+{rows}
+"""
+
+
+def write_model_card(
+    folder: str | Path,
+    title: str | None = None,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    tags: tuple[str, ...] = (),
+    facts: dict[str, object] | None = None,
+) -> ModelCard:
+    """Writes README.md into a folder that `save_pretrained` or `save_lora_weights` wrote.
+
+    Args:
+        folder: with a pipeline, a model of diffusers, or a LoRA.
+        title: id of the repository that the folder will be; by default the folder's name.
+        base_model: id of the model that this one was trained from; a LoRA needs one.
+        license: its short name on the Hub. Whatever was trained from official weights has theirs.
+        tags: more of them.
+        facts: more rows of the table, such as the number of steps.
+
+    Raises:
+        ValueError: there is nothing of the kind in the folder, or `base_model` is missing.
+    """
+    folder = Path(folder)
+    title = title or folder.resolve().name
+    is_lora = (folder / LORA_FILE).is_file()
+    if is_lora and base_model is None:
+        raise ValueError("`base_model` must be given for a LoRA, got None. Name the model that it was trained for.")
+    name = "SanaPipeline" if is_lora else _class_name(folder)
+    library = "diffusers_sana" if name in dir(diffusers_sana) else "diffusers"
+    is_pipeline = name.endswith("Pipeline")
+    variable = "pipe" if is_pipeline else "model"
+    lines = [f"from {library} import {name}", ""]
+    lines.append(f'{variable} = {name}.from_pretrained("{base_model if is_lora else title}")')
+    if is_lora:
+        lines.append(f'pipe.load_lora_weights("{title}")')
+
+    link = base_model and f"[{base_model}](https://huggingface.co/{base_model})"
+    rows = {"base model": link, **_parameters(folder), **(facts or {})}
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=TASKS.get(name),
+        base_model=base_model,
+        license=license,
+        tags=["diffusers_sana", "sana", *(["lora"] if is_lora else []), *tags],
+    )
+    if base_model:
+        data["base_model_relation"] = "adapter" if is_lora else "finetune"
+    text = TEXT.format(
+        title=title,
+        code="\n".join(lines),
+        library=library,
+        rows="\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None),
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+    card.save(folder / "README.md")
+    return card
+
+
+def _class_name(folder: Path) -> str:
+    """Of the pipeline or the model in `folder`."""
+    for name in ("model_index.json", "config.json"):
+        path = folder / name
+        if path.is_file() and "_class_name" in (config := json.loads(path.read_text())):
+            return config["_class_name"]
+    raise ValueError(
+        f"`folder` must hold what `save_pretrained` or `save_lora_weights` of diffusers wrote, but {folder} does not."
+    )
+
+
+def _parameters(folder: Path) -> dict[str, str]:
+    """How large each model in `folder` is, by the headers of its files."""
+    rows: dict[str, int] = {}
+    for path in sorted(folder.glob("**/*.safetensors")):
+        part = path.relative_to(folder).parts[0] if path.parent != folder else "model"
+        with safe_open(path, "pt") as file:
+            count = sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 no mapping
+        rows[part] = rows.get(part, 0) + count
+    return {part: f"{count / 1e6:.3g} million parameters" for part, count in rows.items()}

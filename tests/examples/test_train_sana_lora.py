@@ -1,0 +1,277 @@
+"""Training a LoRA at tiny size: on cached latents, resumed, on 4 bits, on folders, and for the emoji checkpoint."""
+
+import json
+import os
+import signal
+
+import diffusers
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import diffusers_sana
+from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
+from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.training.instance_data import WithPrior, captioned_folder
+from diffusers_sana.training.prompt_conditioning import complex_human_instruction
+from examples.train_emoji import lora as emoji
+from examples.train_sana_lora import LoraTrainingConfig, main, prepare, train
+from tests import tiny
+from tests.training.tiny import tiny_autoencoder, tiny_pipeline, tiny_transformer, write_image_folder
+
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def make_config(folder, **changes):
+    settings = {"output_dir": str(folder), "max_steps": 3, "log_every": 1, "sample_steps": 2, "flow_shift": 3.0}
+    return LoraTrainingConfig(**settings | {"learning_rate": 1e-2} | changes)
+
+
+def latent_batch(seed=0):
+    """Cached latents and text vectors."""
+    generator = torch.Generator().manual_seed(100 + seed)  # not the seed of the noise
+    latents, embeds = (torch.randn(4, *shape, generator=generator) for shape in ((4, 4, 4), (6, 16)))
+    return {
+        "latents": latents,
+        "prompt_embeds": embeds,
+        "prompt_attention_mask": torch.ones(4, 6, dtype=torch.long),
+    }
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def copy_of(transformer):
+    copy = tiny_transformer()
+    copy.load_state_dict(transformer.state_dict())
+    return copy
+
+
+@torch.no_grad()
+def predict(transformer):
+    batch = latent_batch(seed=1)
+    timestep = torch.full((4,), 500.0)
+    return transformer.eval()(batch["latents"], batch["prompt_embeds"], timestep, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("base", ["dense", "int4"])
+def test_learns_beside_a_base_that_stays(tmp_path, base):
+    transformer = tiny_transformer()
+    if base == "int4":
+        quantize(transformer, SVDQuantConfig(rank=2), progress=False)
+    before = {name: value.clone() for name, value in transformer.state_dict().items()}
+    untrained = predict(transformer)
+    config = make_config(tmp_path, max_steps=25, learning_rate=2e-2, mix_ffn=True)
+    train(config, [latent_batch()], transformer)
+    losses = [row["loss"] for row in read_log(tmp_path)]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    trained = predict(transformer)
+    assert not torch.allclose(trained, untrained, atol=1e-2)
+    after = {name.replace(".base_layer", ""): value for name, value in transformer.state_dict().items()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    saved = load_file(tmp_path / "model" / WEIGHTS)
+    assert {name.split(".")[-3] for name in saved} == {"to_q", "to_k", "to_v", "conv_inverted", "conv_point"}
+    transformer.unload_lora()
+    assert torch.equal(predict(transformer), untrained)
+    transformer.load_lora_adapter(tmp_path / "model", weight_name=WEIGHTS)
+    assert torch.equal(predict(transformer), trained)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_diffusers_loads_the_result_with_rank_and_alpha(tmp_path, dora):
+    ours, theirs = tiny.transformer(diffusers_sana), tiny.pipeline(diffusers)
+    untrained = predict(theirs.transformer)
+    train(make_config(tmp_path, rank=2, lora_alpha=6, use_dora=dora), [latent_batch()], ours)
+    with safe_open(tmp_path / "model" / WEIGHTS, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert (metadata["transformer.r"], metadata["transformer.lora_alpha"]) == (2, 6)
+    theirs.load_lora_weights(tmp_path / "model")
+    changed = predict(theirs.transformer)
+    assert not torch.allclose(changed, untrained, atol=1e-4)
+    assert torch.allclose(changed, predict(ours), atol=1e-4)
+
+
+@pytest.mark.parametrize("base", ["dense", "int4"])
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, base):
+    start, vae = tiny_transformer(), tiny_autoencoder()
+
+    def run(folder, resume=False, stop_at=None):
+        transformer = copy_of(start)
+        if base == "int4":
+            quantize(transformer, SVDQuantConfig(rank=2), progress=False)
+
+        def batches(begin):
+            for number in range(begin, 100):
+                if number == stop_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield latent_batch(number)
+
+        config = make_config(folder, max_steps=4, ema_decay=0.9, lora_dropout=0.2, caption_dropout=0.5, resume=resume)
+        train(config, batches, transformer, vae)
+        return load_file(folder / "model" / WEIGHTS)
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", stop_at=1)
+    assert len(read_log(tmp_path / "parts")) == 2
+    resumed = run(tmp_path / "parts", resume=True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert any(value.any() for name, value in whole.items() if "lora_B" in name)
+    assert list((tmp_path / "whole" / "samples").glob("*.png"))
+    kept = {path.name for path in (tmp_path / "whole" / "checkpoints").rglob("*.safetensors")}
+    assert kept == {"adapter.safetensors"}  # and not the base
+
+
+@pytest.mark.parametrize("base", ["dense", "int4"])
+def test_gradient_checkpointing_changes_nothing(tmp_path, base):
+    start, results = tiny_transformer(), []
+    for checkpointing in (False, True):
+        transformer = copy_of(start)
+        if base == "int4":
+            quantize(transformer, SVDQuantConfig(rank=2), progress=False)
+        folder = tmp_path / str(checkpointing)
+        train(make_config(folder, gradient_checkpointing=checkpointing), [latent_batch()], transformer)
+        results.append(load_file(folder / "model" / WEIGHTS))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.fixture
+def another_precision():
+    """Accelerate knows one precision a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("another_precision")
+def test_bf16_base_has_an_adapter_in_fp32(tmp_path):
+    transformer = tiny_transformer().to(torch.bfloat16)
+    config = make_config(tmp_path, mixed_precision="bf16", max_steps=40, learning_rate=2e-2)
+    train(config, [latent_batch()], transformer)
+    losses = [row["loss"] for row in read_log(tmp_path)]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert {value.dtype for value in load_file(tmp_path / "model" / WEIGHTS).values()} == {torch.float32}
+    assert transformer.proj_out.weight.dtype == torch.bfloat16
+
+
+def test_loss_weight(tmp_path):
+    """Weight 0 leaves the adapter as if the picture were not there."""
+    start, results = tiny_transformer(), []
+    for name, other in (("one", 1), ("two", 2)):
+        batch = latent_batch()
+        batch["latents"] = torch.cat([batch["latents"][:2], latent_batch(other)["latents"][2:]])
+        batch["loss_weight"] = torch.tensor([1.0, 1.0, 0.0, 0.0])
+        train(make_config(tmp_path / name), [batch], copy_of(start))
+        results.append(load_file(tmp_path / name / "model" / WEIGHTS))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"rank": 0}, "`rank` must be at least 1, got 0"),
+        ({"quantize": "int3"}, "`quantize` must be one of"),
+        ({"target_modules": ("to_q", "to_x")}, "`target_modules` must name layers, got 'to_x'.*'to_k'"),
+        ({"flow_shift": None}, "`flow_shift` must be a number"),
+    ],
+)
+def test_bad_settings(tmp_path, changes, match):
+    with pytest.raises(ValueError, match=match):
+        train(make_config(tmp_path, **changes), [latent_batch()], tiny_transformer())
+
+
+def test_captions(tmp_path):
+    write_image_folder(tmp_path, [(16, 16)] * 4)
+    (tmp_path / "2.txt").write_text("from a file\n")
+    assert captioned_folder(str(tmp_path), [(32, 32)], "sks").captions[2:] == ["from a file", "A green house "]
+    (tmp_path / "metadata.jsonl").unlink()
+    assert captioned_folder(str(tmp_path), [(32, 32)], "sks").captions == ["sks", "sks", "from a file", "sks"]
+    with pytest.raises(ValueError, match="`instance_prompt` must be given for pictures without a caption"):
+        captioned_folder(str(tmp_path), [(32, 32)], "")
+
+
+class Items(list):
+    """Items of one size each."""
+
+    sizes_of_items = [(1, 1), (2, 2), (3, 3)]
+
+
+def test_with_prior():
+    instance, prior = Items([{"x": 0}, {"x": 1}, {"x": 2}]), Items([{"x": 10}, {"x": 11}])
+    both = WithPrior(instance, prior, weight=0.25)
+    assert [item["x"] for item in (both[i] for i in range(len(both)))] == [0, 10, 1, 11, 2, 10]
+    assert [both[i]["loss_weight"].item() for i in (0, 1)] == [1.0, 0.25]
+    assert both.sizes_of_items == [(1, 1), (1, 1), (2, 2), (2, 2), (3, 3), (1, 1)]
+
+
+def test_main_with_prior_on_4_bits(tmp_path):
+    write_image_folder(tmp_path / "data", [(40, 40)] * 3)
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    arguments = ["--data", str(tmp_path / "data"), "--pretrained", str(tmp_path / "pipeline"), "--quantize", "int4"]
+    arguments += ["--quantize_rank", "2"]
+    arguments += ["--instance_prompt", "a red cat", "--class_prompt", "a cat", "--num_class_images", "2"]
+    arguments += ["--batch_size", "2", "--resolution", "32", "--max_steps", "2", "--sample_steps", "1"]
+    arguments += ["--sample_prompts", "a blue cat", "two dogs", "--max_sequence_length", "32"]
+    arguments += ["--output_dir", str(tmp_path / "out")]
+    main(arguments)
+    drawn = sorted((tmp_path / "out" / "class").iterdir())
+    assert [Image.open(path).size for path in drawn] == [(32, 32), (32, 32)]
+    assert len(list((tmp_path / "out" / "cache").rglob("*.safetensors"))) == 3 + 2
+    assert Image.open(tmp_path / "out" / "samples" / "step_0000002.png").width == 2 * 32  # a picture a prompt
+    pipe = SanaPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe.load_lora_weights(tmp_path / "out" / "model")
+    assert pipe.get_active_adapters() == ["default_0"]
+    main([*arguments, "--resume", "--max_steps", "3"])
+    assert [path.name for path in drawn] == sorted(path.name for path in (tmp_path / "out" / "class").iterdir())
+    with pytest.raises(ValueError, match="`pretrained` must be a SanaPipeline"):
+        main(arguments[:2])
+
+
+def test_shift_is_the_schedulers(tmp_path):
+    write_image_folder(tmp_path / "data", [(40, 40)])
+    pipe = tiny_pipeline()
+    pipe.register_modules(scheduler=type(pipe.scheduler)(flow_shift=1.5))
+    pipe.save_pretrained(tmp_path / "pipeline")
+    settings = {"data": str(tmp_path / "data"), "pretrained": str(tmp_path / "pipeline"), "resolution": 32}
+    config = LoraTrainingConfig(output_dir=str(tmp_path / "out"), **settings)
+    batches, _, _, samples = prepare(config)
+    assert config.flow_shift == 1.5
+    assert samples is None
+    batch = next(iter(batches(0)))
+    expected, mask, _, _ = pipe.encode_prompt(
+        "a red cat",
+        do_classifier_free_guidance=False,
+        complex_human_instruction=complex_human_instruction().split("\n"),
+    )
+    assert torch.allclose(batch["prompt_embeds"], expected[:, mask[0].bool()], atol=1e-5)
+
+
+def test_pixel_art():
+    picture = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    art = emoji.pixelate(picture)
+    assert torch.equal(emoji.pixelate(art), art)
+    assert len(art.unique()) <= emoji.LEVELS
+    assert emoji.within_blocks(art) < 1e-9
+    assert emoji.on_grid(art) == pytest.approx(1)
+    assert emoji.within_blocks(picture) > 0.9
+    assert emoji.on_grid(picture) == pytest.approx(3 / 63, abs=0.01)
+
+
+def test_emoji_lora(art, tmp_path):
+    """The bundled checkpoint itself, for a step, and the judge's report."""
+    scenes = emoji.PixelScenes(art, 128, seed=6)
+    emoji.write_pictures(scenes, tmp_path / "pictures", count=2)
+    rows = [json.loads(line) for line in (tmp_path / "pictures" / "metadata.jsonl").read_text().splitlines()]
+    assert all(row["text"].endswith(", pixel art") for row in rows)
+    trained = emoji.train(tmp_path / "pictures", tmp_path / "lora", SANA_EMOJI, steps=1)
+    lora = emoji.bundle(trained, tmp_path / "bundle")
+    assert 1.8 < (trained / WEIGHTS).stat().st_size / (lora / WEIGHTS).stat().st_size < 2
+    report = emoji.judge(art, SANA_EMOJI, {"lora": lora, "lora_int4": lora}, tmp_path, count=1, steps=1)
+    assert report.keys() > {"without_lora", "lora", "lora_on_4_bit_base", "lora_trained_on_4_bit_base"}
+    assert report["truth"]["variance_within_large_pixels"] == 0
+    assert report["truth"]["object_top1"] == 1
+    assert Image.open(tmp_path / "held_out.png").size == (128, 6 * 128)
