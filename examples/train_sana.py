@@ -2,8 +2,10 @@
 
     python examples/train_sana.py --data photos --pretrained some/sana-pipeline --output_dir outputs/sana
 
-The folder holds images and `metadata.jsonl` with lines `{"file_name": ..., "text": ...}`. The parts come from a
-pipeline; `--transformer_config` begins a new transformer, `--cache_dir` computes latents and text vectors once.
+The folder holds images and `metadata.jsonl` with lines `{"file_name": ..., "text": ...}`, or `captions.jsonl` with
+several captions an image. The parts come from a pipeline; `--transformer_config` begins a new transformer,
+`--sample_size` and `--interpolation_scale` make the old one ready for another resolution, `--cache_dir` computes
+latents and text vectors once.
 Another script calls `train(config, batches, transformer, ...)` with any iterable of batches. Under `output_dir/model`
 the result is a SanaPipeline folder, or the trained parts alone when the other parts are not given.
 """
@@ -21,6 +23,8 @@ from torch import Tensor, nn
 from diffusers_sana import FlowDPMSolverScheduler, SanaPipeline, SanaTransformer2DModel
 from diffusers_sana.training.batches import Batches
 from diffusers_sana.training.buckets import bucket_sizes
+from diffusers_sana.training.caption_sampling import SampledCaptions, embeds_name
+from diffusers_sana.training.cascade import with_native_size
 from diffusers_sana.training.conditioned_transformer import ConditionedTransformer
 from diffusers_sana.training.config import TrainingConfig, option, parse_config
 from diffusers_sana.training.data import ImageFolder, make_loader
@@ -28,7 +32,7 @@ from diffusers_sana.training.export import copy_with_weights, sub_state
 from diffusers_sana.training.flow_matching import interpolate, sample_euler, sample_sigmas, velocity_target
 from diffusers_sana.training.latent_cache import fill_cache
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
-from diffusers_sana.training.optimizers import make_adamw
+from diffusers_sana.training.optimizers import make_optimizer
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.prompt_conditioning import complex_human_instruction, encode_tokens, tokenize_prompts
 
@@ -45,6 +49,17 @@ class SanaTrainingConfig(TrainingConfig):
     batch_size: int = option(64, "images a batch and process (command line only)")
     num_workers: int = option(4, "processes that load images (command line only)")
     resolution: int = option(512, "side of the square whose area the buckets have (command line only)")
+    sample_size: int | None = option(None, "latent side the model is from now on for (command line only)")
+    interpolation_scale: int | None = option(
+        None, "give the model a positional table: 1 at 2048 pixels, 2 at 4096 (command line only)"
+    )
+    caption_weighting: str = option(
+        "power",
+        "`power` (released code) or `softmax` (paper) of the CLIP scores in captions.jsonl (command line only)",
+    )
+    caption_temperature: float = option(0.1, "the lower, the more the best caption is drawn (command line only)")
+    caption_threshold: float = option(25.0, "CLIP score below which captions are not drawn (command line only)")
+    optimizer: str = option("adamw", "`adamw`, or `adamw8bit` with a quarter of its memory (needs bitsandbytes)")
     learning_rate: float | None = option(1e-4, "peak learning rate")
     betas: tuple[float, float] | None = option((0.9, 0.999), "AdamW betas")
     weight_decay: float | None = option(0.0, "AdamW weight decay of matrices and kernels")
@@ -99,7 +114,9 @@ def train(
         for block in transformer.transformer_blocks:
             block.compile()
     model = ConditionedTransformer(transformer, text_encoder if config.train_text_encoder else None).train()
-    optimizer = make_adamw(model.parameters(), config.learning_rate, config.betas, config.weight_decay)
+    optimizer = make_optimizer(
+        config.optimizer, model.parameters(), config.learning_rate, config.betas, config.weight_decay
+    )
     model, optimizer = accelerator.prepare(model, optimizer)
 
     def prepare_prompts(batch: dict[str, Any]) -> Any:
@@ -232,9 +249,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     if config.transformer_config:
         transformer = SanaTransformer2DModel.from_config(json.loads(Path(config.transformer_config).read_text()))
+    transformer = with_native_size(transformer, config.sample_size, config.interpolation_scale)
     if not config.train_text_encoder and config.mixed_precision == "bf16":
         text_encoder.to(torch.bfloat16)
-    dataset: Any = ImageFolder(config.data, bucket_sizes(config.resolution))
+    images = ImageFolder(config.data, bucket_sizes(config.resolution))
+    dataset: Any = images
     if config.cache_dir:
         vae.to(device)
         text_encoder.to(device)
@@ -245,11 +264,17 @@ def main(argv: list[str] | None = None) -> None:
             """What the cache keeps of an item; text vectors only where the encoder will not change."""
             tensors = {"latents": encode_images(vae, item["pixel_values"][None].to(device))[0]}
             if not config.train_text_encoder:
-                tokens = tokenize_prompts(tokenizer, [item["text"]], config.max_sequence_length, instruction)
-                tensors["prompt_embeds"] = encode_tokens(text_encoder, tokens.to(device))[0][0]
+                texts = item.get("texts", [item["text"]])
+                names = [embeds_name(number) for number in range(len(texts))] if "texts" in item else ["prompt_embeds"]
+                for name, text in zip(names, texts, strict=True):
+                    tokens = tokenize_prompts(tokenizer, [text], config.max_sequence_length, instruction)
+                    tensors[name] = encode_tokens(text_encoder, tokens.to(device))[0][0]
             return tensors
 
-        dataset = fill_cache(dataset, config.cache_dir, encode)
+        dataset = fill_cache(images, config.cache_dir, encode)
+    if images.choices is not None:
+        sampling = (config.caption_weighting, config.caption_temperature, config.caption_threshold)
+        dataset = SampledCaptions(dataset, images.choices, config.seed, *sampling)
     batches = make_loader(dataset, config.batch_size, config.seed, config.num_workers)
     train(config, batches, transformer, text_encoder, tokenizer, vae)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC as UpstreamAutoencoderDC
 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel as UpstreamTransformer
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -27,11 +26,12 @@ from diffusers_sana.pipelines.parts.cuda_graphs import CudaGraphs
 from diffusers_sana.pipelines.parts.denoising_loop import TEXT_TENSORS, DenoisingLoop
 from diffusers_sana.pipelines.parts.input_checks import check_positive_integer, check_prompts
 from diffusers_sana.pipelines.parts.latent_coding import decode_latents
+from diffusers_sana.pipelines.parts.lora_loading import LoraLoading
 from diffusers_sana.pipelines.parts.prompt_encoding import clean_captions, encode_captions, join_instruction
 from diffusers_sana.pipelines.parts.resolution import bin_size, check_size, resize_and_crop
 
 
-class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, SanaLoraLoaderMixin):
+class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, LoraLoading):
     """Base of the pipelines of Sana; they add what they begin with and what they do to each step.
 
     Args:

@@ -1,7 +1,9 @@
-"""Batches of images from a folder, with captions where `metadata.jsonl` gives them."""
+"""Batches of images from a folder, with captions where `captions.jsonl` or `metadata.jsonl` gives them."""
 
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,35 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from diffusers_sana.training.buckets import bucket_batches, nearest_size
+from diffusers_sana.training.caption_sampling import (
+    CAPTIONS_FILE,
+    Caption,
+    SampledCaptions,
+    best_caption,
+    read_captions,
+)
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def find_images(root: Path) -> list[Path]:
+    """The image files under a folder and its subfolders, sorted."""
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def read_metadata(root: Path) -> list[tuple[str, str]]:
+    """File name and text of each line of a folder's `metadata.jsonl`; none where there is no such file."""
+    path = root / "metadata.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [(row["file_name"], row["text"]) for row in rows]
+
+
+def load_image(path: Path) -> Image.Image:
+    """An image file in RGB; transparent pixels are laid over white."""
+    with Image.open(path) as file:
+        image = file.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def load_pixels(path: Path, height: int, width: int) -> Tensor:
@@ -24,9 +52,7 @@ def load_pixels(path: Path, height: int, width: int) -> Tensor:
 
     Transparent pixels are laid over white. Small images are scaled up.
     """
-    with Image.open(path) as file:
-        image = file.convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image = load_image(path)
     scale = max(height / image.height, width / image.width)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     image = image.resize(size, Image.Resampling.LANCZOS)
@@ -36,25 +62,36 @@ def load_pixels(path: Path, height: int, width: int) -> Tensor:
 
 
 class ImageFolder(Dataset):
-    """The images under a folder; with `metadata.jsonl` (lines of `file_name`, `text`) only those it lists.
+    """The images under a folder; with `captions.jsonl`, or else `metadata.jsonl` (lines of `file_name`, `text`), only
+    those it lists.
 
-    Items are `{"pixel_values": [3, H, W] in [-1, 1], "text": caption or ""}`. Each image has the size out of `sizes`
-    whose shape is nearest to its own; `sizes_of_items` lists which.
+    Items are `{"pixel_values": [3, H, W] in [-1, 1], "text": caption or ""}`. With `captions.jsonl` the text is the
+    caption of the highest CLIP score, and `texts` has all of them. Each image has the size out of `sizes` whose shape
+    is nearest to its own; `sizes_of_items` lists which.
 
     Args:
         folder: searched with its subfolders, in sorted order.
         sizes: (height, width) pairs in pixels.
+
+    Attributes:
+        captions: the text of each item.
+        choices: with `captions.jsonl` all captions of each item, for `SampledCaptions`; else None.
     """
 
     def __init__(self, folder: str, sizes: list[tuple[int, int]]):
         root = Path(folder)
-        metadata = root / "metadata.jsonl"
-        if metadata.exists():
-            rows = [json.loads(line) for line in metadata.read_text().splitlines()]
-            self.paths = [root / row["file_name"] for row in rows]
-            self.captions = [row["text"] for row in rows]
+        self.choices: list[list[Caption]] | None = None
+        if (root / CAPTIONS_FILE).exists():
+            found = read_captions(root / CAPTIONS_FILE)
+            self.paths = [root / file_name for file_name in found]
+            self.choices = list(found.values())
+            self.captions = [best_caption(captions).text for captions in self.choices]
+        elif (root / "metadata.jsonl").exists():
+            rows = read_metadata(root)
+            self.paths = [root / file_name for file_name, _ in rows]
+            self.captions = [text for _, text in rows]
         else:
-            self.paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            self.paths = find_images(root)
             self.captions = [""] * len(self.paths)
         if not self.paths:
             raise ValueError(f"`data` must be a folder with images {IMAGE_SUFFIXES}, got {folder!r}. Check the path.")
@@ -68,7 +105,10 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pixel_values = load_pixels(self.paths[index], *self.sizes_of_items[index])
-        return {"pixel_values": pixel_values, "text": self.captions[index]}
+        item = {"pixel_values": pixel_values, "text": self.captions[index]}
+        if self.choices is not None:
+            item["texts"] = [caption.text for caption in self.choices[index]]
+        return item
 
 
 def make_loader(
@@ -81,7 +121,7 @@ def make_loader(
     """Endless shuffled batches of one size each, as a function of the number of batches already used.
 
     Args:
-        dataset: map-style, with `sizes_of_items`.
+        dataset: map-style, with `sizes_of_items`; or `SampledCaptions`, which is told the epoch.
         batch_size: items a batch and process; the last batch of a size in an epoch may be smaller.
         seed: seed of the order.
         num_workers: processes that load items.
@@ -90,9 +130,15 @@ def make_loader(
     state = PartialState()
 
     def from_batch(start: int) -> DataLoader:
-        indices = bucket_batches(
-            dataset.sizes_of_items, batch_size, seed, start, state.process_index, state.num_processes
-        )
+        sizes, processes = dataset.sizes_of_items, state.num_processes
+        indices: Iterator[list[Any]] = bucket_batches(sizes, batch_size, seed, start, state.process_index, processes)
+        if isinstance(dataset, SampledCaptions):
+            numbers = count(start * processes + state.process_index, processes)
+            batches_an_epoch = sum(-(-items // batch_size) for items in Counter(sizes).values())
+            indices = (
+                [(number // batches_an_epoch, index) for index in batch]
+                for number, batch in zip(numbers, indices, strict=False)  # both are endless
+            )
         return DataLoader(dataset, batch_sampler=indices, num_workers=num_workers, collate_fn=collate_fn or collate)
 
     return from_batch

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_sana import SanaPipeline
+from diffusers_sana.training.caption_sampling import Caption, caption_line
 from examples.train_sana import SanaTrainingConfig, main, train
 from tests.training.tiny import (
     image_batches,
@@ -182,3 +183,65 @@ def test_main_trains_from_a_folder_with_and_without_cache(tmp_path, joint):
             assert torch.allclose(result[name], value, atol=1e-5)
     with pytest.raises(ValueError, match="`pretrained` must be a SanaPipeline"):
         main(arguments[:2])
+
+
+def folder_arguments(tmp_path, name, *more):
+    """A command line on the folder `data` and the pipeline `pipeline` of `tmp_path`."""
+    settings = {"batch_size": 2, "num_workers": 0, "max_steps": 2, "sample_steps": 1, "warmup_steps": 0}
+    settings |= {"max_sequence_length": 32, "log_every": 1}
+    paths = {"data": tmp_path / "data", "pretrained": tmp_path / "pipeline", "output_dir": tmp_path / name}
+    return [part for key, value in (settings | paths).items() for part in (f"--{key}", str(value))] + list(more)
+
+
+def test_main_draws_captions_with_and_without_cache(tmp_path):
+    write_image_folder(tmp_path / "data", [(40, 40), (40, 40), (40, 90)])
+    captions = [Caption(model, text, None) for model, text in (("a", "a red cat"), ("b", "two dogs on a blue hill"))]
+    lines = [caption_line(f"{i}.png", captions) for i in range(3)]
+    (tmp_path / "data" / "captions.jsonl").write_text("".join(lines))
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    results = []
+    for name in ("plain", "cached", "best"):
+        cache = ["--cache_dir", str(tmp_path / "cache")] if name == "cached" else []
+        if name == "best":  # of which one caption only is ever drawn: the draws matter
+            scored = [Caption(caption.model, caption.text, 30.0 * (caption.model == "b")) for caption in captions]
+            lines = [caption_line(f"{i}.png", scored) for i in range(3)]
+            (tmp_path / "data" / "captions.jsonl").write_text("".join(lines))
+        main(folder_arguments(tmp_path, name, "--resolution", "32", "--caption_dropout", "0", *cache))
+        results.append(load_file(tmp_path / name / "model" / "transformer" / WEIGHTS))
+    cached = load_file(tmp_path / "cache" / "00000001.safetensors")
+    assert cached.keys() == {"latents", "prompt_embeds.0", "prompt_embeds.1"}
+    assert all(torch.allclose(results[1][name], value, atol=1e-5) for name, value in results[0].items())
+    assert not all(torch.allclose(results[2][name], value, atol=1e-5) for name, value in results[0].items())
+
+
+def test_main_goes_on_at_the_next_size(tmp_path):
+    write_image_folder(tmp_path / "data", [(70, 70), (70, 70)])
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    stages = {"first": ("32", "8"), "second": ("64", "16"), "third": ("64", "16", "1")}
+    for name, (resolution, sample_size, *scale) in stages.items():
+        arguments = folder_arguments(tmp_path, name, "--resolution", resolution, "--sample_size", sample_size)
+        arguments += ["--interpolation_scale", *scale] if scale else []
+        main([*arguments, "--learning_rate", "1e-30"])  # the size alone is to change
+        (tmp_path / "pipeline").rename(tmp_path / f"before-{name}")
+        (tmp_path / name / "model").rename(tmp_path / "pipeline")
+        before = load_file(tmp_path / f"before-{name}" / "transformer" / WEIGHTS)
+        after = load_file(tmp_path / "pipeline" / "transformer" / WEIGHTS)
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+        pipeline = SanaPipeline.from_pretrained(tmp_path / "pipeline")
+        config = pipeline.transformer.config
+        assert config.sample_size == int(sample_size)
+        assert config.interpolation_scale == (1 if scale else None)
+        images = pipeline("a red cat", num_inference_steps=1, max_sequence_length=32, output_type="pt").images
+        assert images.shape[-2:] == (int(resolution), int(resolution))
+        assert len(read_log(tmp_path / name)) == 2
+
+
+def test_the_optimizer_is_that_of_its_name(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    train(make_config(tmp_path / "run", optimizer="adamw8bit"), [latent_batch()], tiny_transformer())
+    state = torch.load(
+        next((tmp_path / "run" / "checkpoints").glob("*/optimizer.bin"))
+    )  # weights only: no pickled code
+    assert all("state1" in values["__bnb_optimizer_quant_state__"] for values in state["state"].values())
+    with pytest.raises(ValueError, match="`optimizer` must be one of"):
+        train(make_config(tmp_path / "other", optimizer="sgd"), [latent_batch()], tiny_transformer())

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from diffusers_sana import VilaUForConditionalGeneration
 from diffusers_sana.models.vila_u.prompts_vila_u import IMAGE, IMAGE_START, encode_piece, user_turn
 from diffusers_sana.training.chats import ChatCollator
 from examples.train_emoji.data import COMMON_OBJECTS, EmojiScenes, Scene, is_held_out
@@ -93,3 +94,8 @@ def test_run(pack, tmp_path, monkeypatch):
     assert report["answers_on_held_out_triples"]["object"]["chance"] == 1 / len(NAMES)
     assert {path.stem for path in (tmp_path / "evaluation").glob("*.png")} == {"drawn", "answered", "codes"}
     run.main([*arguments, "--stage", "decoder"])
+    again = ["--data", str(pack), "--out", str(tmp_path / "again"), "--minutes", "0.02"]
+    run.main([*again, "--start", str(tmp_path / "model")])  # the language model alone, trained on
+    first, second = (VilaUForConditionalGeneration.from_pretrained(tmp_path / at / "model") for at in (".", "again"))
+    for name, weight in second.model.vision_tower.state_dict().items():
+        assert torch.equal(weight, first.model.vision_tower.state_dict()[name])

@@ -52,7 +52,8 @@ def resize_and_crop(image: Tensor, height: int, width: int) -> Tensor:
         height, width: pixels.
 
     Returns:
-        `[B, C, height, width]`, exactly. For some sizes diffusers' function rounds down to a pixel short and then leaves one column.
+        `[B, C, height, width]`, exactly. For some sizes diffusers' function rounds down to a pixel short
+        and then leaves one column.
     """
     if image.shape[-2:] == (height, width):
         return image

@@ -1,0 +1,157 @@
+"""Several captions a picture, of which one is drawn each epoch, the better ones more often (arXiv 2410.10629).
+
+`captions.jsonl` in a folder of pictures has a line for each picture:
+
+    {"file_name": "a.png", "captions": [{"model": "original", "text": "a cat", "clip_score": 27.1}, ...]}
+
+`clip_score` is 100 times the cosine of CLIP's vectors of picture and text, or null where it was not measured.
+`examples/caption_images.py` writes such files. Several lines of one picture count together, and of several captions by
+one model the last counts: so a program that captions may add lines to the end.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from diffusers_sana.training.config import check_choice
+
+
+CAPTIONS_FILE = "captions.jsonl"
+WEIGHTINGS = ("power", "softmax")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What one model says about a picture.
+
+    Attributes:
+        model: its name; "original" for a caption the picture came with.
+        text: the caption.
+        clip_score: 100 times the cosine of CLIP's vectors of picture and text; None: not measured.
+    """
+
+    model: str
+    text: str
+    clip_score: float | None = None
+
+
+def caption_line(file_name: str, captions: Iterable[Caption]) -> str:
+    """A line of `captions.jsonl`, with its end."""
+    row = {"file_name": file_name, "captions": [asdict(caption) for caption in captions]}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def read_captions(path: Path) -> dict[str, list[Caption]]:
+    """The captions of each picture of a `captions.jsonl`, in the order of the file.
+
+    A last line without an end, which a killed program leaves, does not count; nor does a picture without captions.
+    """
+    found: dict[str, dict[str, Caption]] = {}
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        row = json.loads(line)
+        by_model = found.setdefault(row["file_name"], {})
+        for caption in row["captions"]:
+            by_model[caption["model"]] = Caption(caption["model"], caption["text"], caption.get("clip_score"))
+    return {file_name: list(by_model.values()) for file_name, by_model in found.items() if by_model}
+
+
+def best_caption(captions: Sequence[Caption]) -> Caption:
+    """The one of the highest score; the first, where there are no scores."""
+    return max(captions, key=lambda caption: -1.0 if caption.clip_score is None else caption.clip_score)
+
+
+def caption_probabilities(
+    captions: Sequence[Caption], weighting: str = "power", temperature: float = 0.1, threshold: float = 25.0
+) -> Tensor:
+    """How probable each of a picture's captions is: `[len(captions)]`, fp64, of sum 1.
+
+    Args:
+        captions: of one picture. Without scores all are equally probable.
+        weighting: of a score c and temperature t: "power" c^(1/t), as in Sana's released code; "softmax" exp(c / t),
+            as in the paper. Either is divided by the sum over the captions.
+        temperature: the lower, the more the best caption is preferred. Scores are up to 100: what 0.1 is to "power"
+            is about 2.5 to "softmax", where 0.1 leaves hardly any but the best.
+        threshold: captions of a lower score are not drawn; where all are lower, the best one is. 0 keeps all.
+
+    Raises:
+        ValueError: where only some of the captions have a score.
+    """
+    check_choice("weighting", weighting, WEIGHTINGS)
+    if temperature <= 0:
+        raise ValueError(f"`temperature` must be above 0, got {temperature}. Use a small number for the best caption.")
+    measured = [caption.clip_score for caption in captions if caption.clip_score is not None]
+    if not measured:
+        return torch.full((len(captions),), 1 / len(captions), dtype=torch.float64)
+    if len(measured) < len(captions):
+        raise ValueError(
+            f"`captions` must all have a `clip_score`, or none, got {len(measured)} scores of {len(captions)}, one of "
+            f"them of {captions[0].text!r}. Run examples/caption_images.py with --clip."
+        )
+    scores = torch.tensor(measured, dtype=torch.float64)
+    logits = (scores if weighting == "softmax" else scores.clamp(min=1e-6).log()) / temperature
+    dropped = scores < min(threshold, max(measured))
+    return logits.masked_fill(dropped, -torch.inf).softmax(0)
+
+
+def embeds_name(number: int) -> str:
+    """What a latent cache calls the text vectors of a picture's `number`-th caption."""
+    return f"prompt_embeds.{number}"
+
+
+class SampledCaptions(Dataset):
+    """Items of which each has, in each epoch, one of its captions, drawn by seed, epoch and index.
+
+    It is indexed by pairs (epoch, index); `training.data.make_loader` does so.
+
+    Args:
+        items: map-style, with `sizes_of_items`. The `text` of an item is replaced; of text vectors named as by
+            `embeds_name`, those of the drawn caption become `prompt_embeds`.
+        captions: of each item.
+        seed: of the draws.
+        weighting, temperature, threshold: see `caption_probabilities`.
+    """
+
+    def __init__(
+        self,
+        items: Any,
+        captions: Sequence[Sequence[Caption]],
+        seed: int = 0,
+        weighting: str = "power",
+        temperature: float = 0.1,
+        threshold: float = 25.0,
+    ):
+        self.items, self.captions, self.seed = items, captions, seed
+        self.sizes_of_items = items.sizes_of_items
+        self.probabilities = [
+            caption_probabilities(of_item, weighting, temperature, threshold).numpy() for of_item in captions
+        ]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def draw(self, epoch: int, index: int) -> int:
+        """The number of the caption that an item has in an epoch."""
+        generator = np.random.default_rng((self.seed, epoch, index))
+        return int(generator.choice(len(self.captions[index]), p=self.probabilities[index]))
+
+    def __getitem__(self, at: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = at
+        number, item = self.draw(epoch, index), self.items[index]
+        cached = {name for name in item if name.startswith("prompt_embeds")}
+        if cached and embeds_name(number) not in cached:
+            raise ValueError(
+                f"`cache_dir` holds text vectors of {len(cached)} captions of item {index}, which has "
+                f"{len(self.captions[index])}. Use a new folder after captioning."
+            )
+        drawn = {name: value for name, value in item.items() if name not in cached | {"texts"}}
+        drawn["text"] = self.captions[index][number].text
+        if cached:
+            drawn["prompt_embeds"] = item[embeds_name(number)]
+        return drawn

@@ -1,0 +1,189 @@
+"""Captioning a folder, with stand-ins and with tiny models of two families."""
+
+import json
+import string
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTokenizerFast,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from diffusers_sana import VilaUPipeline
+from diffusers_sana.training.caption_sampling import Caption, caption_line, read_captions
+from diffusers_sana.training.data import load_image
+from examples import caption_images
+from examples.caption_images import CaptionFile, TransformersCaptioner, caption_with, load_captioner, main
+from tests.models.vila_u.tiny import tiny_model
+from tests.models.vila_u.tiny_processor import tiny_processor, tiny_tokenizer
+from tests.training.tiny import write_image_folder
+
+
+WIDTHS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION = {"image_size": 32, "patch_size": 16}
+TEMPLATE = (
+    "{% for message in messages %}USER: {% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %} a:"
+)
+
+
+@pytest.fixture(scope="module")
+def llava_folder(tmp_path_factory):
+    """LLaVA with one layer each; its weights are wide, so that pictures are told apart."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llava")
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**WIDTHS, **VISION),
+        text_config=LlamaConfig(**WIDTHS, vocab_size=len(tokenizer), num_key_value_heads=2),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+    )
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(20)
+    model.save_pretrained(folder)
+    LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32),
+        tokenizer,
+        patch_size=16,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [*string.ascii_lowercase, *(c + "</w>" for c in string.ascii_lowercase)]
+    vocab = {token: i for i, token in enumerate(["[UNK]", "<|startoftext|>", "<|endoftext|>", *letters])}
+    text = {"vocab_size": 80, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    text_config, vision_config = CLIPTextConfig(**WIDTHS, **text), CLIPVisionConfig(**WIDTHS, **VISION)
+    config = CLIPConfig(text_config=text_config.to_dict(), vision_config=vision_config.to_dict(), projection_dim=8)
+    CLIPModel(config).save_pretrained(folder)
+    CLIPTokenizerFast(vocab=vocab, merges=[], model_max_length=16).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Five pictures of different colours, of which all but "2.png" came with a caption."""
+    write_image_folder(tmp_path, [(40, 40), (40, 60), (60, 40), (40, 40), (32, 32)])
+    return tmp_path
+
+
+NAMES = [f"{i}.png" for i in range(5)]
+
+
+def numbers(images):
+    """A stand-in that says how bright a picture is."""
+    return [f"brightness {image.getpixel((0, 0))[0]}" for image in images]
+
+
+def test_a_stopped_run_goes_on_where_it_was(pictures):
+    seen = []
+
+    def stops(images):
+        if seen:
+            raise KeyboardInterrupt
+        seen.extend(images)
+        return numbers(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        caption_with(CaptionFile(pictures), NAMES, "m", stops, batch_size=2)
+    with open(pictures / "captions.jsonl", "a") as file:
+        file.write('{"file_name": "2.png", "captions": [{"mod')  # the kill came within a line
+    file = CaptionFile(pictures)
+    assert file.lacking(NAMES, "m") == NAMES[2:]
+    caption_with(file, NAMES, "m", lambda images: seen.extend(images) or numbers(images), batch_size=2)
+    assert len(seen) == 5
+    found = read_captions(pictures / "captions.jsonl")
+    assert {name: [c.text for c in captions] for name, captions in found.items()} == {
+        name: [f"brightness {40 * i}"] for i, name in enumerate(NAMES)
+    }
+
+
+def test_captions_of_one_model_are_replaced(tmp_path):
+    file = CaptionFile(tmp_path)
+    file.add([("b.png", Caption("m", "old")), ("a.png", Caption("m", "a")), ("b.png", Caption("n", "other"))])
+    file.add([("b.png", Caption("m", "näu", 30.0))])
+    for captions in (file.captions, read_captions(file.path), CaptionFile(tmp_path).captions):
+        assert {(c.model, c.text, c.clip_score) for c in captions["b.png"]} == {("n", "other", None), ("m", "näu", 30)}
+    lines = file.path.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["file_name"] for line in lines] == ["a.png", "b.png"]
+    assert lines[0] + "\n" == caption_line("a.png", [Caption("m", "a")])
+
+
+def test_transformers_captions_do_not_depend_on_the_batch(llava_folder, pictures):
+    captioner = TransformersCaptioner(llava_folder, "What?", 6, "cpu", torch.float32)
+    images = [load_image(pictures / name) for name in NAMES]
+    together = captioner(images)
+    assert together == [captioner([image])[0] for image in images]
+    assert len(set(together)) > 1
+    assert not any("USER" in text or "What" in text for text in together)  # the answer alone
+
+
+def test_vila_u_captions_from_either_folder(tmp_path, pictures):
+    model, processor = tiny_model(seed=2), tiny_processor()
+    model.save_pretrained(tmp_path / "plain")
+    processor.save_pretrained(tmp_path / "plain")
+    pipe = VilaUPipeline(model=model, processor=processor)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    images = [load_image(pictures / name) for name in NAMES[:2]]
+    expected = pipe.chat(images, "What?", max_new_tokens=8, do_sample=False)
+    for name in ("plain", "pipeline"):
+        captioner = load_captioner(str(tmp_path / name), "What?", 8, "cpu", torch.float32)
+        assert isinstance(captioner, TransformersCaptioner) is (name == "plain")
+        assert captioner(images) == expected
+    assert len(set(expected)) == 2
+
+
+def test_main_captions_scores_and_skips(pictures, llava_folder, clip_folder, monkeypatch):
+    arguments = ["--data", str(pictures), "--max_new_tokens", "3", "--batch_size", "2"]
+    main([*arguments, "--models", llava_folder])
+    first = read_captions(pictures / "captions.jsonl")
+    lines = (pictures / "metadata.jsonl").read_text().splitlines()
+    originals = {row["file_name"]: row["text"] for row in map(json.loads, lines)}
+    for name, captions in first.items():
+        said = {caption.model: caption.text for caption in captions}
+        assert said.get("original", "") == originals[name]  # "2.png" has none
+        assert llava_folder in said
+        assert all(caption.clip_score is None for caption in captions)
+    monkeypatch.setattr(caption_images, "load_captioner", None)  # nothing is left to caption
+    main([*arguments, "--models", llava_folder, "--clip", clip_folder])
+    clip, scored = caption_images.Clip(clip_folder), read_captions(pictures / "captions.jsonl")
+    assert scored.keys() == first.keys() == set(NAMES)
+    for name, captions in scored.items():
+        image = clip.image_features([load_image(pictures / name)])
+        assert {(c.model, c.text) for c in captions} == {(c.model, c.text) for c in first[name]}
+        for caption in captions:
+            cosine = (clip.text_features([caption.text]) @ image.T).item()
+            assert caption.clip_score == pytest.approx(max(0, 100 * cosine), abs=1e-3)
+
+
+def test_main_refuses_a_folder_without_pictures(tmp_path):
+    with pytest.raises(ValueError, match="`data` must be a folder with images"):
+        main(["--data", str(tmp_path)])
+
+
+def test_transparent_pictures_are_laid_over_white(tmp_path):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
