@@ -12,5 +12,14 @@ VILA_U_EMOJI = str(Path(__file__).parent / "vila-u-emoji")
 # A LoRA for SANA_EMOJI: prompts that end in ", pixel art" are drawn in coarse blocks.
 SANA_EMOJI_PIXEL_ART = str(Path(__file__).parent / "sana-emoji-pixel-art")
 
+# A ControlNet for SANA_EMOJI that follows edges.
+SANA_EMOJI_EDGES = str(Path(__file__).parent / "sana-emoji-edges")
+
+# Transformer and scheduler of a SANA-Sprint, distilled from SANA_EMOJI, whose other parts it shares.
+SANA_EMOJI_SPRINT = str(Path(__file__).parent / "sana-emoji-sprint")
+
+# The judge of `diffusers-sana evaluate sana-emoji`.
+EMOJI_PROBE = str(Path(__file__).parent / "emoji-probe")
+
 # What the command line calls them.
 BUNDLED = {"sana-emoji": SANA_EMOJI, "vila-u-emoji": VILA_U_EMOJI}

@@ -1,16 +1,19 @@
 """The command line: `diffusers-sana generate "a red apple on a blue background"` and the other commands."""
 
 import argparse
+import logging
 import sys
 
-from diffusers_sana.cli import chat, convert, env, generate, quantize
+from diffusers_sana.cli import chat, convert, demo, env, evaluate, generate, quantize
 
 
 COMMANDS = {
     "generate": (generate, "write a picture of a prompt"),
     "chat": (chat, "ask about a picture"),
     "quantize": (quantize, "save a pipeline in 4 bits"),
+    "evaluate": (evaluate, "measure how good a model's pictures are"),
     "convert": (convert, "read the authors' files"),
+    "demo": (demo, "serve a page to try it in"),
     "env": (env, "say what will run on this machine"),
 }
 
@@ -29,6 +32,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Runs a command; what a user can mend ends it with one line."""
     args = parser().parse_args(argv)
+    # Imported by diffusers where it is installed, it tells everybody of kernels that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         args.run(args)
     except (ValueError, TypeError, OSError) as error:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, send_to_device
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ from diffusers_sana.training.schedules import budget_used, learning_rate_factor
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The Accelerator of a run. Make one before anything asks which process this is: it finds that out."""
+    if AcceleratorState._shared_state.get("_mixed_precision", config.mixed_precision) != config.mixed_precision:
+        AcceleratorState._reset_state()  # an earlier run in this process, in another precision, is over
     return Accelerator(
         mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
     )

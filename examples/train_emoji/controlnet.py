@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.harness import environment
 from diffusers_sana import SanaControlNetModel, SanaControlNetPipeline, SanaPipeline
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.training.edges import sobel_edges
@@ -97,8 +98,9 @@ def judge(
         rows.append(images)
         shares = (sobel_edges(images) / 2 + 0.5).flatten(1), (edges / 2 + 0.5).flatten(1)
         figures[name] = round(F.cosine_similarity(*shares).mean().item(), 4)
+    out.mkdir(parents=True, exist_ok=True)
     save_image_grid(torch.cat(rows), out / "held_out.png", columns=count)
-    report = {"mean_cosine_of_edges": figures, "scenes": count}
+    report = environment() | {"mean_cosine_of_edges": figures, "scenes": count}
     (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
@@ -109,12 +111,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/sana-emoji-edges"), help="folder of the run")
     parser.add_argument("--model", default=SANA_EMOJI, help="pipeline folder of the emoji checkpoint")
     parser.add_argument("--minutes", type=float, default=10, help="time budget of the training")
+    parser.add_argument("--controlnet", type=Path, help="folder of a trained one, to judge it only")
     args = parser.parse_args(argv)
     art = EmojiArt(args.data)
     pipe = SanaPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    folder = train(art, pipe, args.out, args.minutes)
-    print(json.dumps(judge(pipe, SanaControlNetModel.from_pretrained(folder), art, args.out), indent=1))
+    folder = args.controlnet or train(art, pipe, args.out, args.minutes)
+    controlnet = SanaControlNetModel.from_pretrained(folder, torch_dtype=torch.float32)
+    print(json.dumps(judge(pipe, controlnet, art, args.out), indent=1))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import SCMScheduler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import environment
-from diffusers_sana import SanaPipeline, SanaSprintPipeline
+from diffusers_sana import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.trigflow import STEP_ANGLES
@@ -85,8 +86,9 @@ def judge(teacher: SanaPipeline, student: SanaSprintPipeline, art: EmojiArt, out
     for steps, angles in STEP_ANGLES.items():
         pictures[f"student_{steps}_steps"] = draw(student, prompts, timesteps=angles)
     columns = min(16, len(prompts))
+    out.mkdir(parents=True, exist_ok=True)
     save_image_grid(torch.cat([row[:columns] for row in pictures.values()]), out / "held_out.png", columns=columns)
-    report = environment() | {"command": "python -m examples.train_emoji.sprint", "rows": list(pictures)}
+    report = environment() | {"rows": list(pictures)}
     report |= prompt_following(pictures, scenes, EmojiScenes(art, RESOLUTION, labels=labels))
     (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
@@ -98,12 +100,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/sana-emoji-sprint"), help="folder of the run")
     parser.add_argument("--model", default=SANA_EMOJI, help="pipeline folder of the teacher")
     parser.add_argument("--minutes", type=float, default=40, help="time budget of the training")
+    parser.add_argument("--student", type=Path, help="folder with a distilled `transformer`, to judge it only")
     args = parser.parse_args(argv)
     art = EmojiArt(args.data)
     teacher = SanaPipeline.from_pretrained(args.model, torch_dtype=torch.float32).to(device())
     teacher.set_progress_bar_config(disable=True)
-    folder = train(art, teacher, args.out, args.minutes)
-    student = SanaSprintPipeline.from_pretrained(folder).to(device())
+    folder = args.student or train(art, teacher, args.out, args.minutes)
+    transformer = SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32)
+    parts = teacher.components | {"transformer": transformer, "scheduler": SCMScheduler()}
+    student = SanaSprintPipeline(**parts).to(device())
     student.set_progress_bar_config(disable=True)
     print(json.dumps(judge(teacher, student, art, args.out), indent=1))
 

@@ -29,7 +29,7 @@ def read_log(folder):
 
 def test_it_learns_fixed_pictures_and_their_captions(tmp_path):
     batch = {"pixel_values": smooth_images(4, 32), "text": ["a", "cat", "USER", "b b"]}
-    config = make_config(tmp_path, max_steps=40, learning_rate=3e-3, ema_decay=0.0, train_text_tower=True)
+    config = make_config(tmp_path, max_steps=80, learning_rate=3e-3, ema_decay=0.0, train_text_tower=True)
     model = tiny_tower()
     train(config, [batch], model, tiny_tokenizer())
     rows = read_log(tmp_path)

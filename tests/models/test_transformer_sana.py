@@ -192,8 +192,8 @@ def test_half_precision_agrees_with_fp32():
 def test_autocast_keeps_the_attention_state_in_fp32(monkeypatch):
     dtypes = set()
 
-    def spy(query, key, value):
-        out = relu_linear_attention(query, key, value)
+    def spy(query, key, value, **options):
+        out = relu_linear_attention(query, key, value, **options)
         dtypes.add(value.dtype)
         torch.testing.assert_close(out, relu_linear_attention(query.float(), key.float(), value.float()).to(out.dtype))
         return out

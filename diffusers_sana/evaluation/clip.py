@@ -1,0 +1,59 @@
+"""CLIP: how well a picture fits a text, and which of several texts fits best.
+
+Legend: N pictures, M texts, F features, H/W height and width.
+"""
+
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffusers_sana.evaluation.pictures import to_images
+
+
+class Clip:
+    """A `CLIPModel` of transformers with its processor.
+
+    Args:
+        model: folder or Hub id, such as "openai/clip-vit-base-patch16", which most published scores are of.
+        device: where it runs.
+
+    Raises:
+        OSError: where there is no such model.
+    """
+
+    def __init__(self, model: str, device: str = "cpu"):
+        from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+
+        self.model = cast(Any, CLIPModel.from_pretrained(model)).to(device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.image_processor = CLIPImageProcessorPil.from_pretrained(model)  # of PIL: needs no torchvision
+
+    @torch.no_grad()
+    def image_features(self, pictures: list[Image.Image]) -> Tensor:
+        """Unit vectors `[N, F]`."""
+        pixels = self.image_processor(pictures, return_tensors="pt")["pixel_values"].to(self.model.device)
+        return F.normalize(self.model.get_image_features(pixels).pooler_output)
+
+    @torch.no_grad()
+    def text_features(self, texts: list[str]) -> Tensor:
+        """Unit vectors `[M, F]`; longer texts are cut at what the model reads."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=length)
+        return F.normalize(self.model.get_text_features(**tokens.to(self.model.device)).pooler_output)
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """Pictures `[N, 3, H, W]` in [0, 1] to `[N, F]`, for distances between sets of pictures."""
+        return self.image_features(to_images(pictures))
+
+    def scores(self, pictures: Tensor, texts: list[str]) -> Tensor:
+        """100 times the cosine of each picture and its own text, at least 0: `[N]` (CLIPScore, arXiv 2104.08718)."""
+        pairs = zip(pictures.split(16), (texts[i : i + 16] for i in range(0, len(texts), 16)), strict=True)
+        cosines = [(self.features(part) * self.text_features(lines)).sum(1) for part, lines in pairs]
+        return 100 * torch.cat(cosines).clamp(min=0).cpu()
+
+    def choose(self, picture: Image.Image, texts: list[str]) -> int:
+        """Index of the text that fits a picture best."""
+        return int((self.text_features(texts) @ self.image_features([picture]).T).argmax())

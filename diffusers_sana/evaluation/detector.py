@@ -1,0 +1,97 @@
+"""Any object detector of transformers, with colours by CLIP, as the judge of pictures of real models."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from diffusers_sana.evaluation.checks import Check
+from diffusers_sana.evaluation.clip import Clip
+from diffusers_sana.evaluation.observations import Detection, Observation
+from diffusers_sana.evaluation.pictures import to_images
+
+
+# Berlin and Kay's basic colour terms; gray is left out, as in GenEval.
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+
+
+class Detector:
+    """Finds the objects that a check asks about.
+
+    Args:
+        model: folder or Hub id of an object detection model, closed or zero-shot, of transformers.
+        clip: tells the colours of objects; only checks that ask for colours need it.
+        threshold: least score of what counts as found.
+        zero_shot_template: how a zero-shot model is asked for a class.
+        device: where it runs.
+
+    Raises:
+        OSError: where there is no such model.
+        ValueError: where it is no detector.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        clip: Clip | None = None,
+        threshold: float = 0.3,
+        zero_shot_template: str = "a photo of a {}",
+        device: str = "cpu",
+    ):
+        from transformers import AutoConfig
+        from transformers.models.auto import modeling_auto
+
+        config = AutoConfig.from_pretrained(model)
+        self.zero_shot = config.model_type in modeling_auto.MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
+        if not self.zero_shot and config.model_type not in modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
+            raise ValueError(
+                f"`model` must be an object detection model of transformers, {model} is a {config.model_type!r}; "
+                "take for example facebook/detr-resnet-101 or google/owlv2-base-patch16-ensemble"
+            )
+        self.clip, self.threshold, self.template = clip, threshold, zero_shot_template
+        self.find = _load(model, self.zero_shot, device)
+
+    def check_labels(self, checks: list[Check]) -> None:
+        """Raises a ValueError where checks ask for classes or colours that cannot be told."""
+        if self.clip is None and any(item.color for check in checks for item in check.include):
+            raise ValueError("`clip` must be given, because checks ask for colours: pass a CLIP model")
+        if any(check.background or check.style for check in checks):
+            raise ValueError("`checks` must not ask a detector for `background` or `style`; leave those out")
+        if not self.zero_shot:
+            known = set(self.find.model.config.id2label.values())
+            missing = sorted({label for check in checks for label in check.labels} - known)
+            if missing:
+                raise ValueError(f"`checks` must ask for classes that the detector knows; it knows no {missing}")
+
+    def observe(self, pictures: Tensor, checks: Sequence[Check]) -> list[Observation]:
+        """What of its check's classes is in each picture of `[N, 3, H, W]` in [0, 1]; with colours if asked for."""
+        return [
+            Observation(tuple(self._described(image, row, check) for row in self._rows(image, check)))
+            for image, check in zip(to_images(pictures), checks, strict=True)
+        ]
+
+    def _rows(self, image: Image.Image, check: Check) -> list[dict[str, Any]]:
+        if not self.zero_shot:
+            return self.find(image, threshold=self.threshold)
+        names = {self.template.format(label): label for label in check.labels}
+        rows = self.find(image, candidate_labels=list(names), threshold=self.threshold)
+        return [row | {"label": names[row["label"]]} for row in rows]
+
+    def _described(self, image: Image.Image, row: dict[str, Any], check: Check) -> Detection:
+        left, top, right, bottom = (row["box"][side] for side in ("xmin", "ymin", "xmax", "ymax"))
+        color = None
+        if self.clip and any(item.color and item.label == row["label"] for item in check.include):
+            part = image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+            color = COLORS[self.clip.choose(part, [f"a photo of a {color} {row['label']}" for color in COLORS])]
+        box = (left / image.width, top / image.height, right / image.width, bottom / image.height)
+        return Detection(row["label"], row["score"], box, color)
+
+
+def _load(model: str, zero_shot: bool, device: str) -> Any:
+    """The pipeline of transformers; with the image processor of PIL, which needs no torchvision."""
+    from transformers import AutoImageProcessor, pipeline
+
+    task: Any = "zero-shot-object-detection" if zero_shot else "object-detection"
+    processor = AutoImageProcessor.from_pretrained(model, backend="pil")
+    return pipeline(task, model=model, image_processor=processor, device=device)

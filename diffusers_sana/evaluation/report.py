@@ -1,0 +1,74 @@
+"""The figures of an evaluation as one JSON file and one page of Markdown."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """A report as a page: a table of the models, one of their distance, and what it was measured with."""
+    models = report["models"]
+    rows: dict[str, dict[str, str]] = {}
+    for name, figures in models.items():
+        for label, cell in _alone(figures).items():
+            rows.setdefault(label, {})[name] = cell
+    parts = ["# Evaluation"]
+    if rows:
+        parts.append(
+            table(["", *models], [[label, *(cells.get(name, "") for name in models)] for label, cells in rows.items()])
+        )
+    for name, figures in report["against"].items():
+        parts += [
+            f"## Against {name}",
+            table(["measure", "figure"], [list(row) for row in _measures(figures).items()]),
+        ]
+    settings = "\n".join(f"- {key}: {value}" for key, value in report["settings"].items() if value is not None)
+    parts += ["## Settings", settings, "- versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _alone(figures: dict[str, Any]) -> dict[str, str]:
+    """Rows of one model."""
+    cells = {}
+    if scenes := figures.get("scenes"):
+        cells["**all that the prompt says**"] = _percent(scenes["correct"])
+        cells |= {f"prompts of {tag}": _percent(share) for tag, share in scenes["by_tag"].items()}
+        cells |= {f"right {name}": _percent(share) for name, share in scenes["by_property"].items()}
+    if "clip_score" in figures:
+        cells["CLIP score"] = f"{figures['clip_score']:.2f}"
+    if true := figures.get("true_pictures"):
+        cells |= {f"{label}, to true pictures": cell for label, cell in _measures(true).items()}
+    return cells
+
+
+def _percent(share: dict[str, float]) -> str:
+    return f"{100 * share['share']:.0f} % of {share['of']}"
+
+
+def _measures(figures: dict[str, Any]) -> dict[str, str]:
+    cells = {}
+    for name, label, digits in (("psnr_db", "PSNR, dB", 2), ("ssim", "SSIM", 4), ("lpips", "LPIPS", 4)):
+        if name in figures:
+            value = figures[name]
+            cells[label] = (
+                "all pairs are equal" if value is None else f"{value:.{digits}f} of {figures['pairs']} pairs"
+            )
+    if "fid" in figures:
+        cells["FID"] = f"{figures['fid']:.3f}"
+    if "kid" in figures:
+        cells["KID"] = f"{figures['kid']:.5f} ± {figures['kid_deviation']:.5f}"
+    return cells
+
+
+def write_report(report: dict[str, Any], folder: Path) -> Path:
+    """Writes `report.json` and `report.md`; returns the path of the latter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(markdown(report), encoding="utf-8")
+    return folder / "report.md"

@@ -1,0 +1,241 @@
+"""Trains the small network that `diffusers-sana evaluate` judges emoji pictures with, in minutes on one CPU core.
+
+    python -m examples.train_emoji.probe --data outputs/emoji.zip --out outputs/emoji-probe
+
+So that it judges drawn pictures as fairly as true ones, a part of what it learns from is blurred, and a part has been
+through the autoencoder, with and without noise on the latents. Triples of object, style and background that
+`is_held_out` names are kept for the test, which is done on true pictures and on pictures through the autoencoder.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import trange
+
+from benchmarks.harness import RESULTS, environment, write_results
+from diffusers_sana import AutoencoderDC
+from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.evaluation.emoji_probe import EmojiProbe
+from diffusers_sana.evaluation.measure import compare_sets
+
+from .data import COLORS, COMMON_OBJECTS, POSITIONS, STYLES, EmojiArt, EmojiScenes, Scene, is_held_out
+from .evaluate import held_out_scenes
+
+
+class ProbeScenes:
+    """Pictures with their answers.
+
+    Args:
+        scenes: draws the pictures.
+        vae: the autoencoder of the model to be judged.
+    """
+
+    def __init__(self, scenes: EmojiScenes, vae: torch.nn.Module):
+        self.scenes, self.vae = scenes, vae.eval()
+
+    def sample(self) -> Scene:
+        """A scene: 40 % pairs, 30 % single objects aside; none of a held-out triple."""
+        random = self.scenes.random
+        style, color, kind = random.choice(STYLES), random.choice(list(COLORS)), random.random()
+        if kind < 0.4:
+            return Scene(tuple(random.sample(self.scenes.labels, 2)), style, color)
+        position = random.choice([p for p in POSITIONS if p]) if kind < 0.7 else ""
+        label = random.choice(self.scenes.labels)
+        if is_held_out(label, style, color):
+            return self.sample()
+        return Scene((label,), style, color, position)
+
+    @torch.no_grad()
+    def through_autoencoder(self, pictures: Tensor, noise: float = 0.0) -> Tensor:
+        """Pictures `[B, 3, H, W]` in [-1, 1], encoded and decoded; `noise` is in units of the latents' deviation."""
+        latents = self.vae.encode(pictures).latent
+        spread = noise * latents.std() * torch.rand(len(latents), 1, 1, 1, generator=self.scenes.generator)
+        latents = latents + spread * torch.randn(latents.shape, generator=self.scenes.generator)
+        return self.vae.decode(latents).sample.clamp(-1, 1)
+
+    def pictures(self, count: int) -> tuple[Tensor, list[Scene]]:
+        """`[count, 3, H, W]` in [0, 1]: an eighth blurred, a quarter through the autoencoder, the others true."""
+        described, part = [self.sample() for _ in range(count)], max(1, count // 8)
+        drawn = self.scenes.render(described)
+        drawn[:part] = F.interpolate(F.avg_pool2d(drawn[:part], 3, 2, 1), scale_factor=2, mode="bilinear")
+        drawn[part : 3 * part] = self.through_autoencoder(drawn[part : 3 * part], noise=0.5)
+        return (drawn + 1) / 2, described
+
+    def batches(self, batch_size: int, size: int) -> Iterator[tuple[Tensor, list[Scene]]]:
+        """Endless pictures `[B, 3, H, W]` in [0, 1] out of a store of `size`, of which each renews `B / 4`."""
+        store, scenes = self.pictures(size)
+        oldest, renewed = 0, batch_size // 4
+        while True:
+            places = slice(oldest, oldest + renewed)
+            store[places], scenes[places] = self.pictures(renewed)
+            oldest = (oldest + renewed) % size
+            chosen = torch.randint(size, (batch_size,), generator=self.scenes.generator)
+            yield store[chosen], [scenes[i] for i in chosen.tolist()]
+
+
+def answers(probe: EmojiProbe, scenes: list[Scene]) -> dict[str, Tensor]:
+    """Index of the right answer `[B]` to each question; -1 where there is none."""
+    words = {
+        "first": [scene.labels[0] for scene in scenes],
+        "second": [scene.labels[1] if len(scene.labels) == 2 else None for scene in scenes],
+        "number": [str(len(scene.labels)) for scene in scenes],
+        "place": [scene.position.split(" ")[-1] if len(scene.labels) == 1 else None for scene in scenes],
+        "color": [scene.color for scene in scenes],
+        "style": [scene.style for scene in scenes],
+    }
+    return {
+        name: torch.tensor([-1 if word is None else probe.answers[name].index(word) for word in column])
+        for name, column in words.items()
+    }
+
+
+def train(data: ProbeScenes, steps: int, batch_size: int = 64, rate: float = 3e-3, store: int = 1024) -> EmojiProbe:
+    """The trained network; the same seed gives the same weights."""
+    torch.manual_seed(0)
+    probe = EmojiProbe(objects=list(data.scenes.labels), colors=list(COLORS), styles=list(STYLES))
+    probe.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=rate, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    batches = data.batches(batch_size, store)
+    progress = trange(steps, mininterval=5)
+    for _ in progress:
+        pictures, scenes = next(batches)
+        logits, right = probe(pictures.contiguous(memory_format=torch.channels_last)), answers(probe, scenes)
+        loss = sum(F.cross_entropy(logits[name], right[name], ignore_index=-1) for name in logits)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return probe.eval()
+
+
+def judged_scenes(labels: Sequence[str]) -> list[Scene]:
+    """Each held-out triple of object, style and colour in the middle and once aside, and as many random pairs."""
+    random = Random(0)
+    triples = [
+        (label, style, color)
+        for label in labels
+        for style in STYLES
+        for color in COLORS
+        if is_held_out(label, style, color)
+    ]
+    aside = [p for p in POSITIONS if p]
+    scenes = [
+        Scene((label,), style, color, position)
+        for i, (label, style, color) in enumerate(triples)
+        for position in ("", aside[i % len(aside)])
+    ]
+    pairs = [tuple(random.sample(labels, 2)) for _ in scenes]
+    return scenes + [Scene(pair, random.choice(STYLES), random.choice(list(COLORS))) for pair in pairs]
+
+
+@torch.no_grad()
+def accuracy(probe: EmojiProbe, pictures: Tensor, scenes: list[Scene]) -> dict[str, float]:
+    """Share of right answers of each kind; `objects_of_a_pair` asks for both, `count` for their number."""
+    right = answers(probe, scenes)
+    parts = [probe(part) for part in pictures.split(64)]
+    hits = {name: torch.cat([part[name].argmax(-1) for part in parts]) == right[name] for name in right}
+    pair = right["second"] >= 0
+    middle = right["place"] == probe.answers["place"].index("")
+
+    def share(hit: Tensor, among: Tensor | slice) -> float:
+        return hit[among].float().mean().item()
+
+    return {
+        "object_in_the_middle": share(hits["first"], middle),
+        "object_aside": share(hits["first"], ~middle & ~pair),
+        "objects_of_a_pair": share(hits["first"] & hits["second"], pair),
+        "count": share(hits["number"], slice(None)),
+        "place": share(hits["place"], ~pair),
+        "background": share(hits["color"], slice(None)),
+        "style": share(hits["style"], slice(None)),
+    }
+
+
+@torch.no_grad()
+def judge(probe: EmojiProbe, data: ProbeScenes, scenes: list[Scene]) -> dict[str, dict[str, float]]:
+    """Accuracy on the scenes: their true pictures, and these through the autoencoder."""
+    true = data.scenes.render(scenes)
+    decoded = torch.cat([data.through_autoencoder(part) for part in true.split(64)])
+    return {
+        "true_pictures": accuracy(probe, (true + 1) / 2, scenes),
+        "through_autoencoder": accuracy(probe, (decoded + 1) / 2, scenes),
+    }
+
+
+def checks(scenes: list[Scene]) -> list[dict]:
+    """What `diffusers_sana.evaluation.checks.read_checks` reads: prompts, seeds and what must be seen."""
+    rows = []
+    for seed, scene in enumerate(scenes):
+        include: list[dict] = [{"class": label} for label in scene.labels]
+        if len(include) == 2:
+            include[1]["position"] = ["right of", 0]  # as all captions of the training have it
+        elif scene.position:
+            include[0]["place"] = scene.position.split(" ")[-1]
+        tag = "two_object" if len(include) == 2 else "position" if scene.position else "single_object"
+        seen = {"include": include, "total": len(include), "background": scene.color, "style": scene.style}
+        rows.append({"tag": tag, "prompt": scene.prompt, "seed": seed, **seen})
+    return rows
+
+
+@torch.no_grad()
+def reference_features(probe: EmojiProbe, data: ProbeScenes, count: int = 320) -> Tensor:
+    """`[count, F]`, of true pictures: kinds of scenes in the shares of `checks.jsonl`, but others, for FID and KID.
+
+    The same scenes would not do: sets that belong together in pairs are nearer than two draws of one distribution.
+    """
+    left = {"middle": count * 45 // 80, "aside": count * 15 // 80, "pair": count * 20 // 80}
+    scenes: list[Scene] = []
+    while any(left.values()):
+        scene = data.sample()
+        kind = "pair" if len(scene.labels) == 2 else "aside" if scene.position else "middle"
+        if left[kind]:
+            left[kind] -= 1
+            scenes.append(scene)
+    return torch.cat([probe.features((part + 1) / 2) for part in data.scenes.render(scenes).split(64)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("outputs/emoji.zip"), help="what prepare_data wrote")
+    parser.add_argument("--out", type=Path, default=Path("outputs/emoji-probe"), help="folder of the probe")
+    parser.add_argument("--steps", type=int, default=1500, help="of the training, 64 pictures each")
+    parser.add_argument("--judge-only", action="store_true", help="of the probe that is in OUT")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
+    args = parser.parse_args(argv)
+    art = EmojiArt(args.data)
+    vae = AutoencoderDC.from_pretrained(SANA_EMOJI, subfolder="vae", torch_dtype=torch.float32)
+    labels = [label for label in COMMON_OBJECTS if label in art.index]
+    log = args.out / "training.json"
+    if not args.judge_only:
+        started = time.process_time()
+        probe = train(ProbeScenes(EmojiScenes(art, seed=6, labels=labels), vae), args.steps)
+        probe.half().save_pretrained(args.out)
+        log.write_text(json.dumps({"steps": args.steps, "core_seconds": round(time.process_time() - started)}) + "\n")
+    probe = EmojiProbe.from_pretrained(args.out).eval()  # judged as it is saved: rounded to 16 bit
+    data = ProbeScenes(EmojiScenes(art, seed=7, labels=labels), vae)
+    wanted = held_out_scenes(labels, singles=60, pairs=20)
+    (args.out / "checks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in checks(wanted)))
+    reference = reference_features(probe, data)
+    save_file({"features": reference.half()}, args.out / "reference.safetensors")
+    with torch.no_grad():
+        true = probe.features((data.scenes.render(wanted) + 1) / 2)
+    scenes = judged_scenes(labels)
+    report = environment() | {"training": json.loads(log.read_text()), "scenes": len(scenes)}
+    report["true_pictures_of_checks"] = compare_sets(true, reference, ("fid", "kid"))  # as good as it gets
+    report |= judge(probe, data, scenes)
+    write_results("emoji_probe", report, args.results)
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

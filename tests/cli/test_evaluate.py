@@ -1,0 +1,120 @@
+"""`diffusers-sana evaluate`."""
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from diffusers_sana import cli
+from diffusers_sana.cli.evaluate import spread
+from tests import tiny
+
+
+FAST = ["--steps", "2", "--limit", "4", "--batch-size", "4", "--dtype", "float32"]
+
+
+def evaluate(out, *options: str, model: str = "sana-emoji") -> dict:
+    cli.main(["evaluate", model, "--out", str(out), *FAST, *options])
+    return json.loads((out / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A folder with a finished evaluation, and its report."""
+    out = tmp_path_factory.mktemp("evaluated")
+    return out, evaluate(out)
+
+
+def test_with_nothing_else(drawn):
+    out, report = drawn
+    figures = report["models"]["sana-emoji"]
+    assert figures["scenes"]["correct"]["of"] == 4
+    assert {"object", "count", "background", "style"} <= figures["scenes"]["by_property"].keys()
+    assert figures["true_pictures"].keys() >= {"fid", "kid"}
+    assert report["against"] == {}
+    assert sorted(path.name for path in (out / "pictures").glob("*.png")) == [f"0000{i}.png" for i in range(4)]
+    page = (out / "report.md").read_text()
+    assert "| right background |" in page
+    assert "FID, to true pictures" in page
+
+
+def test_called_again_it_draws_nothing(drawn, monkeypatch, capsys):
+    out, report = drawn
+    monkeypatch.setattr("diffusers_sana.cli.evaluate._pipeline", None)  # would fail
+    assert evaluate(out) == report
+    assert str(out / "report.md") in capsys.readouterr().out
+
+
+def test_against_a_folder(drawn, tmp_path, monkeypatch):
+    """Of the same pictures: nothing differs."""
+    out, _ = drawn
+    monkeypatch.setattr("diffusers_sana.cli.evaluate._pipeline", None)
+    checks = ["--checks", "psnr", "ssim", "fid"]
+    report = evaluate(out, "--against", str(out / "pictures"), *checks)
+    (figures,) = report["against"].values()
+    assert figures["equal_pairs"] == figures["pairs"] == 4
+    assert figures["ssim"] == pytest.approx(1)
+    assert figures["fid"] == pytest.approx(0, abs=1e-6)
+    Image.new("RGB", (128, 128)).save(tmp_path / "only.png")
+    with pytest.raises(SystemExit, match="--against must be a folder of as many pictures as there are prompts, 4"):
+        evaluate(out, "--against", str(tmp_path), *checks)
+
+
+def test_four_bits_beside_sixteen(tmp_path):
+    report = evaluate(tmp_path, "--limit", "2", "--quantize", "int4", "--reference-model", "sana-emoji")
+    assert list(report["models"]) == ["sana-emoji, int4", "sana-emoji"]
+    figures = report["against"]["sana-emoji"]
+    assert figures["equal_pairs"] == 0
+    assert "fid" in figures
+    assert "kid" not in figures
+    assert 15 < figures["psnr_db"] < 60
+    assert 0.5 < figures["ssim"] < 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(tiny.write_official_folder(tmp_path_factory.mktemp("official")))
+
+
+def test_other_prompts(folder, drawn, tmp_path):
+    """A file of checks, features of the probe, and a model that knows nothing of emoji."""
+    checks = tmp_path / "checks.jsonl"
+    rows = [{"tag": "any", "prompt": f"a {label}", "include": [{"class": label}]} for label in ("cat", "dog")]
+    checks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--prompts", str(checks), "--features", "probe", "--against", str(drawn[0] / "pictures")]
+    report = evaluate(tmp_path / "out", *options, model=folder)
+    (figures,) = report["against"].values()
+    assert figures["pictures"] == 2
+    assert figures["others"] == 4
+    assert figures["fid"] > 0
+    assert report["models"][folder] == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--checks has nothing to measure with"),
+        (["--checks", "scenes"], "needs --detector MODEL"),
+        (["--checks", "clip"], "needs --clip MODEL"),
+        (["--checks", "psnr"], "need --reference-model MODEL or --against FOLDER"),
+        (["--checks", "kid", "--reference-model", "x"], "--checks kid needs --against FOLDER"),
+        (["--checks", "fid", "--features", "clip", "--reference-model", "x"], "--features clip needs --clip MODEL"),
+        (["--checks", "fid", "--reference-model", "x"], "pip install torch-fidelity"),
+        (["--checks", "lpips", "--reference-model", "x"], "pip install lpips"),
+        (["--against", "no/such/folder"], "there is no folder no/such/folder"),
+        (["--prompts", "no-such-file.jsonl"], r"no-such-file\.jsonl"),
+        (["--limit", "0", "--clip", "x"], "--limit must be at least 1"),
+    ],
+)
+def test_errors_before_anything_is_drawn(folder, options, message, tmp_path, monkeypatch):
+    for package in ("lpips", "torch_fidelity"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["evaluate", folder, "--out", str(tmp_path / "out"), *options])
+    assert not (tmp_path / "out").exists()
+
+
+def test_spread():
+    assert spread(range(10), 4) == [0, 2, 5, 7]
+    assert spread(range(3), 7) == spread(range(3), None) == [0, 1, 2]

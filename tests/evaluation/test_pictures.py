@@ -1,0 +1,129 @@
+"""Drawing that goes on where it stopped, and measures over files."""
+
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_sana.evaluation import measure
+from diffusers_sana.evaluation.checks import Check, Wanted
+from diffusers_sana.evaluation.observations import Detection, Observation
+from diffusers_sana.evaluation.pictures import draw_missing, pictures_in, to_images, to_tensor
+from diffusers_sana.evaluation.similarity import psnr
+
+
+PROMPTS, SEEDS = [f"p{i}" for i in range(5)], [3, 4, 5, 6, 7]
+
+
+class Artist:
+    """Draws one colour a seed; stops after some batches."""
+
+    def __init__(self, stop_after: int = 100):
+        self.calls, self.stop_after = [], stop_after
+
+    def __call__(self, prompts, seeds):
+        if len(self.calls) == self.stop_after:
+            raise KeyboardInterrupt
+        self.calls.append(list(prompts))
+        return [Image.new("RGB", (4, 4), (10 * seed, len(prompts), 0)) for seed in seeds]
+
+
+def test_goes_on_where_it_stopped(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        draw_missing(Artist(stop_after=1), PROMPTS, SEEDS, tmp_path, {"model": "m"}, batch_size=2)
+    assert [path.name for path in pictures_in(tmp_path)] == ["00000.png", "00001.png"]
+    artist = Artist()
+    paths = draw_missing(artist, PROMPTS, SEEDS, tmp_path, {"model": "m"}, batch_size=2)
+    assert artist.calls == [["p2", "p3"], ["p4"]]
+    assert [Image.open(path).getpixel((0, 0))[0] for path in paths] == [30, 40, 50, 60, 70]
+    again = Artist()
+    assert draw_missing(again, PROMPTS, SEEDS, tmp_path, {"model": "m"}, batch_size=2) == paths
+    assert again.calls == []
+
+
+def test_a_missing_picture_is_drawn_in_its_old_batch(tmp_path):
+    """What a model draws may depend on the batch, by rounding."""
+    paths = draw_missing(Artist(), PROMPTS, SEEDS, tmp_path, {}, batch_size=2)
+    before = paths[1].read_bytes()
+    paths[1].unlink()
+    artist = Artist()
+    draw_missing(artist, PROMPTS, SEEDS, tmp_path, {}, batch_size=2)
+    assert artist.calls == [["p0", "p1"]]
+    assert paths[1].read_bytes() == before
+
+
+def test_pictures_of_other_settings(tmp_path):
+    draw_missing(Artist(), PROMPTS, SEEDS, tmp_path / "a", {"model": "m"})
+    with pytest.raises(ValueError, match="model, pictures differ; choose another folder"):
+        draw_missing(Artist(), PROMPTS[:3], SEEDS[:3], tmp_path / "a", {"model": "other"})
+    Image.new("RGB", (4, 4)).save(tmp_path / "holiday.png")
+    with pytest.raises(ValueError, match=r"has holiday\.png"):
+        draw_missing(Artist(), PROMPTS, SEEDS, tmp_path, {})
+
+
+def test_tensors_and_images():
+    pixels = torch.arange(48).view(1, 3, 4, 4).float() / 255
+    assert torch.equal(to_tensor(to_images(pixels)), pixels)
+    with pytest.raises(ValueError, match="one size"):
+        to_tensor([Image.new("RGB", (4, 4)), Image.new("RGB", (5, 4))])
+
+
+def test_folders(tmp_path):
+    with pytest.raises(OSError, match="there is no folder"):
+        pictures_in(tmp_path / "none")
+    with pytest.raises(OSError, match="has none"):
+        pictures_in(tmp_path)
+
+
+@pytest.fixture
+def paths(tmp_path):
+    files = [tmp_path / f"{i}.png" for i in range(5)]
+    for i, path in enumerate(files):
+        Image.new("RGB", (4 if i < 3 else 6, 4), (40 * i, 0, 0)).save(path)
+    return files
+
+
+def test_batches_have_one_size(paths):
+    assert [tuple(batch.shape) for batch in measure.batches(paths, 2)] == [(2, 3, 4, 4), (1, 3, 4, 4), (2, 3, 4, 6)]
+
+
+def test_judged_scenes(paths):
+    """Picture i is red to 40 i; the observer says fox from 80 on, and knows which check is asked."""
+    tags = ["easy", "easy", "easy", "hard", "hard"]
+    checks = [Check(tag, f"p{i}", i, (Wanted("fox"),), style=str(i % 2)) for i, tag in enumerate(tags)]
+
+    def observe(pictures, asked):
+        assert len(pictures) == len(asked)
+        labels = ["fox" if picture[0, 0, 0] > 0.3 else "cat" for picture in pictures]
+        return [Observation((Detection(label, 1.0, (0, 0, 1, 1)),), style="1") for label in labels]
+
+    report = measure.judge_scenes(paths, checks, observe)
+    assert report["by_property"] == {"object": {"share": 0.6, "of": 5}, "style": {"share": 0.4, "of": 5}}
+    assert report["correct"] == {"share": 0.2, "of": 5}
+    assert report["by_tag"] == {"easy": {"share": 0.0, "of": 3}, "hard": {"share": 0.5, "of": 2}}
+    assert report["verdicts"][3] == {"prompt": "p3", "seed": 3, "object": True, "style": True}
+
+
+def test_clip_scores_keep_to_their_texts(paths):
+    texts = ["0", "40", "80", "120", "160"]
+
+    def scores(pictures, lines):
+        return (pictures[:, 0, 0, 0] * 255 - torch.tensor([float(line) for line in lines])).abs()
+
+    assert measure.mean_clip_score(paths, texts, scores) == pytest.approx(0, abs=1e-3)
+
+
+def test_pairs(paths):
+    same = measure.compare_pairs(paths[:2], paths[:2], {"psnr_db": psnr})
+    assert same == {"psnr_db": None, "pairs": 2, "equal_pairs": 2}
+    mixed = measure.compare_pairs([paths[0], paths[0]], [paths[0], paths[1]], {"psnr_db": psnr})
+    assert mixed["equal_pairs"] == 1
+    assert mixed["psnr_db"] == pytest.approx(float(-10 * torch.tensor((40 / 255) ** 2 / 3).log10()), abs=1e-3)
+
+
+def test_sets(paths):
+    features = measure.collect_features(paths, lambda pictures: pictures[:, :, 0, 0])
+    assert features.shape == (5, 3)
+    report = measure.compare_sets(features, features, ("fid", "kid"))
+    assert report["fid"] == pytest.approx(0, abs=1e-9)
+    assert measure.compare_sets(features, features + 1, ("fid",))["fid"] == pytest.approx(3)
+    assert {"kid", "kid_deviation", "pictures", "others"} <= report.keys()

@@ -1,0 +1,69 @@
+"""The bundled Sprint transformer and ControlNet, loaded as their cards say, do what they were trained for."""
+
+import pytest
+import torch
+from diffusers import SCMScheduler
+
+from diffusers_sana import (
+    SanaControlNetModel,
+    SanaControlNetPipeline,
+    SanaPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+)
+from diffusers_sana.checkpoints import SANA_EMOJI, SANA_EMOJI_EDGES, SANA_EMOJI_SPRINT
+from diffusers_sana.training.edges import sobel_edges
+
+
+@pytest.fixture(scope="module")
+def base():
+    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, prompt="a red apple on a blue background", **options):
+    """A picture `[1, 3, H, W]` in [0, 1]."""
+    return pipe(prompt, generator=torch.Generator().manual_seed(0), output_type="pt", **options).images
+
+
+def colour(picture, rows, columns):
+    return picture[0, :, rows, columns].mean(dim=(1, 2))
+
+
+def test_sprint_draws_in_one_step(base):
+    transformer = SanaTransformer2DModel.from_pretrained(
+        SANA_EMOJI_SPRINT, subfolder="transformer", torch_dtype=torch.float32
+    )
+    scheduler = SCMScheduler.from_pretrained(SANA_EMOJI_SPRINT, subfolder="scheduler")
+    pipe = SanaSprintPipeline.from_pretrained(
+        SANA_EMOJI, transformer=transformer, scheduler=scheduler, torch_dtype=torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    picture = draw(pipe, num_inference_steps=1)
+    assert torch.equal(draw(pipe, num_inference_steps=1), picture)
+    apple, background = colour(picture, slice(54, 74), slice(54, 74)), colour(picture, slice(4, 20), slice(4, 20))
+    assert apple.argmax() == 0
+    assert background.argmax() == 2
+    assert apple[0] - background[0] > 0.3
+    full = draw(base)
+    assert (picture - full).abs().mean() < (draw(base, num_inference_steps=1) - full).abs().mean()
+
+
+def test_edges_are_followed(base):
+    """A ring that a ball alone would not be: edges of the picture agree better with it than without the ControlNet."""
+    controlnet = SanaControlNetModel.from_pretrained(SANA_EMOJI_EDGES, torch_dtype=torch.float32)
+    pipe = SanaControlNetPipeline.from_pretrained(SANA_EMOJI, controlnet=controlnet, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    along = torch.linspace(-1, 1, 128)
+    disc = ((along[:, None] ** 2 + along[None] ** 2) < 0.45).float().expand(1, 3, 128, 128) * 2 - 1
+    edges = sobel_edges(disc)
+
+    def agreement(scale):
+        picture = draw(
+            pipe, "a volleyball on a brown background", control_image=edges, controlnet_conditioning_scale=scale
+        )
+        drawn = sobel_edges(picture * 2 - 1)
+        return torch.nn.functional.cosine_similarity((drawn / 2 + 0.5).flatten(1), (edges / 2 + 0.5).flatten(1)).item()
+
+    assert agreement(1.0) > agreement(0.0)
