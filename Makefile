@@ -1,9 +1,14 @@
-# The whole life of the project in a few words. `make demo` and `make test` need nothing but Python and a package index.
+# Common development commands. `make demo` and `make test` need nothing but Python and a package index.
+# The targets for a GPU also run without an index, on the packages of the machine: `make gpu-check PY=python3`.
 PYTHON ?= python3
 PROMPT ?= a red apple on a blue background
 MINUTES ?= 25
 BIN := .venv/bin
 STAMP := .venv/.installed
+PY ?= $(BIN)/python
+JOBS ?= 12
+RESULTS ?= benchmarks/results
+SETUP_UNLESS_PY := $(if $(filter $(BIN)/python,$(PY)),setup)
 
 .PHONY: setup demo test check format gpu-check gpu-bench bench compile-kernels tables study train-bundled train-bundled-vila-u prepare-data docs
 
@@ -14,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: setup  ## writes a picture of PROMPT from the bundled checkpoint and prints its path
+demo: setup  ## writes an image of PROMPT from the bundled checkpoint and prints its path
 	$(BIN)/diffusers-sana generate "$(PROMPT)"
 
 test: setup  ## the whole CPU suite
@@ -29,11 +34,12 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-gpu-check: setup  ## on a GPU: every kernel against its reference, and what only a GPU can show
-	$(BIN)/pytest tests/kernels tests/test_gpu.py
+gpu-check: $(SETUP_UNLESS_PY)  ## on a GPU: every kernel against its reference, and what only a GPU can show
+	$(PY) -m pytest tests/kernels tests/test_gpu.py -n $(JOBS) --dist worksteal \
+		--ignore tests/kernels/test_compile_kernels.py --ignore tests/kernels/test_int8_linear_cpu.py
 
-gpu-bench: setup  ## on a GPU, in 10 minutes: kernels, steps, autoencoder, pictures, VILA-U
-	$(BIN)/python -m benchmarks.bench_gpu
+gpu-bench: $(SETUP_UNLESS_PY)  ## on a GPU, in 10 minutes: kernels, steps, autoencoder, images, VILA-U; writes into RESULTS
+	$(PY) -m benchmarks.bench_gpu --results $(RESULTS)
 
 bench: setup  ## models at true size on this machine, ours beside diffusers'
 	$(BIN)/python -m benchmarks.bench_models
@@ -44,7 +50,7 @@ compile-kernels: setup  ## every kernel for six architectures, without a GPU: re
 tables: setup  ## the tables of docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
 
-study: setup  ## solvers on flows with known answers: results, table, picture
+study: setup  ## solvers on flows with known answers: results, table, image
 	$(BIN)/python benchmarks/study_flow_solvers.py
 
 docs: setup  ## the documentation as a site, in build/site

@@ -1,20 +1,20 @@
 """Everything that only a GPU can tell, in one unattended run of a few minutes.
 
-    python -m benchmarks.bench_gpu [--minutes 10]
+    python -m benchmarks.bench_gpu [--minutes 10] [--case-minutes 2.5] [--only WORD ...] [--results FOLDER]
 
 Sections, in the order of what matters most: what the machine can do at best; each kernel against its reference and
-against that; 4-bit layers and steps; steps of Sana-0.6B and 1.6B; the autoencoder; compiled models; images a second
-against a transformer of the size of FLUX.1-dev with its autoencoder; VILA-U; whole pictures.
-Random weights of the true sizes, bf16. The results are written after every case to
-`benchmarks/results/<device>/gpu.json`; cases that the time does not allow are named there.
+against that; 4-bit layers and steps; steps of Sana-0.6B and 1.6B; the autoencoder; compiled models; images per second
+against a transformer of the size of FLUX.1-dev with its autoencoder; VILA-U; whole images.
+Random weights of the true sizes, bf16. The results are written after every case to `FOLDER/<device>/gpu.json`; cases
+that failed, that took too long or that the time did not allow are named there with the reason.
 """
 
 import argparse
 import copy
-import gc
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -23,9 +23,9 @@ from torch import nn
 
 from benchmarks import vila_u_gpu
 from benchmarks.bench_models import autoencoder_case, measure, picture_case, step_case
-from benchmarks.compile_kernels import benchmarks
-from benchmarks.harness import alternate, copy_bandwidth, environment, write_results
-from benchmarks.kernel_benchmark import run_on_gpu
+from benchmarks.harness import RESULTS, alternate, copy_bandwidth, environment, write_results
+from benchmarks.isolated import run_isolated
+from benchmarks.kernel_benchmark import load, operations, run_on_gpu
 from benchmarks.models import AUTOENCODER, TRANSFORMERS, random_model, step_inputs, twins
 from diffusers_sana.pipelines.parts.cuda_graphs import CudaGraphs
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
@@ -107,7 +107,7 @@ def quantized_linear(tokens: int, in_features: int, out_features: int, precision
 
 
 def sana_throughput(size: int) -> Report:
-    """Images a second of Sana-0.6B: 20 guided steps and one decoding, one image at a time."""
+    """Images per second of Sana-0.6B: 20 guided steps and one decoding, one image at a time."""
     step = measure_ours(step_case("sana-0.6b", size, "bf16"))
     decode = measure_ours(autoencoder_case("decode", size, "bf16"))
     return {"step": step, "decode": decode, "images_per_second": 1 / (STEPS * step + decode)}
@@ -120,7 +120,7 @@ def measure_ours(functions: dict[str, Callable[[], torch.Tensor]]) -> float:
 
 
 def flux_throughput(size: int) -> Report:
-    """Images a second of a FLUX.1-dev-size transformer (12 B, guidance as an input) and its f8 autoencoder."""
+    """Images per second of a FLUX.1-dev-size transformer (12 B, guidance as an input) and its f8 autoencoder."""
     side = size // 16  # latents of 8 pixels, packed two by two
     model = random_model(lambda: diffusers.FluxTransformer2DModel(guidance_embeds=True), "cuda", torch.bfloat16)
     inputs = {
@@ -166,8 +166,8 @@ def compiled_decode(size: int) -> dict[str, Callable[[], torch.Tensor]]:
 def cases() -> Iterator[tuple[str, Callable[[], Report]]]:
     """Name and function of every case, what matters most first."""
     yield "ceilings", ceilings
-    for benchmark in benchmarks():
-        yield f"kernel {benchmark.name}", lambda benchmark=benchmark: run_on_gpu(benchmark, with_compiled=False)
+    for operation in operations():
+        yield f"kernel {operation}", lambda operation=operation: run_on_gpu(load(operation), with_compiled=False)
     yield "step sana-1.6b 1024px", lambda: measure(step_case("sana-1.6b", 1024, "bf16"), 5)
     yield "decode 1024px", lambda: measure(autoencoder_case("decode", 1024, "bf16"), 3)
     for precision in ("int4", "nvfp4"):
@@ -201,25 +201,26 @@ def cases() -> Iterator[tuple[str, Callable[[], Report]]]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="no case begins after this time")
+    parser.add_argument("--case-minutes", type=float, default=2.5, help="a case that takes longer fails")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="only cases with one of these words")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the results are written"
+    )
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("This benchmark needs a CUDA GPU; `python -m benchmarks.bench_models` runs on a CPU.")
     start = time.monotonic()
-    report: Report = {**environment(), "cases": {}, "not_run": [], "failed": {}}
-    for name, function in cases():
-        if time.monotonic() - start > 60 * args.minutes:
-            report["not_run"].append(name)
-            continue
-        try:
-            report["cases"][name] = function()
-        except (RuntimeError, torch.OutOfMemoryError) as error:  # one case must not cost the others on a rare machine
-            report["failed"][name] = str(error)[:500]
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch._dynamo.reset()
-        print(f"{time.monotonic() - start:6.1f} s  {name}: {report['cases'].get(name, report['failed'].get(name))}")
-        path = write_results("gpu", report)
-    print(path)
+    report: Report = {**environment(), "cases": {}, "not run": {}, "failed": {}}
+    for name, state, value in run_isolated(partial(chosen, args.only), 60 * args.minutes, 60 * args.case_minutes):
+        report["cases" if state == "done" else state][name] = value
+        path = write_results("gpu", report, args.results)
+        print(f"{time.monotonic() - start:6.1f} s  {name}: {state}: {value}", flush=True)
+    print(path, flush=True)
+
+
+def chosen(words: list[str]) -> list[tuple[str, Callable[[], Report]]]:
+    """The cases whose name has one of the words; without words, all."""
+    return [(name, case) for name, case in cases() if not words or any(word in name for word in words)]
 
 
 if __name__ == "__main__":

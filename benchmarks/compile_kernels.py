@@ -6,13 +6,11 @@ Writes `benchmarks/results/compile/kernels.json`.
 """
 
 import argparse
-import importlib
 import json
 import re
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from benchmarks.kernel_benchmark import KernelBenchmark
+from benchmarks.kernel_benchmark import load, operations
 
 
 TARGETS = {
@@ -56,14 +54,6 @@ class _Driver:
         return torch.device("meta")
 
 
-def benchmarks() -> Iterator[KernelBenchmark]:
-    """The benchmarks of all operations."""
-    for path in sorted(Path(__file__).parent.glob("bench_*.py")):
-        benchmark = getattr(importlib.import_module(f"benchmarks.{path.stem}"), "BENCHMARK", None)
-        if isinstance(benchmark, KernelBenchmark):
-            yield benchmark
-
-
 def compile_all(first_case: bool = False) -> list[dict[str, Any]]:
     """One row a kernel, shape and architecture; of each operation the first shape or all."""
     compiled: list[Any] = []
@@ -76,7 +66,7 @@ def compile_all(first_case: bool = False) -> list[dict[str, Any]]:
     try:
         for architecture, target in TARGETS.items():
             driver.set_active(_Driver(target))
-            for benchmark in benchmarks():
+            for benchmark in map(load, operations()):
                 for case in benchmark.cases[:1] if first_case else benchmark.cases:
                     for function in benchmark.launches:
                         compiled.clear()

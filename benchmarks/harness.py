@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def summary(times: dict[str, list[float]], baseline: str) -> dict[str, Any]:
 
 
 def copy_bandwidth(device: str, elements: int = 2**30) -> float:
-    """Bytes a second of a copy of bf16 elements, read and written: what a roofline is drawn with."""
+    """Bytes per second of a copy of bf16 elements, read and written: what a roofline is drawn with."""
     x = torch.empty(elements, dtype=torch.bfloat16, device=device)
     y = torch.empty_like(x)
     return 2 * x.nbytes / alternate({"copy": lambda: y.copy_(x)}, rounds=10, warmup=3)["copy"]
@@ -83,16 +84,26 @@ def device_name() -> str:
     return f"{names[0] if names else platform.machine()} ({os.cpu_count()} cores, {' '.join(extensions)})"
 
 
+def commit() -> str:
+    """The commit of the code: from git, or from the file that `tools/gpu_pack.py` writes, or ""."""
+    packed = Path(__file__).parents[1] / "COMMIT"
+    if packed.exists():
+        return packed.read_text(encoding="utf-8").strip()
+    if shutil.which("git") is None:
+        return ""
+    head = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(head, cwd=packed.parent, capture_output=True, text=True).stdout.strip()
+
+
 def environment() -> dict[str, Any]:
     """What a result must state: device, versions, commit and command."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     module = sys.modules["__main__"].__spec__
     command = f"python -m {module.name}" if module else Path(sys.argv[0]).name
     return {
         "command": " ".join([command, *map(shlex.quote, sys.argv[1:])]),
         "device": device_name(),
         "threads": torch.get_num_threads(),
-        "commit": commit,
+        "commit": commit(),
         "versions": {
             "diffusers_sana": __version__,
             "torch": torch.__version__,

@@ -8,6 +8,8 @@ roofline.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,6 +60,19 @@ class KernelBenchmark:
     @property
     def name(self) -> str:
         return self.operation.__name__
+
+
+def operations() -> list[str]:
+    """Names of the operations: those that have a benchmark of the name of their file."""
+    kernels = Path(import_module("diffusers_sana.kernels").__file__ or "").parent
+    return sorted(
+        path.stem for path in kernels.glob("*.py") if Path(__file__).with_name(f"bench_{path.name}").exists()
+    )
+
+
+def load(operation: str) -> KernelBenchmark:
+    """The benchmark of an operation."""
+    return import_module(f"benchmarks.bench_{operation}").BENCHMARK
 
 
 def run_on_gpu(benchmark: KernelBenchmark, rounds: int = 20, with_compiled: bool = True) -> dict[str, Any]:

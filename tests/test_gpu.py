@@ -16,7 +16,9 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_transformer_and_autoencoder(dtype: torch.dtype):
+def test_transformer_and_autoencoder(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    # By default cuDNN computes fp32 convolutions in TF32, whose rounding is larger than what is asked for here.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     transformer = SanaTransformer2DModel.from_pretrained(SANA_EMOJI, subfolder="transformer").eval()
     vae = AutoencoderDC.from_pretrained(SANA_EMOJI, subfolder="vae").eval()
     latents, text = torch.randn(2, 32, 4, 4), torch.randn(2, 7, transformer.config.caption_channels)
