@@ -25,6 +25,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--base", metavar="PIPELINE", help="folder or Hub id that gives the other parts of a pipeline"
     )
     command.add_argument("--component", choices=("transformer", "controlnet"), help="of a file that has both")
+    command.add_argument(
+        "--weights",
+        choices=("model", "ema"),
+        default="model",
+        help="of a file that a trainer wrote: the model's or the averaged ones; default: model",
+    )
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the file's")
     command.add_argument(
         "--set",
@@ -32,7 +38,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="of the config, where the file does not tell: sample_size=32",
+        help="of the config, where the file does not tell: sample_size=32; wiring=diffusers for a ControlNet of the "
+        "authors' names that was trained in that wiring (default: nvlabs, as the authors')",
     )
     command.add_argument("--dry-run", action="store_true", help="check the file and say what would be written")
 
@@ -46,9 +53,9 @@ def run(args: argparse.Namespace) -> None:
     check_there("FILE", args.file)
     fields = dict(args.set)
     if args.dry_run:
-        print(plan_sana_file(args.file, args.component, **fields))
+        print(plan_sana_file(args.file, args.component, weights=args.weights, **fields))
         return
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    plan = convert_sana_file(args.file, args.out, args.base, args.component, dtype, **fields)
+    plan = convert_sana_file(args.file, args.out, args.base, args.component, dtype, args.weights, **fields)
     print(args.out.resolve())
     print(plan)

@@ -1,4 +1,4 @@
-"""From converted tensors to a model: the end that all foreign checkpoints have in common."""
+"""From converted tensors to a model: the end that all third-party 4-bit checkpoints have in common."""
 
 import re
 from collections.abc import Iterable, Mapping

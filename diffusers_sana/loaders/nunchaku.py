@@ -1,7 +1,7 @@
 """Nunchaku's checkpoints of FLUX.1 and Sana as diffusers models with this package's quantized layers.
 
 A file is one `.safetensors` whose header holds the model's config. Older ones are folders of two files and a
-`config.json`. Format and rank are read off the tensors; see `docs/foreign_checkpoints.md` for what is changed.
+`config.json`. Format and rank are read off the tensors; see `docs/third_party_checkpoints.md` for what is changed.
 """
 
 import json

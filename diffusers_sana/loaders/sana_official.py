@@ -1,6 +1,7 @@
 """The authors' files of Sana, its ControlNets and DC-AE, as folders of diffusers: a model, or a whole pipeline.
 
-To load such a file without writing anything, call `from_single_file` of the model. See `docs/foreign_checkpoints.md`.
+To load such a file without writing anything, call `from_single_file` of the model; see
+`docs/third_party_checkpoints.md`.
 """
 
 import json
@@ -16,7 +17,7 @@ from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.autoencoders.official_dc import CLASS_NAME as AUTOENCODER
 from diffusers_sana.models.autoencoders.official_dc import is_official_dc, read_official_dc
 from diffusers_sana.models.controlnets.controlnet_sana import SanaControlNetModel
-from diffusers_sana.models.single_file import OfficialWeights, check_fields, read_checkpoint
+from diffusers_sana.models.single_file import OfficialWeights, check_fields, read_content, select_weights, weight_sets
 from diffusers_sana.models.transformers.official_sana import (
     CONTROLNET,
     TRANSFORMER,
@@ -44,10 +45,14 @@ class Plan:
     Attributes:
         official: which model the file holds, and where every tensor goes.
         model: with the weights of the file, which stay on disk until somebody reads them.
+        weights: which weights of the file these are, "model" or "ema".
+        others: which the file holds beside them.
     """
 
     official: OfficialWeights
     model: Any
+    weights: str = "model"
+    others: tuple[str, ...] = ()
 
     @property
     def component(self) -> str:
@@ -62,13 +67,19 @@ class Plan:
             f"{self.official.class_name}: {len(tensors)} tensors, {numbers:,} numbers, {', '.join(dtypes)}",
             *(f"  {name} = {value!r}" for name, value in sorted(self.official.config.items())),
         ]
+        if self.others:
+            lines.append(f"weights: {self.weights}; the file also holds {', '.join(self.others)}")
         if self.official.left_out:
             lines.append(f"left out: {len(self.official.left_out)} tensors, {self.official.left_out[0]} the first")
         return "\n".join(lines)
 
 
 def plan_sana_file(
-    path: str | Path, component: str | None = None, torch_dtype: torch.dtype | None = None, **fields: Any
+    path: str | Path,
+    component: str | None = None,
+    torch_dtype: torch.dtype | None = None,
+    weights: str = "model",
+    **fields: Any,
 ) -> Plan:
     """Checks a file and says what would become of it: a dry run.
 
@@ -76,6 +87,7 @@ def plan_sana_file(
         path: `.pth` or `.safetensors` of Sana, SANA-1.5, SANA-Sprint, a ControlNet or DC-AE, by the authors' names.
         component: "transformer" or "controlnet" of a file that has both; by default the ControlNet.
         torch_dtype: of the weights; by default the file's, and then no weight is read.
+        weights: "model", or "ema" for the averaged weights that the authors' trainers write beside them.
         fields: of the config, which the file does not tell or tells wrongly.
 
     Raises:
@@ -83,7 +95,9 @@ def plan_sana_file(
             another shape, naming it; a field that must be given.
         TypeError: no field of the config.
     """
-    checkpoint = read_checkpoint(path)
+    content = read_content(path)
+    checkpoint = select_weights(content, weights)
+    others = tuple(name for name in weight_sets(content) if name != weights)
     if is_official_sana(checkpoint):
         class_names = {name: class_name for class_name, name in COMPONENTS.items()}
         official = read_official_sana(checkpoint, class_names[component] if component else None, **fields)
@@ -95,7 +109,7 @@ def plan_sana_file(
         )
     model_cls = MODELS[official.class_name]
     check_fields(model_cls, fields)
-    return Plan(official, official.model(checkpoint, model_cls, torch_dtype))
+    return Plan(official, official.model(checkpoint, model_cls, torch_dtype), weights, others)
 
 
 def convert_sana_file(
@@ -104,12 +118,13 @@ def convert_sana_file(
     base: str | Path | None = None,
     component: str | None = None,
     torch_dtype: torch.dtype | None = None,
+    weights: str = "model",
     **fields: Any,
 ) -> Plan:
     """Writes the model, or a pipeline with it, where `from_pretrained` of diffusers and of this package loads it.
 
     Args:
-        path, component, torch_dtype, fields: see `plan_sana_file`.
+        path, component, torch_dtype, weights, fields: see `plan_sana_file`.
         target: a new folder.
         base: folder or Hub id of a pipeline that gives the other parts; None writes the model alone.
 
@@ -120,7 +135,7 @@ def convert_sana_file(
     target = Path(target)
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"`target` must be a new folder, but {target} has files.")
-    plan = plan_sana_file(path, component, torch_dtype, **fields)
+    plan = plan_sana_file(path, component, torch_dtype, weights, **fields)
     folder = target
     if base is not None:
         _copy_base(plan, str(base), target)

@@ -1,24 +1,56 @@
-"""Checkpoints as the authors of a model published them: one file, with names of its own.
+"""Checkpoints as the authors of a model publish them and as their trainers write them: one file, with its own names.
 
 A model says how its authors name things with a function from a checkpoint to an `OfficialWeights`. What all models
 have in common is here: reading a file without running what is in it, and taking every tensor once.
 """
 
 import inspect
+import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import safetensors.torch
 import torch
 from accelerate import init_empty_weights
 from diffusers.loaders import FromOriginalModelMixin
-from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 
-WRAPPERS = ("state_dict", "model", "module")  # a checkpoint may hold its weights under one of these
+# Where a checkpoint may hold its weights, and the running averages of them (EMA).
+WRAPPERS = {
+    "model": ("state_dict", "model_state_dict", "model", "module"),
+    "ema": ("state_dict_ema", "ema", "ema_state_dict", "model_ema"),
+}
+MAX_DEPTH = 8  # of wrappers in wrappers
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "0.",
+)  # of all keys, by wrappers of a model: DDP, torch.compile, a list of modules
 COMFY_PREFIX = "model.diffusion_model."
+HUB_ADDRESS = re.compile(
+    r"(?:https://)?(?:huggingface\.co/|hf\.co/)?(\w[\w.-]*/\w[\w.-]*)/(?:(?:blob|resolve)/([^/]+)/)?(.+)"
+)
+# Trainers keep the state of NumPy's random numbers beside the weights: arrays of plain numbers, by their names in
+# NumPy 1 and 2. None of these runs code, and object arrays are not among them.
+NUMPY_GLOBALS: list[Any] = [
+    *(
+        (function, f"numpy.{core}.multiarray.{name}")
+        for name, function in (
+            ("_reconstruct", np.zeros(0).__reduce__()[0]),
+            ("scalar", np.float64(0).__reduce__()[0]),
+        )
+        for core in ("core", "_core")
+    ),
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd"),
+]
 HUB_ARGUMENTS = ("force_download", "proxies", "token", "cache_dir", "local_files_only", "revision", "disable_mmap")
 
 
@@ -92,42 +124,123 @@ def _parts(key: str, tensor: Tensor, number: int) -> Sequence[Tensor]:
     return tensor.chunk(number) if number > 1 else (tensor,)
 
 
-def read_checkpoint(path_or_dict: str | Path | Mapping[str, Any], **hub: Any) -> dict[str, Tensor]:
+def read_checkpoint(
+    path_or_dict: str | Path | Mapping[str, Any], weights: str = "model", **hub: Any
+) -> dict[str, Tensor]:
     """The tensors of a `.pth` or `.safetensors` file. They stay on disk until somebody reads them.
 
     Args:
         path_or_dict: a file, an address of one on the Hub, or what is in such a file.
+        weights: "model", or "ema" for the averaged weights that a trainer wrote beside them.
         hub: `HUB_ARGUMENTS`, for files on the Hub.
 
     Raises:
-        ValueError: a file that is cut short or holds anything but tensors: code in it is never run.
+        ValueError: a file that is cut short or holds anything but tensors and plain values: code in it is never run;
+            no such weights.
+        FileNotFoundError: no file, and no address on the Hub.
     """
-    content: Any = path_or_dict
-    if not isinstance(path_or_dict, Mapping):
-        path = Path(path_or_dict)
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{path} must be one file, but is a folder. Name the file in it.")
+    content = path_or_dict if isinstance(path_or_dict, Mapping) else read_content(path_or_dict, **hub)
+    return select_weights(content, weights)
+
+
+def read_content(path_or_address: str | Path, disable_mmap: bool = False, **hub: Any) -> Any:
+    """What is in a `.pth` or `.safetensors` file, mapped into memory; arguments and errors of `read_checkpoint`."""
+    path = Path(path_or_address)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} must be one file, but is a folder. Name the file in it.")
+    if not path.is_file():
+        match = HUB_ADDRESS.fullmatch(str(path_or_address))
+        if path.is_absolute() or match is None:
+            raise FileNotFoundError(
+                f"{str(path_or_address)!r} must be a file, or the address of one on the Hub such as "
+                "'owner/name/file.pth', but there is no such file."
+            )
+        repo, revision, name = match.groups()
+        hub = {"revision": revision, **{name: value for name, value in hub.items() if value is not None}}
         try:
-            content = load_single_file_checkpoint(str(path_or_dict), **hub)
+            path = Path(hf_hub_download(repo, name, **hub))
         except OSError as error:
-            if not path.is_file():
-                raise
-            raise ValueError(
-                f"{path} must be a whole .safetensors file, or a .pth with nothing but tensors, but is not "
-                f"({_first_cause(error)}). Download it again, or save its `state_dict` alone."
+            raise FileNotFoundError(
+                f"{str(path_or_address)!r} is no file here, and could not be had from the Hub: {_first_line(error)}"
             ) from error
-    while nested := next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None):
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load(path.read_bytes()) if disable_mmap else safetensors.torch.load_file(path)
+        is_mapped = zipfile.is_zipfile(path) and not disable_mmap
+        with torch.serialization.safe_globals(NUMPY_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+    except Exception as error:  # whatever a damaged file makes the readers raise
+        raise ValueError(_why_unreadable(path, error)) from error
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    unsafe = re.search(r"\bGLOBAL (\S+)", str(error))  # what PyTorch's own reader says
+    if unsafe:
+        return (
+            f"{str(path)!r} must hold nothing but tensors and plain values, but names {unsafe[1]}, which could run "
+            "code. Ask for a .safetensors file, or, if you trust who wrote it, save its weights alone in a new file."
+        )
+    return (
+        f"{str(path)!r} must be a whole .safetensors file, or a whole .pth that PyTorch wrote, but cannot be read "
+        f"({_first_line(error)}). Download or copy it again."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def weight_sets(content: Any) -> list[str]:
+    """Which of "model" and "ema" a file holds, by its content."""
+    return [name for name in WRAPPERS if name == "model" or _nested(content, name) is not None]
+
+
+def select_weights(content: Any, weights: str = "model") -> dict[str, Tensor]:
+    """One set of weights in the content of a file; see `read_checkpoint`."""
+    if weights not in WRAPPERS:
+        raise ValueError(f"`weights` must be one of {list(WRAPPERS)}, got {weights!r}.")
+    if weights == "ema":
+        content = _nested(content, "ema")
+        if content is None:
+            raise ValueError("`weights` must be 'model' for this file, which holds no averaged weights, got 'ema'.")
+        if content and all(isinstance(value, Mapping) and isinstance(key, float) for key, value in content.items()):
+            if len(content) > 1:  # efficientvit and DC-Gen write one set for each decay
+                raise ValueError(
+                    f"the file holds averaged weights of the decays {sorted(content)}: pass one of them, as "
+                    "the dictionary in the file, in place of the path."
+                )
+            content = next(iter(content.values()))
+    for _ in range(MAX_DEPTH):
+        nested = _nested(content, "model")
+        if nested is None:
+            break
         content = nested
-    odd = [key for key, value in content.items() if not isinstance(value, Tensor)]
-    if odd or not content:
-        raise ValueError(f"the checkpoint must hold tensors, but {odd[0]!r} is none." if odd else "it is empty.")
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"the checkpoint must hold tensors by their names, but is {_kind(content)}.")
+    odd = next(
+        (key for key, value in content.items() if not isinstance(value, Tensor) or not isinstance(key, str)), None
+    )
+    if odd is not None:
+        raise ValueError(
+            f"the checkpoint must hold tensors by their names, but {str(odd)[:200]!r} is {_kind(content[odd])}."
+        )
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in content):
+            content = {key.removeprefix(prefix): value for key, value in content.items()}
     return {key.removeprefix(COMFY_PREFIX): value for key, value in content.items()}
 
 
-def _first_cause(error: BaseException) -> str:
-    while error.__context__ is not None:
-        error = error.__context__
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _nested(content: Any, weights: str) -> Mapping[Any, Any] | None:
+    """The dictionary under the first of the names in `WRAPPERS`."""
+    if not isinstance(content, Mapping):
+        return None
+    return next((content[key] for key in WRAPPERS[weights] if isinstance(content.get(key), Mapping)), None)
+
+
+def _kind(value: Any) -> str:
+    return (
+        "empty" if value is None or (isinstance(value, Mapping) and not value) else f"of type {type(value).__name__}"
+    )
 
 
 class FromOfficialFileMixin(FromOriginalModelMixin):
@@ -143,6 +256,7 @@ class FromOfficialFileMixin(FromOriginalModelMixin):
         subfolder: str | None = None,
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
+        weights: str = "model",
         **kwargs: Any,
     ) -> Self:
         """A model from one file in the layout of its authors, in eval mode. Needs no network for a file on disk.
@@ -153,6 +267,7 @@ class FromOfficialFileMixin(FromOriginalModelMixin):
             config: folder or Hub id with the `config.json` of the model; by default read off the tensors.
             subfolder: of `config`.
             torch_dtype, dtype: of the weights; by default the file's.
+            weights: "model", or "ema" for the averaged weights that the authors' trainers write beside them.
             kwargs: fields of the config that the file does not tell or tells wrongly, and `HUB_ARGUMENTS`.
 
         Raises:
@@ -161,7 +276,7 @@ class FromOfficialFileMixin(FromOriginalModelMixin):
         """
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         check_fields(cls, kwargs)
-        checkpoint = read_checkpoint(pretrained_model_link_or_path_or_dict or {}, **hub)
+        checkpoint = read_checkpoint(pretrained_model_link_or_path_or_dict or {}, weights, **hub)
         if config is not None:
             hub = {name: value for name, value in hub.items() if name != "disable_mmap"}
             kwargs = {**cls.load_config(config, subfolder=subfolder, **hub), **kwargs}  # type: ignore[attr-defined]

@@ -1,11 +1,16 @@
 """The authors' files of Sana, ControlNet and DC-AE: every variant, whole and damaged."""
 
+import os
+import random
+import zipfile
+
 import diffusers
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffusers_sana import AutoencoderDC, SanaTransformer2DModel, cli
+from diffusers_sana import AutoencoderDC, SanaControlNetModel, SanaTransformer2DModel, cli
 from diffusers_sana.loaders.sana_official import convert_sana_file, plan_sana_file
 from tests import tiny
 from tests.loaders.official_files import SANA, assert_equal_weights, official_dc, official_sana
@@ -104,8 +109,12 @@ def test_a_controlnet_and_its_base_in_one_file(tmp_path):
     plan = convert_sana_file(path, tmp_path / "controlnet", **HEADS)
     assert "SanaControlNetModel: " in str(plan)
     assert f"left out: {len(official_sana(base)) - len(shared) + 2} tensors" in str(plan)
+    assert "  wiring = 'nvlabs'" in str(plan)
+    assert SanaControlNetModel.from_pretrained(tmp_path / "controlnet").config["wiring"] == "nvlabs"
     loaded = diffusers.SanaControlNetModel.from_pretrained(tmp_path / "controlnet")
     assert_equal_weights(loaded, controlnet.state_dict())
+    assert SanaControlNetModel.from_single_file(path, **HEADS).config["wiring"] == "nvlabs"
+    assert SanaControlNetModel.from_single_file(path, wiring="diffusers", **HEADS).config["wiring"] == "diffusers"
     plan = plan_sana_file(path, component="transformer", **HEADS)
     assert plan.model.config.num_layers == 3
     assert_equal_weights(plan.model.transformer_blocks, base.transformer_blocks.state_dict())
@@ -146,24 +155,145 @@ def test_damaged_files(cls, tmp_path):
     for suffix in (".pth", ".safetensors"):
         path = write(tmp_path / f"cut{suffix}", whole)
         path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises(ValueError, match=rf"cut{suffix} must be a whole .safetensors file, or a .pth"):
+        with pytest.raises(ValueError, match=rf"cut{suffix}' must be a whole .safetensors file, .* Download or copy"):
             cls.from_single_file(path, **options)
     for checkpoint, message in (
         ({**whole, "blocks.0.adaln.weight": torch.zeros(1)}, "'blocks.0.adaln.weight' is unknown"),
         ({name: value for name, value in whole.items() if name != key}, "the file must have a tensor for '.*'"),
         ({**whole, key: whole[key][:-2]}, f"'{key}' must make"),
-        ({**whole, key: 3}, f"must hold tensors, but '{key}' is none"),
+        ({**whole, key: 3}, f"must hold tensors by their names, but '{key}' is of type int"),
     ):
         with pytest.raises(ValueError, match=message):
             cls.from_single_file(checkpoint, **options)
 
 
-def test_code_in_a_file_is_not_run(tmp_path):
-    torch.save({"state_dict": {"x_embedder.proj.weight": AssertionError}}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match=r"a .pth with nothing but tensors, but is not"):
-        plan_sana_file(tmp_path / "evil.pth")
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("place", ["state_dict", "rng_state", "numpy"])
+def test_code_in_a_file_is_not_run(place, is_zip, tmp_path):
+    bomb = Bomb(tmp_path / "made")
+    content = {"state_dict": official_sana(sana()), place: bomb}
+    if place == "numpy":
+        content["rng_state"] = np.array([bomb], dtype=object)
+    torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=is_zip)
+    for weights in ("model", "ema"):
+        with pytest.raises(
+            ValueError, match=r"evil.pth' must hold nothing but tensors .* names \w+.mkdir, which could"
+        ):
+            plan_sana_file(tmp_path / "evil.pth", weights=weights, **HEADS)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_file_of_another_model(tmp_path):
     with pytest.raises(ValueError, match="must be a file of Sana or DC-AE by the authors' names, but has 'a'"):
         plan_sana_file(write(tmp_path / "a.pth", {"a": torch.zeros(1)}))
+
+
+def trainer_file(path, model, average):
+    """What the authors' trainer saves: weights, averages, optimizer, schedule, states of random numbers."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=np.float64(1e-3))
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    rng = {"torch": torch.get_rng_state(), "torch_cuda": [], "numpy": np.random.get_state()}
+    content = {"state_dict": official_sana(model), "state_dict_ema": official_sana(average)}
+    content |= {"optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict(), "epoch": 1}
+    rng |= {"python": random.getstate(), "generator": torch.Generator().get_state()}
+    torch.save({**content, "rng_state": rng}, path)
+    return path
+
+
+@pytest.mark.parametrize("numpy_names", ["numpy._core", "numpy.core"])
+def test_a_file_of_the_authors_trainer(numpy_names, tmp_path, capsys):
+    model, average = sana(), sana(num_layers=3)
+    path = trainer_file(tmp_path / "epoch_1_step_7.pth", model, average)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / "other.pth", "w") as target:
+        for name in source.namelist():  # NumPy 1 and 2 name their functions differently
+            data = source.read(name)
+            if name.endswith("data.pkl"):
+                assert b"numpy._core" in data or b"numpy.core" in data
+                data = data.replace(b"numpy._core", b"numpy.core").replace(b"numpy.core", numpy_names.encode())
+            target.writestr(name, data)
+    path = tmp_path / "other.pth"
+    assert_equal_weights(SanaTransformer2DModel.from_single_file(path, **HEADS), model.state_dict())
+    loaded = SanaTransformer2DModel.from_single_file(path, weights="ema", **HEADS)
+    assert_equal_weights(loaded, average.state_dict())
+    assert np.ndarray not in torch.serialization.get_safe_globals()  # the list belongs to the user
+
+    command = ["convert", str(path), "--set", "num_cross_attention_heads=2", "--weights", "ema"]
+    cli.main([*command, "-o", str(tmp_path / "out")])
+    assert "weights: ema; the file also holds model" in capsys.readouterr().out
+    assert_equal_weights(SanaTransformer2DModel.from_pretrained(tmp_path / "out"), average.state_dict())
+
+
+def test_averaged_weights_of_other_trainers(tmp_path):
+    """efficientvit's and DC-Gen's, which write a set for each decay."""
+    model = sana()
+    named = {f"0.{key}": value for key, value in official_sana(model).items()}
+    content = {"model_state_dict": named, "ema": {0.999: named}}
+    for weights in ("model", "ema"):
+        loaded = SanaTransformer2DModel.from_single_file(content, weights=weights, **HEADS)
+        assert_equal_weights(loaded, model.state_dict())
+    for change, weights, message in (
+        ({"ema": {0.9: named, 0.99: named}}, "ema", r"averaged weights of the decays \[0.9, 0.99\]"),
+        ({"ema": None}, "ema", "`weights` must be 'model' for this file"),
+        ({}, "average", r"`weights` must be one of \['model', 'ema'\], got 'average'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SanaTransformer2DModel.from_single_file({**content, **change}, weights=weights, **HEADS)
+
+
+def test_odd_nesting_ends(tmp_path):
+    itself: dict = {}
+    itself["state_dict"] = itself
+    two: dict = {"model": {}}
+    two["model"]["state_dict"] = two
+    deep: dict = {"x": torch.zeros(1)}
+    for _ in range(200):
+        deep = {"module": deep}
+    for content in (itself, two, {"ema": itself}, deep, {0: {}}, {"state_dict": []}, [1], torch.zeros(1), {}):
+        torch.save(content, tmp_path / "odd.pth")
+        with pytest.raises(ValueError, match="must hold tensors by their names"):
+            plan_sana_file(tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match="must hold tensors by their names"):
+        SanaTransformer2DModel.from_single_file({"ema": itself}, weights="ema")
+
+
+@pytest.mark.parametrize("place", ["missing.pth", "no/such.pth", "/no/such/file.pth", "./a/b/c.pth"])
+def test_no_such_file(place):
+    with pytest.raises(FileNotFoundError, match=f"'{place}' must be a file, or the address of one on the Hub"):
+        SanaTransformer2DModel.from_single_file(place)
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("owner/name/sub/m.pth", {"repo_id": "owner/name", "filename": "sub/m.pth", "revision": None}),
+        ("https://huggingface.co/owner/name/blob/v1/sub/m.pth",
+         {"repo_id": "owner/name", "filename": "sub/m.pth", "revision": "v1"}),
+        ("https://huggingface.co/owner/name/resolve/main/m.pth",
+         {"repo_id": "owner/name", "filename": "m.pth", "revision": "main"}),
+    ],
+)  # fmt: skip
+def test_addresses_on_the_hub(address, expected, tmp_path, monkeypatch):
+    asked = {}
+
+    def download(repo_id, filename, **kwargs):
+        asked.update(repo_id=repo_id, filename=filename, **kwargs)
+        return str(write(tmp_path / "m.pth", official_sana(sana())))
+
+    monkeypatch.setattr("diffusers_sana.models.single_file.hf_hub_download", download)
+    SanaTransformer2DModel.from_single_file(address, token="secret", cache_dir=None, **HEADS)
+    assert asked == {**expected, "token": "secret"}
 
 
 def test_a_pipeline_around_the_file(tmp_path, capsys):

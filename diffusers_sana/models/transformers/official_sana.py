@@ -134,6 +134,8 @@ def _config(checkpoint: Mapping[str, Tensor], class_name: str, fields: Mapping[s
     if class_name == TRANSFORMER:
         config["out_channels"] = _shape(checkpoint, "final_layer.linear.weight", 2)[0] // patch_size**2
         config["guidance_embeds"] = "cfg_embedder.mlp.0.weight" in checkpoint
+    else:
+        config["wiring"] = "nvlabs"  # only the authors' files have these names, and they were trained in this wiring
     if f"{block}.attn.q_norm.weight" in checkpoint:
         config["qk_norm"] = "rms_norm_across_heads"
     return {**config, **fields}
