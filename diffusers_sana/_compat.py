@@ -1,5 +1,301 @@
 """Every private or young name of a host library that the package uses, and the versions it was tested with.
 
-Other modules import such names from here. A name that a host's version lacks costs the feature that needs it, with an
-error that names the host, the version found and the versions that work; it never costs the import of this package.
+Other modules import such names from here, and read such attributes with `private`. A name that a host's version lacks
+costs the feature that needs it, with an error that names the host, the version found and the versions that work; it
+never costs the import of this package. Importing this module imports no host: names are looked up on first use.
+
+`tests/test_architecture.py` finds private names that are not listed here, `tests/test_compat.py` listed names that the
+installed versions lack. To add a name, add a line to `IMPORTS` or `ATTRIBUTES`.
 """
+
+import inspect
+import logging
+import re
+import sys
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module, metadata
+from operator import attrgetter
+from typing import Any
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Host:
+    """A library that we plug into, and the versions that the tests ran with.
+
+    Attributes:
+        lowest: the oldest version, which `pyproject.toml` asks for.
+        highest: the newest version, as "major.minor": all of its patch releases count as tested.
+    """
+
+    lowest: str
+    highest: str
+
+
+HOSTS = {
+    "accelerate": Host("1.10", "1.15"),
+    "diffusers": Host("0.42", "0.42"),
+    "peft": Host("0.17", "0.21"),
+    "torch": Host("2.8", "2.13"),
+    "transformers": Host("5.17", "5.23"),
+    "triton": Host("3.4", "3.9"),
+}
+
+
+@dataclass(frozen=True)
+class HostName:
+    """A name of a host.
+
+    Attributes:
+        where: "module:name", for an attribute of a class "module:Class".
+        feature: what is lost without it.
+        since: the first version that has it, where that is not the host's `lowest`.
+        in_source: only instances have the attribute, so the class cannot be asked for it, only its module's source.
+    """
+
+    where: str
+    feature: str
+    since: str = ""
+    in_source: bool = False
+
+    @property
+    def host(self) -> str:
+        return self.where.partition(".")[0].partition(":")[0]
+
+    @property
+    def oldest(self) -> str:
+        return self.since or HOSTS[self.host].lowest
+
+
+VILA_U = "VILA-U"
+STEP_CACHES = "step caches (`enable_cache`)"
+QUANTIZED = "loading SVDQuant models"
+QUANTIZED_LORA = "LoRA on SVDQuant models"
+CONTEXT_PARALLEL = "context parallelism (`enable_parallelism`)"
+KERNELS = "the Triton kernels"
+COMPILED_BLOCKS = "`compile_repeated_blocks`"
+PROMPT_PREFIX = "keeping what the text encoder makes of the instruction"
+SEVERAL_RUNS = "several training runs in one process"
+DEVICE_MAPS = "device maps and offloading"
+
+# Name -> where it comes from. `from diffusers_sana._compat import NAME` looks it up.
+IMPORTS = {
+    "ContextParallelInput": HostName("diffusers.models._modeling_parallel:ContextParallelInput", CONTEXT_PARALLEL),
+    "ContextParallelOutput": HostName("diffusers.models._modeling_parallel:ContextParallelOutput", CONTEXT_PARALLEL),
+    "TransformerBlockMetadata": HostName("diffusers.hooks._helpers:TransformerBlockMetadata", STEP_CACHES),
+    "fetch_state_dict": HostName("diffusers.loaders.lora_base:_fetch_state_dict", "loading LoRA files"),
+    "tree_map_only": HostName("torch.utils._pytree:tree_map_only", QUANTIZED_LORA),
+    # Of transformers 5, without a promise to stay.
+    "ConversionOps": HostName("transformers.core_model_loading:ConversionOps", QUANTIZED),
+    "PilBackend": HostName("transformers.image_processing_backends:PilBackend", VILA_U),
+    "SubConfigSpec": HostName("transformers.configuration_utils:SubConfigSpec", VILA_U, since="5.20"),
+    "capture_outputs": HostName("transformers.utils.output_capturing:capture_outputs", VILA_U),
+    "merge_with_config_defaults": HostName("transformers.utils.generic:merge_with_config_defaults", VILA_U),
+    "slice_logits_to_keep": HostName("transformers.modeling_utils:slice_logits_to_keep", VILA_U, since="5.21"),
+    "torch_compilable_check": HostName("transformers.utils.import_utils:torch_compilable_check", VILA_U),
+    # Public, and young or without documentation.
+    "triton_driver": HostName("triton.runtime:driver", KERNELS),
+    "triton_knobs": HostName("triton:knobs", KERNELS),
+}
+
+_MODULE = "torch.nn.modules.module:Module"
+_DIFFUSERS_MODEL = "diffusers.models.modeling_utils:ModelMixin"
+_PIPELINE = "diffusers.pipelines.pipeline_utils:DiffusionPipeline"
+_CACHES = "diffusers.models.cache_utils:CacheMixin"
+_PRETRAINED = "transformers.modeling_utils:PreTrainedModel"
+_CONFIG = "transformers.configuration_utils:PreTrainedConfig"
+_GENERATION = "transformers.generation.utils:GenerationMixin"
+_IMAGE_PROCESSOR = "transformers.image_processing_utils:BaseImageProcessor"
+_ACCELERATOR = "accelerate.state:AcceleratorState"
+_QUANTIZERS = ("diffusers.quantizers.base:DiffusersQuantizer", "transformers.quantizers.base:HfQuantizer")
+
+# Attribute -> the classes of the hosts that have it. Either we read it, or the host reads ours, and a new name for it
+# would mean that ours is passed over in silence.
+ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
+    # Read or called by us.
+    "_C": (HostName("torch:", QUANTIZED_LORA),),
+    "_attn_implementation": (HostName(_CONFIG, VILA_U),),
+    "_cache_config": (HostName(_CACHES, STEP_CACHES),),
+    "_buffers": (HostName(_MODULE, PROMPT_PREFIX, in_source=True),),
+    "_compiled_call_impl": (HostName(_MODULE, PROMPT_PREFIX),),
+    "_diffusers_hook": (HostName("diffusers.hooks.hooks:HookRegistry", "CUDA graphs", in_source=True),),
+    "_execution_device": (HostName(_PIPELINE, "all pipelines"),),
+    "_expand_multimodal_outputs": (HostName(_GENERATION, VILA_U),),
+    "_flattened_mesh": (
+        HostName("diffusers.models._modeling_parallel:ContextParallelConfig", CONTEXT_PARALLEL, in_source=True),
+    ),
+    "_forward_hooks": (HostName(_MODULE, "all models", in_source=True),),
+    "_forward_pre_hooks": (HostName(_MODULE, "all models", in_source=True),),
+    "_from_config": (HostName(_PRETRAINED, VILA_U),),
+    "_get_init_keys": (HostName(_PIPELINE, "messages for incomplete folders"),),
+    "_get_signature_keys": (HostName(_PIPELINE, "`from_pipe`"),),
+    "_hf_hook": (HostName("accelerate.hooks:ModelHook", "offloading of VILA-U, CUDA graphs", in_source=True),),
+    "_is_hf_initialized": (HostName(_PRETRAINED, QUANTIZED, in_source=True),),
+    "_is_quantized": (HostName("transformers.quantizers.base:HfQuantizer", QUANTIZED, in_source=True),),
+    "_keep_in_fp32_modules": (HostName(_DIFFUSERS_MODEL, QUANTIZED), HostName(_PRETRAINED, QUANTIZED)),
+    "_make_wrapper_subclass": (HostName("torch:Tensor", QUANTIZED_LORA),),
+    "_merge_kwargs": (HostName("transformers.processing_utils:ProcessorMixin", VILA_U),),
+    "_modules": (HostName(_MODULE, PROMPT_PREFIX, in_source=True),),
+    "_mixed_precision": (HostName(_ACCELERATOR, SEVERAL_RUNS, in_source=True),),
+    "_name_or_path": (HostName(_CONFIG, "the report of `quantize`", in_source=True),),
+    "_parallel_config": (HostName(_DIFFUSERS_MODEL, "step caches under context parallelism"),),
+    "_parameters": (HostName(_MODULE, PROMPT_PREFIX, in_source=True),),
+    "_progress_bar_config": (HostName(_PIPELINE, "progress bars", in_source=True),),
+    "_register_state_dict_hook": (HostName(_MODULE, QUANTIZED_LORA),),
+    "_reset_state": (HostName(_ACCELERATOR, SEVERAL_RUNS),),
+    "_reset_stateful_cache": (HostName(_CACHES, STEP_CACHES),),
+    "_shared_state": (HostName(_ACCELERATOR, SEVERAL_RUNS),),
+    "_text_preprocessing": (HostName("diffusers.pipelines.sana.pipeline_sana:SanaPipeline", "`clean_caption=True`"),),
+    "_unconditional_conditional_input_kwargs_identifiers": (
+        HostName("diffusers.hooks.faster_cache:FasterCacheConfig", STEP_CACHES),
+    ),
+    "_version": (HostName("torch:Tensor", "caches of what was computed from weights"),),
+    # Defined by us, read or called by the hosts.
+    "_apply": (HostName(_MODULE, "moving models between devices and dtypes"),),
+    "_can_compile_fullgraph": (HostName(_PRETRAINED, VILA_U),),
+    "_can_record_outputs": (HostName(_PRETRAINED, VILA_U),),
+    "_compatibles": (HostName("diffusers.schedulers.scheduling_utils:SchedulerMixin", "`scheduler.compatibles`"),),
+    "_cp_plan": (HostName(_DIFFUSERS_MODEL, CONTEXT_PARALLEL),),
+    "_get_logits_processor": (HostName(_GENERATION, VILA_U),),
+    "_init_weights": (HostName(_PRETRAINED, VILA_U),),
+    "_input_embed_layer": (HostName("transformers.modeling_utils:EmbeddingAccessMixin", VILA_U),),
+    "_keys_to_ignore_on_save": (HostName(_PRETRAINED, VILA_U),),
+    "_load_from_state_dict": (HostName(_MODULE, "loading weights"),),
+    "_no_split_modules": (HostName(_DIFFUSERS_MODEL, DEVICE_MAPS), HostName(_PRETRAINED, DEVICE_MAPS)),
+    "_preprocess": (HostName(_IMAGE_PROCESSOR, VILA_U),),
+    "_process_model_after_weight_loading": tuple(HostName(where, QUANTIZED) for where in _QUANTIZERS),
+    "_process_model_before_weight_loading": tuple(HostName(where, QUANTIZED) for where in _QUANTIZERS),
+    "_repeated_blocks": (HostName(_DIFFUSERS_MODEL, COMPILED_BLOCKS),),
+    "_skip_keys_device_placement": (HostName(_PRETRAINED, DEVICE_MAPS),),
+    "_skip_layerwise_casting_patterns": (HostName(_DIFFUSERS_MODEL, "`enable_layerwise_casting`"),),
+    "_supports_attention_backend": (HostName(_PRETRAINED, VILA_U),),
+    "_supports_flash_attn": (HostName(_PRETRAINED, VILA_U),),
+    "_supports_flex_attn": (HostName(_PRETRAINED, VILA_U),),
+    "_supports_gradient_checkpointing": (HostName(_DIFFUSERS_MODEL, "gradient checkpointing"),),
+    "_supports_sdpa": (HostName(_PRETRAINED, VILA_U),),
+    "_tied_weights_keys": (HostName(_PRETRAINED, VILA_U),),
+    "_validate_preprocess_kwargs": (HostName(_IMAGE_PROCESSOR, VILA_U),),
+}
+
+
+class MissingHostName(ImportError):
+    """The installed version of a host lacks a name that a feature needs."""
+
+
+def private(owner: Any, name: str) -> Any:
+    """`owner.name`, for a name in `ATTRIBUTES`.
+
+    Raises:
+        MissingHostName: the installed version has no such attribute.
+    """
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        raise _missing(ATTRIBUTES[name][0], name) from error
+
+
+def onednn_computes(dtype: Any) -> bool:
+    """Whether oneDNN has instructions of this processor for matrix products of `torch.bfloat16` or `torch.float16`.
+
+    False for builds of PyTorch without oneDNN, such as those for Apple silicon, which lack the operators to ask.
+    """
+    import torch
+
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    try:
+        return bool(getattr(torch.ops.mkldnn, name)())
+    except Exception:  # whatever a build of PyTorch makes of the question
+        return False
+
+
+def cpu_has_vnni() -> bool:
+    """Whether this processor adds 8-bit products in 32 bits. False where PyTorch cannot tell."""
+    import torch
+
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)
+    return supported is not None and bool(supported())
+
+
+def upstream_instruction() -> tuple[str, ...]:
+    """The lines that diffusers' Sana pipelines put before a prompt by default ("complex human instruction").
+
+    Raises:
+        MissingHostName: the installed diffusers has no such argument.
+    """
+    from diffusers.pipelines.sana.pipeline_sana import SanaPipeline
+
+    argument = inspect.signature(SanaPipeline.__call__).parameters.get("complex_human_instruction")
+    if argument is None:
+        where = "diffusers.pipelines.sana.pipeline_sana:SanaPipeline"
+        raise _missing(HostName(where, "the instruction before a prompt"), "__call__(complex_human_instruction)")
+    return tuple(argument.default)
+
+
+def version_of(host: str) -> str:
+    """The installed version of a host, "" where it is not installed."""
+    version = getattr(sys.modules.get(host), "__version__", None)
+    if version is not None:
+        return str(version)
+    try:
+        return metadata.version(host)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with: (2, 13, 0) for "2.13.0+cpu", (5, 0) for "5.0rc1"."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(number) for number in match[0].split(".")) if match else ()
+
+
+@cache
+def warn_if_untested(host: str) -> None:
+    """Says once in a process that the installed version of a host is not one that the tests ran with."""
+    tested, found = HOSTS[host], version_of(host)
+    if not found:
+        return
+    if release(found) < release(tested.lowest):
+        logger.warning(
+            f"{host} {found} is older than {tested.lowest}, the oldest version that diffusers_sana supports. "
+            f'Run `pip install -U "{host}>={tested.lowest}"`.'
+        )
+    elif release(found)[:2] > release(tested.highest):
+        logger.warning(
+            f"{host} {found} is newer than {tested.highest}, the newest version that this diffusers_sana was tested "
+            f"with. It may work; if a feature fails, upgrade diffusers_sana or install {host} {tested.highest}."
+        )
+
+
+def _missing(name: HostName, attribute: str = "") -> MissingHostName:
+    place = name.where.replace(":", ".") + (f".{attribute}" if attribute else "")
+    host, found = name.host, version_of(name.host)
+    remedy = f'Run `pip install -U "{host}>={name.oldest}"`.'
+    if not found:
+        return MissingHostName(f"{name.feature} needs {host}, which is not installed. {remedy}")
+    if release(found) >= release(name.oldest):
+        remedy = f"Upgrade diffusers_sana, or install one of these versions of {host}."
+    return MissingHostName(
+        f"{name.feature} needs `{place}`, which {host} {found} does not have; "
+        f"{host} {name.oldest} to {HOSTS[host].highest} have it. {remedy}"
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in IMPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    entry = IMPORTS[name]
+    module, _, path = entry.where.partition(":")
+    warn_if_untested(entry.host)
+    try:
+        value = attrgetter(path)(import_module(module))
+    except (AttributeError, ModuleNotFoundError) as error:
+        raise _missing(entry) from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *IMPORTS])

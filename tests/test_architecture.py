@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import diffusers_sana
+from diffusers_sana import _compat
 
 
 ROOT = Path(diffusers_sana.__file__).parent
@@ -60,10 +61,73 @@ def test_imports(path: Path):
         of_its_own = {"dispatch.py": {"diffusers"}}.get(path.name, set())  # diffusers' logger
         if path.parent.name == "triton":
             of_its_own = {"triton"}
-            assert all(name.startswith("diffusers_sana.kernels.triton") for name in modules if "sana" in name)
+            allowed = ("diffusers_sana.kernels.triton", "diffusers_sana._compat")
+            assert all(name.startswith(allowed) for name in modules if "sana" in name)
         assert roots <= {"torch", "diffusers_sana", *of_its_own, *sys.stdlib_module_names}
     assert "triton" not in roots or path.parent == ROOT / "kernels" / "triton"
     assert "pickle" not in roots
+
+
+def own_names() -> set[str]:
+    """Every name that some file of the package defines, as a function, class, variable or attribute."""
+    names = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                names |= {node.attr} if ast.unparse(node.value) in ("self", "cls") else set()
+    return names
+
+
+OWN_NAMES = own_names()
+# Fields of the files of diffusers and transformers, and a method of Python's named tuples.
+NOT_OF_HOSTS = {"_asdict", "_class_name", "_fields", "_name_or_path", "_use_default_values"}
+
+
+def host_names_in(path: Path) -> set[tuple[int, str]]:
+    """Private names that the file imports from hosts, or asks an object for, and that are not the package's own."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("diffusers_sana"):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.Subscript):
+            names = [node.slice.value] if isinstance(node.slice, ast.Constant) else []
+        elif isinstance(node, ast.Call):  # getattr(x, "_name"), vars(x).get("_name")
+            asks = ast.unparse(node.func).endswith(("getattr", "setattr", "hasattr", ".get", ".pop"))
+            names = [argument.value for argument in node.args[:2] if asks and isinstance(argument, ast.Constant)]
+        found |= {
+            (node.lineno, name)
+            for name in names
+            if isinstance(name, str) and name.startswith("_") and not name.startswith("__")
+            if name not in OWN_NAMES | NOT_OF_HOSTS
+        }
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_private_names_of_hosts(path: Path):
+    """They stand in `_compat.py`, with what is lost where a version lacks them."""
+    if path.name == "_compat.py":
+        return
+    unlisted = {(line, name) for line, name in host_names_in(path) if name not in _compat.ATTRIBUTES}
+    assert not unlisted, f"list in ATTRIBUTES or IMPORTS of _compat.py: {sorted(unlisted)}"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    listed = {(name.where.partition(":")[0], name.where.partition(":")[2]) for name in _compat.IMPORTS.values()}
+    imported = {
+        (node.module, alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert not imported & listed, "import these from _compat.py"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -17,6 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from diffusers_sana._compat import cpu_has_vnni
 from diffusers_sana.kernels.low_bit import nonzero, pad_features, requantize_rows
 
 
@@ -51,7 +52,7 @@ def is_supported() -> bool:
 @cache
 def levels() -> int:
     """The largest integer that a weight may become."""
-    return 127 if torch.cpu._is_vnni_supported() else 63
+    return 127 if cpu_has_vnni() else 63
 
 
 def prepare(

@@ -5,20 +5,14 @@ times slower than fp32 (AVX2) or worse. There our operations convert to fp32, co
 faster, and closer to fp32. Weights stay half precision in memory; only the piece at work is converted.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
-
-@cache
-def _cpu_has_native(dtype: torch.dtype) -> bool:
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+from diffusers_sana._compat import onednn_computes
 
 
-_CPU_DTYPES = {dtype: dtype if _cpu_has_native(dtype) else torch.float32 for dtype in (torch.bfloat16, torch.float16)}
+# Asked once and here, where it cannot fail: `torch.compile` traces the look-up, and could not trace the question.
+_CPU_DTYPES = {dtype: dtype if onednn_computes(dtype) else torch.float32 for dtype in (torch.bfloat16, torch.float16)}
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:

@@ -22,6 +22,7 @@ from transformers import AutoConfig
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import has_file
 
+from diffusers_sana._compat import private
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 from diffusers_sana.models.vila_u.media_vila_u import is_video
 from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGeneration
@@ -90,7 +91,7 @@ class VilaUPipeline(DiffusionPipeline):
         of_hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         is_pipeline = has_file(path, cls.config_name, **of_hub) or not has_file(path, CONFIG_NAME, **of_hub)
         if folder.is_dir() and is_pipeline:
-            check_complete(folder, cls._get_init_keys(cls) - kwargs.keys())
+            check_complete(folder, private(cls, "_get_init_keys")(cls) - kwargs.keys())
         elif folder.is_dir() and kwargs.get("processor") is None:
             check_processor(folder)
         try:

@@ -30,6 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from diffusers_sana._compat import private
 from diffusers_sana.training.batches import Batches, iterate_batches
 from diffusers_sana.training.config import TrainingConfig
 from diffusers_sana.training.plots import plot_losses
@@ -39,8 +40,11 @@ from diffusers_sana.training.schedules import budget_used, learning_rate_factor
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The Accelerator of a run. Make one before anything asks which process this is: it finds that out."""
-    if AcceleratorState._shared_state.get("_mixed_precision", config.mixed_precision) != config.mixed_precision:
-        AcceleratorState._reset_state()  # an earlier run in this process, in another precision, is over
+    if (
+        private(AcceleratorState, "_shared_state").get("_mixed_precision", config.mixed_precision)
+        != config.mixed_precision
+    ):
+        private(AcceleratorState, "_reset_state")()  # an earlier run in this process, in another precision, is over
     return Accelerator(
         mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
     )

@@ -11,14 +11,14 @@ An empty negative prompt is encoded without the instruction as BOS alone. BOS at
 vector is the same in both; a prompt is dropped by masking all but the first vector.
 """
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import SanaPipeline
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+
+from diffusers_sana._compat import upstream_instruction
 
 
 @dataclass
@@ -41,8 +41,7 @@ class PromptTokens:
 
 def complex_human_instruction() -> str:
     """The instruction that diffusers' Sana pipelines put before a prompt."""
-    lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
-    return "\n".join(lines)
+    return "\n".join(upstream_instruction())
 
 
 def tokenize_prompts(

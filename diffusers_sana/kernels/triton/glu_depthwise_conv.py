@@ -23,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from diffusers_sana._compat import triton_knobs
+
 
 COLUMNS = 4  # even: sigmoids are taken in pairs
 STRIPS = 4  # of a program, one a warp
@@ -42,7 +44,7 @@ def strip_rows(across: int, height: int, strips: int) -> int:
     return rows
 
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter has no libdevice
+INTERPRETED = tl.constexpr(triton_knobs.runtime.interpret)  # the interpreter has no libdevice
 
 
 @triton.jit

@@ -7,17 +7,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
+
+from diffusers_sana._compat import triton_driver, triton_knobs
 
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = triton_knobs.runtime.interpret
 
 
 def architecture() -> int:
     """NVIDIA's compute capability without the dot, e.g. 90; 0 for anything else."""
     if INTERPRETED:
         return 0
-    target = driver.active.get_current_target()
+    target = triton_driver.active.get_current_target()
     return target.arch if target.backend == "cuda" else 0
 
 

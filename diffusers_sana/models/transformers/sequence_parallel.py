@@ -14,10 +14,24 @@ import torch.distributed as dist
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
+from diffusers_sana._compat import MissingHostName, private
+
 
 def group_of(config: Any) -> dist.ProcessGroup:
     """The processes that share a picture, from the `ParallelConfig` that `enable_parallelism` has set up."""
-    return config.context_parallel_config._flattened_mesh.get_group()
+    return private(config.context_parallel_config, "_flattened_mesh").get_group()
+
+
+def split_plan() -> dict[str, Any] | None:
+    """Where diffusers splits the rows of tokens between processes and gathers them; None where it cannot."""
+    try:
+        from diffusers_sana._compat import ContextParallelInput, ContextParallelOutput
+    except MissingHostName:
+        return None
+    return {
+        "patch_embed.flatten": {"input": ContextParallelInput(split_dim=1, expected_dims=4)},
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
 
 
 def all_reduced(tensor: Tensor, config: Any) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks import HookRegistry
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import (
     PixArtAlphaTextProjection,
@@ -40,7 +39,7 @@ from diffusers_sana.models.transformers.attention_sana import (
 )
 from diffusers_sana.models.transformers.cache_sana import SanaCacheMixin
 from diffusers_sana.models.transformers.official_sana import TRANSFORMER, read_official_sana
-from diffusers_sana.models.transformers.sequence_parallel import SequenceParallelMixin
+from diffusers_sana.models.transformers.sequence_parallel import SequenceParallelMixin, split_plan
 from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTextMixin, check_widths
 
 
@@ -299,10 +298,7 @@ class SanaTransformer2DModel(
     # `encode_text` calls these outside of `forward`, so each must bring its own weights onto the device.
     _group_offload_block_modules = ["caption_projection", "caption_norm"]
     # Rows of tokens go to the processes, and what becomes of them comes together at the end.
-    _cp_plan = {  # type: ignore[assignment]
-        "patch_embed.flatten": {"input": ContextParallelInput(split_dim=1, expected_dims=4)},
-        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
-    }
+    _cp_plan = split_plan()  # type: ignore[assignment]
     _read_official = staticmethod(partial(read_official_sana, class_name=TRANSFORMER))
 
     @register_to_config

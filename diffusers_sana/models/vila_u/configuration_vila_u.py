@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+
+from diffusers_sana._compat import SubConfigSpec
 
 
 class NeverCopied:

@@ -16,9 +16,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
+from diffusers_sana._compat import capture_outputs, merge_with_config_defaults
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUDepthConfig
 
 

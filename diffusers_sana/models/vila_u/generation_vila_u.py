@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import CompileConfig, GenerateDecoderOnlyOutput, GenerationConfig, GenerationMixin
 from transformers.utils import logging
 
+from diffusers_sana._compat import private
 from diffusers_sana.models.vila_u.batching_vila_u import (
     LogitsProcessorsWithoutPlaceholder,
     cache_for,
@@ -171,7 +172,9 @@ class VilaUGenerationMixin(GenerationMixin):
         if pixel_values is not None:
             mm_encoder_outputs = {"image": self.get_image_features(pixel_values, return_dict=True)}
         if mm_encoder_outputs and num_return_sequences > 1:
-            mm_encoder_outputs = self._expand_multimodal_outputs(input_ids, mm_encoder_outputs, num_return_sequences)  # type: ignore[arg-type]
+            mm_encoder_outputs = private(self, "_expand_multimodal_outputs")(
+                input_ids, mm_encoder_outputs, num_return_sequences
+            )  # type: ignore[arg-type]
         ids, mask = rows_of_samples("input_ids", input_ids, attention_mask, pad, samples)
         is_guided = bool((scales_by_cell != 1).any())
         if is_guided:

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from diffusers_sana._compat import PilBackend
 from diffusers_sana.models.vila_u.configuration_vila_u import NeverCopied
 
 

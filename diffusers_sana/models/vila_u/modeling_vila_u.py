@@ -16,10 +16,9 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import ModelOutput, can_return_tuple
-from transformers.utils.import_utils import torch_compilable_check
 
+from diffusers_sana._compat import slice_logits_to_keep, torch_compilable_check
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 from diffusers_sana.models.vila_u.depth_vila_u import VilaUDepthTransformer
 from diffusers_sana.models.vila_u.generation_vila_u import VilaUGenerationMixin

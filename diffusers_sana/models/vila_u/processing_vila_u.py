@@ -7,6 +7,7 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs
 
+from diffusers_sana._compat import private
 from diffusers_sana.models.vila_u.configuration_vila_u import NeverCopied
 from diffusers_sana.models.vila_u.image_processing_vila_u import VilaUImageProcessorKwargs
 from diffusers_sana.models.vila_u.labels_vila_u import labels_of, places_of_tokens
@@ -120,7 +121,9 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
             raise ValueError(f"`text` must be a string or a list of strings, got {text!r}.")
         if "padding_side" not in kwargs.get("text_kwargs", {}):
             kwargs.setdefault("padding_side", "left")  # whatever the tokenizer has: the model writes at the right
-        options: dict[str, Any] = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        options: dict[str, Any] = private(self, "_merge_kwargs")(
+            tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
         mode = options["generation_mode"]
         if mode not in START_TOKENS:
             raise ValueError(f"`generation_mode` must be one of {tuple(START_TOKENS)}, got {mode!r}.")

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
-from transformers.utils.output_capturing import capture_outputs
 
+from diffusers_sana._compat import capture_outputs
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUVisionConfig
 from diffusers_sana.models.vila_u.decoder_vila_u import VilaUPixelDecoder, resize_latents
 from diffusers_sana.models.vila_u.quantizer_vila_u import VilaUResidualQuantizer

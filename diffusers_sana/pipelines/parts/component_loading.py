@@ -8,6 +8,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from safetensors import SafetensorError
 
+from diffusers_sana._compat import private
 from diffusers_sana._entries import PACKAGE, UPSTREAM_NAMES
 from diffusers_sana.pipelines.parts.folder_check import check_complete, check_readable
 
@@ -28,7 +29,7 @@ class ComponentLoading(DiffusionPipeline):
         """
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir():
-            check_complete(folder, cls._get_init_keys(cls) - kwargs.keys())
+            check_complete(folder, private(cls, "_get_init_keys")(cls) - kwargs.keys())
         try:
             return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
         except (SafetensorError, ValueError):  # of JSON and of text encodings: kinds of ValueError
@@ -48,7 +49,7 @@ class ComponentLoading(DiffusionPipeline):
         }
         init_dict, unknown, hidden = super().extract_init_dict(config_dict, **kwargs)
         if unknown:
-            known = sorted(cls._get_init_keys(cls) - {"self"})
+            known = sorted(private(cls, "_get_init_keys")(cls) - {"self"})
             raise ValueError(
                 f"`{'`, `'.join(unknown)}`: neither a component of {cls.__name__} nor an argument of"
                 f" `from_pretrained`. The components are {known}."
@@ -76,7 +77,7 @@ class ComponentLoading(DiffusionPipeline):
             ValueError: for an argument that is no component, and for a component that neither has.
         """
         dtype: torch.dtype | None = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        names, _ = cls._get_signature_keys(cls)
+        names, _ = private(cls, "_get_signature_keys")(cls)
         if unknown := sorted(kwargs.keys() - names):
             raise ValueError(f"`{'`, `'.join(unknown)}`: no component of {cls.__name__}, which has {sorted(names)}.")
         components = {name: part for name, part in pipeline.components.items() if name in names} | kwargs

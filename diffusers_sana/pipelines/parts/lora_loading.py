@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers.loaders import SanaLoraLoaderMixin
-from diffusers.loaders.lora_base import _fetch_state_dict
 from torch import Tensor
 from transformers.utils import cached_file
 
@@ -48,8 +47,10 @@ class LoraLoading(SanaLoraLoaderMixin):
                 f"`weight_name` must be a safetensors file, got {weight_name!r}. Others can run code when they are"
                 " loaded; convert it first."
             )
+        from diffusers_sana._compat import fetch_state_dict  # here, so that a missing one costs LoRA files only
+
         hub = {name: kwargs.get(name) for name in HUB_ARGUMENTS}
-        state_dict, metadata = _fetch_state_dict(
+        state_dict, metadata = fetch_state_dict(
             pretrained_model_name_or_path_or_dict=source if isinstance(source, dict) else str(source),
             weight_name=weight_name,
             use_safetensors=True,

@@ -7,7 +7,6 @@ instruction.
 Legend: B prompts, L text tokens, C width of the language model.
 """
 
-import inspect
 from collections.abc import Sequence
 
 import torch
@@ -16,13 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diffusers_sana._compat import private, upstream_instruction
 from diffusers_sana.pipelines.parts.prefix_cache import hidden_states
 
 
 # The lines of the default instruction, as the installed diffusers has them.
-COMPLEX_HUMAN_INSTRUCTION: tuple[str, ...] = tuple(
-    inspect.signature(UpstreamSanaPipeline.__call__).parameters["complex_human_instruction"].default
-)
+COMPLEX_HUMAN_INSTRUCTION: tuple[str, ...] = upstream_instruction()
 
 
 def clean_captions(captions: Sequence[str], clean_caption: bool = False) -> list[str]:
@@ -34,7 +32,7 @@ def clean_captions(captions: Sequence[str], clean_caption: bool = False) -> list
         return [caption.lower().strip() for caption in captions]
     # The method reads class attributes only, so an empty instance serves.
     cleaner = object.__new__(UpstreamSanaPipeline)
-    return cleaner._text_preprocessing(list(captions), clean_caption=True)
+    return private(cleaner, "_text_preprocessing")(list(captions), clean_caption=True)
 
 
 def join_instruction(complex_human_instruction: str | Sequence[str] | None) -> str:

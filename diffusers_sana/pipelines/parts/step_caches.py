@@ -5,6 +5,8 @@ from typing import Any
 
 from diffusers.hooks import FasterCacheConfig, FirstBlockCacheConfig, MagCacheConfig
 
+from diffusers_sana._compat import private
+
 
 FEWEST_STEPS = 5  # a cache that leaves out one of fewer steps leaves out most of the picture
 
@@ -24,7 +26,7 @@ def start_step_cache(transformer: Any, num_steps: int, num_texts: int) -> None:
     """
     if not getattr(transformer, "is_cache_enabled", False):
         return
-    config = transformer._cache_config
+    config = private(transformer, "_cache_config")
     if num_steps < FEWEST_STEPS:
         raise ValueError(
             f"`num_inference_steps` must be at least {FEWEST_STEPS} with a step cache, got {num_steps} (that are left "
@@ -46,7 +48,7 @@ def start_step_cache(transformer: Any, num_steps: int, num_texts: int) -> None:
             "A FirstBlockCacheConfig cannot be used with `enable_parallelism`: each process would decide on its own "
             "tokens, and wait for others forever. Enable a MagCacheConfig."
         )
-    transformer._reset_stateful_cache()
+    private(transformer, "_reset_stateful_cache")()
 
 
 def step_context(

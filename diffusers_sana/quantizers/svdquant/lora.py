@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from torch.utils._pytree import tree_map_only
 
+from diffusers_sana._compat import tree_map_only
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
+from diffusers_sana._compat import ConversionOps
 from diffusers_sana.quantizers.svdquant import loading
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.decompose import QuantizedWeight
