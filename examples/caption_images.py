@@ -24,8 +24,9 @@ from transformers.utils.hub import has_file
 from diffusers_sana import VilaUPipeline
 from diffusers_sana.checkpoints import BUNDLED
 from diffusers_sana.evaluation.clip import Clip
+from diffusers_sana.images import read_image
 from diffusers_sana.training.caption_sampling import CAPTIONS_FILE, Caption, caption_line, read_captions
-from diffusers_sana.training.data import find_images, load_image, read_metadata
+from diffusers_sana.training.data import find_images, read_metadata
 
 
 PROMPT = "Describe this image in one detailed paragraph."
@@ -120,7 +121,7 @@ def caption_with(file: CaptionFile, names: Sequence[str], model: str, captioner:
     with tqdm(total=len(todo), desc=model, unit="picture") as bar:
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
-            texts = captioner([load_image(file.folder / name) for name in batch])
+            texts = captioner([read_image(file.folder / name) for name in batch])
             file.add((name, Caption(model, text)) for name, text in zip(batch, texts, strict=True))
             bar.update(len(batch))
 
@@ -132,7 +133,7 @@ def score(file: CaptionFile, clip: Clip) -> None:
         for name, captions in file.captions.items()
     }
     for name, captions in tqdm([item for item in missing.items() if item[1]], desc="CLIP", unit="picture"):
-        of_image = clip.image_features([load_image(file.folder / name)])
+        of_image = clip.image_features([read_image(file.folder / name)])
         cosines = (clip.text_features([caption.text for caption in captions]) @ of_image.T).flatten().tolist()
         file.add(
             (name, Caption(caption.model, caption.text, round(max(0.0, 100 * cosine), 4)))

@@ -6,6 +6,7 @@ import gradio as gr
 from PIL import Image
 
 from diffusers_sana.demo.comparison import Comparison, Drawing
+from diffusers_sana.images import read_image
 
 
 THEME = gr.themes.Soft(primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=("system-ui", "sans-serif"))
@@ -61,13 +62,16 @@ def build_page(comparison: Comparison, answerer: Any, title: str) -> gr.Blocks:
             raise _message("There is no picture yet. Draw one first.")
         return images[0], gr.Tabs(selected="ask")
 
-    def ask(image: Image.Image | None, question: str) -> str:
+    def ask(image: str | None, question: str) -> str:
         """Answers a question about a picture."""
         if image is None:
             raise _message("There is no picture. Choose one first.")
         if not question.strip():
             raise _message("The question is empty. Write what to answer.")
-        return answerer.chat(image, question)
+        try:
+            return answerer.chat(read_image(image), question)
+        except ValueError as error:
+            raise _message(str(error)) from error
 
     sizes = [(f"{width} x {height}", i) for i, (height, width) in enumerate(comparison.sizes)]
     with gr.Blocks(title="diffusers_sana", analytics_enabled=False) as page:
@@ -99,7 +103,11 @@ def build_page(comparison: Comparison, answerer: Any, title: str) -> gr.Blocks:
             with gr.Tab("Ask", id="ask"), gr.Row():
                 with gr.Column(scale=5):
                     picture = gr.Image(
-                        type="pil", label="Picture", sources=["upload", "clipboard"], height=380, elem_id="picture"
+                        type="filepath",
+                        label="Picture",
+                        sources=["upload", "clipboard"],
+                        height=380,
+                        elem_id="picture",
                     )
                 with gr.Column(scale=6):
                     question = gr.Textbox(QUESTIONS[0], label="Question", elem_id="question")

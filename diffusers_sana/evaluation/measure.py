@@ -17,6 +17,7 @@ from diffusers_sana.evaluation.distributions import frechet_inception_distance, 
 from diffusers_sana.evaluation.features import Features
 from diffusers_sana.evaluation.observations import Observation
 from diffusers_sana.evaluation.pictures import to_tensor
+from diffusers_sana.images import read_image
 
 
 Observe = Callable[[Tensor, Sequence[Check]], list[Observation]]
@@ -27,8 +28,7 @@ def batches(paths: Sequence[Path], size: int = 16) -> Iterator[Tensor]:
     """Pictures `[n, 3, H, W]` in [0, 1], in order; a batch ends early where the next picture has another size."""
     batch: list[Image.Image] = []
     for path in paths:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
+        image = read_image(path)
         if batch and (len(batch) == size or image.size != batch[0].size):
             yield to_tensor(batch)
             batch = []

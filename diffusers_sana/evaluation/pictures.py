@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from diffusers_sana.images import SUFFIXES, to_rgb
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
 SETTINGS = "settings.json"
 
 
@@ -25,7 +26,7 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     sizes = {image.size for image in images}
     if len(sizes) != 1:
         raise ValueError(f"`images` must be pictures of one size, got sizes {sorted(sizes)}; scale them to one")
-    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    pixels = np.stack([np.asarray(to_rgb(image)) for image in images])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 
@@ -45,7 +46,7 @@ def pictures_in(folder: Path) -> list[Path]:
         raise OSError(f"`folder` must be a folder of pictures, but there is no folder {folder}")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise OSError(f"`folder` must have pictures in it ({', '.join(sorted(SUFFIXES))}), but {folder} has none")
+        raise OSError(f"`folder` must have pictures in it ({', '.join(SUFFIXES)}), but {folder} has none")
     return paths
 
 

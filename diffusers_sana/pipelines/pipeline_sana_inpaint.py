@@ -14,9 +14,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from torch import Tensor
 
-from diffusers_sana.pipelines.parts.image_inputs import cover_images, for_each_output, read_images
+from diffusers_sana.images import check_masks
+from diffusers_sana.pipelines.parts.image_inputs import for_each_output, read_images
 from diffusers_sana.pipelines.parts.image_start import ImageStart, check_strength, mix_noise
-from diffusers_sana.pipelines.parts.inpaint_mask import mask_cells, masked_region, put_back
+from diffusers_sana.pipelines.parts.inpaint_mask import fit_masks, mask_cells, masked_region, put_back
 from diffusers_sana.pipelines.parts.input_checks import check_latents, check_options
 from diffusers_sana.pipelines.parts.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION
 from diffusers_sana.pipelines.parts.resolution import resize_and_crop
@@ -79,8 +80,9 @@ class SanaInpaintPipeline(ImageStart, SanaPipelineBase):
             prompt: one or several texts; one serves all images. It describes the whole image, not only the new part.
             image: as in `SanaImg2ImgPipeline`.
             mask_image: one for all prompts, or one each, of any size in the proportions of the image: PIL images,
-                arrays `[H, W]` and tensors `[H, W]` in [0, 1], lists and batches of them. White is repainted; gray
-                mixes old and new pixels, and counts as white from 0.5 on while the latents are made.
+                arrays `[H, W]` and tensors `[H, W]` in [0, 1], lists and batches of them; integers may be 0 and 1,
+                8 or 16 bits. White is repainted; gray mixes old and new pixels, and counts as white from 0.5 on while
+                the latents are made. A mask in which nothing is white is warned about.
             strength: in (0, 1]: the share of the steps that is run; below 1 what was under the mask shows through.
             padding_mask_crop: draw only the surroundings of the masked part, so many pixels wide, at the full size of
                 the checkpoint, and put them back: for small parts of large images. None draws all of the image.
@@ -182,7 +184,10 @@ class SanaInpaintPipeline(ImageStart, SanaPipelineBase):
         images = self._read_image(image, height, width)
         if mask_image is None:
             raise ValueError("`mask_image` must be given, got None. Use SanaImg2ImgPipeline to change all of `image`.")
-        masks = cover_images(read_images("mask_image", mask_image, channels=1), self._size_of(images))
+        masks = read_images("mask_image", mask_image, channels=1)
+        check_masks("mask_image", masks)
+        whole = images if (height, width) == (None, None) else self._read_image(image, None, None)
+        masks = fit_masks(masks, self._size_of(images), self._size_of(whole))
         if padding_mask_crop is None:
             return images, masks, slice(None), slice(None)
         if not isinstance(padding_mask_crop, Integral):

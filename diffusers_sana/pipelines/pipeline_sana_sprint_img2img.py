@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffusers_sana.images import to_rgb
 from diffusers_sana.pipelines.parts.image_inputs import for_each_output, read_images
 from diffusers_sana.pipelines.parts.input_checks import check_latents, check_options
 from diffusers_sana.pipelines.parts.latent_coding import encode_images
@@ -172,7 +173,7 @@ class SanaSprintImg2ImgPipeline(TrigFlowBase):
         """Images `[N, 3, height, width]` in [0, 1], resized as diffusers does."""
         items = image if isinstance(image, list | tuple) else [image]
         if all(isinstance(item, Image.Image) for item in items):
-            return read_images("image", [self.image_processor.resize(item.convert("RGB"), *size) for item in items])
+            return read_images("image", [self.image_processor.resize(to_rgb(item), *size) for item in items])
         images = read_images("image", image)
         return images if images.shape[-2:] == size else F.interpolate(images, size=size, mode="bilinear")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
+from diffusers_sana.images import SUFFIXES, image_size, read_image
 from diffusers_sana.training.buckets import bucket_batches, nearest_size
 from diffusers_sana.training.caption_sampling import (
     CAPTIONS_FILE,
@@ -25,12 +26,9 @@ from diffusers_sana.training.caption_sampling import (
 )
 
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
-
 def find_images(root: Path) -> list[Path]:
     """The image files under a folder and its subfolders, sorted."""
-    return sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
 
 
 def read_metadata(root: Path) -> list[tuple[str, str]]:
@@ -40,19 +38,12 @@ def read_metadata(root: Path) -> list[tuple[str, str]]:
     return [(row["file_name"], row["text"]) for row in rows]
 
 
-def load_image(path: Path) -> Image.Image:
-    """An image file in RGB; transparent pixels are laid over white."""
-    with Image.open(path) as file:
-        image = file.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
 def load_pixels(path: Path, height: int, width: int) -> Tensor:
     """An image file as `[3, height, width]` in [-1, 1]: scaled to cover, then cut to the centre.
 
-    Transparent pixels are laid over white. Small images are scaled up.
+    Read as by `diffusers_sana.images`. Small images are scaled up.
     """
-    image = load_image(path)
+    image = read_image(path)
     scale = max(height / image.height, width / image.width)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     image = image.resize(size, Image.Resampling.LANCZOS)
@@ -94,11 +85,10 @@ class ImageFolder(Dataset):
             self.paths = find_images(root)
             self.captions = [""] * len(self.paths)
         if not self.paths:
-            raise ValueError(f"`data` must be a folder with images {IMAGE_SUFFIXES}, got {folder!r}. Check the path.")
+            raise ValueError(f"`data` must be a folder with images {SUFFIXES}, got {folder!r}. Check the path.")
         self.sizes_of_items = []
         for path in self.paths:
-            with Image.open(path) as image:  # reads the header only
-                self.sizes_of_items.append(nearest_size(image.height, image.width, sizes))
+            self.sizes_of_items.append(nearest_size(*image_size(path), sizes))
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from diffusers_sana import VilaUPipeline
+from diffusers_sana.images import read_image
 from diffusers_sana.training.caption_sampling import Caption, caption_line, read_captions
-from diffusers_sana.training.data import load_image
 from examples import caption_images
 from examples.caption_images import CaptionFile, TransformersCaptioner, caption_with, load_captioner, main
 from tests.models.vila_u.tiny import tiny_model
@@ -134,7 +134,7 @@ def test_captions_of_one_model_are_replaced(tmp_path):
 
 def test_transformers_captions_do_not_depend_on_the_batch(llava_folder, pictures):
     captioner = TransformersCaptioner(llava_folder, "What?", 6, "cpu", torch.float32)
-    images = [load_image(pictures / name) for name in NAMES]
+    images = [read_image(pictures / name) for name in NAMES]
     together = captioner(images)
     assert together == [captioner([image])[0] for image in images]
     assert len(set(together)) > 1
@@ -147,7 +147,7 @@ def test_vila_u_captions_from_either_folder(tmp_path, pictures):
     processor.save_pretrained(tmp_path / "plain")
     pipe = VilaUPipeline(model=model, processor=processor)
     pipe.save_pretrained(tmp_path / "pipeline")
-    images = [load_image(pictures / name) for name in NAMES[:2]]
+    images = [read_image(pictures / name) for name in NAMES[:2]]
     expected = pipe.chat(images, "What?", max_new_tokens=8, do_sample=False)
     for name in ("plain", "pipeline"):
         captioner = load_captioner(str(tmp_path / name), "What?", 8, "cpu", torch.float32)
@@ -172,7 +172,7 @@ def test_main_captions_scores_and_skips(pictures, llava_folder, clip_folder, mon
     clip, scored = caption_images.Clip(clip_folder), read_captions(pictures / "captions.jsonl")
     assert scored.keys() == first.keys() == set(NAMES)
     for name, captions in scored.items():
-        image = clip.image_features([load_image(pictures / name)])
+        image = clip.image_features([read_image(pictures / name)])
         assert {(c.model, c.text) for c in captions} == {(c.model, c.text) for c in first[name]}
         for caption in captions:
             cosine = (clip.text_features([caption.text]) @ image.T).item()
@@ -186,4 +186,4 @@ def test_main_refuses_a_folder_without_pictures(tmp_path):
 
 def test_transparent_pictures_are_laid_over_white(tmp_path):
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)

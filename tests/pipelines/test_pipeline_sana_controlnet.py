@@ -101,7 +101,9 @@ def test_gray_pictures_and_bytes(ours):
     gray = (EDGES[0, :, :, 0] * 255).astype(np.uint8)
     as_color = Image.fromarray(gray).convert("RGB")
     expected = generate(ours, control_image=as_color)
-    for image in (Image.fromarray(gray), [Image.fromarray(gray)], np.asarray(as_color)):
+    deep = Image.fromarray(gray.astype(np.uint16) * 257)
+    assert deep.mode == "I;16"
+    for image in (Image.fromarray(gray), [Image.fromarray(gray)], deep, np.asarray(as_color), [np.asarray(as_color)]):
         assert_close_fp32(generate(ours, control_image=image), expected)
     tensor = torch.from_numpy(gray)[None, None] / 127.5 - 1
     assert_close_fp32(generate(ours, control_image=tensor), expected)

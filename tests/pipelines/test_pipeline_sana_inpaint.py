@@ -75,9 +75,10 @@ class TestPixels:
         mixed = generate(pipe, **given, mask_image=torch.full((32, 32), 0.75))
         assert_close_fp32(mixed, 0.75 * drawn + 0.25 * picture())
 
-    def test_nothing_masked(self, pipe, latents_of):
+    def test_nothing_masked(self, pipe, latents_of, caplog):
         given = {"image": picture(), "mask_image": torch.zeros(32, 32)}
         assert torch.equal(generate(pipe, **given), picture())
+        assert "`mask_image` masks nothing" in caplog.text
         assert_close_fp32(generate(pipe, **given, output_type="latent"), latents_of(picture()))
 
 
@@ -143,13 +144,23 @@ class TestMask:
         masked = mask()
         expected = generate(pipe, image=picture(), mask_image=Image.fromarray((masked[0, 0] * 255).byte().numpy()))
         array = masked[0, 0].numpy()
-        for form in (masked, masked[0], masked[0, 0], masked.bool(), array, array[None], array[..., None], [array]):
+        labels = [array.astype(dtype) for dtype in (bool, np.uint8, np.int64)]  # 0 and 1, as of segmentations
+        deep = Image.fromarray((array * 65535).astype(np.uint16))
+        tensors = [masked, masked[0], masked[0, 0], masked.bool()]
+        for form in (*tensors, array, array[None], array[..., None], [array], *labels, deep):
             assert torch.equal(generate(pipe, image=picture(), mask_image=form), expected)
 
     def test_of_another_size(self, pipe):
         large = mask().repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
         drawn = generate(pipe, image=picture(), mask_image=large, output_type="latent")
         assert_close_fp32(drawn, generate(pipe, image=picture(), mask_image=mask(), output_type="latent"))
+
+    def test_of_the_image_before_it_was_cut(self, pipe):
+        given = {"image": picture(32, 64), "height": 32, "width": 32}
+        drawn = generate(pipe, **given, mask_image=mask(32, 64, columns=slice(26, 37)))
+        assert_close_fp32(drawn, generate(pipe, **given, mask_image=mask()))
+        with pytest.raises(ValueError, match="proportions of `image`, which is 32 x 64"):
+            generate(pipe, **given, mask_image=mask(48, 32))
 
     def test_one_a_prompt(self, pipe):
         masks = [mask(), mask(rows=slice(20, 30))]

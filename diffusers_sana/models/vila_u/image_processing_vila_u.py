@@ -1,5 +1,8 @@
 """Pictures to and from the [-1, 1] tensors of VILA-U's vision tower."""
 
+import base64
+from io import BytesIO
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +14,7 @@ from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from diffusers_sana._compat import PilBackend
+from diffusers_sana.images import read_image, to_rgb, upright
 from diffusers_sana.models.vila_u.configuration_vila_u import NeverCopied
 
 
@@ -59,6 +63,24 @@ class VilaUImageProcessor(NeverCopied, PilBackend):
         _check_choice("image_aspect_ratio", image_aspect_ratio, ASPECT_RATIOS)
         super()._validate_preprocess_kwargs(**kwargs)
 
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Images as they are, or those of paths, addresses and base64, read as by `diffusers_sana.images`."""
+        if isinstance(image_url_or_urls, list | tuple):
+            return [self.fetch_images(item) for item in image_url_or_urls]
+        if isinstance(image_url_or_urls, str):
+            return _fetched(image_url_or_urls)
+        return super().fetch_images(image_url_or_urls)
+
+    def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> np.ndarray:
+        """An image `[C, H, W]`, upright, with integers of 16 bits and booleans scaled to bytes."""
+        if isinstance(image, Image.Image):
+            image = to_rgb(image) if do_convert_rgb else upright(image)
+        elif str(getattr(image, "dtype", "")).endswith("uint16"):
+            image = np.round(np.asarray(image) / 257).astype(np.uint8)
+        elif str(getattr(image, "dtype", "")).endswith("bool"):
+            image = np.asarray(image).astype(np.uint8) * 255
+        return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+
     def _preprocess(  # type: ignore[override]  # the base class names more arguments, which are in `kwargs`
         self,
         images: list[np.ndarray],
@@ -76,6 +98,11 @@ class VilaUImageProcessor(NeverCopied, PilBackend):
     ) -> BatchFeature:
         outputs = []
         for image in images:
+            if np.issubdtype(image.dtype, np.floating):
+                if not np.isfinite(image).all():
+                    raise ValueError("`images` must be finite, but one has NaN or infinite values.")
+                if do_rescale and rescale_factor == 1 / 255 and image.max() <= 1:
+                    image = image * 255  # it was in [0, 1]; to 255 it would be black
             if do_resize:
                 image = self.resize(self.square(image, image_aspect_ratio, image_mean), size, resample)
             if do_rescale:
@@ -129,6 +156,31 @@ class VilaUImageProcessor(NeverCopied, PilBackend):
             return (pixels / 255).numpy()
         integers = (pixels.round() if rounding == "round" else pixels).to(torch.uint8).numpy()
         return integers if output_type == "uint8" else _pictures(integers)
+
+
+def _fetched(place: str) -> Image.Image:
+    """The image at a path or an address, or in base64, with or without a `data:` header."""
+    if place.startswith(("http://", "https://")):
+        import httpx  # of huggingface_hub
+
+        try:
+            answer = httpx.get(place, timeout=60, follow_redirects=True).raise_for_status()
+        except httpx.HTTPError as error:
+            raise OSError(f"{place} cannot be fetched: {error}. Check the address, or give a file.") from error
+        return read_image(BytesIO(answer.content))
+    is_inline = place.startswith("data:")
+    if not is_inline and len(place) < 4096 and Path(place).is_file():
+        return read_image(place)
+    try:
+        content = base64.b64decode(place.partition(",")[2] if is_inline else place, validate=not is_inline)
+    except ValueError:
+        content = b""
+    if not content:
+        raise ValueError(
+            "`images` must be images, or their paths, addresses that begin with http:// or https://, or base64, got"
+            f" {place[:100]!r}, which is no file here."
+        )
+    return read_image(BytesIO(content))
 
 
 def _pictures(pixels: np.ndarray) -> Any:

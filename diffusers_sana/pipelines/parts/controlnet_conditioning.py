@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusers_sana.images import to_pixels, to_rgb
 from diffusers_sana.models.controlnets.wiring_sana import control, wiring_of
 from diffusers_sana.pipelines.parts.denoising_loop import TextInputs
 from diffusers_sana.pipelines.parts.image_inputs import for_each_output
@@ -158,9 +159,11 @@ class ControlNetConditioning:
 
 
 def _in_color(image: Any) -> Any:
-    """Pictures as RGB, as edges and depth often come in gray, and arrays of bytes as numbers in [0, 1]."""
+    """PIL images in RGB, as edges and depth often are gray; arrays as tensors in [0, 1]; lists of them."""
     if isinstance(image, list | tuple):
-        return [_in_color(item) for item in image]
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-        return image.astype(np.float32) / 255
-    return image.convert("RGB") if isinstance(image, Image.Image) else image
+        items = [_in_color(item) for item in image]
+        is_batched = all(isinstance(item, Tensor) for item in items)
+        return torch.cat([item if item.ndim == 4 else item[None] for item in items]) if is_batched else items
+    if isinstance(image, np.ndarray):
+        return to_pixels("control_image", image)
+    return to_rgb(image, "control_image") if isinstance(image, Image.Image) else image

@@ -6,12 +6,11 @@ Legend: N images, c color channels, H W height and width in pixels.
 import math
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffusers_sana.images import to_pixels
 from diffusers_sana.pipelines.parts.resolution import ASPECT_RATIO_BINS, bin_size
 
 
@@ -20,9 +19,7 @@ def read_images(name: str, images: Any, channels: int = 3) -> Tensor:
 
     Args:
         name: of the argument, for errors.
-        images: one or a list of: PIL images; arrays `[H, W]`, `[H, W, c]`, `[N, H, W, c]`; tensors `[H, W]`,
-            `[c, H, W]`, `[N, c, H, W]`. Arrays and tensors hold floats in [0, 1], bytes or booleans. For masks, three
-            axes may also be `[N, H, W]`.
+        images: one or a list of what `diffusers_sana.images.to_pixels` takes: PIL images, arrays, tensors.
         channels: c of the result, 3 for images and 1 for masks; gray images become color.
 
     Returns:
@@ -34,40 +31,16 @@ def read_images(name: str, images: Any, channels: int = 3) -> Tensor:
     items = list(images) if isinstance(images, list | tuple) else [images]
     if not items:
         raise ValueError(f"`{name}` must have at least one image, got an empty list.")
-    parts = [_read(name, item, channels) for item in items]
+    parts = [to_pixels(name, item, channels) for item in items]
     if len({part.shape[-2:] for part in parts}) > 1:
         sizes = sorted({tuple(part.shape[-2:]) for part in parts})
         raise ValueError(f"`{name}` must have images of one size, got heights and widths {sizes}. Resize them first.")
-    return torch.cat(parts)
-
-
-def _read(name: str, image: Any, channels: int) -> Tensor:
-    if isinstance(image, Image.Image):
-        image = np.array(image.convert("RGB" if channels == 3 else "L"))
-    if isinstance(image, np.ndarray):
-        if image.ndim == 2 or (image.ndim == 3 and channels == 1 and image.shape[-1] != 1):
-            image = image[..., None]
-        tensor = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, -3)
-    elif isinstance(image, Tensor):
-        is_bare = image.ndim == 2 or (image.ndim == 3 and channels == 1 and image.shape[0] != 1)
-        tensor = image.unsqueeze(-3) if is_bare else image
-    else:
-        raise TypeError(f"`{name}` must be PIL images, arrays or tensors, one or a list, got {type(image).__name__}.")
-    tensor = tensor.unsqueeze(0) if tensor.ndim == 3 else tensor
-    if tensor.ndim != 4 or tensor.shape[1] not in (1, channels):
+    tensor = torch.cat(parts)
+    low, high = tensor.aminmax()
+    if low < 0 or high > 1:
         raise ValueError(
-            f"`{name}` must have {channels} color channels, in arrays as the last axis, in tensors as the one before"
-            f" height and width, got {type(image).__name__} {list(image.shape)}."
-        )
-    if tensor.dtype == torch.uint8:
-        tensor = tensor.float() / 255
-    elif not tensor.is_floating_point() and tensor.dtype != torch.bool:
-        raise TypeError(f"`{name}` must hold floats in [0, 1] or bytes, got {tensor.dtype}.")
-    tensor = tensor.float().expand(-1, channels, -1, -1)
-    if not bool(((tensor >= 0) & (tensor <= 1)).all()):
-        raise ValueError(
-            f"`{name}` must have values in [0, 1], got {tensor.min():.3g} to {tensor.max():.3g}. For values in [-1, 1]"
-            " give `image / 2 + 0.5`."
+            f"`{name}` must have values in [0, 1], got {low:.3g} to {high:.3g}. For values in [-1, 1] give"
+            " `image / 2 + 0.5`."
         )
     return tensor
 
