@@ -1,16 +1,19 @@
-"""Serves pictures over HTTP with Ray Serve; requests that come together are drawn together.
+"""Serves images over HTTP with Ray Serve; requests that arrive together are generated as one batch.
 
     python -m examples.ray_serve --replicas 1 --gpus_per_replica 1
     curl -d '{"prompt": "a red apple on a blue background", "seed": 1}' localhost:8000 -o apple.png
 
-A request is a JSON object: `prompt`, and if wanted `negative_prompt` and `seed`. The answer is a PNG, or a 400 that
-says what is wrong. Equal requests give equal pictures up to rounding, which the other pictures of a batch can change.
+A request is a JSON object with `prompt` and optionally `negative_prompt` and `seed`. The answer is a PNG; 400 with the
+reason for a bad request; 413 for a body above 64 KiB; 503 while the queue is full. A request that fails inside the
+pipeline gets a 500 of its own, and the others of its batch get their images. Equal requests give equal images up to
+rounding, which the other images of a batch can change.
 """
 
 import argparse
 import asyncio
 import io
 import json
+import logging
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,12 +27,19 @@ from diffusers_sana import SanaPipeline
 from diffusers_sana.checkpoints import SANA_EMOJI
 
 
+logger = logging.getLogger("ray.serve")
+
+
+MAX_BODY_BYTES = 2**16
+MAX_PROMPT_CHARACTERS = 4000  # the text encoder reads 300 tokens
+
+
 @dataclass
-class Order:
-    """What a request asks for.
+class ImageRequest:
+    """What a request asks for. Whatever passes these checks can be part of a batch.
 
     Raises:
-        TypeError, ValueError: a field is of another type.
+        TypeError, ValueError: a field is of another type, or its value is out of range.
     """
 
     prompt: str
@@ -40,53 +50,78 @@ class Order:
         for field in fields(self):
             value = getattr(self, field.name)
             if type(value) is not field.type:
-                raise TypeError(f"`{field.name}` must be of type {field.type.__name__}, got {value!r}")
+                raise TypeError(f"`{field.name}` must be of type {field.type.__name__}, got {type(value).__name__}")
+        for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
+            if len(text) > MAX_PROMPT_CHARACTERS:
+                raise ValueError(f"`{name}` must have at most {MAX_PROMPT_CHARACTERS} characters, got {len(text)}")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"`{name}` must be Unicode text, got a lone surrogate")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"`seed` must be from 0 to 2^63 - 1, got {self.seed}")
+
+
+async def read_request(request: Request) -> ImageRequest | Response:
+    """The request, or the answer that refuses it."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            return PlainTextResponse(f"the body must have at most {MAX_BODY_BYTES} bytes\n", status_code=413)
+    try:
+        return ImageRequest(**json.loads(body))
+    except (TypeError, ValueError) as error:
+        return PlainTextResponse(f"{error}\n", status_code=400)
+    except RecursionError:
+        return PlainTextResponse("the JSON is nested too deeply\n", status_code=400)
 
 
 @serve.deployment
-class Painter:
+class ImageGenerator:
     """A replica with a pipeline.
 
     Args:
         model: Hub id or folder.
         dtype: name of the weights' dtype.
-        batch_size: pictures drawn at a time, at most.
+        batch_size: images per batch, at most.
         wait: seconds that a request waits for others.
         options: further arguments of the pipeline.
     """
 
     def __init__(self, model: str, dtype: str, batch_size: int, wait: float, options: dict[str, Any]) -> None:
         device = "cuda" if ray.get_gpu_ids() else "cpu"
-        self.pipe = SanaPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype)).to(device)
+        self.pipe = SanaPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.options = options
-        self.paint.set_max_batch_size(batch_size)
-        self.paint.set_batch_wait_timeout_s(wait)
+        self.generate.set_max_batch_size(batch_size)
+        self.generate.set_batch_wait_timeout_s(wait)
 
     async def __call__(self, request: Request) -> Response:
         """Answers one request."""
-        try:
-            order = Order(**json.loads(await request.body()))
-        except (TypeError, ValueError) as error:
-            return PlainTextResponse(f"{error}\n", status_code=400)
-        return Response(await self.paint(order), media_type="image/png")
+        wanted = await read_request(request)
+        return wanted if isinstance(wanted, Response) else await self.generate(wanted)
 
     @serve.batch
-    async def paint(self, orders: list[Order]) -> list[bytes]:
-        """Pictures as PNG files. In a thread, so that the next batch can gather meanwhile."""
-        return await asyncio.to_thread(self._paint, orders)
+    async def generate(self, requests: list[ImageRequest]) -> list[Response]:
+        """Answers in the order of the requests. In a thread, so that the next batch can gather meanwhile."""
+        return await asyncio.to_thread(self._generate, requests)
 
-    def _paint(self, orders: list[Order]) -> list[bytes]:
-        images = self.pipe(
-            [order.prompt for order in orders],
-            negative_prompt=[order.negative_prompt for order in orders],
-            generator=[torch.Generator().manual_seed(order.seed) for order in orders],
-            **self.options,
-        ).images
+    def _generate(self, requests: list[ImageRequest]) -> list[Response]:
+        try:
+            images = self.pipe(
+                [request.prompt for request in requests],
+                negative_prompt=[request.negative_prompt for request in requests],
+                generator=[torch.Generator().manual_seed(request.seed) for request in requests],
+                **self.options,
+            ).images
+        except Exception as error:
+            if len(requests) > 1:  # only the request that is at fault fails
+                return [self._generate([request])[0] for request in requests]
+            logger.exception("a request failed")
+            return [PlainTextResponse(f"{error}\n", status_code=500)]
         files = [io.BytesIO() for _ in images]
         for image, file in zip(images, files, strict=True):
             image.save(file, "png")
-        return [file.getvalue() for file in files]
+        return [Response(file.getvalue(), media_type="image/png") for file in files]
 
 
 def application(
@@ -96,16 +131,23 @@ def application(
     wait: float = 0.05,
     replicas: int = 1,
     gpus_per_replica: float = 0,
+    max_queue: int = 100,
     **options: Any,
 ) -> serve.Application:
     """What `serve.run` runs.
 
     Args:
-        model, dtype, batch_size, wait, options: as in `Painter`.
-        replicas: pipelines that draw at the same time.
-        gpus_per_replica: 0 draws on CPUs.
+        model, dtype, batch_size, wait, options: as in `ImageGenerator`.
+        replicas: pipelines that run at the same time.
+        gpus_per_replica: 0 runs on CPUs.
+        max_queue: requests that wait, beyond those at work; further ones are answered with 503.
     """
-    deployment = Painter.options(num_replicas=replicas, ray_actor_options={"num_gpus": gpus_per_replica})
+    deployment = ImageGenerator.options(
+        num_replicas=replicas,
+        ray_actor_options={"num_gpus": gpus_per_replica},
+        max_ongoing_requests=2 * batch_size,  # one batch runs while the next gathers
+        max_queued_requests=max_queue,
+    )
     return deployment.bind(model, dtype, batch_size, wait, options)
 
 
@@ -113,10 +155,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=SANA_EMOJI, help="Hub id or folder; default: the bundled checkpoint")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--batch_size", type=int, default=4, help="pictures drawn at a time, at most")
+    parser.add_argument("--batch_size", type=int, default=4, help="images per batch, at most")
     parser.add_argument("--wait", type=float, default=0.05, help="seconds that a request waits for others")
-    parser.add_argument("--replicas", type=int, default=1, help="pipelines that draw at the same time")
-    parser.add_argument("--gpus_per_replica", type=float, default=0, help="0 draws on CPUs")
+    parser.add_argument("--replicas", type=int, default=1, help="pipelines that run at the same time")
+    parser.add_argument("--gpus_per_replica", type=float, default=0, help="0 runs on CPUs")
+    parser.add_argument("--max_queue", type=int, default=100, help="requests that wait, at most; others get a 503")
     parser.add_argument("--steps", type=int, default=20, help="evaluations of the transformer")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at")
@@ -130,6 +173,7 @@ def main() -> None:
         args.wait,
         args.replicas,
         args.gpus_per_replica,
+        args.max_queue,
         num_inference_steps=args.steps,
     )
     serve.run(app, blocking=True)

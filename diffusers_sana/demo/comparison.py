@@ -15,13 +15,13 @@ from diffusers_sana.pipelines.parts.resolution import ASPECT_RATIO_BINS
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A picture and what it took.
+class Generated:
+    """An image and what it took.
 
     Attributes:
         precision: of the transformer, such as "16 bit".
-        image: the picture.
-        seconds: from prompt to picture.
+        image: the image.
+        seconds: from prompt to image.
         megabytes: of the transformer's weights, 10^6 bytes.
     """
 
@@ -48,7 +48,7 @@ class Comparison:
         self.pipes: dict[str, Any] = {f"{torch.finfo(pipe.dtype).bits} bit": pipe, "4 bit": quantized}
         for each in self.pipes.values():
             each.set_progress_bar_config(disable=True)
-            each("", num_inference_steps=1)  # so that the first picture asked for takes no longer than the next
+            each("", num_inference_steps=1)  # so that the first image takes no longer than the next
 
         parameters = inspect.signature(type(pipe).__call__).parameters
         self.default_steps: int = parameters["num_inference_steps"].default
@@ -60,7 +60,7 @@ class Comparison:
             {(int(h), int(w)) for h, w in table.values()}, key=lambda size: (abs(size[0] - size[1]), size)
         )
 
-    def draw(
+    def generate(
         self,
         prompt: str,
         seed: int,
@@ -68,12 +68,12 @@ class Comparison:
         guidance: float,
         size: tuple[int, int],
         on_step: Callable[[str, int], None],
-    ) -> list[Drawing]:
-        """The same picture in both precisions.
+    ) -> list[Generated]:
+        """The same image in both precisions.
 
         Args:
-            prompt: what to draw.
-            seed: of the noise, which is drawn on the CPU: the same on every device.
+            prompt: what to generate.
+            seed: of the noise, which is sampled on the CPU: the same on every device.
             steps: evaluations of the transformer.
             guidance: weight of the prompt.
             size: height and width, one of `sizes`.
@@ -82,7 +82,7 @@ class Comparison:
         Raises:
             TypeError, ValueError: those of the pipeline, before anything is computed.
         """
-        drawings = []
+        results = []
         for precision, pipe in self.pipes.items():
 
             def after_step(_pipe: Any, step: int, _timestep: Any, _tensors: dict, precision: str = precision) -> dict:
@@ -100,5 +100,5 @@ class Comparison:
                 callback_on_step_end=after_step,
             ).images[0]
             seconds = time.perf_counter() - started
-            drawings.append(Drawing(precision, image, seconds, pipe.transformer.get_memory_footprint() / 1e6))
-        return drawings
+            results.append(Generated(precision, image, seconds, pipe.transformer.get_memory_footprint() / 1e6))
+        return results

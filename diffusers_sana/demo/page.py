@@ -1,18 +1,19 @@
-"""The page: a tab that draws and a tab that answers. Nothing in it comes from another server."""
+"""The page: a tab that generates and a tab that answers. Nothing in it comes from another server."""
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
-from diffusers_sana.demo.comparison import Comparison, Drawing
-from diffusers_sana.images import read_image
+from diffusers_sana.demo.comparison import Comparison, Generated
+from diffusers_sana.images import image_size, read_image
 
 
 THEME = gr.themes.Soft(primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=("system-ui", "sans-serif"))
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1060px !important; margin: 0 auto; }
-#pictures img, #picture img { width: 100%; height: 100%; object-fit: contain; }
+#images img, #image img { width: 100%; height: 100%; object-fit: contain; }
 .figures { display: flex; justify-content: space-between; font-size: 0.95rem; }
 .figures div { line-height: 1.5; }
 .figures div:last-child { text-align: right; }
@@ -25,59 +26,68 @@ PROMPTS = [
     "a penguin on a pink background",
 ]
 QUESTIONS = ["What is this?", "Which colour is the background?", "Describe the picture."]
+PROGRESS = gr.Progress()  # a default of this type has Gradio pass the progress of each call
 LARGEST_SEED = 2**32 - 1
-MOST_STEPS = 100  # a shared page is not to be kept busy for hours
+# A shared page has one device for all its visitors. These bounds keep one of them from occupying it for long.
+MOST_STEPS = 100
+MOST_CHARACTERS = 2000
+MOST_WAITING = 20
+MOST_UPLOADED = "20mb"
+MOST_PIXELS = 25_000_000  # of an uploaded image; a small file can hold a very large one
 
 
 def build_page(comparison: Comparison, answerer: Any, title: str) -> gr.Blocks:
     """The page, not yet served.
 
     Args:
-        comparison: what draws.
+        comparison: generates the images.
         answerer: a `VilaUPipeline`.
-        title: of the model that draws.
+        title: of the model that generates.
     """
 
-    def draw(prompt: str, seed: int, steps: int, guidance: float, size: int, progress: Any = gr.Progress()) -> tuple:  # noqa: B008
-        """Draws a prompt in 16 and in 4 bit."""
-        if not prompt.strip():
-            raise _message("The prompt is empty. Write what to draw.")
+    def generate(prompt: str, seed: int, steps: int, guidance: float, size: int, progress: Any = PROGRESS) -> tuple:
+        """Generates an image of a prompt in 16 and in 4 bit."""
+        _check_text("prompt", prompt)
         if seed is None or not 0 <= seed <= LARGEST_SEED:
             raise _message(f"The seed must be a number from 0 to {LARGEST_SEED}, but is {seed}.")
         if steps is None or not 1 <= steps <= MOST_STEPS:
             raise _message(f"Steps must be from 1 to {MOST_STEPS}, but are {steps}.")
+        if size is None:
+            raise _message("There is no size. Choose one.")
 
         def on_step(precision: str, done: int) -> None:
             progress((done, steps), desc=precision, unit="steps")
 
         try:
-            drawings = comparison.draw(prompt, seed, steps, guidance, comparison.sizes[size], on_step)
+            results = comparison.generate(prompt, seed, steps, guidance, comparison.sizes[size], on_step)
         except (TypeError, ValueError) as error:
             raise _message(str(error)) from error
-        return tuple(drawing.image for drawing in drawings), _figures(drawings)
+        return tuple(result.image for result in results), _figures(results)
 
     def pass_on(images: tuple[Image.Image | None, ...] | None) -> tuple:
-        """Takes the first picture to the other tab."""
+        """Takes the first image to the other tab."""
         if images is None or images[0] is None:
-            raise _message("There is no picture yet. Draw one first.")
+            raise _message("There is no image yet. Generate one first.")
         return images[0], gr.Tabs(selected="ask")
 
-    def ask(image: str | None, question: str) -> str:
-        """Answers a question about a picture."""
-        if image is None:
-            raise _message("There is no picture. Choose one first.")
-        if not question.strip():
-            raise _message("The question is empty. Write what to answer.")
+    def ask(path: str | None, question: str) -> str:
+        """Answers a question about an image."""
+        if path is None:
+            raise _message("There is no image. Choose one first.")
+        _check_text("question", question)
         try:
-            return answerer.chat(read_image(image), question)
-        except ValueError as error:
-            raise _message(str(error)) from error
+            height, width = image_size(path)
+            if height * width > MOST_PIXELS:
+                raise _message(f"The image must have at most {MOST_PIXELS} pixels, but has {width} x {height}.")
+            return answerer.chat(read_image(path), question)
+        except (OSError, TypeError, ValueError) as error:
+            raise _message(str(error).replace(path, Path(path).name)) from error  # not the server's folders
 
     sizes = [(f"{width} x {height}", i) for i, (height, width) in enumerate(comparison.sizes)]
     with gr.Blocks(title="diffusers_sana", analytics_enabled=False) as page:
         gr.Markdown(f"# diffusers_sana\nThe same seed in two precisions: **{title}** as it is and in 4 bits.")
         with gr.Tabs() as tabs:
-            with gr.Tab("Draw", id="draw"), gr.Row():
+            with gr.Tab("Generate", id="generate"), gr.Row():
                 with gr.Column(scale=5):
                     prompt = gr.Textbox(PROMPTS[0], label="Prompt", lines=1, elem_id="prompt")
                     with gr.Row():
@@ -87,7 +97,7 @@ def build_page(comparison: Comparison, answerer: Any, title: str) -> gr.Blocks:
                         )
                     guidance = gr.Slider(1, 10, comparison.default_guidance, step=0.1, label="Guidance")
                     size = gr.Dropdown(sizes, value=0, label="Size", visible=len(sizes) > 1)
-                    draw_button = gr.Button("Draw", variant="primary", elem_id="draw")
+                    generate_button = gr.Button("Generate", variant="primary", elem_id="generate")
                     gr.Examples([[text] for text in PROMPTS], prompt, label="Prompts to try")
                 with gr.Column(scale=6):
                     slider = gr.ImageSlider(
@@ -96,18 +106,20 @@ def build_page(comparison: Comparison, answerer: Any, title: str) -> gr.Blocks:
                         label=" | ".join(comparison.pipes),
                         height=440,
                         interactive=False,
-                        elem_id="pictures",
+                        elem_id="images",
                     )
                     figures = gr.HTML(elem_id="figures")
-                    pass_button = gr.Button("Ask about this picture", size="sm", elem_id="pass")
+                    pass_button = gr.Button("Ask about this image", size="sm", elem_id="pass")
             with gr.Tab("Ask", id="ask"), gr.Row():
                 with gr.Column(scale=5):
-                    picture = gr.Image(
+                    # As a path, so that nothing is decoded before `read_image` has looked at its size.
+                    image = gr.Image(
                         type="filepath",
-                        label="Picture",
+                        image_mode=None,
+                        label="Image",
                         sources=["upload", "clipboard"],
                         height=380,
-                        elem_id="picture",
+                        elem_id="image",
                     )
                 with gr.Column(scale=6):
                     question = gr.Textbox(QUESTIONS[0], label="Question", elem_id="question")
@@ -118,9 +130,17 @@ def build_page(comparison: Comparison, answerer: Any, title: str) -> gr.Blocks:
         # One at a time: both want the whole device.
         turns = {"concurrency_id": "device", "concurrency_limit": 1}
         inputs = [prompt, seed, steps, guidance, size]
-        gr.on([draw_button.click, prompt.submit], draw, inputs, [slider, figures], show_progress_on=slider, **turns)
-        pass_button.click(pass_on, slider, [picture, tabs])
-        gr.on([ask_button.click, question.submit], ask, [picture, question], answer, **turns)
+        gr.on(
+            [generate_button.click, prompt.submit],
+            generate,
+            inputs,
+            [slider, figures],
+            show_progress_on=slider,
+            **turns,
+        )
+        page.queue(max_size=MOST_WAITING)
+        pass_button.click(pass_on, slider, [image, tabs])
+        gr.on([ask_button.click, question.submit], ask, [image, question], answer, **turns)
     return page
 
 
@@ -135,6 +155,7 @@ def serve(page: gr.Blocks, port: int | None = None, share: bool = False) -> None
     page.launch(
         server_port=port,
         share=share,
+        max_file_size=MOST_UPLOADED,
         theme=THEME,
         css=CSS,
         footer_links=[],
@@ -143,12 +164,21 @@ def serve(page: gr.Blocks, port: int | None = None, share: bool = False) -> None
     )
 
 
+def _check_text(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise _message(f"The {name} must be text, but is of type {type(text).__name__}.")
+    if not text.strip():
+        raise _message(f"The {name} is empty. Write one.")
+    if len(text) > MOST_CHARACTERS:
+        raise _message(f"The {name} must have at most {MOST_CHARACTERS} characters, but has {len(text)}.")
+
+
 def _message(text: str) -> gr.Error:
     """Shown in a corner of the page; nothing in the terminal, as it is nothing that went wrong there."""
     return gr.Error(text, print_exception=False)
 
 
-def _figures(drawings: list[Drawing]) -> str:
-    """Under each side of the slider, what the picture there took."""
-    cells = (f"<div><b>{d.precision}</b><br>{d.seconds:.2f} s, {d.megabytes:.1f} MB</div>" for d in drawings)
+def _figures(results: list[Generated]) -> str:
+    """Under each side of the slider, what the image there took."""
+    cells = (f"<div><b>{r.precision}</b><br>{r.seconds:.2f} s, {r.megabytes:.1f} MB</div>" for r in results)
     return f'<div class="figures">{"".join(cells)}</div>'

@@ -4,6 +4,7 @@ import argparse
 import shutil
 import socket
 import threading
+from types import SimpleNamespace
 from urllib.parse import urlparse
 
 import pytest
@@ -17,6 +18,7 @@ from tests.pipelines.sprint_cases import sprint_pipeline
 
 
 gr = pytest.importorskip("gradio")
+gradio_client = pytest.importorskip("gradio_client")
 playwright = pytest.importorskip("playwright.sync_api")
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -74,33 +76,33 @@ def page(address):
         assert hosts - {""} == {urlparse(address).netloc}
 
 
-def draw(page, steps="2", seed="0") -> list[bytes]:
-    """Asks for a picture; the files of both."""
-    page.reload()  # no picture there from before
+def generate(page, steps="2", seed="0") -> list[bytes]:
+    """Asks for an image; the files of both."""
+    page.reload()  # no image is left from before
     page.locator("#prompt textarea").fill("a lemon on a black background")
     page.locator("#steps input").fill(steps)
     page.locator("#seed input").fill(seed)
-    page.get_by_role("button", name="Draw", exact=True).click()
-    page.locator("#pictures img").nth(1).wait_for()
+    page.get_by_role("button", name="Generate", exact=True).click()
+    page.locator("#images img").nth(1).wait_for()
     page.locator("#figures b").nth(1).wait_for()
-    return [page.request.get(image.get_attribute("src")).body() for image in page.locator("#pictures img").all()]
+    return [page.request.get(image.get_attribute("src")).body() for image in page.locator("#images img").all()]
 
 
-def test_draws_and_answers(page, tmp_path):
-    first = draw(page)
+def test_generates_and_answers(page, tmp_path):
+    first = generate(page)
     assert page.locator("#figures b").all_inner_texts() == ["16 bit", "4 bit"]
     assert first[0] != first[1]
     for i, file in enumerate(first):
         (tmp_path / f"{i}.png").write_bytes(file)
         assert Image.open(tmp_path / f"{i}.png").size == (128, 128)
 
-    other = draw(page, seed="1")
+    other = generate(page, seed="1")
     assert other[0] != first[0]
     assert other[1] != first[1]
-    assert draw(page) == first
+    assert generate(page) == first
 
     page.locator("#pass").click()
-    page.locator("#picture img").wait_for()
+    page.locator("#image img").wait_for()
     page.locator("#question input, #question textarea").fill("Which colour is the background?")
     page.get_by_role("button", name="Ask", exact=True).click()
     answer = page.locator("#answer input, #answer textarea")
@@ -111,10 +113,10 @@ def test_says_what_is_wrong(page):
     def expect(message: str) -> None:
         page.get_by_text(message).wait_for()
 
-    button = page.get_by_role("button", name="Draw", exact=True)
+    button = page.get_by_role("button", name="Generate", exact=True)
     page.locator("#prompt textarea").fill(" ")
     button.click()
-    expect("The prompt is empty. Write what to draw.")
+    expect("The prompt is empty. Write one.")
     page.locator("#prompt textarea").fill("a lemon")
     page.locator("#steps input").fill("0")
     button.click()
@@ -124,7 +126,35 @@ def test_says_what_is_wrong(page):
     button.click()
     expect("The seed must be a number from 0 to 4294967295, but is -1.")
     page.locator("#pass").click()
-    expect("There is no picture yet. Draw one first.")
+    expect("There is no image yet. Generate one first.")
+
+
+def test_one_visitor_cannot_occupy_the_page(address, tmp_path):
+    """Requests past the page, as scripts send them: bounded before anything is computed."""
+    client = gradio_client.Client(address, verbose=False)
+
+    def refused(*arguments, api_name: str) -> str:
+        with pytest.raises(gradio_client.exceptions.AppError) as error:
+            client.predict(*arguments, api_name=api_name)
+        return str(error.value)
+
+    large = tmp_path / "large.png"
+    Image.new("1", (8000, 8000)).save(large)  # 64 million pixels in some kilobytes
+    handle = gradio_client.handle_file
+    assert "at most 2000 characters, but has 3000" in refused("a " * 1500, 0, 1, 4.5, 0, api_name="/generate")
+    assert "must be text" in refused(None, 0, 1, 4.5, 0, api_name="/generate")
+    assert "at most 25000000 pixels" in refused(handle(str(large)), "What is this?", api_name="/ask")
+    assert "at most 2000 characters" in refused(handle(str(large)), "a" * 2001, api_name="/ask")
+    large.write_bytes(bytes(21 * 2**20))
+    with pytest.raises(Exception, match=r"413|size"):
+        client.predict(handle(str(large)), "What is this?", api_name="/ask")
+
+
+def test_the_queue_is_bounded(monkeypatch):
+    from diffusers_sana.demo import page
+
+    comparison = SimpleNamespace(sizes=[(8, 8)], default_steps=1, default_guidance=1.0, pipes={"16 bit": None})
+    assert page.build_page(comparison, None, "a model")._queue.max_size == page.MOST_WAITING
 
 
 def test_other_models():
@@ -153,7 +183,7 @@ def test_comparison():
     assert (comparison.default_steps, comparison.default_guidance) == (20, 4.5)
 
     seen = []
-    drawings = comparison.draw("a cat", 0, 2, 4.5, comparison.sizes[1], lambda *step: seen.append(step))
+    drawings = comparison.generate("a cat", 0, 2, 4.5, comparison.sizes[1], lambda *step: seen.append(step))
     assert seen == [("32 bit", 1), ("32 bit", 2), ("4 bit", 1), ("4 bit", 2)]
     assert [drawing.image.size[::-1] for drawing in drawings] == [comparison.sizes[1]] * 2
     assert drawings[0].megabytes > drawings[1].megabytes
@@ -169,4 +199,4 @@ def test_comparison_of_sprint():
     comparison = Comparison(sprint_pipeline(diffusers_sana, **WIDER))
     assert comparison.default_steps == 2
     assert comparison.sizes == [(32, 32)]
-    assert len(comparison.draw("a cat", 0, 2, 4.5, (32, 32), lambda *step: None)) == 2
+    assert len(comparison.generate("a cat", 0, 2, 4.5, (32, 32), lambda *step: None)) == 2

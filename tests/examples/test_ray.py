@@ -2,10 +2,12 @@
 
 import concurrent.futures
 import io
+import json
 import os
 import socket
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,10 +93,43 @@ def test_serve(pipe):
             generator = torch.Generator().manual_seed(seed)
             expected = pipe("a cat", num_inference_steps=STEPS, generator=generator).images[0]
             assert difference(image, expected) <= 2
-        for body, message in ((b'{"seed": 1}', "prompt"), (b'{"prompt": 3}', "must be of type str"), (b"{", "Expect")):
-            with pytest.raises(urllib.error.HTTPError) as error:
-                post(body)
-            assert error.value.code == 400
-            assert message in error.value.read().decode()
+        # Bad requests are refused by themselves; the good one that arrives with them gets its image.
+        bad = {
+            b'{"seed": 1}': (400, "prompt"),
+            b'{"prompt": 3}': (400, "`prompt` must be of type str, got int"),
+            b"{": (400, "Expect"),
+            b'{"prompt": "a", "seed": 1180591620717411303424}': (400, "`seed` must be from 0"),
+            b'{"prompt": "a\\ud800"}': (400, "`prompt` must be Unicode text"),
+            b'{"prompt": "a", "negative_prompt": "\\udfff"}': (400, "`negative_prompt` must be Unicode text"),
+            b"[" * 60000: (400, "nested too deeply"),
+            json.dumps({"prompt": "a" * 5000}).encode(): (400, "at most 4000 characters, got 5000"),
+            b" " * 70000: (413, "at most 65536 bytes"),
+        }
+        with concurrent.futures.ThreadPoolExecutor(max_workers=len(bad) + 1) as pool:
+            good = pool.submit(post, b'{"prompt": "a cat", "seed": 1}')
+            refused = {body: pool.submit(post, body) for body in bad}
+            assert difference(good.result(), images[0]) <= 2
+        for body, (code, message) in bad.items():
+            error = refused[body].exception()
+            assert isinstance(error, urllib.error.HTTPError)
+            assert (error.code, message in error.read().decode()) == (code, True), body[:40]
     finally:
         serve.shutdown()
+
+
+def test_a_request_that_fails_in_the_pipeline_fails_alone():
+    """What the checks let through may still fail: here a pipeline that cannot stand one prompt."""
+    from examples.ray_serve import ImageGenerator, ImageRequest
+
+    class Pipe:
+        def __call__(self, prompts, **options):
+            if "bad" in prompts:
+                raise ValueError("cannot generate this")
+            return SimpleNamespace(images=[Image.new("RGB", (8, 8)) for _ in prompts])
+
+    generator = object.__new__(ImageGenerator.func_or_class)
+    generator.pipe, generator.options = Pipe(), {}
+    answers = generator._generate([ImageRequest(prompt) for prompt in ("a cat", "bad", "a dog")])
+    assert [answer.status_code for answer in answers] == [200, 500, 200]
+    assert b"cannot generate this" in answers[1].body
+    assert Image.open(io.BytesIO(answers[2].body)).size == (8, 8)
