@@ -98,7 +98,7 @@ class SanaLoad:
 
 
 class SanaLora:
-    """Adds a LoRA, in the format of any trainer."""
+    """Adds a LoRA, in the format of one of many trainers."""
 
     CATEGORY = "Sana"
     RETURN_TYPES = ("SANA_MODEL",)

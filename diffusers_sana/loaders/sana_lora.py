@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusers_sana.models.transformers.lora_formats import (
+    DEPTHWISE,
     DOWN,
     GUIDED_TIME,
     PREFIX,
@@ -38,12 +39,17 @@ def lora_to_comfyui(state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any
         `diffusion_model.blocks.0.attn.qkv.lora_down.weight` and the like, with an `alpha` each.
 
     Raises:
-        ValueError: see `convert_sana_lora`; DoRA and biases, which have no such form.
+        ValueError: see `convert_sana_lora`; DoRA, biases and a LoRA of the depthwise convolutions, which have no such
+            form.
     """
     ours, fields = convert_sana_lora(state_dict, metadata)
     for key in ours:
         if not key.endswith((DOWN, UP)):
             raise ValueError(f"{key!r} must be a factor of a plain LoRA: DoRA and biases have no such form.")
+        if DEPTHWISE in key:
+            raise ValueError(
+                f"{key!r} changes a depthwise convolution, which no file of this kind can express. Train without it."
+            )
     names = [key.removeprefix(PREFIX).removesuffix(f".{DOWN}") for key in ours if key.endswith(DOWN)]
     out: dict[str, Tensor] = {}
     for theirs, parts in _by_their_names(names).items():

@@ -27,11 +27,7 @@ WRAPPERS = {
     "ema": ("state_dict_ema", "ema", "ema_state_dict", "model_ema"),
 }
 MAX_DEPTH = 8  # of wrappers in wrappers
-PREFIXES = (
-    "module.",
-    "_orig_mod.",
-    "0.",
-)  # of all keys, by wrappers of a model: DDP, torch.compile, a list of modules
+PREFIXES = ("module.", "_orig_mod.", "0.")  # of all keys, where DDP, torch.compile or a list held the model
 COMFY_PREFIX = "model.diffusion_model."
 HUB_ADDRESS = re.compile(
     r"(?:https://)?(?:huggingface\.co/|hf\.co/)?(\w[\w.-]*/\w[\w.-]*)/(?:(?:blob|resolve)/([^/]+)/)?(.+)"

@@ -1,7 +1,10 @@
-"""One random LoRA for a tiny Sana, as different trainers write it. The layers' names are written out here once more.
+"""One random LoRA for a tiny Sana, as trainers write it. The layers' names are written out here once more.
 
 It has a rank and an alpha of its own for some layers, and the parts of what the authors fuse have one A, so that every
 format can hold it. Scales are powers of two, so that applying them first or last gives the same bits.
+
+The rules are those of the writers: OneTrainer (`LoRASaverMixin`, and its older files for Sana, which have dots behind
+`lora_transformer`), LyCORIS (`save_weights`), SimpleTuner (its export for ComfyUI), diffusers and PEFT.
 """
 
 import re
@@ -30,14 +33,20 @@ def pipeline(library, **kwargs):
     return tiny.pipeline(library, **{**TRANSFORMER, **kwargs})
 
 
-def random_lora(transformer: nn.Module, seed: int = 0) -> Layers:
-    """For every layer but the depthwise convolutions."""
+def random_lora(transformer: nn.Module, seed: int = 0, depthwise: bool = False) -> Layers:
+    """For every layer; for the depthwise convolutions, which diffusers cannot hold, only if asked for.
+
+    There it is one ungrouped pair, as in OneTrainer: A `[r, channels, 3, 3]`, B `[1, r, 1, 1]`.
+    """
     generator = torch.Generator().manual_seed(seed)
     layers: Layers = {}
     for name, layer in transformer.named_modules():
-        if not isinstance(layer, nn.Linear | nn.Conv2d) or name.endswith("conv_depth"):
+        is_depthwise = name.endswith("conv_depth")
+        if not isinstance(layer, nn.Linear | nn.Conv2d) or (is_depthwise and not depthwise):
             continue
         outputs, inputs, *kernel = layer.weight.shape
+        if is_depthwise:
+            outputs, inputs = 1, outputs
         rank = 4 if name.endswith("conv_point") else 2
         down = torch.randn(rank, inputs, *kernel, generator=generator) * 0.3
         up = torch.randn(outputs, rank, *[1] * len(kernel), generator=generator) * 0.3
@@ -88,13 +97,20 @@ def _block(name: str) -> str:
 
 AB = {"down": "lora_A.weight", "up": "lora_B.weight"}
 FORMATS: dict[str, Callable[[Layers], dict[str, Tensor]]] = {
-    "kohya": lambda layers: written(layers, "lora_unet_", "_"),
-    "kohya, authors' names": lambda layers: written(by_authors_names(layers), "lora_unet_", "_"),
-    "OneTrainer": lambda layers: written(layers, "lora_transformer_", "_"),
-    "LyCORIS, SimpleTuner": lambda layers: written(layers, "lycoris_", "_"),
-    "ComfyUI": lambda layers: written(by_authors_names(layers), "diffusion_model."),
-    "ComfyUI, A and B": lambda layers: written(by_authors_names(layers), "diffusion_model.", **AB),
-    "SimpleTuner for ComfyUI": lambda layers: written(layers, "diffusion_model.", **AB),
-    "authors' names alone": lambda layers: written(by_authors_names(layers), ""),
+    "OneTrainer": lambda layers: written(layers, "lora_transformer."),  # until July 2026
+    "OneTrainer's backups": lambda layers: written(layers, "transformer."),
+    "kohya": lambda layers: written(layers, "lora_unet_", "_"),  # by OneTrainer
+    "OneTrainer, original": lambda layers: written(layers, "", **AB),
+    "OneTrainer and SimpleTuner for ComfyUI": lambda layers: written(layers, "diffusion_model.", **AB),
+    "LyCORIS": lambda layers: written(layers, "lycoris_", "_"),
+    "ComfyUI": lambda layers: written(by_authors_names(layers), "diffusion_model."),  # by us
+    # Of no known writer, but of the same parts as those above.
+    "authors' names": lambda layers: written(by_authors_names(layers), ""),
+    "authors' names, flat": lambda layers: written(by_authors_names(layers), "lora_unet_", "_"),
+    "authors' names, A and B": lambda layers: written(by_authors_names(layers), "diffusion_model.", **AB),
+    "lora_transformer, flat": lambda layers: written(layers, "lora_transformer_", "_"),
+    "transformer, flat": lambda layers: written(layers, "transformer_", "_"),
+    "lycoris, dotted": lambda layers: written(layers, "lycoris."),
+    "lora_unet, dotted": lambda layers: written(layers, "lora_unet.", ".", **AB),
     "diffusers before PEFT": lambda layers: written(layers, "transformer.", ".", "lora.down.weight", "lora.up.weight"),
 }

@@ -55,3 +55,10 @@ def test_dora_is_refused():
     state_dict = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
     with pytest.raises(ValueError, match=r"attn1.to_out.0.lora_magnitude_vector' must be a factor of a plain LoRA"):
         lora_to_comfyui({**state_dict, f"{name}.dora_scale": torch.ones(8, 1)})
+
+
+def test_depthwise_layers_are_refused():
+    """ComfyUI would add the product to the layer's own weights, which is another change than the trained one."""
+    layers = random_lora(tiny.transformer(diffusers), depthwise=True)
+    with pytest.raises(ValueError, match=r"conv_depth.lora_A.weight' changes a depthwise convolution"):
+        lora_to_comfyui(FORMATS["OneTrainer"](layers))

@@ -1,4 +1,4 @@
-"""LoRA files of all trainers, by the one call that diffusers has for its own."""
+"""LoRA files of many trainers, by the one call that diffusers has for its own."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers.loaders import SanaLoraLoaderMixin
+from diffusers.utils import get_adapter_name
 from torch import Tensor
 from transformers.utils import cached_file
 
@@ -28,7 +29,7 @@ class LoraLoading(SanaLoraLoaderMixin):
         return_lora_metadata: bool = False,
         **kwargs: Any,
     ) -> dict[str, Tensor] | tuple[dict[str, Tensor], dict[str, Any] | None]:
-        """The tensors of a LoRA by diffusers' names, whichever trainer wrote it.
+        """The tensors of a LoRA by diffusers' names, in any of the formats of `lora_formats.py`.
 
         Args:
             pretrained_model_name_or_path_or_dict: a safetensors file, a folder or an id on the Hub with one, or what
@@ -65,15 +66,49 @@ class LoraLoading(SanaLoraLoaderMixin):
 
     @classmethod
     def load_lora_into_transformer(
-        cls, state_dict: dict[str, Tensor], transformer: torch.nn.Module, *args: Any, **kwargs: Any
+        cls,
+        state_dict: dict[str, Tensor],
+        transformer: torch.nn.Module,
+        adapter_name: str | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Puts a LoRA by diffusers' names beside the layers of `transformer`; the arguments are diffusers'.
 
         Raises:
             ValueError: naming a key that does not fit the model.
         """
+        from diffusers_sana.models.transformers.lora_layers import drop_unused, prepare_depthwise
+
         check_lora_fits(state_dict, transformer)
-        super().load_lora_into_transformer(state_dict, transformer, *args, **kwargs)
+        adapter_name = adapter_name or get_adapter_name(transformer)
+        plain = {key.removeprefix(f"{cls.transformer_name}."): tensor for key, tensor in state_dict.items()}
+        if not kwargs.get("hotswap"):
+            prepare_depthwise(transformer, plain, adapter_name)
+        try:
+            super().load_lora_into_transformer(state_dict, transformer, adapter_name, *args, **kwargs)
+        finally:
+            drop_unused(transformer)
+
+    def fuse_lora(
+        self,
+        components: list[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds LoRAs to the weights; the arguments are diffusers'.
+
+        Raises:
+            ValueError: an adapter that the weights cannot express. None is changed then.
+        """
+        from diffusers_sana.models.transformers.lora_layers import check_can_be_fused
+
+        for name in components or ():
+            if isinstance(model := getattr(self, name, None), torch.nn.Module):
+                check_can_be_fused(model, adapter_names)
+        super().fuse_lora(components or [], lora_scale, safe_fusing, adapter_names, **kwargs)
 
 
 def _peft_config(source: Path, hub: dict[str, Any]) -> dict[str, Any] | None:

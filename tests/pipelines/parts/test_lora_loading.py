@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import diffusers_sana
+from diffusers_sana.models.transformers.lora_layers import check_can_be_fused
 from tests.loaders.lora_files import FORMATS, by_authors_names, pipeline, plain, random_lora, written
 from tests.quantizers.lora_cases import quantized
 
@@ -137,7 +138,8 @@ def test_dora(pipe, lora):
 def test_of_another_size(pipe):
     larger = pipeline(diffusers_sana, num_attention_heads=3, num_cross_attention_heads=3, cross_attention_dim=96)
     with pytest.raises(
-        ValueError, match=r"'transformer.patch_embed.proj.lora_B.weight' must have 64 at axis 0.*\[96, "
+        ValueError,
+        match=r"'transformer.patch_embed.proj.lora_B.weight' must have 64 at axis 0.*\[96, .* another width here",
     ):
         pipe.load_lora_weights(FORMATS["kohya"](random_lora(larger.transformer)))
     deeper = pipeline(diffusers_sana, num_layers=3)
@@ -156,3 +158,159 @@ def test_no_pickles(pipe, tmp_path):
     (tmp_path / "lora.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"`weight_name` must be a safetensors file, got 'lora.bin'"):
         pipe.load_lora_weights(tmp_path, weight_name="lora.bin")
+
+
+class Depthwise(torch.nn.Module):
+    """A depthwise convolution with another beside it: `scale * up(down(x))`, which OneTrainer adds to all channels."""
+
+    def __init__(self, base, down, up, scale):
+        super().__init__()
+        self.base, self.factors, self.scale = base, (down, up), scale
+
+    def forward(self, x):
+        down, up = self.factors
+        conv = torch.nn.functional.conv2d
+        inside = conv(x, down, padding=1, groups=x.shape[1] // down.shape[1])
+        return self.base(x) + self.scale * conv(inside, up, groups=len(down) // up.shape[1])
+
+
+def beside_depthwise(pipe, layers):
+    """A pipeline whose transformer has the LoRA of its depthwise convolutions built in."""
+    transformer = copy.deepcopy(pipe.transformer)
+    for name, (down, up, alpha) in layers.items():
+        parent, child = name.rsplit(".", 1)
+        layer = Depthwise(transformer.get_submodule(name), down, up, alpha / len(down))
+        setattr(transformer.get_submodule(parent), child, layer)
+    return diffusers_sana.SanaPipeline.from_pipe(pipe, transformer=transformer)
+
+
+ONE_TRAINER = ["OneTrainer", "OneTrainer's backups", "kohya", "OneTrainer, original", "ComfyUI"]
+
+
+@pytest.mark.parametrize("name", ONE_TRAINER)
+def test_depthwise_layers_as_one_trainer_writes_them(pipe, name):
+    every = random_lora(pipe.transformer, depthwise=True)
+    depthwise = {layer: factors for layer, factors in every.items() if layer.endswith("conv_depth")}
+    assert len(depthwise) == pipe.transformer.config.num_layers
+    reference = draw(beside_depthwise(pipe, depthwise))
+    assert not torch.allclose(reference, draw(pipe), atol=0.05)
+    pipe.load_lora_weights(FORMATS[name](depthwise))
+    assert torch.allclose(draw(pipe), reference, atol=1e-4)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(FORMATS[name](every))
+    images = draw(pipe)
+    pipe.load_lora_weights(plain({layer: factors for layer, factors in every.items() if layer not in depthwise}))
+    assert not torch.allclose(draw(pipe), images, atol=0.01)  # the depthwise ones took part
+
+
+@pytest.mark.parametrize("form", ["dense", "PEFT", "own weights", "LyCORIS"])
+def test_other_forms_of_depthwise_layers(pipe, form, tmp_path):
+    name = "transformer_blocks.1.ff.conv_depth"
+    channels = pipe.transformer.get_submodule(name).out_channels
+    shapes = {
+        "dense": ((3, channels), (channels, 3)),
+        "PEFT": ((channels, channels), (channels, 1)),
+        "own weights": ((channels, 1), (channels, 1)),
+        "LyCORIS": ((3, 1), (channels, 3)),
+    }[form]
+    torch.manual_seed(0)
+    down, up = torch.randn(*shapes[0], 3, 3) * 0.2, torch.randn(*shapes[1], 1, 1) * 0.2
+    layers = {name: (down, up, 2.0)}
+    if form == "LyCORIS":  # a product of the layer's own weights
+        weight = (up.flatten(1) @ down.flatten(1)).reshape(channels, 1, 3, 3)
+        layers_built = {name: (weight, torch.ones(channels, 1, 1, 1), 2.0 * channels / 3)}
+    before = draw(pipe)
+    reference = draw(beside_depthwise(pipe, layers_built if form == "LyCORIS" else layers))
+    pipe.load_lora_weights(written(layers, "lycoris_", "_"), adapter_name="depthwise")
+    assert torch.allclose(draw(pipe), reference, atol=1e-4)
+
+    state_dict = get_peft_model_state_dict(pipe.transformer, adapter_name="depthwise")
+    metadata = pipe.transformer.peft_config["depthwise"].to_dict()
+    pipe.save_lora_weights(tmp_path, state_dict, transformer_lora_adapter_metadata=metadata)
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), before)
+    pipe.load_lora_weights(tmp_path, adapter_name="again")
+    assert torch.allclose(draw(pipe), reference, atol=1e-4)
+    weight = pipe.transformer.get_submodule(name).get_base_layer().weight.detach().clone()
+    if form in ("own weights", "LyCORIS"):
+        pipe.fuse_lora(components=["transformer"], safe_fusing=True)
+        assert torch.allclose(draw(pipe), reference, atol=1e-4)
+        pipe.unfuse_lora(components=["transformer"])
+        assert torch.allclose(pipe.transformer.get_submodule(name).get_base_layer().weight, weight, atol=1e-6)
+        pipe.transformer.get_submodule(name).get_base_layer().weight.data = weight
+
+
+def test_a_depthwise_lora_cannot_be_fused_and_nothing_is(pipe):
+    """It is refused before any layer is changed."""
+    every = random_lora(pipe.transformer, depthwise=True)
+    pipe.load_lora_weights(FORMATS["OneTrainer"](every), adapter_name="every")
+    weights = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    with pytest.raises(ValueError, match=r"adapter 'every' mixes the channels of a depthwise convolution"):
+        pipe.fuse_lora(components=["transformer"])
+    assert all(torch.equal(weights[name], value) for name, value in pipe.transformer.state_dict().items())
+    own = copy.deepcopy(pipe.transformer)
+    check_can_be_fused(own, ["another"])
+    own.set_adapters("every", 0.0)
+    with pytest.raises(ValueError, match="'every' mixes the channels"):
+        check_can_be_fused(own)
+
+
+def test_two_loras_with_depthwise_layers(pipe):
+    first, second = (random_lora(pipe.transformer, seed, depthwise=True) for seed in (0, 1))
+    images = {}
+    for name, layers in (("first", first), ("second", second)):
+        pipe.load_lora_weights(FORMATS["kohya"](layers), adapter_name=name)
+        images[name] = draw(pipe)
+        pipe.unload_lora_weights()
+    for name, layers in (("first", first), ("second", second)):
+        pipe.load_lora_weights(FORMATS["kohya"](layers), adapter_name=name)
+    for name, expected in images.items():
+        pipe.set_adapters(name)
+        assert torch.equal(draw(pipe), expected)
+    pipe.set_adapters(["first", "second"], [1.0, 0.0])
+    assert torch.allclose(draw(pipe), images["first"], atol=1e-5)
+    pipe.delete_adapters("second")
+    pipe.set_adapters("first")
+    assert torch.equal(draw(pipe), images["first"])
+    pipe.load_lora_weights(FORMATS["kohya"](second), adapter_name="first", hotswap=True)
+    assert torch.equal(draw(pipe), images["second"])
+
+
+def test_depthwise_factors_that_fit_no_form(pipe):
+    name = "transformer_blocks.0.ff.conv_depth"
+    before = draw(pipe)
+    channels = pipe.transformer.get_submodule(name).out_channels
+    for down, up, message in (
+        (torch.ones(2, channels, 3, 3), torch.ones(channels // 2, 2, 1, 1), f"must have {channels} at axis 0"),
+        (torch.ones(2, channels, 1, 1), torch.ones(1, 2, 1, 1), r"must have the axes \[3, 3\] behind the second"),
+        (torch.ones(4, channels, 3, 3), torch.ones(1, 2, 1, 1), "one of the forms of LoRA for a depthwise"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe.load_lora_weights(written({name: (down, up, 1.0)}, "transformer."))
+    assert type(pipe.transformer.get_submodule(name)) is type(
+        pipe.transformer.get_submodule("transformer_blocks.1.ff.conv_depth")
+    )
+    assert torch.equal(draw(pipe), before)
+
+
+def test_a_depthwise_convolution_that_peft_has_wrapped(pipe):
+    """By a training, for instance: PEFT's own form fits beside it, another has no room."""
+    name = "transformer_blocks.0.ff.conv_depth"
+    channels = pipe.transformer.get_submodule(name).out_channels
+    pipe.transformer.add_adapter(LoraConfig(r=channels, target_modules=[name]), adapter_name="trained")
+    down = torch.ones(channels, channels, 3, 3)
+    pipe.load_lora_weights(written({name: (down, torch.ones(channels, 1, 1, 1), 1.0)}, "transformer."), "peft")
+    with pytest.raises(ValueError, match=r"has an adapter that this pipeline has not loaded"):
+        pipe.load_lora_weights(written({name: (down[:4], torch.ones(1, 4, 1, 1), 1.0)}, "transformer."), "other")
+
+
+def test_depthwise_layers_on_4_bits():
+    pipe = pipeline(diffusers_sana)
+    every = random_lora(pipe.transformer, depthwise=True)
+    depthwise = {layer: factors for layer, factors in every.items() if layer.endswith("conv_depth")}
+    quantized(pipe.transformer)
+    before = draw(pipe)
+    reference = draw(beside_depthwise(pipe, depthwise))
+    pipe.load_lora_weights(FORMATS["kohya"](depthwise))
+    assert torch.allclose(draw(pipe), reference, atol=1e-4)
+    assert not torch.allclose(before, reference, atol=0.01)

@@ -1,0 +1,96 @@
+"""Adapters whose product is not one pair of matrices, written as one pair: the same change of a weight.
+
+    LoHa    (A1 B1) * (A2 B2)      elementwise; arXiv 2108.06098. Rank r * r: columns of A are products of two columns
+    LoKr    kron(W1, W2)           arXiv 2309.14859. kron(P1 Q1, P2 Q2) = kron(P1, P2) kron(Q1, Q2)
+
+A pair is exact, takes part in everything that LoRA can do, and is as large as its rank: LoKr of full factors has the
+rank, and so twice the size, of the layer. Names of the tensors are LyCORIS', which PEFT and trainers share.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+
+
+def loha_as_lora(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
+    """Factors of a LoHa.
+
+    Args:
+        parts: the tensors of `LOHA`: `[out, r]`, `[r, in]` and again; axes behind the second are folded into it.
+
+    Returns:
+        `[rank, in]`, `[out, rank]` and r, which its scale is relative to.
+
+    Raises:
+        ValueError: a tensor that is missing, or shapes that do not fit together.
+    """
+    up1, down1 = _pair(parts, "hada_w1_a", "hada_w1_b")
+    up2, down2 = _pair(parts, "hada_w2_a", "hada_w2_b")
+    if up1.shape[0] != up2.shape[0] or down1.shape[1] != down2.shape[1]:
+        raise ValueError(f"the factors of LoHa must have equal sides, but their shapes are {_shapes(parts)}.")
+    if up1.shape[1] * up2.shape[1] < min(up1.shape[0], down1.shape[1]):
+        up = (up1[:, :, None] * up2[:, None, :]).flatten(1)
+        down = (down1[:, None] * down2[None]).flatten(0, 1)
+    else:
+        up, down = _factors((up1 @ down1) * (up2 @ down2))
+    dtype = parts["hada_w1_a"].dtype
+    return down.to(dtype), up.to(dtype), down1.shape[0]
+
+
+def lokr_as_lora(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int | None]:
+    """Factors of a LoKr.
+
+    Args:
+        parts: `lokr_w1`, or `lokr_w1_a` and `lokr_w1_b`, whose product it is; `lokr_w2` likewise.
+
+    Returns:
+        `[rank, in]`, `[out, rank]`, and the rank that the scale is relative to: None where both are whole matrices,
+        which have no scale.
+
+    Raises:
+        ValueError: a tensor that is missing, or shapes that do not fit together.
+    """
+    rank = None
+    pairs = []
+    for name in ("lokr_w1", "lokr_w2"):
+        if name in parts:
+            pairs.append(_factors(_flat(parts, name)))
+        else:
+            up, down = _pair(parts, f"{name}_a", f"{name}_b")
+            rank = down.shape[0]
+            pairs.append((up, down) if rank < min(up.shape[0], down.shape[1]) else _factors(up @ down))
+    (up1, down1), (up2, down2) = pairs
+    dtype = next(iter(parts.values())).dtype
+    return torch.kron(down1, down2).to(dtype), torch.kron(up1, up2).to(dtype), rank
+
+
+def _factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix as a product with the smaller identity."""
+    rows, columns = matrix.shape
+    if rows < columns:
+        return torch.eye(rows, dtype=matrix.dtype), matrix
+    return matrix, torch.eye(columns, dtype=matrix.dtype)
+
+
+def _pair(parts: Mapping[str, Tensor], first: str, second: str) -> tuple[Tensor, Tensor]:
+    up, down = _flat(parts, first), _flat(parts, second)
+    if up.shape[1] != down.shape[0]:
+        raise ValueError(f"{first!r} and {second!r} must have one rank, but the shapes are {_shapes(parts)}.")
+    return up, down
+
+
+def _flat(parts: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in parts:
+        raise ValueError(f"a tensor {name!r} must be there beside {sorted(parts)}.")
+    if parts[name].ndim < 2 or not parts[name].numel():
+        raise ValueError(f"{name!r} must be a matrix, but the shapes are {_shapes(parts)}.")
+    return parts[name].flatten(1).float()
+
+
+def _shapes(parts: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in parts.items()}
