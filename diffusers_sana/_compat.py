@@ -119,6 +119,7 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
     "_C": (HostName("torch:", QUANTIZED_LORA),),
     "_attn_implementation": (HostName(_CONFIG, VILA_U),),
     "_cache_config": (HostName(_CACHES, STEP_CACHES),),
+    "_class_to_module": (HostName("diffusers:", "our pipelines for DiffusionPipeline.from_pretrained"),),
     "_buffers": (HostName(_MODULE, PROMPT_PREFIX, in_source=True),),
     "_compiled_call_impl": (HostName(_MODULE, PROMPT_PREFIX),),
     "_diffusers_hook": (HostName("diffusers.hooks.hooks:HookRegistry", "CUDA graphs", in_source=True),),
@@ -145,6 +146,8 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
     "_parameters": (HostName(_MODULE, PROMPT_PREFIX, in_source=True),),
     "_progress_bar_config": (HostName(_PIPELINE, "progress bars", in_source=True),),
     "_register_state_dict_hook": (HostName(_MODULE, QUANTIZED_LORA),),
+    "_registry": (HostName("diffusers.hooks._helpers:TransformerBlockRegistry", STEP_CACHES),),
+    "_reverse_config_mapping": (HostName("transformers.models.auto.modeling_auto:MODEL_MAPPING", VILA_U),),
     "_reset_state": (HostName(_ACCELERATOR, SEVERAL_RUNS),),
     "_reset_stateful_cache": (HostName(_CACHES, STEP_CACHES),),
     "_shared_state": (HostName(_ACCELERATOR, SEVERAL_RUNS),),
@@ -195,6 +198,40 @@ def private(owner: Any, name: str) -> Any:
         return getattr(owner, name)
     except AttributeError as error:
         raise _missing(ATTRIBUTES[name][0], name) from error
+
+
+def explain(module: str, error: BaseException) -> str:
+    """Why something of ours failed in a module of a host: the error, the version found and the versions that work."""
+    cause: BaseException | None = error
+    while cause is not None:  # the lazy modules of the hosts wrap what was raised
+        if isinstance(cause, MissingHostName):
+            return str(cause)
+        cause = cause.__cause__
+    host = module.partition(".")[0]
+    text = f"{type(error).__name__}: {error}"
+    if host not in HOSTS:
+        return text
+    tested = HOSTS[host]
+    return f"{text} (with {host} {version_of(host)}; {host} {tested.lowest} to {tested.highest} work)"
+
+
+class _Unusable(type):
+    """Of classes that stand for one that could not be imported: whatever is done with them raises the reason."""
+
+    _reason: str
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(cls._reason)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise ImportError(cls._reason)
+
+
+def unusable(name: str, reason: str) -> type:
+    """A class of that name that raises ImportError when it is made, or asked for anything."""
+    return _Unusable(name, (), {"_reason": reason})
 
 
 def onednn_computes(dtype: Any) -> bool:
@@ -254,8 +291,8 @@ def release(version: str) -> tuple[int, ...]:
 @cache
 def warn_if_untested(host: str) -> None:
     """Says once in a process that the installed version of a host is not one that the tests ran with."""
-    tested, found = HOSTS[host], version_of(host)
-    if not found:
+    tested, found = HOSTS.get(host), version_of(host)
+    if tested is None or not found:
         return
     if release(found) < release(tested.lowest):
         logger.warning(

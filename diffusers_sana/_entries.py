@@ -1,11 +1,16 @@
-"""What this package adds to the tables of diffusers and transformers; `_registration.py` adds it."""
+"""What this package adds to the tables of diffusers and transformers; `_registration.py` adds it.
 
-import sys
+Where the hosts take names, names are given, and nothing of ours is imported before somebody asks for it: VILA-U for
+the auto classes of transformers, our pipelines for `getattr(diffusers, name)`. The quantizers and the auto pipelines
+of diffusers want classes, so their entries import them.
+"""
+
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
 from typing import Any
+
+from diffusers_sana import _compat
 
 
 PACKAGE = "diffusers_sana"
@@ -20,11 +25,23 @@ UPSTREAM_NAMES = {
 }
 
 
+# Modules that the hosts import when they look a name of ours up, and which of our modules they then see. They are made
+# when they are imported, and a host's own module of such a name goes first.
+GUEST_MODULES = {
+    f"diffusers.{PACKAGE}": PACKAGE,
+    **{
+        f"transformers.models.{model_type}": f"{PACKAGE}.models.vila_u"
+        for model_type in ("vila_u", "vila_u_vision", "vila_u_depth", "vila_u_llama")
+    },
+}
+
+
 @dataclass(frozen=True)
 class Entry:
     """One key that we add to a dictionary of a host.
 
     Attributes:
+        feature: what users lose if the entry cannot be made.
         host: module that holds the table.
         table: attribute path of the table in `host`.
         key, value: functions, called when the entry is made: only then may they import.
@@ -32,6 +49,7 @@ class Entry:
         first: put the entry in front; for hosts that search their table in order.
     """
 
+    feature: str
     host: str
     table: str
     key: Callable[[], Hashable]
@@ -56,8 +74,7 @@ def _block() -> type:
 
 
 def _block_metadata() -> Any:
-    helpers = import_module("diffusers.hooks._helpers")
-    return helpers.TransformerBlockMetadata(return_hidden_states_index=0, _cls=_block())
+    return _compat.TransformerBlockMetadata(return_hidden_states_index=0, _cls=_block())
 
 
 def _loading_methods() -> dict[str, list[str]]:
@@ -74,32 +91,36 @@ def _always(value: Any) -> Callable[[], Any]:
     return lambda: value
 
 
-def _vila_u(module: str, name: str) -> Callable[[], type]:
-    return lambda: getattr(import_module(f"{PACKAGE}.models.vila_u.{module}"), name)
-
-
-def _vila_u_package() -> ModuleType:
-    return import_module(f"{PACKAGE}.models.vila_u")
-
-
 _AUTO = "transformers.models.auto"
 _VILA_U = "VilaUForConditionalGeneration"
 
 ENTRIES = (
     # `model_index.json` may name our classes, in folders and on the Hub.
-    Entry("diffusers.pipelines.pipeline_loading_utils", "LOADABLE_CLASSES", _always(PACKAGE), _loading_methods),
+    Entry(
+        feature="folders that name classes of diffusers_sana",
+        host="diffusers.pipelines.pipeline_loading_utils",
+        table="LOADABLE_CLASSES",
+        key=_always(PACKAGE),
+        value=_loading_methods,
+    ),
     # `DiffusionPipeline.from_pretrained` looks for the class that an index names in diffusers, which knows in which of
-    # its modules each of its classes is. Ours is in a module that is this package under another name.
+    # its modules each of its classes is. Ours are in a guest module.
     *(
-        Entry(host="diffusers", table="_class_to_module", key=_always(name), value=_always(PACKAGE))
+        Entry(
+            feature=f"{name} for DiffusionPipeline.from_pretrained",
+            host="diffusers",
+            table="_class_to_module",
+            key=_always(name),
+            value=_always(PACKAGE),
+        )
         for name in ("SanaControlNetImg2ImgPipeline", "SanaImg2ImgPipeline", "SanaInpaintPipeline", "VilaUPipeline")
     ),
-    Entry("sys", "modules", _always(f"diffusers.{PACKAGE}"), lambda: sys.modules[PACKAGE], after="diffusers"),
     # The auto pipelines take the first pipeline of the name that the folder states, and that is "SanaPipeline" for
     # diffusers' and for ours; from there they go to the pipeline of the same key in the table of the task. ControlNet
     # and Sprint, which diffusers has not listed, have keys of their own. `enable_pag` looks for "SanaPAGPipeline".
     *(
         Entry(
+            feature=f"{name} for the auto pipelines of diffusers",
             host="diffusers.pipelines.auto_pipeline",
             table=f"AUTO_{task}_PIPELINES_MAPPING",
             key=_always(PACKAGE + family),
@@ -119,6 +140,7 @@ ENTRIES = (
     ),
     # Step caches (`enable_cache`) need to know what a block returns.
     Entry(
+        feature=_compat.STEP_CACHES,
         host="diffusers.hooks._helpers",
         table="TransformerBlockRegistry._registry",
         key=_block,
@@ -127,7 +149,13 @@ ENTRIES = (
     ),
     # `from_pretrained(quantization_config=SVDQuantConfig())`, and folders whose config.json says "svdquant".
     *(
-        Entry(host=f"{library}.quantizers.auto", table=table, key=lambda: "svdquant", value=_svdquant(module, name))
+        Entry(
+            feature=f"SVDQuant for from_pretrained of {library}",
+            host=f"{library}.quantizers.auto",
+            table=table,
+            key=_always("svdquant"),
+            value=_svdquant(module, name),
+        )
         for library, table, module, name in (
             ("diffusers", "AUTO_QUANTIZER_MAPPING", "quantizer", "SVDQuantQuantizer"),
             ("diffusers", "AUTO_QUANTIZATION_CONFIG_MAPPING", "config", "SVDQuantConfig"),
@@ -135,25 +163,32 @@ ENTRIES = (
             ("transformers", "AUTO_QUANTIZATION_CONFIG_MAPPING", "config", "SVDQuantConfig"),
         )
     ),
-    # VILA-U for the auto classes of transformers: configs as their own `register` adds them. Everything else by name,
-    # as their own models are, because a model cannot be imported while transformers is half imported itself. Names are
-    # looked up in `transformers.models.<model type>`, which must then be our package.
+    # VILA-U for the auto classes of transformers, by name as their own models are. The names are looked up in
+    # `transformers.models.<model type>`, a guest module.
     *(
-        Entry(f"{_AUTO}.configuration_auto", "CONFIG_MAPPING._extra_content", _always(name), _vila_u(module, cls))
-        for name, module, cls in (
-            ("vila_u", "configuration_vila_u", "VilaUConfig"),
-            ("vila_u_vision", "configuration_vila_u", "VilaUVisionConfig"),
-            ("vila_u_depth", "configuration_vila_u", "VilaUDepthConfig"),
-            ("vila_u_llama", "official_vila_u", "VilaUOfficialConfig"),
+        Entry(
+            feature=f"{name} for the auto classes of transformers",
+            host=f"{_AUTO}.configuration_auto",
+            table="CONFIG_MAPPING_NAMES",
+            key=_always(model_type),
+            value=_always(name),
+        )
+        for model_type, name in (
+            ("vila_u", "VilaUConfig"),
+            ("vila_u_vision", "VilaUVisionConfig"),
+            ("vila_u_depth", "VilaUDepthConfig"),
+            ("vila_u_llama", "VilaUOfficialConfig"),
         )
     ),
     *(
-        Entry("sys", "modules", _always(f"transformers.models.{name}"), _vila_u_package, f"{_AUTO}.configuration_auto")
-        for name in ("vila_u", "vila_u_vision")
-    ),
-    *(
-        Entry(f"{_AUTO}.{host}_auto", f"{table}.{part}", _always(key), _always(value))
-        for host, table, name, config, classes in (
+        Entry(
+            feature=f"{config.replace('Config', '')} for the auto classes of transformers",
+            host=f"{_AUTO}.{host}_auto",
+            table=table,
+            key=_always(key),
+            value=_always(value),
+        )
+        for host, mapping, name, config, classes in (
             ("modeling", "MODEL_MAPPING", "vila_u", "VilaUConfig", "VilaUModel"),
             ("modeling", "MODEL_MAPPING", "vila_u_vision", "VilaUVisionConfig", "VilaUVisionModel"),
             ("modeling", "MODEL_FOR_CAUSAL_LM_MAPPING", "vila_u", "VilaUConfig", _VILA_U),
@@ -162,6 +197,9 @@ ENTRIES = (
             ("processing", "PROCESSOR_MAPPING", "vila_u", "VilaUConfig", "VilaUProcessor"),
             ("image_processing", "IMAGE_PROCESSOR_MAPPING", "vila_u", "VilaUConfig", {"pil": "VilaUImageProcessor"}),
         )
-        for part, key, value in (("_model_mapping", name, classes), ("_reverse_config_mapping", config, name))
+        for table, key, value in (
+            (f"{mapping}_NAMES", name, classes),
+            (f"{mapping}._reverse_config_mapping", config, name),
+        )
     ),
 )

@@ -1,9 +1,14 @@
 """Entries of this package in the tables of diffusers and transformers: the only file that touches them.
 
-Nothing is patched: `register` adds keys to dictionaries that the hosts look things up in, `unregister` takes them out.
-Importing the modules that hold those dictionaries costs seconds, so an entry waits until its host is imported by
-whoever needs it: a finder in `sys.meta_path` notices that import and adds the entry right after it. Hence the order
-of `import diffusers_sana` and the imports of diffusers does not matter.
+No function, class or module of a host is replaced. `register` adds keys to dictionaries in which the hosts look names
+up, never over a key that is there, and `unregister` takes them out. Importing the modules that hold those dictionaries
+costs seconds, so an entry waits until its host is imported by whoever needs it: a finder in `sys.meta_path` notices
+that import and adds the entry right after it. Hence the order of `import diffusers_sana` and the imports of diffusers
+does not matter. The finder also makes the modules in which the hosts look for classes of ours (`GUEST_MODULES`).
+
+What goes wrong with an entry, in our code or in a version of a host that has changed, never reaches the import of the
+host: the entry is left out, with one warning. A class that cannot be imported when a host looks it up becomes one that
+raises the reason when it is used, as the hosts themselves do where a dependency is missing.
 """
 
 import logging
@@ -16,7 +21,8 @@ from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
-from diffusers_sana._entries import ENTRIES, PACKAGE, Entry
+from diffusers_sana import _compat
+from diffusers_sana._entries import ENTRIES, GUEST_MODULES, PACKAGE, Entry
 
 
 logger = logging.getLogger(__name__)
@@ -29,20 +35,19 @@ _waiting: list[Entry] = []
 def register(strict: bool = False) -> None:
     """Adds our entries to the tables of the hosts. Importing the package calls it; calling it again changes nothing.
 
-    An entry of somebody else is never replaced: ours is left out, with one warning that names both.
+    An entry of somebody else is never replaced: ours is left out, with one warning that names both. Nor does an entry
+    that cannot be made with the installed versions raise: it is left out, with one warning for the feature it costs.
 
     Args:
-        strict: import every host now and raise where somebody else's entry is in the way.
+        strict: import every host now and raise if some entry cannot be made.
 
     Raises:
-        RuntimeError: with `strict`, before any entry is added.
+        RuntimeError: with `strict`, before any entry is added, naming all that cannot be made and why.
     """
     if strict:
-        for entry in ENTRIES:
-            import_module(entry.trigger)
-        conflicts = [message for entry in ENTRIES if (message := _conflict(entry))]
-        if conflicts:
-            raise RuntimeError("; ".join(conflicts))
+        problems = [problem for entry in ENTRIES if (problem := _problem(entry))]
+        if problems:
+            raise RuntimeError("; ".join(dict.fromkeys(problems)))
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     _add_all([entry for entry in ENTRIES if entry.trigger in sys.modules])
@@ -57,23 +62,42 @@ def unregister() -> None:
             del table[key]
             if entry.table == "_class_to_module":
                 vars(import_module(entry.host)).pop(str(key), None)  # a lazy module keeps what was asked for
+    for name in GUEST_MODULES:
+        if isinstance(getattr(sys.modules.get(name), "__loader__", None), _GuestLoader):
+            parent, _, leaf = name.rpartition(".")
+            vars(sys.modules[parent]).pop(leaf, None)
+            del sys.modules[name]
     _added.clear()
     _refused.clear()
 
 
 def _table(entry: Entry) -> dict:
-    return attrgetter(entry.table)(import_module(entry.host))
+    try:
+        return attrgetter(entry.table)(import_module(entry.host))
+    except (AttributeError, ModuleNotFoundError) as error:
+        raise AttributeError(f"cannot register in {entry.host}.{entry.table}: {error}") from error
 
 
 def _conflict(entry: Entry) -> str | None:
     """What is in the way of `entry`, or None."""
-    try:
-        present = _table(entry).get(entry.key())
-    except (AttributeError, ModuleNotFoundError) as error:
-        return f"{PACKAGE} cannot register in {entry.host}.{entry.table} of this version of diffusers: {error}"
-    if present is None or (entry in _added and present is _added[entry][2]):
+    present = _table(entry).get(entry.key())
+    if present is None or present == entry.value():
         return None
     return f"{entry} is {present!r} and not {entry.value()!r} of {PACKAGE}: another package registered it first"
+
+
+def _problem(entry: Entry) -> str | None:
+    """Why `entry` cannot be made, or None; imports its host."""
+    try:
+        import_module(entry.trigger)
+        entry.value()
+        return _conflict(entry)
+    except Exception as error:
+        return _left_out(entry, error)
+
+
+def _left_out(entry: Entry, error: Exception) -> str:
+    return f"{PACKAGE} leaves out {entry.feature}: {_compat.explain(entry.host, error)}"
 
 
 def _add_all(entries: list[Entry]) -> None:
@@ -91,17 +115,31 @@ def _add_all(entries: list[Entry]) -> None:
 
 
 def _add(entry: Entry) -> None:
+    """Adds an entry, or says why it is left out. Runs in the host's import, so nothing may raise here."""
     if entry in _added or entry in _refused:
         return
-    if message := _conflict(entry):
-        logger.warning("%s; left as it is.", message)
-        _refused.add(entry)
-        return
-    table, key, value = _table(entry), entry.key(), entry.value()
-    table[key] = value
-    if entry.first:
-        table.move_to_end(key, last=False)  # type: ignore[attr-defined]  # an OrderedDict
-    _added[entry] = (table, key, value)
+    try:
+        _compat.warn_if_untested(entry.host.partition(".")[0])
+        if message := _conflict(entry):
+            _refuse(entry, f"{message}; left as it is.")
+            return
+        table, key, value = _table(entry), entry.key(), entry.value()
+        table[key] = value
+        _added[entry] = (table, key, value)
+        if entry.first:
+            table.move_to_end(key, last=False)  # type: ignore[attr-defined]  # an OrderedDict
+    except Exception as error:
+        if entry in _added:  # it is there, though not in front, where it would be taken for another
+            table, key, _ = _added.pop(entry)
+            del table[key]
+        _refuse(entry, _left_out(entry, error), once_for_feature=True)
+
+
+def _refuse(entry: Entry, message: str, once_for_feature: bool = False) -> None:
+    is_said = once_for_feature and any(other.feature == entry.feature for other in _refused)
+    _refused.add(entry)
+    if not is_said:
+        logger.warning(message)
 
 
 class _HostFinder(MetaPathFinder):
@@ -110,14 +148,17 @@ class _HostFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if not any(entry.trigger == fullname for entry in ENTRIES):
+        is_host = any(entry.trigger == fullname for entry in ENTRIES)
+        if not is_host and fullname not in GUEST_MODULES:
             return None
         for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader = _HostLoader(spec.loader)
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec = find and find(fullname, path, target)
+            if spec is not None:
+                if is_host and spec.loader is not None:
+                    spec.loader = _HostLoader(spec.loader)
                 return spec
-        return None
+        return ModuleSpec(fullname, _GuestLoader()) if fullname in GUEST_MODULES else None
 
 
 class _HostLoader(Loader):
@@ -125,6 +166,9 @@ class _HostLoader(Loader):
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -135,6 +179,27 @@ class _HostLoader(Loader):
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         _add_all([entry for entry in ENTRIES if entry.trigger == module.__name__])
+
+
+class _GuestLoader(Loader):
+    """Makes a module of a host whose names are those of one of our modules."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        name = module.__name__
+
+        def look_up(attribute: str) -> Any:
+            try:
+                return getattr(import_module(GUEST_MODULES[name]), attribute)
+            except AttributeError:
+                raise AttributeError(f"module {name!r} has no attribute {attribute!r}") from None
+            except Exception as error:
+                # Hosts also look up what they list, so raising here would fail for who did not ask for it.
+                reason = f"{attribute} of {PACKAGE} cannot be imported: " + _compat.explain(name, error)
+                logger.warning(reason)
+                unusable = vars(module)[attribute] = _compat.unusable(attribute, reason)
+                return unusable
+
+        module.__dict__["__getattr__"] = look_up
 
 
 _finder = _HostFinder()

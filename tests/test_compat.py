@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 from operator import attrgetter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import diffusers_sana
-from diffusers_sana import _compat
+from diffusers_sana import _compat, _entries
 
 
 def owner_of(name: _compat.HostName):
@@ -54,6 +55,11 @@ def test_attributes_that_the_hosts_look_for_are_listed():
             shared = {name for name in vars(cls).keys() & vars(base).keys() if name.startswith("_")}
             ours = {name for name in shared if not name.startswith("__")} - made_by_hosts
             assert ours <= _compat.ATTRIBUTES.keys(), f"{cls.__name__}: {sorted(ours - _compat.ATTRIBUTES.keys())}"
+
+
+def test_private_tables_are_listed():
+    parts = {part for entry in _entries.ENTRIES for part in entry.table.split(".") if part.startswith("_")}
+    assert parts <= _compat.ATTRIBUTES.keys()
 
 
 def test_importing_it_imports_no_host():
@@ -145,3 +151,108 @@ def test_instruction_is_that_of_diffusers(monkeypatch):
     monkeypatch.setattr(diffusers.SanaPipeline, "__call__", lambda self, prompt: None)
     with pytest.raises(_compat.MissingHostName, match="complex_human_instruction"):
         _compat.upstream_instruction()
+
+
+# Run first in a process: from then on the names look to diffusers_sana, and to nobody else, as if the hosts had none.
+HIDE = """
+import importlib, sys
+from collections import defaultdict
+
+def hide(places):
+    hidden = defaultdict(set)
+    for place in places:
+        module, _, name = place.partition(":")
+        hidden[importlib.import_module(module)].add(name)
+    for module, names in hidden.items():
+        class Hiding(type(module)):
+            def __getattribute__(self, name, names=frozenset(names)):
+                if name in names and sys._getframe(1).f_globals.get("__name__", "").startswith("diffusers_sana"):
+                    raise AttributeError(f"hidden: {name}")
+                return super().__getattribute__(name)
+        module.__class__ = Hiding
+
+hide(sys.argv[1].split())
+"""
+HOSTS_WORK = """
+import diffusers_sana
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, Gemma2Model, MODEL_MAPPING
+from diffusers import AutoencoderKL, AutoPipelineForText2Image, DiffusionPipeline
+assert AutoConfig.for_model("llama").model_type == "llama"
+assert MODEL_MAPPING[type(AutoConfig.for_model("gemma2"))] is Gemma2Model
+from diffusers_sana import SanaPipeline
+from diffusers_sana.checkpoints import SANA_EMOJI
+pipe = SanaPipeline.from_pretrained(SANA_EMOJI)
+pipe("a fox", num_inference_steps=1, output_type="latent")
+"""
+
+
+def run_hiding(places: list[str], code: str) -> str:
+    """Standard error of a process in which diffusers_sana does not find the names at `places`."""
+    command = [sys.executable, "-W", "ignore", "-c", HIDE + HOSTS_WORK + code, " ".join(places)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_all_names_missing():
+    """Not one name of the table may be needed to import the hosts, or for Sana."""
+    code = """
+from diffusers_sana._compat import IMPORTS, MissingHostName, VILA_U
+for name, entry in IMPORTS.items():
+    if not name.startswith("triton"):
+        try:
+            exec(f"from diffusers_sana._compat import {name}")
+        except MissingHostName as error:
+            assert entry.feature in str(error) and entry.where.replace(":", ".") in str(error), error
+        else:
+            raise AssertionError(name)
+for use in (lambda: AutoConfig.for_model("vila_u"), lambda: diffusers_sana.VilaUConfig):
+    try:
+        use()
+    except ImportError as error:
+        assert "VILA-U needs `transformers." in str(error), error
+    else:
+        raise AssertionError
+from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+assert "bitsandbytes_4bit" in AUTO_QUANTIZER_MAPPING and "svdquant" not in AUTO_QUANTIZER_MAPPING
+assert pipe.transformer._cp_plan is None
+try:
+    pipe.load_lora_weights({})
+except MissingHostName as error:
+    assert "loading LoRA files" in str(error)
+else:
+    raise AssertionError
+"""
+    places = [name.where for name in _compat.IMPORTS.values() if name.host != "triton"]
+    messages = run_hiding(places, code)
+    version = importlib.import_module("transformers").__version__
+    for feature in ("SVDQuant for from_pretrained of diffusers", "SVDQuant for from_pretrained of transformers"):
+        assert messages.count(f"diffusers_sana leaves out {feature}: ") == 1
+    assert (
+        f"which transformers {version} does not have; transformers {_compat.HOSTS['transformers'].lowest} to"
+        in messages
+    )
+
+
+def test_all_tables_missing():
+    """Every dictionary that we add entries to has another name: each costs its feature, with one warning."""
+    places = {f"{entry.host}:{entry.table.split('.')[0]}" for entry in _entries.ENTRIES}
+    code = """
+from diffusers_sana._entries import ENTRIES
+from diffusers_sana._registration import _added, _refused
+assert not _added and len(_refused) >= len(ENTRIES) - 5, [str(entry) for entry in set(ENTRIES) - _refused]
+import diffusers
+assert not hasattr(diffusers, "SanaInpaintPipeline")
+try:
+    diffusers_sana.register(strict=True)
+except RuntimeError as error:
+    assert all(entry.feature in str(error) for entry in ENTRIES), error
+else:
+    raise AssertionError
+"""
+    messages = run_hiding(sorted(places), code)
+    for feature in {entry.feature for entry in _entries.ENTRIES}:
+        assert messages.count(f"leaves out {feature}: ") <= 1
+    assert (
+        "leaves out SanaPipeline for the auto pipelines of diffusers: AttributeError: cannot register in" in messages
+    )

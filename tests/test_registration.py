@@ -1,6 +1,6 @@
 """Entries in the tables of the hosts: made once, taken back exactly, never in place of somebody else's."""
 
-import importlib
+import importlib.util
 import json
 import logging
 import subprocess
@@ -121,7 +121,9 @@ class TestHostsImportedLater:
         diffusers_sana.register()
 
     def test_entry_waits_for_the_host(self, host, monkeypatch):
-        entry = _registration.Entry(host=host, table="TABLE", key=lambda: "ours", value=lambda: 2, first=True)
+        entry = _registration.Entry(
+            "a feature", host=host, table="TABLE", key=lambda: "ours", value=lambda: 2, first=True
+        )
         self.entries(monkeypatch, entry)
         assert host not in sys.modules
         module = importlib.import_module(host)
@@ -133,7 +135,9 @@ class TestHostsImportedLater:
     def test_entry_after_another_module(self, host, monkeypatch):
         self.entries(
             monkeypatch,
-            _registration.Entry(host="sys", table="modules", key=lambda: "never", value=lambda: 2, after=host),
+            _registration.Entry(
+                "a feature", host="sys", table="modules", key=lambda: "never", value=lambda: 2, after=host
+            ),
         )
         assert "never" not in sys.modules
         importlib.import_module(host)
@@ -154,8 +158,9 @@ class TestHostsImportedLater:
         try:
             self.entries(
                 monkeypatch,
-                _registration.Entry(host=host, table="TABLE", key=lambda: "ours", value=value),
+                _registration.Entry("a feature", host=host, table="TABLE", key=lambda: "ours", value=value),
                 _registration.Entry(
+                    "a feature",
                     host="another_host_for_entries",
                     table="TABLE",
                     key=lambda: "ours",
@@ -169,23 +174,115 @@ class TestHostsImportedLater:
             sys.modules.pop("another_host_for_entries", None)
 
     def test_unregister_stops_waiting(self, host, monkeypatch):
-        self.entries(monkeypatch, _registration.Entry(host=host, table="TABLE", key=lambda: "ours", value=lambda: 2))
+        self.entries(
+            monkeypatch,
+            _registration.Entry("a feature", host=host, table="TABLE", key=lambda: "ours", value=lambda: 2),
+        )
         diffusers_sana.unregister()
         assert list(importlib.import_module(host).TABLE.items()) == [("theirs", 1)]
 
     def test_strict_imports_the_host(self, host, monkeypatch):
-        self.entries(monkeypatch, _registration.Entry(host=host, table="TABLE", key=lambda: "ours", value=lambda: 2))
+        self.entries(
+            monkeypatch,
+            _registration.Entry("a feature", host=host, table="TABLE", key=lambda: "ours", value=lambda: 2),
+        )
         diffusers_sana.register(strict=True)
         assert sys.modules[host].TABLE["ours"] == 2
 
     def test_table_that_has_moved(self, host, monkeypatch, caplog):
-        entry = _registration.Entry(host=host, table="MOVED", key=lambda: "ours", value=lambda: 2)
+        entry = _registration.Entry("a feature", host=host, table="MOVED", key=lambda: "ours", value=lambda: 2)
         self.entries(monkeypatch, entry)
         with caplog.at_level(logging.WARNING, logger="diffusers_sana._registration"):
             importlib.import_module(host)
         assert f"cannot register in {host}.MOVED" in caplog.text
         with pytest.raises(RuntimeError, match="MOVED"):
             diffusers_sana.register(strict=True)
+
+    def test_entry_that_fails_costs_its_feature_only(self, host, monkeypatch, caplog):
+        def fail():
+            raise ZeroDivisionError("an error of ours")
+
+        (Path(sys.path[0]) / f"{host}.py").write_text("TABLE = {}\nLIST = []\n")
+        self.entries(
+            monkeypatch,
+            _registration.Entry("broken value", host, "TABLE", key=lambda: "a", value=fail),
+            _registration.Entry("broken value", host, "TABLE", key=lambda: "b", value=fail),
+            _registration.Entry("broken key", host, "TABLE", key=fail, value=lambda: 1),
+            _registration.Entry("no ordered table", host, "TABLE", lambda: "c", value=lambda: 2, first=True),
+            _registration.Entry("no table", host, "LIST", lambda: "d", value=lambda: 3),
+            _registration.Entry("fine", host, "TABLE", lambda: "e", value=lambda: 4),
+        )
+        with caplog.at_level(logging.WARNING, logger="diffusers_sana._registration"):
+            assert importlib.import_module(host).TABLE == {"e": 4}
+            diffusers_sana.register()
+        assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+            f"diffusers_sana leaves out {feature}"
+            for feature in ("broken value", "broken key", "no ordered table", "no table")
+        ]
+        assert "ZeroDivisionError: an error of ours" in caplog.text
+        with pytest.raises(
+            RuntimeError, match=r"leaves out broken value: ZeroDivisionError.*; .*leaves out broken key"
+        ):
+            diffusers_sana.register(strict=True)
+        diffusers_sana.unregister()
+        assert sys.modules[host].TABLE == {}
+
+    def test_loader_answers_for_the_one_it_stands_for(self, host, monkeypatch):
+        self.entries(monkeypatch, _registration.Entry("a feature", host, "TABLE", lambda: "ours", value=lambda: 2))
+        spec = importlib.util.find_spec(host)
+        assert spec.loader.get_filename(host) == spec.origin
+        assert spec.loader.get_source(host).startswith("from collections")
+
+
+class TestGuestModules:
+    """Modules of a host in which it finds our classes."""
+
+    @pytest.fixture
+    def guest(self, tmp_path, monkeypatch):
+        (tmp_path / "a_host_with_guests").mkdir()
+        (tmp_path / "a_host_with_guests/__init__.py").write_text("")
+        (tmp_path / "a_host_with_guests/its_own.py").write_text("Thing = 1\n")
+        (tmp_path / "our_part.py").write_text("raise ImportError('our_part is broken')\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        guests = {
+            "a_host_with_guests.guest": "diffusers_sana.checkpoints",
+            "a_host_with_guests.its_own": "diffusers_sana.checkpoints",
+            "a_host_with_guests.broken": "our_part",
+        }
+        monkeypatch.setattr(_registration, "GUEST_MODULES", guests)
+        yield "a_host_with_guests"
+        diffusers_sana.unregister()
+        for name in [name for name in sys.modules if name.startswith("a_host_with_guests")]:
+            del sys.modules[name]
+
+    def test_looks_names_up_in_ours(self, guest):
+        module = importlib.import_module(f"{guest}.guest")
+        assert module.SANA_EMOJI is diffusers_sana.checkpoints.SANA_EMOJI
+        with pytest.raises(AttributeError, match=r"'a_host_with_guests\.guest' has no attribute 'Nothing'"):
+            _ = module.Nothing
+        assert diffusers_sana.checkpoints.__spec__.name == "diffusers_sana.checkpoints"  # which stays as it was
+        diffusers_sana.unregister()
+        assert f"{guest}.guest" not in sys.modules
+        assert not hasattr(sys.modules[guest], "guest")
+        with pytest.raises(ModuleNotFoundError, match="guest"):
+            importlib.import_module(f"{guest}.guest")
+
+    def test_own_module_of_the_host_goes_first(self, guest):
+        assert importlib.import_module(f"{guest}.its_own").Thing == 1
+
+    def test_class_that_cannot_be_imported(self, guest, caplog):
+        """Hosts list the classes of all models: only using one may fail."""
+        module = importlib.import_module(f"{guest}.broken")
+        with caplog.at_level(logging.WARNING, logger="diffusers_sana._registration"):
+            cls = module.Thing
+            assert module.Thing is cls
+        assert len(caplog.records) == 1
+        assert "Thing of diffusers_sana cannot be imported: ImportError: our_part is broken" in caplog.text
+        assert cls.__name__ == "Thing"
+        assert {cls: 1}[cls] == 1
+        for use in (lambda: cls.from_pretrained, cls, lambda: cls(1)):
+            with pytest.raises(ImportError, match="our_part is broken"):
+                use()
 
 
 class TestLoading:

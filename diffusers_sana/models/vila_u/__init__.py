@@ -6,10 +6,6 @@ The auto classes of transformers look classes up by name in this package, so nam
 from importlib import import_module
 from typing import Any
 
-# Importing this module of transformers imports our configs (`_registration.py`). It must come first, or those would
-# import it half made.
-import transformers.models.auto.configuration_auto  # noqa: F401
-
 
 _MODULES = {
     "VilaUConfig": "configuration",
@@ -17,6 +13,7 @@ _MODULES = {
     "VilaUForConditionalGeneration": "modeling",
     "VilaUImageProcessor": "image_processing",
     "VilaUModel": "modeling",
+    "VilaUOfficialConfig": "official",
     "VilaUProcessor": "processing",
     "VilaUVisionConfig": "configuration",
     "VilaUVisionModel": "vision",
