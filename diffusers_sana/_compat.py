@@ -150,6 +150,7 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
     "_reverse_config_mapping": (HostName("transformers.models.auto.modeling_auto:MODEL_MAPPING", VILA_U),),
     "_reset_state": (HostName(_ACCELERATOR, SEVERAL_RUNS),),
     "_reset_stateful_cache": (HostName(_CACHES, STEP_CACHES),),
+    "_schema": (HostName("torch._ops:OpOverload", QUANTIZED_LORA, in_source=True),),
     "_shared_state": (HostName(_ACCELERATOR, SEVERAL_RUNS),),
     "_text_preprocessing": (HostName("diffusers.pipelines.sana.pipeline_sana:SanaPipeline", "`clean_caption=True`"),),
     "_unconditional_conditional_input_kwargs_identifiers": (

@@ -1,9 +1,12 @@
 """The branch that is the best for given inputs, against exact decompositions and on inputs it has not seen."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight_reference
+from diffusers_sana.quantizers.svdquant import fit_weight as module
 from diffusers_sana.quantizers.svdquant.decompose import Options, decompose
 from diffusers_sana.quantizers.svdquant.randomized_svd import randomized_svd, weighted_svd
 from tests.numerics import assert_close_fp32, relative_error
@@ -52,6 +55,23 @@ def test_hessian_helps_on_other_inputs(precision, tokens):
     (fitted,), _ = decompose([weight], options, inputs=x, hessian=x.t() @ x)
     assert output_error(fitted, x, weight) < 0.85 * output_error(plain, x, weight)
     assert output_error(fitted, other, weight) < 0.9 * output_error(plain, other, weight)
+
+
+def test_a_round_that_makes_it_worse_is_dropped(monkeypatch):
+    """The second of three roundings is spoilt: the first one's codes stay, and their branch is fitted once more."""
+    rounded, results = module._rounded, []
+
+    def spoilt(*args):
+        item = rounded(*args)
+        results.append(replace(item, wscales=item.wscales * 1.5) if results else item)
+        return results[-1]
+
+    weight, smooth = torch.randn(48, 64), torch.ones(64)
+    expected = module.fit_weight(weight, smooth, torch.float32, Options(rank=8, refinements=1))
+    monkeypatch.setattr(module, "_rounded", spoilt)
+    actual = module.fit_weight(weight, smooth, torch.float32, Options(rank=8, refinements=3))
+    assert len(results) == 2
+    assert all(torch.equal(value, actual.tensors()[name]) for name, value in expected.tensors().items())
 
 
 def test_scale_of_the_hessian_does_not_matter():

@@ -1,11 +1,13 @@
 """Adapters on a quantized Sana through diffusers' and PEFT's own calls: as on the dense model of the same weights."""
 
 import copy
+import io
+from collections import OrderedDict
 from itertools import pairwise
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
@@ -163,21 +165,42 @@ def test_peft_alone(original):
     assert_close_fp32(merged(hidden_states), beside)
 
 
-ODD_KINDS = {
-    "dora": (LoraConfig, {"r": 2, "use_dora": True, "init_lora_weights": False}, "DoraLinearVariant"),
-    "bias": (LoraConfig, {"r": 2, "lora_bias": True, "init_lora_weights": False}, "a bias"),
-    "loha": (LoHaConfig, {"r": 2, "init_weights": False}, "cannot be written"),
+LOW_RANK_KINDS = {
+    "bias": (LoraConfig, {"r": 2, "lora_bias": True, "init_lora_weights": False}),
+    "loha": (LoHaConfig, {"r": 2, "init_weights": False}),
+}
+HIGH_RANK_KINDS = {
+    "dora": (LoraConfig, {"r": 2, "use_dora": True, "init_lora_weights": False}),
+    "lokr": (LoKrConfig, {"r": 8, "init_weights": False}),
 }
 
 
-@pytest.mark.parametrize("kind", ODD_KINDS)
-def test_other_kinds_work_beside_the_layer_and_refuse_to_be_fused(models, kind):
-    config_class, options, message = ODD_KINDS[kind]
+def add_adapter(models, config_class, options):
     for model in models:
         torch.manual_seed(1)
         model.add_adapter(config_class(target_modules=["attn2.to_q", "attn2.to_out.0"], **options), "odd")
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:  # DoRA begins as a LoRA
+                parameter.data *= torch.linspace(0.5, 1.5, len(parameter))
+
+
+@pytest.mark.parametrize("kind", LOW_RANK_KINDS)
+def test_other_kinds_of_low_rank_are_fused(models, kind):
+    add_adapter(models, *LOW_RANK_KINDS[kind])
+    model, before, beside = models[0], bits(models[0]), assert_alike(models)
+    model.fuse_lora()
+    assert_close_fp32(run(model, tiny_inputs(model)), beside)
+    model.unfuse_lora()
+    assert_close_fp32(run(model, tiny_inputs(model)), beside)
+    weights = {name: tensor for name, tensor in before.items() if not name.endswith("bias")}  # PEFT rounds those
+    assert same_bits({name: bits(model)[name] for name in weights}, weights)
+
+
+@pytest.mark.parametrize("kind", HIGH_RANK_KINDS)
+def test_kinds_of_high_rank_work_beside_the_layer_and_refuse_to_be_fused(models, kind):
+    add_adapter(models, *HIGH_RANK_KINDS[kind])
     beside = assert_alike(models)
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises(RuntimeError, match="cannot take up a change of high rank"):
         models[0].fuse_lora()
     assert torch.equal(run(models[0], tiny_inputs(models[0])), beside)
 
@@ -192,9 +215,28 @@ def test_dora_on_a_convolution(models):
 def test_safe_fusing(models, files):
     file = {name: tensor.fill_(torch.nan) if "to_q" in name else tensor for name, tensor in files[0].items()}
     load(models[0], file, "broken")
-    with pytest.raises(ValueError, match="'broken' must be finite"):
-        models[0].fuse_lora(safe_fusing=True)
+    for safe, message in ((True, "adapter broken seems to be broken"), (False, "must be finite, got NaN")):
+        with pytest.raises(ValueError, match=message):
+            models[0].fuse_lora(safe_fusing=safe)
     assert models[0].transformer_blocks[0].attn1.to_q.base_layer.rank == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_safely_fused_is_the_same_and_goes_back(models, files, dtype):
+    """PEFT then assigns the whole sum, rounded to the weight's dtype."""
+    model = models[0] if dtype == torch.float32 else quantized(tiny_model(num_layers=1).to(dtype))
+    inputs = to_dtype(tiny_inputs(model), dtype)
+    load(model, {name: tensor.to(dtype) for name, tensor in files[0].items()}, "first")
+    before, beside = bits(model), run(model, inputs)
+    model.fuse_lora(safe_fusing=True)
+    if dtype == torch.float32:
+        assert_close_fp32(run(model, inputs), beside)
+        assert model.transformer_blocks[0].attn1.to_q.base_layer.rank == 4 + 3
+    else:
+        assert relative_error(run(model, inputs), beside) < 0.02
+    model.unfuse_lora()
+    assert torch.equal(run(model, inputs), beside)
+    assert same_bits(bits(model), before)
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -215,21 +257,34 @@ def test_half_precision(files, adapter_dtype):
 
 WRITES = {
     "data": lambda weight: setattr(weight, "data", torch.zeros_like(weight)),
-    "data +=": lambda weight: setattr(weight, "data", weight.data.__iadd__(1)),
+    "data of another shape": lambda weight: setattr(weight, "data", torch.zeros(3)),
+    "data += 1": lambda weight: setattr(weight, "data", weight.data.__iadd__(1)),
+    "data +=": lambda weight: setattr(weight, "data", weight.data.__iadd__(torch.randn(weight.shape))),
     "data.copy_": lambda weight: weight.data.copy_(weight),
     "item": lambda weight: weight.__setitem__(0, 1.0),
     "init": nn.init.zeros_,
+    "out": lambda weight: torch.add(weight, 1, out=weight),
 }
 
 
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("name", ["attn1.to_q", "ff.conv_point"])
-def test_weight_is_read_only(models, write, name):
+def test_weight_refuses_writes_that_it_cannot_keep(models, write, name):
     weight = models[0].transformer_blocks[0].get_submodule(name).weight
-    with pytest.raises(RuntimeError, match="cannot be written to"):
+    before = bits(models[0])
+    with pytest.raises(RuntimeError, match=r"4-bit layer cannot (be written to|take up a change)"):
         WRITES[write](weight)
-    assert type(weight * 2) is torch.Tensor
-    assert type(copy.deepcopy(weight)) is torch.Tensor
+    assert same_bits(bits(models[0]), before)
+
+
+@pytest.mark.parametrize("name", ["attn1.to_q", "ff.conv_point"])
+def test_what_is_made_of_a_weight_is_plain(models, name):
+    weight = models[0].transformer_blocks[0].get_submodule(name).weight
+    file = io.BytesIO()
+    torch.save(weight, file)
+    for made in (weight * 1, weight.clone(), copy.deepcopy(weight), torch.load(io.BytesIO(file.getvalue()))):
+        assert type(made) is torch.Tensor
+        assert torch.equal(made, weight)
 
 
 def test_loading_computes_no_weight(models, files, monkeypatch):
@@ -244,12 +299,29 @@ def test_loading_computes_no_weight(models, files, monkeypatch):
 def test_state_dict_answers_for_weights(models, files):
     load(models[0], files[1], "first")
     state_dict, block = models[0].state_dict(), models[0].transformer_blocks[0]
-    assert torch.equal(state_dict["transformer_blocks.0.attn1.to_q.weight"], block.attn1.to_q.base_layer.weight)
-    assert torch.equal(state_dict["transformer_blocks.0.attn2.to_q.weight"], block.attn2.to_q.weight)
-    assert block.attn1.to_q.weight.shape == block.attn1.to_q.base_layer.weight.shape  # PEFT's would be the packed one
-    assert "transformer_blocks.0.attn2.to_q.weight" not in state_dict
-    with pytest.raises(KeyError, match="norm1"):
-        state_dict["transformer_blocks.0.norm1.weight"]
+    wrapped, plain = "transformer_blocks.0.attn1.to_q.base_layer.weight", "transformer_blocks.0.attn2.to_q.weight"
+    assert wrapped in state_dict
+    assert torch.equal(state_dict[wrapped], block.attn1.to_q.base_layer.weight)
+    assert torch.equal(state_dict[plain], block.attn2.to_q.weight)
+    assert not {wrapped, plain} & set(state_dict.keys())
+    for key in ("transformer_blocks.0.norm1.weight", "transformer_blocks.0.attn2.to_q.", "weight"):
+        assert key not in state_dict
+        with pytest.raises(KeyError):
+            state_dict[key]
+
+
+def test_state_dict_can_be_saved_and_loaded_by_torch(models, files):
+    model, expected = models[0], bits(models[0])
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    loaded = torch.load(io.BytesIO(file.getvalue()))
+    assert type(loaded) is type(copy.deepcopy(model.state_dict())) is OrderedDict
+    assert loaded._metadata == model.state_dict()._metadata
+    assert same_bits(loaded, expected)
+    for parameter in model.parameters():
+        parameter.data.view(torch.uint8).zero_()
+    model.load_state_dict(loaded)
+    assert same_bits(bits(model), expected)
 
 
 @pytest.mark.parametrize("name", ["attn1.to_q", "ff.conv_point"])

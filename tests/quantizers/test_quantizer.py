@@ -141,7 +141,7 @@ def test_attach(original, tmp_path):
 def test_fused_ranks_are_kept(original, quantized, tmp_path):
     model = SanaTransformer2DModel.from_pretrained(quantized[0])
     layer = model.get_submodule(LAYER)
-    layer.append_ranks(torch.randn(3, layer.in_features), torch.randn(layer.out_features, 3))
+    layer.add_to_weight(torch.randn(layer.out_features, 3) @ torch.randn(3, layer.in_features))
     changed = output(model, original[2])
     assert not torch.equal(changed, quantized[2])
     model.save_pretrained(tmp_path)
@@ -171,6 +171,23 @@ def test_compute_mode(original, quantized, tmp_path):
         set_compute_mode(again, "w2a2")
     with pytest.raises(ValueError, match="has no layers quantized by SVDQuant"):
         set_compute_mode(model, "w4a16")
+
+
+def test_inference_mode(original, quantized):
+    """Its tensors count no versions, by which the CPU's 8-bit copies are told from outdated ones."""
+    _, _, inputs = original
+    with torch.inference_mode():
+        model = SanaTransformer2DModel.from_pretrained(quantized[0])
+        assert torch.equal(output(model, inputs), quantized[2])
+    assert torch.equal(output(model, inputs), quantized[2])
+    weights = model.state_dict()
+    codes = {name: tensor.flip(0) for name, tensor in weights.items() if name.endswith("qweight")}
+    with torch.inference_mode():
+        model.load_state_dict(weights | codes)  # in place
+        changed = output(model, inputs)
+    assert relative_error(changed, quantized[2]) > 0.1
+    set_compute_mode(model, "w4a8")  # without what was prepared
+    assert torch.equal(output(model, inputs), changed)
 
 
 class TestRefused:

@@ -130,7 +130,7 @@ def test_attach(original, precision, dtype, tmp_path):
 def test_fused_ranks_are_kept(saved, tmp_path):
     model = load(saved)
     layer = model.get_submodule(LAYER)
-    layer.append_ranks(torch.randn(3, layer.in_features), torch.randn(layer.out_features, 3))
+    layer.add_to_weight(torch.randn(layer.out_features, 3) @ torch.randn(3, layer.in_features))
     model.save_pretrained(tmp_path / "fused")
     again = load(tmp_path / "fused")
     assert again.get_submodule(LAYER).rank == 7

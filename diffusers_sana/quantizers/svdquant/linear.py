@@ -72,6 +72,7 @@ class SVDQuantLayer(LowRankBranch):
             self.register_parameter(name, parameter)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self.is_weight_only = is_weight_only
+        self._change_ranks = []
         self._prepared: tuple[tuple, int8_linear_cpu.PreparedWeight] | None = None
         self.set_compute_mode(compute_mode)
 
@@ -156,7 +157,10 @@ class SVDQuantLayer(LowRankBranch):
     def _prepare(self) -> int8_linear_cpu.PreparedWeight:
         """The 8-bit weight of `int8_linear_cpu`, made again when a parameter has changed."""
         parts = (self.qweight, self.wscales, self.wtscale, self.proj_up, self.bias)
-        key = tuple((id(part), part.data_ptr(), part._version) for part in parts if part is not None)
+        # Tensors made under `torch.inference_mode` count no versions; `_load_from_state_dict` covers their changes.
+        key = tuple(
+            (id(part), part.data_ptr(), part.is_inference() or part._version) for part in parts if part is not None
+        )
         if self._prepared is None or self._prepared[0] != key:
             self._prepared = key, int8_linear_cpu.prepare(*parts)
         return self._prepared[1]
@@ -177,6 +181,10 @@ class SVDQuantLayer(LowRankBranch):
             return result
 
         return super()._apply(on_bits, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._prepared = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without the CPU's 8-bit weight, which cannot be copied."""
@@ -205,9 +213,8 @@ class SVDQuantLinear(SVDQuantLayer, nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The 16-bit matrix `[N, K]` that the layer stands for, computed where it is used; writing into it raises."""
-        shape = (self.out_features, self.in_features)
-        return lazy_weight(self.proj_up, shape, self.dequantize)
+        """The 16-bit matrix `[N, K]` that the layer stands for, computed where it is used; see `LazyWeight`."""
+        return lazy_weight(self, (self.out_features, self.in_features))
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`."""
@@ -244,8 +251,7 @@ class SVDQuantConv2d(PlainConvolutions, SVDQuantLayer, nn.Conv2d):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The 16-bit kernel `[N, K, 1, 1]` that the layer stands for, as in `SVDQuantLinear`."""
-        shape = (self.out_channels, self.in_channels, 1, 1)
-        return lazy_weight(self.proj_up, shape, lambda: self.dequantize()[..., None, None])
+        return lazy_weight(self, (self.out_channels, self.in_channels, 1, 1))
 
     def forward(self, input: Tensor) -> Tensor:
         """`[B, K, h, w]` to `[B, N, h, w]`, channels-last in memory, which is also the fast input."""

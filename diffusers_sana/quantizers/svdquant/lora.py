@@ -1,15 +1,17 @@
-"""Adapters around quantized layers: what makes diffusers' and PEFT's own calls right, without a change to either.
+"""Adapters on quantized layers: a `weight` that is good enough for the calls of diffusers and PEFT as they are.
 
-PEFT wraps a quantized layer as it wraps any `nn.Linear`, and adds its 16-bit product to the layer's output. Three
-things that it does to plain layers would go wrong in silence:
+PEFT wraps a quantized layer as it wraps any `nn.Linear`, and adds its 16-bit product to the layer's output. It fuses
+an adapter by `base_layer.weight.data += B @ A`. Here `weight` is computed at each reading (`LazyWeight`), and the
+layer takes up what is added to it as further ranks of its low-rank branch (`LowRankBranch`):
 
-    fusing         adds `B @ A` to `base_layer.weight`, which is computed anew at each reading. The low-rank branch has
-                   the same form, so an adapter becomes more ranks of it (`lora_layers.py`):
-                   proj_down = [proj_down; scale * A], proj_up = [proj_up, B]
-    other writes   into the weight, by adapters that are not low-rank: they raise (`LazyWeight`)
-    `x.weight`     looked up in the state dict by loaders of LoRA files: `StateDict` answers
+    proj_down = [proj_down; V]        proj_up = [proj_up, U]        U @ V = B @ A
 
-Legend: K input features, N output features, r rank of the layer, p rank of an adapter.
+The 4-bit codes stay as they are. Subtracting the same matrix removes those ranks, which restores the old bits. A
+change of high rank is an error.
+
+FLUX's loader of LoRA files looks up `x.weight` in the model's state dict, which `StateDict` answers.
+
+Legend: K input features, N output features, r rank of the layer.
 """
 
 from collections import OrderedDict
@@ -19,70 +21,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from diffusers_sana._compat import tree_map_only
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight
+from diffusers_sana.quantizers.svdquant.randomized_svd import low_rank_factors
 
 
-class LazyWeight(Tensor):
-    """The matrix that a quantized layer stands for, computed by each operation that uses it.
-
-    Shape, dtype and device cost nothing; PEFT and diffusers ask each layer for them several times when they load a
-    file. Results of operations are plain tensors. Holds no memory, also where autograd saves it.
-
-    Args:
-        like: has its dtype and device.
-        shape: of the matrix.
-        compute: gives it, without gradient.
-    """
-
-    _is_hf_initialized = True  # or transformers would initialize it when it loads a model
-    compute: Callable[[], Tensor]
-
-    @staticmethod
-    def __new__(cls, like: Tensor, shape: Sequence[int], compute: Callable[[], Tensor]) -> "LazyWeight":
-        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
-        weight.compute = compute
-        return weight
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def __deepcopy__(self, memo: Any) -> Tensor:
-        return self.clone()
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__
-        writes = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
-        if writes and isinstance(args[0], cls):
-            raise RuntimeError(
-                f"the weight of a 4-bit layer cannot be written to ({name}): it is computed at each reading, and the "
-                "change would be lost. LoRA is fused by `fuse_lora` as ranks of the layer; adapters of other kinds "
-                "(DoRA, LoKr, ...) cannot be fused: leave them beside the layer, or load the model in 16 bit."
-            )
-        if func == _GET_DATA:
-            return args[0]
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(cls, lambda weight: weight.compute(), (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-_GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-
-
-def lazy_weight(like: Tensor, shape: Sequence[int], compute: Callable[[], Tensor]) -> Tensor:
-    """A `LazyWeight`; computed at once in code that is being compiled, which cannot make one."""
-    return compute() if torch.compiler.is_compiling() else LazyWeight(like, shape, compute)
+SAME = 0.05  # relative error up to which a change undoes an earlier one
+WRITE_HELP = (
+    "It is computed at each reading, and only changes of low rank can be kept, such as that of a LoRA. Leave other "
+    "adapters beside the layer, where they work, or load the model in 16 bit."
+)
 
 
 class LowRankBranch(nn.Module):
-    """The part of a quantized layer that adapters can be fused into.
+    """The part of a quantized layer that changes of its weight go into.
 
     Attributes:
         proj_down: `[r, K]`, in 16 bit.
@@ -91,26 +44,150 @@ class LowRankBranch(nn.Module):
 
     proj_down: Tensor
     proj_up: Tensor
+    _change_ranks: list[int]  # of the changes, which are the last ranks of the branch, oldest first
 
     @property
     def rank(self) -> int:
         """r, with the ranks of fused adapters."""
         return self.proj_down.shape[0]
 
-    def append_ranks(self, down: Tensor, up: Tensor) -> None:
-        """Adds `up @ down` to what the layer stands for; `[p, K]` and `[N, p]`, rounded to the layer's dtype."""
-        self._set_branch(
-            torch.cat([self.proj_down, down.to(self.proj_down)]), torch.cat([self.proj_up, up.to(self.proj_up)], dim=1)
-        )
+    def add_to_weight(self, change: Tensor, noise: float = 0.0) -> None:
+        """Adds a matrix to what the layer stands for. If it undoes an earlier change, both leave no trace.
 
-    def drop_ranks(self, count: int) -> None:
-        """Takes the last `count` ranks off again; what remains has its old bits."""
-        kept = self.rank - count
-        self._set_branch(self.proj_down[:kept].clone(), self.proj_up[:, :kept].clone())
+        Args:
+            change: `[N, K]`, of at most half the full rank.
+            noise: Frobenius norm of the rounding errors in `change`, beyond those of its dtype.
+
+        Raises:
+            ValueError: NaN or infinity in `change`.
+            RuntimeError: a larger rank.
+        """
+        if not change.isfinite().all():
+            raise ValueError("the change of a weight must be finite, got NaN or infinity. The adapter is broken.")
+        end = self.rank
+        for index in reversed(range(len(self._change_ranks))):
+            start = end - self._change_ranks[index]
+            earlier = self.proj_up[:, start:end].float() @ self.proj_down[start:end].float()
+            if (earlier + change).norm() <= SAME * change.norm() + noise:
+                down = torch.cat([self.proj_down[:start], self.proj_down[end:]])
+                up = torch.cat([self.proj_up[:, :start], self.proj_up[:, end:]], dim=1)
+                self._set_branch(down, up)
+                self._change_ranks = self._change_ranks[:index] + self._change_ranks[index + 1 :]
+                return
+            end = start
+        factors = low_rank_factors(change, noise)
+        if factors is None:
+            raise RuntimeError(f"the weight of a 4-bit layer cannot take up a change of high rank. {WRITE_HELP}")
+        up, down = (factor.to(self.proj_up) for factor in factors)
+        if len(down):
+            self._set_branch(torch.cat([self.proj_down, down]), torch.cat([self.proj_up, up], dim=1))
+            self._change_ranks = [*self._change_ranks, len(down)]
 
     def _set_branch(self, down: Tensor, up: Tensor) -> None:
         self.proj_down = nn.Parameter(down, requires_grad=False)
         self.proj_up = nn.Parameter(up, requires_grad=False)
+
+
+class LazyWeight(Tensor):
+    """The matrix that a quantized layer stands for, computed by each operation that uses it.
+
+    Shape, dtype and device cost nothing; PEFT and diffusers ask each layer for them several times when they load a
+    file. Results of operations are plain tensors. Holds no memory, also where autograd saves it. `+=`, `-=` and
+    assignment to `data` change the layer, other writes raise a RuntimeError.
+
+    Args:
+        like: has its dtype and device.
+        shape: `[N, K]`, perhaps with ones after it.
+        compute: gives it, without gradient.
+        layer: that writes go into; None to refuse all.
+    """
+
+    _is_hf_initialized = True  # or transformers would initialize it when it loads a model
+    compute: Callable[[], Tensor]
+    layer: LowRankBranch | None
+
+    @staticmethod
+    def __new__(
+        cls, like: Tensor, shape: Sequence[int], compute: Callable[[], Tensor], layer: LowRankBranch | None = None
+    ) -> "LazyWeight":
+        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+        weight.compute, weight.layer = compute, layer
+        return weight
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.clone().__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _GET_DATA:
+            return args[0]
+        if func == _SET_DATA:
+            return args[0]._assign(args[1])
+        if func == Tensor.__setitem__ and isinstance(args[0], cls):
+            raise _refused_write("an assignment to a part of it")
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _CHANGES and isinstance(args[0], cls) and getattr(args[1], "shape", None) == args[0].shape:
+            return args[0]._change(args[1] * (_CHANGES[func] * kwargs.get("alpha", 1)))
+        for argument, value in [*zip(func._schema.arguments, args, strict=False), *_by_name(func, kwargs)]:
+            if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
+                raise _refused_write(func.__name__)
+        args, kwargs = tree_map_only(cls, lambda weight: weight.compute(), (args, kwargs))
+        return func(*args, **kwargs)
+
+    @torch.no_grad()
+    def _change(self, change: Tensor) -> "LazyWeight":
+        if self.layer is None:
+            raise _refused_write("+=")
+        self.layer.add_to_weight(change.flatten(1))
+        return self
+
+    @torch.no_grad()
+    def _assign(self, value: Tensor) -> None:
+        if value is self:  # the end of `weight.data += change`
+            return
+        if self.layer is None or value.shape != self.shape:
+            raise _refused_write("an assignment")
+        change = value.double() - self.to(value.dtype).double()
+        noise = value.double().norm().item() * torch.finfo(value.dtype).eps / 2
+        self.layer.add_to_weight(change.flatten(1), noise)
+
+
+_GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_CHANGES = {torch.ops.aten.add_.Tensor: 1, torch.ops.aten.sub_.Tensor: -1}
+
+
+def _by_name(func: Any, kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
+    return [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
+
+
+def _refused_write(what: str) -> RuntimeError:
+    return RuntimeError(f"the weight of a 4-bit layer cannot be written to by {what}. {WRITE_HELP}")
+
+
+def lazy_weight(layer: Any, shape: Sequence[int]) -> Tensor:
+    """The weight of a layer; computed at once in code that is being compiled, which cannot make a `LazyWeight`.
+
+    Args:
+        layer: a `LowRankBranch` with `dequantize`.
+        shape: of the weight: `[N, K]`, perhaps with ones after it.
+    """
+
+    def compute() -> Tensor:
+        return layer.dequantize().view(shape)
+
+    return compute() if torch.compiler.is_compiling() else LazyWeight(layer.proj_up, shape, compute, layer)
 
 
 class PlainConvolutions:
@@ -120,26 +197,36 @@ class PlainConvolutions:
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return nn.Conv2d(*args, **kwargs) if args and isinstance(args[0], int) else super().__new__(cls)
+        is_plain = "in_channels" in kwargs or (args and isinstance(args[0], int))
+        return nn.Conv2d(*args, **kwargs) if is_plain else super().__new__(cls)
 
 
 class StateDict(OrderedDict):
     """The state dict of a quantized model; asked for the `weight` of a quantized layer, it computes it.
 
-    FLUX's loader of LoRA files looks up the weight of each layer that a file names. It is not a key of its own, so
-    what is saved and listed stays as it is.
+    FLUX's loader of LoRA files looks up the weight of each layer that a file names: `x.base_layer.weight` if that is
+    in the state dict, else `x.weight`. Neither is a key of its own, so what is listed and saved stays as it is.
+    Pickled and copied it is a plain OrderedDict, so that `torch.save` writes what `torch.load` reads by its defaults.
     """
 
+    def __contains__(self, key: object) -> bool:
+        wrapped = isinstance(key, str) and key.endswith(".base_layer.weight") and f"{key[:-6]}qweight"
+        return super().__contains__(key) or (bool(wrapped) and super().__contains__(wrapped))
+
     def __missing__(self, key: str) -> Tensor:
-        stem, _, leaf = key.rpartition(".")
-        for prefix in (f"{stem}.", f"{stem}.base_layer."):
-            if leaf == "weight" and f"{prefix}qweight" in self:
-                names = ("qweight", "wscales", "wtscale", "smooth_factor", "proj_down", "proj_up")
-                parts: Any = [self.get(prefix + name) for name in names]
-                down, up = parts[-2:]
-                compute = partial(dequantize_weight, *parts, dtype=up.dtype)
-                return LazyWeight(up, (up.shape[0], down.shape[1]), compute)
-        raise KeyError(key)
+        prefix = key.removesuffix("weight")
+        if key == prefix or f"{prefix}qweight" not in self:
+            raise KeyError(key)
+        names = ("qweight", "wscales", "wtscale", "smooth_factor", "proj_down", "proj_up")
+        parts: Any = [self.get(prefix + name) for name in names]
+        down, up = parts[-2:]
+        compute = partial(dequantize_weight, *parts, dtype=up.dtype)
+        return LazyWeight(up, (up.shape[0], down.shape[1]), compute)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain = OrderedDict(self)
+        plain.__dict__.update(self.__dict__)
+        return plain.__reduce_ex__(protocol)
 
 
 def answer_for_weights(model: nn.Module) -> None:
@@ -151,19 +238,3 @@ def _as_state_dict(model: nn.Module, state_dict: Any, prefix: str, metadata: Any
     answering = StateDict(state_dict)
     answering._metadata = getattr(state_dict, "_metadata", None)  # type: ignore[attr-defined]
     return answering
-
-
-def _specialize_adapter(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Gives PEFT's layer that is being put around ours the class that fuses exactly.
-
-    PEFT has tables for such classes, but diffusers, which calls it, gives no access to them; this hook of PyTorch is
-    told of every layer that becomes part of another.
-    """
-    if name == "base_layer" and isinstance(child, LowRankBranch) and type(parent).__module__.startswith("peft."):
-        from diffusers_sana.quantizers.svdquant.lora_layers import SPECIALIZED
-
-        parent.__class__ = SPECIALIZED.get(type(parent), type(parent))
-
-
-# In force from the moment on when there can be quantized layers: their module imports this one.
-register_module_module_registration_hook(_specialize_adapter)

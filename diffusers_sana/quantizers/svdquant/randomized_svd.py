@@ -11,6 +11,8 @@ from diffusers_sana.kernels.low_bit import nonzero
 
 OVERSAMPLING = 8  # columns of the basis beyond the rank
 POWER_ITERATIONS = 2
+FIRST_COLUMNS = 16  # of the basis in `low_rank_factors`, which then doubles
+ACCUMULATION_ERROR = 2**-18  # relative, of an fp32 product over a few hundred terms
 
 
 def randomized_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -63,6 +65,40 @@ def weighted_svd(matrix: Tensor, rank: int, seed: int, covariance: Tensor) -> tu
     down = up.t() @ matrix
     lengths = down.norm(dim=1)
     return up * lengths, down / nonzero(lengths)[:, None]
+
+
+def low_rank_factors(matrix: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor] | None:
+    """A matrix of low rank as `up` `[N, r]` and `down` `[r, K]`, fp64; None for one of more than half the full rank.
+
+    The rank is the number of singular values that stand out from rounding errors. Those of a random matrix with the
+    Frobenius norm e reach e (1 / sqrt(N) + 1 / sqrt(K)). What is left out is never more than the rounding errors are.
+
+    Args:
+        matrix: `[N, K]`, finite, with rounding errors of its dtype.
+        noise: Frobenius norm of further rounding errors.
+    """
+    exact = matrix.double()
+    info, most = torch.finfo(matrix.dtype), min(matrix.shape)
+    noise += exact.norm().item() * max(info.eps / 2, ACCUMULATION_ERROR)
+    noise += info.smallest_normal * info.eps * matrix.numel() ** 0.5  # below the normal numbers errors are absolute
+    generator = torch.Generator().manual_seed(0)
+    basis = exact.new_zeros(len(exact), 0)
+    done = False
+    while not done and basis.shape[1] < most:
+        columns = min(max(basis.shape[1], FIRST_COLUMNS), most - basis.shape[1])
+        seen = exact @ torch.randn(exact.shape[1], columns, generator=generator, dtype=torch.float64).to(exact.device)
+        missing = seen - basis @ (basis.t() @ seen)
+        done = bool(missing.norm() <= noise * columns**0.5)  # the Frobenius norm of what the basis lacks, as expected
+        basis = torch.linalg.qr(torch.cat([basis, missing], dim=1)).Q
+    projected = basis.t() @ exact
+    values, vectors = _principal(projected)
+    left_out = exact.norm().square() - torch.nn.functional.pad(values.square().cumsum(0), (1, 0))  # by the first r
+    edge = 2 * noise * sum(side**-0.5 for side in matrix.shape)
+    rank = max(int((left_out > noise**2).sum()), int((values > edge).sum()))
+    if rank > most // 2:
+        return None
+    vectors, values = vectors[:, :rank], values[:rank]
+    return basis @ (vectors * values), (vectors / nonzero(values)).t() @ projected
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
