@@ -40,30 +40,31 @@ def max_pixels() -> float:
     return np.inf if Image.MAX_IMAGE_PIXELS is None else 1.5 * Image.MAX_IMAGE_PIXELS
 
 
-def open_image(source: PathLike | BinaryIO) -> Image.Image:
+def open_image(source: PathLike | BinaryIO, name: str = "") -> Image.Image:
     """An image file, decoded and upright, in its own mode.
 
     Args:
         source: a path, or a binary file.
+        name: of the image, for errors; default: the path.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no image, it is damaged, or it has more than `max_pixels()`; the message names the file.
     """
-    with _opened(source) as image:
+    with _opened(source, name) as image:
         image.load()
         return upright(image)
 
 
-def read_image(source: PathLike | BinaryIO) -> Image.Image:
+def read_image(source: PathLike | BinaryIO, name: str = "") -> Image.Image:
     """An image file in RGB, upright. Arguments and errors are those of `open_image`."""
-    return to_rgb(open_image(source), _name(source))
+    return to_rgb(open_image(source, name), name or _name(source))
 
 
-def image_size(path: PathLike) -> tuple[int, int]:
-    """Height and width of the upright image in a file, from its header. Errors are those of `open_image`."""
-    with _opened(path) as image:
-        if image.format == "TIFF" or (image.format == "PNG" and _has_text_after_pixels(path)):
+def image_size(source: PathLike | BinaryIO, name: str = "") -> tuple[int, int]:
+    """Height and width of the upright image in a file, from its header. See `open_image`."""
+    with _opened(source, name) as image:
+        if image.format == "TIFF" or (image.format == "PNG" and _has_text_after_pixels(image)):
             whole = upright(image)  # PIL knows the orientation, or applies it, only when it has read all
             return whole.height, whole.width
         is_sideways = _orientation(image, Image.Image.getexif) in SIDEWAYS
@@ -140,13 +141,13 @@ def check_masks(name: str, masks: Tensor) -> None:
 
 
 def _name(source: PathLike | BinaryIO) -> str:
-    return repr(str(source)) if isinstance(source, str | os.PathLike) else "the image"
+    return str(source) if isinstance(source, str | os.PathLike) else "the image"
 
 
 @contextmanager
-def _opened(source: PathLike | BinaryIO) -> Iterator[ImageFile]:
+def _opened(source: PathLike | BinaryIO, name: str) -> Iterator[ImageFile]:
     """An open image whose pixels are not read yet; errors of the block name it too."""
-    name = _name(source)
+    name = name or _name(source)
     try:
         with Image.open(source) as image:  # type: ignore[arg-type]
             if image.width * image.height > max_pixels():
@@ -154,14 +155,14 @@ def _opened(source: PathLike | BinaryIO) -> Iterator[ImageFile]:
             yield image
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"{name} must have at most {max_pixels() / 1e6:.0f} million pixels, but: {error}. Scale it down, or raise"
-            " `PIL.Image.MAX_IMAGE_PIXELS`, which the limit follows, if you trust the file."
+            f"{name!r} must have at most {max_pixels() / 1e6:.0f} million pixels, but: {error}. Scale it down, or"
+            " raise `PIL.Image.MAX_IMAGE_PIXELS`, which the limit follows, if you trust the file."
         ) from error
     except Exception as error:  # PIL raises whatever its parsers stumble over
         if isinstance(error, OSError) and error.errno is not None:
             raise  # it is about the file, which it names
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{name} cannot be read as an image: {reason}. Replace or remove it.") from error
+        raise ValueError(f"{name!r} cannot be read as an image: {reason}. Replace or remove it.") from error
 
 
 def _orientation(image: Image.Image, getexif: Any) -> int:
@@ -173,18 +174,18 @@ def _orientation(image: Image.Image, getexif: Any) -> int:
     return found if found in range(1, 9) else 1
 
 
-def _has_text_after_pixels(path: PathLike) -> bool:
+def _has_text_after_pixels(image: ImageFile) -> bool:
     """Whether a PNG has a chunk behind its pixels that could say how the image is turned."""
-    with open(path, "rb") as file:
-        file.seek(8)
-        seen_pixels = False
-        while len(head := file.read(8)) == 8:
-            kind = head[4:]
-            if seen_pixels and kind in TEXT_CHUNKS:
-                return True
-            seen_pixels |= kind == b"IDAT"
-            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
-    return False
+    file: Any = image.fp
+    position = file.tell()
+    file.seek(8)
+    seen_pixels = found = False
+    while not found and len(head := file.read(8)) == 8:
+        found = seen_pixels and head[4:] in TEXT_CHUNKS
+        seen_pixels |= head[4:] == b"IDAT"
+        file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    file.seek(position)
+    return found
 
 
 def _loaded(image: Image.Image, name: str) -> Image.Image:

@@ -4,9 +4,10 @@
         --clip openai/clip-vit-base-patch16
 
 A model is any that transformers' `AutoModelForImageTextToText` loads, VILA-U included, or a folder of a VilaUPipeline;
-`vila-u-emoji` is the bundled one. Captions go to `captions.jsonl` in the folder; where `metadata.jsonl` has captions
-already, they join as those of the model "original". What a model has captioned it does not caption again, so a stopped
-run goes on where it was, and further models can be added. With `--clip` each caption gets a CLIP score.
+`vila-u-emoji` is the bundled one. Captions go to `captions.jsonl` in the folder. Captions that images came with, in
+`metadata.jsonl`, `.csv`, `.parquet` or `NAME.txt`, join as those of the model "original". What a model has captioned
+it does not caption again, so a stopped run goes on where it was, and further models can be added. With `--clip` each
+caption gets a CLIP score.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from diffusers_sana.checkpoints import BUNDLED
 from diffusers_sana.evaluation.clip import Clip
 from diffusers_sana.images import read_image
 from diffusers_sana.training.caption_sampling import CAPTIONS_FILE, Caption, caption_line, read_captions
-from diffusers_sana.training.data import find_images, read_metadata
+from diffusers_sana.training.image_sources import FolderSource
 
 
 PROMPT = "Describe this image in one detailed paragraph."
@@ -154,11 +155,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     args = parser.parse_args(argv)
 
-    names = [path.relative_to(args.data).as_posix() for path in find_images(args.data)]
-    if not names:
-        raise ValueError(f"`data` must be a folder with images, got {str(args.data)!r}. Check the path.")
+    source = FolderSource(args.data, split="", captions="optional", use_captions_file=False)
+    names = [path.relative_to(args.data).as_posix() for path in source.images]
     file = CaptionFile(args.data)
-    originals = {name: text for name, text in read_metadata(args.data) if text}
+    originals = {name: text for name, text in zip(source.names, source.captions, strict=True) if text}
     todo = file.lacking([name for name in names if name in originals], ORIGINAL)
     file.add((name, Caption(ORIGINAL, originals[name])) for name in todo)
     for model in args.models:

@@ -8,7 +8,6 @@ Another script calls `train(config, batches, model)` with any iterable of batche
 [-1, 1]. The trained model is the ordinary diffusers folder `output_dir/model`.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -22,12 +21,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from diffusers_sana import AutoencoderDC
+from diffusers_sana.files import read_json
 from diffusers_sana.training.adaptation import get_phase, select_parameters, set_training_modes
 from diffusers_sana.training.adversarial import PatchDiscriminator, discriminator_loss, generator_loss
 from diffusers_sana.training.batches import Batches, iterate_batches
-from diffusers_sana.training.config import TrainingConfig, option, parse_config
-from diffusers_sana.training.data import ImageFolder, make_loader
+from diffusers_sana.training.config import option, parse_config
+from diffusers_sana.training.data import load_images, make_loader
 from diffusers_sana.training.export import copy_with_weights
+from diffusers_sana.training.image_sources import ImageDataConfig
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.perceptual import PerceptualLoss
@@ -36,11 +37,10 @@ from diffusers_sana.training.structured_latents import draw_latent_prefix, mask_
 
 
 @dataclass(kw_only=True)
-class DCAETrainingConfig(TrainingConfig):
+class DCAETrainingConfig(ImageDataConfig):
     """Settings of one phase; what is None comes from the phase's entry in `training.adaptation.PHASES`."""
 
     output_dir: str = option("outputs/dc_ae", "folder for checkpoints, samples, log and result")
-    data: str = option("", "folder of images (command line only)")
     model_config: str = option("", "config.json of a new AutoencoderDC (command line only)")
     pretrained: str = option("", "folder or repository of an AutoencoderDC to continue from (command line only)")
     batch_size: int = option(16, "images a batch and process (command line only)")
@@ -177,9 +177,9 @@ def main(argv: list[str] | None = None) -> None:
     if config.pretrained:
         model = AutoencoderDC.from_pretrained(config.pretrained)
     else:
-        model = AutoencoderDC.from_config(json.loads(Path(config.model_config).read_text()))
+        model = AutoencoderDC.from_config(read_json(config.model_config))
     resolution = config.resolution or get_phase(config.phase).resolution
-    dataset = ImageFolder(config.data, [(resolution, resolution)])
+    dataset = load_images(config, [(resolution, resolution)], captions="ignored")
     train(config, make_loader(dataset, config.batch_size, config.seed, config.num_workers), model)
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from diffusers_sana import AutoencoderDC
 from diffusers_sana.training.batches import Batches
-from diffusers_sana.training.config import TrainingConfig, check_choice, option, parse_config
-from diffusers_sana.training.data import ImageFolder, collate, make_loader
+from diffusers_sana.training.config import check_choice, option, parse_config
+from diffusers_sana.training.data import Images, collate, load_images, make_loader
 from diffusers_sana.training.export import copy_with_weights
 from diffusers_sana.training.flow_matching import (
     TRAIN_TIMESTEPS,
@@ -31,6 +31,7 @@ from diffusers_sana.training.flow_matching import (
     sample_sigmas,
     velocity_target,
 )
+from diffusers_sana.training.image_sources import FolderSource, ImageDataConfig
 from diffusers_sana.training.latent_cache import fill_cache
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.optimizers import make_adamw
@@ -42,11 +43,15 @@ NO_CLASS = 1000  # DiTPipeline's label for guidance, whatever the number of clas
 
 
 @dataclass(kw_only=True)
-class DiTTrainingConfig(TrainingConfig):
+class DiTTrainingConfig(ImageDataConfig):
     """Settings of a class-conditional training; the transformer is DiT-S unless said otherwise."""
 
     output_dir: str = option("outputs/dit", "folder for checkpoints, samples, log and result")
-    data: str = option("", "folder with a sub-folder of images for each class (command line only)")
+    data: str = option(
+        "",
+        "folder with a sub-folder of images for each class; or WebDataset tars, or a dataset of the Hub, whose"
+        " `caption_column` is the class (command line only)",
+    )
     vae: str = option("", "AutoencoderDC or AutoencoderKL, folder or repository (command line only)")
     vae_subfolder: str = option("", "where in `vae` it is, such as `vae` of a pipeline (command line only)")
     cache_dir: str = option("", "folder of latents; default: in `output_dir` (command line only)")
@@ -216,18 +221,21 @@ def encode_images(vae: nn.Module, pixel_values: Tensor) -> Tensor:
     return latents.float() * vae.config.scaling_factor
 
 
-def class_folders(folder: str, resolution: int) -> tuple[ImageFolder, list[str]]:
-    """Square images whose `text` is the name of their class's folder, and the names in order.
+def class_images(config: DiTTrainingConfig) -> tuple[Images, list[str]]:
+    """Square images whose `text` is the name of their class, and the names in order.
 
     Raises:
-        ValueError: for a folder without images, and for images that lie in no class's folder.
+        ValueError: there are no images, or images without a class.
     """
-    images = ImageFolder(folder, [(resolution, resolution)])
-    for index, path in enumerate(images.paths):
-        name, *below = path.relative_to(folder).parts
-        if not below:
-            raise ValueError(f"`data` must hold a sub-folder for each class, got {name} in {folder}. Move it.")
-        images.captions[index] = name
+    images = load_images(config, [(config.resolution, config.resolution)], captions="optional")
+    for index, name in enumerate(images.names):
+        if isinstance(images.source, FolderSource):
+            images.captions[index] = name.split("/")[0] if "/" in name else ""
+        if not images.captions[index]:
+            raise ValueError(
+                f"`data` must say the class of each image, by its sub-folder or by `caption_column`, but {name!r} has"
+                " none. Move or remove it."
+            )
     return images, sorted(set(images.captions))
 
 
@@ -263,7 +271,7 @@ def prepare(config: DiTTrainingConfig) -> tuple[Callable, DiTTransformer2DModel,
     device = make_accelerator(config).device
     set_seed(config.seed)
     vae = load_autoencoder(config.vae, config.vae_subfolder).to(device).eval()
-    images, class_names = class_folders(config.data, config.resolution)
+    images, class_names = class_images(config)
 
     def encode(item: dict[str, Any]) -> dict[str, Tensor]:
         return {"latents": encode_images(vae, item["pixel_values"][None].to(device))[0]}

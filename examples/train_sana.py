@@ -2,15 +2,14 @@
 
     python examples/train_sana.py --data photos --pretrained some/sana-pipeline --output_dir outputs/sana
 
-The folder holds images and `metadata.jsonl` with lines `{"file_name": ..., "text": ...}`, or `captions.jsonl` with
-several captions an image. The parts come from a pipeline; `--transformer_config` begins a new transformer,
+The folder holds images and their captions, in any layout that docs/data.md lists; `--data` may also be WebDataset tars
+or a dataset of the Hub. The parts come from a pipeline; `--transformer_config` begins a new transformer,
 `--sample_size` and `--interpolation_scale` make the old one ready for another resolution, `--cache_dir` computes
 latents and text vectors once.
 Another script calls `train(config, batches, transformer, ...)` with any iterable of batches. Under `output_dir/model`
 the result is a SanaPipeline folder, or the trained parts alone when the other parts are not given.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,17 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from diffusers_sana import FlowDPMSolverScheduler, SanaPipeline, SanaTransformer2DModel
+from diffusers_sana.files import read_json
 from diffusers_sana.training.batches import Batches
 from diffusers_sana.training.buckets import bucket_sizes
 from diffusers_sana.training.caption_sampling import SampledCaptions, embeds_name
 from diffusers_sana.training.cascade import with_native_size
 from diffusers_sana.training.conditioned_transformer import ConditionedTransformer
-from diffusers_sana.training.config import TrainingConfig, option, parse_config
-from diffusers_sana.training.data import ImageFolder, make_loader
+from diffusers_sana.training.config import option, parse_config
+from diffusers_sana.training.data import load_images, make_loader
 from diffusers_sana.training.export import copy_with_weights, sub_state
 from diffusers_sana.training.flow_matching import interpolate, sample_euler, sample_sigmas, velocity_target
+from diffusers_sana.training.image_sources import ImageDataConfig
 from diffusers_sana.training.latent_cache import fill_cache
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.optimizers import make_optimizer
@@ -38,11 +39,10 @@ from diffusers_sana.training.prompt_conditioning import complex_human_instructio
 
 
 @dataclass(kw_only=True)
-class SanaTrainingConfig(TrainingConfig):
+class SanaTrainingConfig(ImageDataConfig):
     """Settings of a text-to-image training; the defaults are the paper's where it gives any."""
 
     output_dir: str = option("outputs/sana", "folder for checkpoints, samples, log and result")
-    data: str = option("", "folder of images with metadata.jsonl (command line only)")
     pretrained: str = option("", "SanaPipeline folder or repository that gives the parts (command line only)")
     transformer_config: str = option("", "config.json of a new transformer (command line only)")
     cache_dir: str = option("", "folder to keep latents and text vectors in (command line only)")
@@ -248,11 +248,11 @@ def main(argv: list[str] | None = None) -> None:
         pipeline.components[name] for name in ("transformer", "text_encoder", "tokenizer", "vae")
     )
     if config.transformer_config:
-        transformer = SanaTransformer2DModel.from_config(json.loads(Path(config.transformer_config).read_text()))
+        transformer = SanaTransformer2DModel.from_config(read_json(config.transformer_config))
     transformer = with_native_size(transformer, config.sample_size, config.interpolation_scale)
     if not config.train_text_encoder and config.mixed_precision == "bf16":
         text_encoder.to(torch.bfloat16)
-    images = ImageFolder(config.data, bucket_sizes(config.resolution))
+    images = load_images(config, bucket_sizes(config.resolution))
     dataset: Any = images
     if config.cache_dir:
         vae.to(device)

@@ -2,7 +2,8 @@
 
     python examples/train_sana_controlnet.py --data photos --pretrained some/sana-pipeline --output_dir outputs/edges
 
-The folder holds images and `metadata.jsonl` with lines `{"file_name": ..., "text": ...}`. The ControlNet learns to
+The folder holds images and their captions, in any layout that docs/data.md lists; `--data` may also be WebDataset tars
+or a dataset of the Hub. The ControlNet learns to
 follow their edges, or the images of the same names in `--control_data`. Another script calls
 `train(config, batches, controlnet, transformer, ...)` with any iterable of batches. The result, under
 `output_dir/model`, is what `SanaControlNetModel.from_pretrained` loads.
@@ -22,8 +23,8 @@ from diffusers_sana import SanaControlNetModel, SanaPipeline
 from diffusers_sana.models.controlnets.wiring_sana import wiring_of
 from diffusers_sana.training.batches import Batches
 from diffusers_sana.training.buckets import bucket_sizes
-from diffusers_sana.training.config import TrainingConfig, option, parse_config
-from diffusers_sana.training.data import ImageFolder, load_pixels, make_loader
+from diffusers_sana.training.config import option, parse_config
+from diffusers_sana.training.data import Images, load_images, load_pixels, make_loader
 from diffusers_sana.training.edges import sobel_edges
 from diffusers_sana.training.export import copy_with_weights
 from diffusers_sana.training.flow_matching import (
@@ -33,6 +34,7 @@ from diffusers_sana.training.flow_matching import (
     sample_sigmas,
     velocity_target,
 )
+from diffusers_sana.training.image_sources import ImageDataConfig
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.plots import save_image_grid
@@ -48,11 +50,10 @@ Prompt = tuple[Tensor, Tensor]
 
 
 @dataclass(kw_only=True)
-class ControlNetTrainingConfig(TrainingConfig):
+class ControlNetTrainingConfig(ImageDataConfig):
     """Settings of a ControlNet training."""
 
     output_dir: str = option("outputs/sana-controlnet", "folder for checkpoints, samples, log and result")
-    data: str = option("", "folder of images with metadata.jsonl (command line only)")
     control_data: str = option(
         "", "folder with a control image of the same name for each; default: edges (command line only)"
     )
@@ -202,16 +203,16 @@ def train(
 
 
 class ControlledImages(Dataset):
-    """The items of an `ImageFolder`, each with a `control_image` `[3, H, W]` in [-1, 1].
+    """The items of `Images`, each with a `control_image` `[3, H, W]` in [-1, 1].
 
     Args:
-        images: the pictures.
-        folder: has an image of the same name for each; "" for the edges of the pictures.
+        images: the images.
+        folder: has a control image of the same name for each, in the same subfolders or in none; "" for their edges.
     """
 
-    def __init__(self, images: ImageFolder, folder: str = ""):
+    def __init__(self, images: Images, folder: str = ""):
         self.images, self.sizes_of_items = images, images.sizes_of_items
-        self.paths = [Path(folder) / path.name for path in images.paths] if folder else None
+        self.paths = [_of_the_same_name(Path(folder), Path(name)) for name in images.names] if folder else None
         missing = [path for path in self.paths or () if not path.is_file()]
         if missing:
             raise ValueError(
@@ -229,6 +230,10 @@ class ControlledImages(Dataset):
         return item | {"control_image": load_pixels(self.paths[index], *self.sizes_of_items[index])}
 
 
+def _of_the_same_name(folder: Path, name: Path) -> Path:
+    return folder / name if (folder / name).is_file() else folder / name.name
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line: a captioned image folder, and the pipeline that is to be controlled."""
     config = parse_config(ControlNetTrainingConfig, argv, description=__doc__)
@@ -238,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(config.seed)
     parts = SanaPipeline.from_pretrained(config.pretrained).components
     controlnet = SanaControlNetModel.from_transformer(parts["transformer"], config.num_layers, wiring=config.wiring)
-    images = ImageFolder(config.data, bucket_sizes(config.resolution))
+    images = load_images(config, bucket_sizes(config.resolution))
     dataset = ControlledImages(images, config.control_data)
     batches = make_loader(dataset, config.batch_size, config.seed, config.num_workers)
     names = ("transformer", "text_encoder", "tokenizer", "vae")

@@ -3,7 +3,8 @@
     python examples/train_sana_lora.py --data dog --instance_prompt "a photo of sks dog" --pretrained my/sana-pipeline
 
 Captions come from `metadata.jsonl` (lines `{"file_name": ..., "text": ...}`) or from `NAME.txt` beside `NAME.png`;
-pictures without one have `--instance_prompt`. `--quantize int4` trains on a base of 4 bits (QLoRA, arXiv 2305.14314).
+images without one have `--instance_prompt`. `--data` may also be WebDataset tars or a dataset of the Hub.
+`--quantize int4` trains on a base of 4 bits (QLoRA, arXiv 2305.14314).
 Latents and text vectors are computed once. `output_dir/model/pytorch_lora_weights.safetensors` is the result: for
 `pipe.load_lora_weights`, here and in diffusers.
 """
@@ -25,10 +26,11 @@ from diffusers_sana.training.adapters import add_adapter, keep_in_checkpoints
 from diffusers_sana.training.batches import Batches
 from diffusers_sana.training.buckets import bucket_sizes
 from diffusers_sana.training.conditioned_transformer import ConditionedTransformer
-from diffusers_sana.training.config import TrainingConfig, check_choice, option, parse_config
-from diffusers_sana.training.data import collate, make_loader
+from diffusers_sana.training.config import check_choice, option, parse_config
+from diffusers_sana.training.data import collate, load_images, make_loader
 from diffusers_sana.training.flow_matching import interpolate, sample_euler, sample_sigmas, velocity_target
-from diffusers_sana.training.instance_data import WithPrior, captioned_folder
+from diffusers_sana.training.image_sources import ImageDataConfig
+from diffusers_sana.training.instance_data import WithPrior, captioned_folder, with_prompt
 from diffusers_sana.training.latent_cache import fill_cache
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.optimizers import make_adamw
@@ -40,11 +42,10 @@ MIX_FFN = ("conv_inverted", "conv_point")  # its two 1x1 convolutions
 
 
 @dataclass(kw_only=True)
-class LoraTrainingConfig(TrainingConfig):
+class LoraTrainingConfig(ImageDataConfig):
     """Settings of a LoRA training; rank, layers and optimiser are those of diffusers' DreamBooth script for Sana."""
 
     output_dir: str = option("outputs/sana-lora", "folder for checkpoints, samples, log and result")
-    data: str = option("", "folder of pictures (command line only)")
     instance_prompt: str = option("", "caption of pictures that have none (command line only)")
     class_prompt: str = option("", "what the base model must not forget, such as `a dog` (command line only)")
     class_data: str = option("", "folder of pictures of the class; default: in `output_dir` (command line only)")
@@ -222,7 +223,9 @@ def prepare(config: LoraTrainingConfig) -> tuple[Callable, nn.Module, nn.Module,
         latents = pipe.vae.encode(item["pixel_values"][None].to(device)).latent[0] * pipe.vae.config.scaling_factor
         return {"latents": latents, "prompt_embeds": encode_prompt(item["text"])}
 
-    dataset: Any = fill_cache(captioned_folder(config.data, sizes, config.instance_prompt), str(cache), encode)
+    dataset: Any = fill_cache(
+        with_prompt(load_images(config, sizes, captions="optional"), config.instance_prompt), str(cache), encode
+    )
     if config.class_prompt:
         folder = Path(config.class_data or Path(config.output_dir) / "class")
         with PartialState().main_process_first():

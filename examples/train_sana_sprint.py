@@ -3,7 +3,8 @@
     python examples/train_sana_sprint.py --data photos --pretrained some/sana-pipeline --cache_dir cache \\
         --output_dir outputs/sprint
 
-The folder holds images and `metadata.jsonl` with lines `{"file_name": ..., "text": ...}`. The student begins as the
+The folder holds images and their captions, in any layout that docs/data.md lists; `--data` may also be WebDataset tars
+or a dataset of the Hub. The student begins as the
 teacher and learns by continuous-time consistency and from a discriminator that looks through the frozen teacher.
 Another script calls `train(config, batches, teacher, ...)` with any iterable of batches. Under `output_dir/model` the
 result is a SanaSprintPipeline folder, or the transformer alone when the other parts are not given.
@@ -25,9 +26,10 @@ from diffusers_sana.training.adversarial import discriminator_loss, generator_lo
 from diffusers_sana.training.batches import Batches
 from diffusers_sana.training.buckets import bucket_sizes
 from diffusers_sana.training.conditioned_transformer import ConditionedTransformer
-from diffusers_sana.training.config import TrainingConfig, option, parse_config
-from diffusers_sana.training.data import ImageFolder, make_loader
+from diffusers_sana.training.config import option, parse_config
+from diffusers_sana.training.data import load_images, make_loader
 from diffusers_sana.training.export import copy_with_weights, sub_state
+from diffusers_sana.training.image_sources import ImageDataConfig
 from diffusers_sana.training.latent_adversarial import DiscriminatorHeads, default_blocks, teacher_features
 from diffusers_sana.training.latent_cache import fill_cache
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
@@ -46,11 +48,10 @@ from diffusers_sana.training.trigflow_distillation import (
 
 
 @dataclass(kw_only=True)
-class SprintTrainingConfig(TrainingConfig):
+class SprintTrainingConfig(ImageDataConfig):
     """Settings of a distillation; the defaults are the paper's where it gives any."""
 
     output_dir: str = option("outputs/sprint", "folder for checkpoints, samples, log and result")
-    data: str = option("", "folder of images with metadata.jsonl (command line only)")
     pretrained: str = option("", "SanaPipeline folder or repository to distil (command line only)")
     cache_dir: str = option("", "folder to keep latents and text vectors in (command line only)")
     batch_size: int = option(16, "images a batch and process (command line only)")
@@ -280,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher, text_encoder, tokenizer, vae = (
         components[name] for name in ("transformer", "text_encoder", "tokenizer", "vae")
     )
-    dataset: Any = ImageFolder(config.data, bucket_sizes(config.resolution))
+    dataset: Any = load_images(config, bucket_sizes(config.resolution))
     if config.cache_dir:
         vae.to(device)
         text_encoder.to(device)

@@ -3,7 +3,8 @@
     python examples/train_vila_u_tower.py --data photos --siglip google/siglip-large-patch16-256 --output_dir out/tower
     python examples/train_vila_u_tower.py --data photos --pretrained out/tower/model --tokenizer some/tokenizer ...
 
-The folder holds images and `metadata.jsonl` with lines `{"file_name": ..., "text": ...}`. Another script calls
+The folder holds images and their captions, in any layout that docs/data.md lists; `--data` may also be WebDataset tars
+or a dataset of the Hub. Another script calls
 `train(config, batches, model, tokenizer)` with any iterable of batches. The loss is
 
     contrastive + reconstruction (L1 + perceptual) + 0.25 commitment;   the codebook follows by moving averages.
@@ -11,7 +12,6 @@ The folder holds images and `metadata.jsonl` with lines `{"file_name": ..., "tex
 The paper starts from SigLIP and freezes its text tower; from nothing, both losses together need easy data.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, SiglipModel
 
 from diffusers_sana import VilaUVisionModel
+from diffusers_sana.files import read_json
 from diffusers_sana.loaders.siglip import load_siglip, tower_config_like
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUVisionConfig
 from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModelOutput
 from diffusers_sana.training.batches import Batches
-from diffusers_sana.training.config import TrainingConfig, option, parse_config
-from diffusers_sana.training.data import ImageFolder, make_loader
+from diffusers_sana.training.config import option, parse_config
+from diffusers_sana.training.data import load_images, make_loader
 from diffusers_sana.training.export import copy_with_weights, sub_state
+from diffusers_sana.training.image_sources import Captions, ImageDataConfig
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.perceptual import PerceptualLoss
@@ -37,11 +39,10 @@ from diffusers_sana.training.plots import save_image_grid
 
 
 @dataclass(kw_only=True)
-class VilaUTowerTrainingConfig(TrainingConfig):
+class VilaUTowerTrainingConfig(ImageDataConfig):
     """Settings of a tower's training. The paper gives the sum of the losses only; the rest is RQ-VAE's recipe."""
 
     output_dir: str = option("outputs/vila_u_tower", "folder for checkpoints, samples, log and result")
-    data: str = option("", "folder of images with metadata.jsonl (command line only)")
     siglip: str = option("", "SiglipModel to begin from, a folder or repository (command line only)")
     pretrained: str = option("", "VilaUVisionModel to continue from (command line only)")
     model_config: str = option("", "config.json of a new VilaUVisionModel (command line only)")
@@ -212,7 +213,7 @@ def make_model(config: VilaUTowerTrainingConfig) -> tuple[VilaUVisionModel, Any]
     if config.siglip:
         siglip = SiglipModel.from_pretrained(config.siglip)
         return load_siglip(VilaUVisionModel(tower_config_like(siglip.config)), siglip), tokenizer
-    return VilaUVisionModel(VilaUVisionConfig(**json.loads(Path(config.model_config).read_text()))), tokenizer
+    return VilaUVisionModel(VilaUVisionConfig(**read_json(config.model_config))), tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -221,7 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     make_accelerator(config)
     set_seed(config.seed)
     model, tokenizer = make_model(config)
-    dataset = ImageFolder(config.data, [(model.config.image_size, model.config.image_size)])
+    captions: Captions = "expected" if config.contrastive_weight else "ignored"
+    dataset = load_images(config, [(model.config.image_size, model.config.image_size)], captions)
     train(config, make_loader(dataset, config.batch_size, config.seed, config.num_workers), model, tokenizer)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffusers_sana.files import read_json_lines
 from diffusers_sana.training.config import check_choice
 
 
@@ -51,15 +52,31 @@ def caption_line(file_name: str, captions: Iterable[Caption]) -> str:
 def read_captions(path: Path) -> dict[str, list[Caption]]:
     """The captions of each picture of a `captions.jsonl`, in the order of the file.
 
-    A last line without an end, which a killed program leaves, does not count; nor does a picture without captions.
+    Half a line at the end, which a killed program leaves, does not count; nor does a picture without captions.
+
+    Raises:
+        ValueError: a line is not as above; the message names the file and the line.
     """
     found: dict[str, dict[str, Caption]] = {}
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        row = json.loads(line)
-        by_model = found.setdefault(row["file_name"], {})
-        for caption in row["captions"]:
-            by_model[caption["model"]] = Caption(caption["model"], caption["text"], caption.get("clip_score"))
+    for number, row in read_json_lines(path, may_be_torn=True):
+        try:
+            by_model = found.setdefault(_string(row["file_name"]), {})
+            for caption in row["captions"]:
+                by_model[_string(caption["model"])] = Caption(
+                    caption["model"], _string(caption["text"]), caption.get("clip_score")
+                )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{str(path)!r}, line {number}: a line must have `file_name` and a list of `captions` with `model` and"
+                f" `text`, which are strings; wrong is {error}."
+            ) from None
     return {file_name: list(by_model.values()) for file_name, by_model in found.items() if by_model}
+
+
+def _string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(repr(value))
+    return value
 
 
 def best_caption(captions: Sequence[Caption]) -> Caption:

@@ -1,11 +1,10 @@
-"""Batches of images from a folder, with captions where `captions.jsonl` or `metadata.jsonl` gives them."""
+"""Images of a source at the sizes of a training, and batches of them."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -14,36 +13,21 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from diffusers_sana.images import SUFFIXES, image_size, read_image
+from diffusers_sana.files import PathLike
+from diffusers_sana.images import image_size, read_image
 from diffusers_sana.training.buckets import bucket_batches, nearest_size
-from diffusers_sana.training.caption_sampling import (
-    CAPTIONS_FILE,
-    Caption,
-    SampledCaptions,
-    best_caption,
-    read_captions,
-)
+from diffusers_sana.training.caption_sampling import SampledCaptions
+from diffusers_sana.training.image_sources import Captions, FolderSource, ImageDataConfig, ImageSource, find_source
 
 
-def find_images(root: Path) -> list[Path]:
-    """The image files under a folder and its subfolders, sorted."""
-    return sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
-
-
-def read_metadata(root: Path) -> list[tuple[str, str]]:
-    """File name and text of each line of a folder's `metadata.jsonl`; none where there is no such file."""
-    path = root / "metadata.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [(row["file_name"], row["text"]) for row in rows]
-
-
-def load_pixels(path: Path, height: int, width: int) -> Tensor:
+def load_pixels(file: PathLike | BinaryIO, height: int, width: int, name: str = "") -> Tensor:
     """An image file as `[3, height, width]` in [-1, 1]: scaled to cover, then cut to the centre.
 
     Read as by `diffusers_sana.images`. Small images are scaled up.
     """
-    image = read_image(path)
+    image = read_image(file, name)
     scale = max(height / image.height, width / image.width)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     image = image.resize(size, Image.Resampling.LANCZOS)
@@ -52,53 +36,67 @@ def load_pixels(path: Path, height: int, width: int) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
 
 
-class ImageFolder(Dataset):
-    """The images under a folder; with `captions.jsonl`, or else `metadata.jsonl` (lines of `file_name`, `text`), only
-    those it lists.
+class Images(Dataset):
+    """The images of a source, each scaled and cut to one of several sizes.
 
-    Items are `{"pixel_values": [3, H, W] in [-1, 1], "text": caption or ""}`. With `captions.jsonl` the text is the
-    caption of the highest CLIP score, and `texts` has all of them. Each image has the size out of `sizes` whose shape
-    is nearest to its own; `sizes_of_items` lists which.
+    Items are `{"pixel_values": [3, H, W] in [-1, 1], "text": caption or ""}`. With several captions of each image
+    (`captions.jsonl`) the text is the one of the highest CLIP score, and `texts` has all of them. Each image has the
+    size out of `sizes` whose shape is nearest to its own; `sizes_of_items` lists which.
 
     Args:
-        folder: searched with its subfolders, in sorted order.
+        source: gives images and captions.
         sizes: (height, width) pairs in pixels.
 
     Attributes:
-        captions: the text of each item.
+        names, captions: of each item.
         choices: with `captions.jsonl` all captions of each item, for `SampledCaptions`; else None.
     """
 
-    def __init__(self, folder: str, sizes: list[tuple[int, int]]):
-        root = Path(folder)
-        self.choices: list[list[Caption]] | None = None
-        if (root / CAPTIONS_FILE).exists():
-            found = read_captions(root / CAPTIONS_FILE)
-            self.paths = [root / file_name for file_name in found]
-            self.choices = list(found.values())
-            self.captions = [best_caption(captions).text for captions in self.choices]
-        elif (root / "metadata.jsonl").exists():
-            rows = read_metadata(root)
-            self.paths = [root / file_name for file_name, _ in rows]
-            self.captions = [text for _, text in rows]
-        else:
-            self.paths = find_images(root)
-            self.captions = [""] * len(self.paths)
-        if not self.paths:
-            raise ValueError(f"`data` must be a folder with images {SUFFIXES}, got {folder!r}. Check the path.")
-        self.sizes_of_items = []
-        for path in self.paths:
-            self.sizes_of_items.append(nearest_size(*image_size(path), sizes))
+    def __init__(self, source: ImageSource, sizes: list[tuple[int, int]]):
+        self.source, self.names, self.captions, self.choices = source, source.names, source.captions, source.choices
+        self.sizes_of_items = [sizes[0]] * len(self.names)
+        if len(sizes) > 1:
+            numbers = tqdm(range(len(self.names)), desc="reading sizes", delay=5)
+            self.sizes_of_items = [nearest_size(*self.image_size(index), sizes) for index in numbers]
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Height and width of an image as it is stored, upright."""
+        file = self.source.open(index)
+        return image_size(file, "" if isinstance(file, Path) else self.names[index])
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        pixel_values = load_pixels(self.paths[index], *self.sizes_of_items[index])
-        item = {"pixel_values": pixel_values, "text": self.captions[index]}
+        file = self.source.open(index)
+        pixels = load_pixels(file, *self.sizes_of_items[index], "" if isinstance(file, Path) else self.names[index])
+        item = {"pixel_values": pixels, "text": self.captions[index]}
         if self.choices is not None:
             item["texts"] = [caption.text for caption in self.choices[index]]
         return item
+
+
+class ImageFolder(Images):
+    """`Images` of a `FolderSource`: the images in a folder, with the captions found there.
+
+    Args:
+        folder: searched with its subfolders, in sorted order.
+        sizes: see `Images`.
+        options: those of `FolderSource`.
+
+    Attributes:
+        paths: of each item.
+    """
+
+    def __init__(self, folder: str | Path, sizes: list[tuple[int, int]], **options: Any):
+        source = FolderSource(folder, **options)
+        super().__init__(source, sizes)
+        self.paths = source.paths
+
+
+def load_images(config: ImageDataConfig, sizes: list[tuple[int, int]], captions: Captions = "expected") -> Images:
+    """`Images` of `config.data`: a folder, WebDataset tars or a dataset of the Hub. See `find_source` for errors."""
+    return Images(find_source(config, captions), sizes)
 
 
 def make_loader(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from diffusers_sana.training.data import ImageFolder
+from diffusers_sana.training.data import ImageFolder, Images
 
 
 class WithPrior(Dataset):
@@ -33,15 +33,19 @@ class WithPrior(Dataset):
         return items[at] | {"loss_weight": torch.tensor(weight)}
 
 
-def captioned_folder(folder: str, sizes: list[tuple[int, int]], prompt: str) -> ImageFolder:
-    """The pictures of a folder, with captions from its files, or `prompt` where there is none."""
-    images = ImageFolder(folder, sizes)
-    for index, path in enumerate(images.paths):
-        text = path.with_suffix(".txt")
+def captioned_folder(folder: str, sizes: list[tuple[int, int]], prompt: str) -> Images:
+    """The images of a folder, with captions from its files, or `prompt` where there is none."""
+    return with_prompt(ImageFolder(folder, sizes, captions="optional"), prompt)
+
+
+def with_prompt(images: Images, prompt: str) -> Images:
+    """The images, of which those without a caption have `prompt`.
+
+    Raises:
+        ValueError: there are such images, and `prompt` is empty.
+    """
+    for index, name in enumerate(images.names):
+        images.captions[index] = images.captions[index] or prompt
         if not images.captions[index]:
-            images.captions[index] = text.read_text().strip() if text.exists() else prompt
-        if not images.captions[index]:
-            raise ValueError(
-                f"`instance_prompt` must be given for pictures without a caption, such as {path}, got ''."
-            )
+            raise ValueError(f"`instance_prompt` must be given for images without a caption, such as {name}, got ''.")
     return images

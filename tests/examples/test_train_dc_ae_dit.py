@@ -12,7 +12,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, DiTPipeline, DiTTransformer2
 from PIL import Image
 from safetensors.torch import load_file
 
-from examples.train_dc_ae_dit import DiTTrainingConfig, class_folders, load_autoencoder, main, make_dit, train
+from examples.train_dc_ae_dit import DiTTrainingConfig, class_images, load_autoencoder, main, make_dit, train
 from tests.training.tiny import tiny_autoencoder
 
 
@@ -190,12 +190,12 @@ def test_compiling_and_gradient_checkpointing_change_nothing(tmp_path):
 
 def test_images_outside_of_classes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`data` must be a folder with images"):
-        class_folders(str(tmp_path), 16)
+        class_images(DiTTrainingConfig(data=str(tmp_path), resolution=16))
     write_classes(tmp_path)
-    assert class_folders(str(tmp_path), 16)[1] == CLASSES
+    assert class_images(DiTTrainingConfig(data=str(tmp_path), resolution=16))[1] == CLASSES
     Image.new("RGB", (16, 16)).save(tmp_path / "stray.png")
-    with pytest.raises(ValueError, match=r"`data` must hold a sub-folder for each class, got stray.png"):
-        class_folders(str(tmp_path), 16)
+    with pytest.raises(ValueError, match=r"`data` must say the class of each image.*'stray.png' has none"):
+        class_images(DiTTrainingConfig(data=str(tmp_path), resolution=16))
 
 
 def test_autoencoders_that_do_not_fit_are_refused(tmp_path):

@@ -190,7 +190,7 @@ def test_captions(tmp_path):
     assert captioned_folder(str(tmp_path), [(32, 32)], "sks").captions[2:] == ["from a file", "A green house "]
     (tmp_path / "metadata.jsonl").unlink()
     assert captioned_folder(str(tmp_path), [(32, 32)], "sks").captions == ["sks", "sks", "from a file", "sks"]
-    with pytest.raises(ValueError, match="`instance_prompt` must be given for pictures without a caption"):
+    with pytest.raises(ValueError, match="`instance_prompt` must be given for images without a caption"):
         captioned_folder(str(tmp_path), [(32, 32)], "")
 
 

@@ -81,6 +81,7 @@ def test_load_pixels_lays_transparency_over_white(tmp_path):
 
 def test_image_folder_without_captions_finds_images(tmp_path):
     write_image_folder(tmp_path / "deep", [(20, 20), (20, 40)])
+    (tmp_path / "deep" / "metadata.jsonl").unlink()
     folder = ImageFolder(str(tmp_path), [(32, 32), (32, 64)])
     assert [path.name for path in folder.paths] == ["0.png", "1.png"]
     assert folder[1]["pixel_values"].shape == (3, 32, 64)
