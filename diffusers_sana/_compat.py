@@ -90,6 +90,7 @@ IMPORTS = {
     "tree_map_only": HostName("torch.utils._pytree:tree_map_only", QUANTIZED_LORA),
     # Of transformers 5, without a promise to stay.
     "ConversionOps": HostName("transformers.core_model_loading:ConversionOps", QUANTIZED),
+    "MultiModalData": HostName("transformers.processing_utils:MultiModalData", VILA_U),
     "PilBackend": HostName("transformers.image_processing_backends:PilBackend", VILA_U),
     "SubConfigSpec": HostName("transformers.configuration_utils:SubConfigSpec", VILA_U, since="5.20"),
     "capture_outputs": HostName("transformers.utils.output_capturing:capture_outputs", VILA_U),
@@ -163,6 +164,7 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
     "_can_record_outputs": (HostName(_PRETRAINED, VILA_U),),
     "_compatibles": (HostName("diffusers.schedulers.scheduling_utils:SchedulerMixin", "`scheduler.compatibles`"),),
     "_cp_plan": (HostName(_DIFFUSERS_MODEL, CONTEXT_PARALLEL),),
+    "_get_candidate_generator": (HostName(_GENERATION, VILA_U),),
     "_get_logits_processor": (HostName(_GENERATION, VILA_U),),
     "_init_weights": (HostName(_PRETRAINED, VILA_U),),
     "_input_embed_layer": (HostName("transformers.modeling_utils:EmbeddingAccessMixin", VILA_U),),
@@ -181,6 +183,7 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
     "_supports_gradient_checkpointing": (HostName(_DIFFUSERS_MODEL, "gradient checkpointing"),),
     "_supports_sdpa": (HostName(_PRETRAINED, VILA_U),),
     "_tied_weights_keys": (HostName(_PRETRAINED, VILA_U),),
+    "_tp_plan": (HostName(_PRETRAINED, VILA_U),),
     "_validate_preprocess_kwargs": (HostName(_IMAGE_PROCESSOR, VILA_U),),
 }
 

@@ -12,16 +12,25 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
-from transformers.generation import LogitsProcessorList
+from transformers.generation import CandidateGenerator, LogitsProcessorList
+
+
+def without_placeholder(input_ids: Tensor, placeholder: int, pad: int) -> Tensor:
+    """`[B, P]` ids that all lie in the vocabulary: the first id of a row, or `pad`, in place of each placeholder.
+
+    The first id is in the prompt anyway, so that whoever counts what the prompt holds finds nothing new.
+    """
+    first = input_ids[:, :1]
+    return torch.where(input_ids == placeholder, first.masked_fill(first == placeholder, pad), input_ids)
 
 
 class LogitsProcessorsWithoutPlaceholder(LogitsProcessorList):
-    """Processors that never meet the placeholder of pictures: it may lie outside the vocabulary, or is never written.
+    """Processors that never meet the placeholder of images: it may lie outside the vocabulary, or is never written.
 
     Args:
         processors: the list to run.
         placeholder: the id.
-        pad: the id to show to the processors instead.
+        pad: see `without_placeholder`.
     """
 
     def __init__(self, processors: list[Any], placeholder: int, pad: int) -> None:
@@ -31,11 +40,62 @@ class LogitsProcessorsWithoutPlaceholder(LogitsProcessorList):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """See `LogitsProcessorList`."""
-        shown: Any = input_ids.masked_fill(input_ids == self.placeholder, self.pad)
+        shown: Any = without_placeholder(input_ids, self.placeholder, self.pad)
         scores = super().__call__(shown, scores, **kwargs)
         if self.placeholder < scores.shape[-1]:
             scores[:, self.placeholder] = -torch.inf
         return scores
+
+
+class CandidatesWithoutPlaceholder(CandidateGenerator):
+    """Prompt lookup that never proposes the placeholder of images.
+
+    Args:
+        lookup: finds candidates in the prompt.
+        placeholder, pad: see `without_placeholder`.
+    """
+
+    def __init__(self, lookup: CandidateGenerator, placeholder: int, pad: int) -> None:
+        self.lookup = lookup
+        self.placeholder = placeholder
+        self.pad = pad
+
+    def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """`[1, P]` ids to the same with candidates behind them; what is no candidate after all the model refuses."""
+        shown: Any = without_placeholder(input_ids, self.placeholder, self.pad)
+        candidates, logits = self.lookup.get_candidates(shown, **kwargs)
+        return torch.cat([input_ids, candidates[:, input_ids.shape[1] :]], dim=1), logits
+
+    def update_candidate_strategy(self, input_ids: Any, scores: Any, num_matches: int) -> None:
+        """See `CandidateGenerator`."""
+        self.lookup.update_candidate_strategy(input_ids, scores, num_matches)
+
+
+def heal_last_tokens(input_ids: Tensor, logits: Tensor, tokenizer: Any, placeholder: int) -> Tensor:
+    """Prompts whose last token is chosen anew among those that begin with its text, as token healing does.
+
+    A prompt that ends in "http:" was cut where no training text is cut: "http" is more often followed by "://".
+
+    Args:
+        input_ids: `[B, P]`; a placeholder or a special token at the end stays.
+        logits: `[B, vocabulary]`, of the last token.
+        tokenizer: of the ids.
+        placeholder: the id.
+
+    Returns:
+        `[B, P]`.
+    """
+    vocabulary, special = tokenizer.get_vocab(), {placeholder, *tokenizer.all_special_ids}
+    healed = input_ids.clone()
+    for row, last in enumerate(input_ids[:, -1].tolist()):
+        if last in special:
+            continue
+        text = tokenizer.convert_ids_to_tokens(last)
+        longer = [index for token, index in vocabulary.items() if token.startswith(text) and index not in special]
+        choices = torch.tensor(longer, device=logits.device)
+        # A little in favor of the token as it is, as in transformers: "http" is not to become "https" for nothing.
+        healed[row, -1] = choices[(logits[row, choices] + (choices == last)).argmax()]
+    return healed
 
 
 def scales_of_samples(guidance_scale: float | Sequence[float] | Tensor, prompts: int, samples_of_each: int) -> Tensor:

@@ -85,7 +85,6 @@ class VilaUDepthAttention(nn.Module):
         attention_mask: Tensor | None = None,
         cache: VilaUDepthCache | None = None,
         slot: int = 0,
-        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Maps `[N, slots, E]` to the same shape, and the attention weights where the implementation has them.
 
@@ -166,7 +165,13 @@ class VilaUDepthTransformer(PreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(self, backbone_hidden_states: Tensor, code_embeddings: Tensor, **kwargs: Any) -> BaseModelOutput:
+    def forward(
+        self,
+        backbone_hidden_states: Tensor,
+        code_embeddings: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> BaseModelOutput:
         """All slots of each cell, with the codes given.
 
         Args:
@@ -174,6 +179,7 @@ class VilaUDepthTransformer(PreTrainedModel):
                 cell.
             code_embeddings: `[N, D, C]` or `[N, D - 1, C]`, the codebook entries of the codes. That of the last code
                 is not used.
+            output_hidden_states, output_attentions: also return those; None: as the configuration says.
 
         Returns:
             `last_hidden_state` `[N, D, E]`; `head` maps it to the logits `[N, D, K]`.

@@ -20,13 +20,16 @@ from transformers.utils import logging
 
 from diffusers_sana._compat import private
 from diffusers_sana.models.vila_u.batching_vila_u import (
+    CandidatesWithoutPlaceholder,
     LogitsProcessorsWithoutPlaceholder,
     cache_for,
+    heal_last_tokens,
     rows_of_samples,
     scales_of_cells,
     scales_of_samples,
     stack_rows,
     twice,
+    without_placeholder,
 )
 from diffusers_sana.models.vila_u.depth_vila_u import VilaUDepthCache
 from diffusers_sana.models.vila_u.sampling_vila_u import CodeNoise, VisualSampling, guide, visual_option
@@ -45,6 +48,7 @@ class VilaUGenerationMixin(GenerationMixin):
     model: Any
     depth_transformer: Any
     get_image_features: Any
+    forward: Any
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -72,13 +76,14 @@ class VilaUGenerationMixin(GenerationMixin):
             `decode_image_tokens` turns into pixels; with `return_dict_in_generate` they are its `sequences`.
 
         Raises:
-            ValueError: an unknown mode, or see `generate_codes`.
+            ValueError: an unknown mode; an option that prompts with images cannot have; or see `generate_codes`.
         """
         if image_codes is not None:
             kwargs["mm_encoder_outputs"] = {
                 "image": self.get_image_features(image_codes=image_codes, return_dict=True)
             }
         if generation_mode == "text":
+            inputs = self._prepare_images(inputs, generation_config or self.generation_config, kwargs)
             return super().generate(inputs, generation_config=generation_config, **kwargs)
         if generation_mode not in ("image", "video"):
             raise ValueError(f'`generation_mode` must be "text", "image" or "video", but is {generation_mode!r}')
@@ -94,10 +99,86 @@ class VilaUGenerationMixin(GenerationMixin):
         codes = codes[:, 0] if generation_mode == "image" else codes
         return GenerateDecoderOnlyOutput(sequences=codes) if is_dict else codes
 
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorsWithoutPlaceholder:
-        return LogitsProcessorsWithoutPlaceholder(
-            super()._get_logits_processor(*args, **kwargs), self.config.image_token_id, self._pad
+    def prepare_inputs_for_generation(  # type: ignore[override]  # transformers looks for `inputs_embeds` by name
+        self,
+        input_ids: Any,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Any = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in transformers, which never shows the images to an assistant model: here it reads the prompt first."""
+        is_unread = past_key_values is not None and int(past_key_values.get_seq_length()) == 0
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration or is_unread,
+            **kwargs,
         )
+
+    def _prepare_images(
+        self, inputs: Tensor | None, config: GenerationConfig, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """Heals prompts with images, which transformers would decode to text and encode again.
+
+        Args:
+            inputs: `[B, P]`, or None where `kwargs` have `input_ids`; changed in the one place where they are.
+            config: says `token_healing` where `kwargs` do not.
+            kwargs: of `generate`; changed.
+
+        Returns:
+            `inputs`.
+
+        Raises:
+            ValueError: an option that can only be had for prompts without images.
+        """
+        negative = kwargs.get("negative_prompt_ids")
+        if negative is not None and self.model.is_placeholder(negative).any():
+            raise ValueError("`negative_prompt_ids` must be text alone, but hold an image")
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if ids is None or not self.model.is_placeholder(ids).any():
+            return inputs
+        if kwargs.get("assistant_tokenizer") is not None:
+            raise ValueError(
+                "`assistant_tokenizer` must be None where the prompt has images, which are no text to encode again."
+                " Take an `assistant_model` with the same tokenizer."
+            )
+        if not kwargs.get("token_healing", config.token_healing):
+            return inputs
+        tokenizer = kwargs.get("tokenizer")
+        if tokenizer is None:
+            raise ValueError("`token_healing` needs `tokenizer`, the processor's")
+        if (pixel_values := kwargs.pop("pixel_values", None)) is not None:
+            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(pixel_values, return_dict=True)}
+        _, mask = rows_of_samples("input_ids", ids, kwargs.get("attention_mask"), self._pad, len(ids))
+        read = self.forward(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+            mm_encoder_outputs=kwargs.get("mm_encoder_outputs"),
+            use_cache=False,
+            logits_to_keep=2,
+        )
+        healed = heal_last_tokens(ids, read.logits[:, 0], tokenizer, self.config.image_token_id)
+        kwargs["token_healing"] = False
+        if inputs is None:
+            kwargs["input_ids"] = healed
+        return None if inputs is None else healed
+
+    def _get_logits_processor(
+        self, *args: Any, encoder_input_ids: Any = None, **kwargs: Any
+    ) -> LogitsProcessorsWithoutPlaceholder:
+        if encoder_input_ids is not None and encoder_input_ids.ndim == 2:  # else embeddings
+            encoder_input_ids = without_placeholder(encoder_input_ids, self.config.image_token_id, self._pad)
+        processors = super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
+        return LogitsProcessorsWithoutPlaceholder(processors, self.config.image_token_id, self._pad)
+
+    def _get_candidate_generator(self, generation_config: GenerationConfig, **kwargs: Any) -> Any:
+        generator = super()._get_candidate_generator(generation_config=generation_config, **kwargs)
+        if generation_config.prompt_lookup_num_tokens is None:
+            return generator
+        return CandidatesWithoutPlaceholder(generator, self.config.image_token_id, self._pad)
 
     @property
     def _pad(self) -> int:

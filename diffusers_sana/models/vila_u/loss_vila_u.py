@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from diffusers_sana._compat import torch_compilable_check
+
 
 IGNORED = -100  # label of what is not a target
 CHUNK_SIZE = 1024  # rows of logits that exist at a time
@@ -47,9 +49,34 @@ def find_targets(
     return is_target & ~is_placeholder, is_target & is_placeholder
 
 
+def unshift(shift_labels: Tensor, is_placeholder: Tensor, image_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels that were shifted by whoever split the sequences: what is predicted at each position of a part.
+
+    Args:
+        shift_labels: `[B, L]`, -100 where ignored. The last column is about the first position of the next part.
+        is_placeholder: bool `[B, L]`, true at cells of images.
+        image_token_id: the label of such a cell.
+
+    Returns:
+        Labels `[B, L + 1]`, and two bool masks `[B, L + 1]` as `find_targets` returns them.
+
+    Raises:
+        ValueError: the next part begins with a cell of an image, whose codes are not here.
+    """
+    torch_compilable_check(
+        (shift_labels[:, -1] != image_token_id).all(),
+        lambda: (
+            "`shift_labels` must not end with a cell of an image: split the sequences elsewhere, or set it to -100"
+        ),
+    )
+    labels, is_cell = F.pad(shift_labels, (1, 0), value=IGNORED), F.pad(is_placeholder, (0, 1))
+    is_target = labels != IGNORED
+    return labels, is_target & ~is_cell, is_target & is_cell
+
+
 def states_before(hidden_states: Tensor, is_target: Tensor) -> Tensor:
-    """From `[B, L, H]` the states `[n, H]` at the positions before the n targets."""
-    return hidden_states[:, :-1][is_target[:, 1:]]
+    """From `[B, L, H]` the states `[n, H]` at the positions before the n targets of `[B, L or L + 1]`."""
+    return hidden_states[:, : is_target.shape[1] - 1][is_target[:, 1:]]
 
 
 def at_least_one(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,8 +28,9 @@ from diffusers_sana.models.vila_u.loss_vila_u import (
     find_targets,
     mean_of,
     states_before,
+    unshift,
 )
-from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModel
+from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModel, VilaUVisionModelOutput
 
 
 @dataclass
@@ -39,6 +40,7 @@ class VilaUImageFeatures(BaseModelOutputWithPooling):
     Attributes:
         last_hidden_state: `[n, T, C]`, sums of codebook entries.
         pooler_output: `[n, T, H]`, the same after the projector; the name is the one transformers looks for.
+        hidden_states, attentions: of the encoder, where they were asked for.
         codes: `[n, T, D]`.
     """
 
@@ -127,25 +129,45 @@ class VilaUModel(VilaUPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor | None = None, image_codes: Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: Tensor | None = None,
+        image_codes: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> VilaUImageFeatures:
-        """Pictures as the language model sees them.
+        """Images as the language model sees them.
 
         Args:
             pixel_values: `[n, 3, H, W]`, in [-1, 1].
             image_codes: `[n, T, D]`, if they are known already: then the encoder does not run.
+            output_hidden_states, output_attentions: also return those of the encoder; None: as the configuration says.
 
         Raises:
-            ValueError: both are given, or neither.
+            ValueError: both are given, or neither; or states of an encoder that does not run are wanted.
         """
         if (pixel_values is None) == (image_codes is None):
             raise ValueError("give exactly one of `pixel_values` and `image_codes`")
-        with torch.no_grad():  # nothing in the frozen tower could use a gradient
-            if pixel_values is not None:
-                dtype: Any = self.vision_tower.dtype
-                image_codes = self.vision_tower.encode_to_codes(pixel_values.to(dtype))
-            entries = self.vision_tower.embed_codes(image_codes)
-        return VilaUImageFeatures(last_hidden_state=entries, pooler_output=self.project(entries), codes=image_codes)
+        tower: Any = self.vision_tower
+        if pixel_values is None:
+            if output_hidden_states or output_attentions:
+                raise ValueError(
+                    "`output_hidden_states` and `output_attentions` need `pixel_values`: for `image_codes` the encoder"
+                    " does not run"
+                )
+            with torch.no_grad():  # nothing in the frozen tower could use a gradient
+                seen = VilaUVisionModelOutput(codes=image_codes, quantized=tower.embed_codes(image_codes))
+        else:
+            states = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+            wanted = {name: value for name, value in states.items() if value is not None}
+            seen = tower.tokenize(pixel_values.to(tower.dtype), return_dict=True, **wanted)
+        entries: Any = seen.quantized
+        return VilaUImageFeatures(
+            last_hidden_state=entries,
+            pooler_output=self.project(entries),
+            hidden_states=seen.hidden_states,
+            attentions=seen.attentions,
+            codes=seen.codes,
+        )
 
     def is_placeholder(self, input_ids: Tensor) -> Tensor:
         """Where `input_ids` stand for cells of pictures: bool, of the same shape."""
@@ -248,6 +270,7 @@ class VilaUForConditionalGeneration(VilaUPreTrainedModel, VilaUGenerationMixin):
     output_modalities = ("image", "text", "video")  # type: ignore[assignment]
     accepts_loss_kwargs = False  # the trainer's one count of items would mix text and codes
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     # A decoding step sees few rows: 16-bit activations cost nothing there.
     _svdquant_modules = {"model.language_model.layers.*": "w4a16", "depth_transformer.layers.*": "w4a16"}
 
@@ -274,6 +297,7 @@ class VilaUForConditionalGeneration(VilaUPreTrainedModel, VilaUGenerationMixin):
         pixel_values: Tensor | None = None,
         image_codes: Tensor | None = None,
         labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, VilaUImageFeatures] | None = None,
@@ -290,6 +314,9 @@ class VilaUForConditionalGeneration(VilaUPreTrainedModel, VilaUGenerationMixin):
                 `position_ids` that start at 0 in each.
             labels: `[B, L]`, not shifted: -100 where nothing is to be learned. A picture is a target where the labels
                 at its placeholders are anything else; its codes are then learned. Needs `input_ids`.
+            shift_labels: `[B, L]`, in place of `labels`: what is to be predicted *at* each position, as trainers that
+                split sequences over processes give it. A part must not end before a cell of an image that is a
+                target.
             logits_to_keep: of how many last positions, or of which, to make `logits`; 0 for all.
             return_logits: whether to make `logits` and `depth_logits`; None: unless training with labels, where the
                 losses are computed in chunks and all the logits together would not fit.
@@ -300,7 +327,8 @@ class VilaUForConditionalGeneration(VilaUPreTrainedModel, VilaUGenerationMixin):
         Raises:
             ValueError: see `VilaUModel.forward`.
         """
-        if labels is not None and (pixel_values is not None or image_codes is not None):
+        targets = labels if shift_labels is None else shift_labels
+        if targets is not None and (pixel_values is not None or image_codes is not None):
             features = self.get_image_features(pixel_values, image_codes, return_dict=True)
             mm_encoder_outputs, pixel_values, image_codes = {"image": features}, None, None
         outputs = self.model(
@@ -312,32 +340,43 @@ class VilaUForConditionalGeneration(VilaUPreTrainedModel, VilaUGenerationMixin):
             pixel_values=pixel_values,
             image_codes=image_codes,
             # A cache is of no use to a loss, and with one transformers does not look for packed samples.
-            use_cache=False if use_cache is None and labels is not None else use_cache,
+            use_cache=False if use_cache is None and targets is not None else use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,
         )
         if return_logits is None:
-            return_logits = labels is None or not self.training
-        result = VilaUCausalLMOutputWithPast(
+            return_logits = targets is None or not self.training
+        states, result = outputs.last_hidden_state, {}
+        if return_logits:
+            result["logits"] = self.lm_head(slice_logits_to_keep(states, logits_to_keep))
+        if targets is not None:
+            is_placeholder = targets.new_zeros(states.shape[:2], dtype=torch.bool)
+            if input_ids is not None:
+                is_placeholder = self.model.is_placeholder(input_ids)
+            if shift_labels is None:
+                is_text, is_visual = find_targets(targets, is_placeholder, attention_mask, position_ids)
+            else:  # whoever shifted them has left out what is not to be learned
+                targets, is_text, is_visual = unshift(shift_labels, is_placeholder, self.config.image_token_id)
+            codes = self._target_codes(is_visual[:, : states.shape[1]], is_placeholder, mm_encoder_outputs)
+            text_loss = self._text_loss(states_before(states, is_text), targets[is_text], num_text_targets)
+            visual_loss, depth_logits = self._visual_loss(
+                states_before(states, is_visual), codes, num_code_targets, return_logits
+            )
+            result |= {
+                "loss": text_loss + self.config.visual_loss_weight * visual_loss,
+                "text_loss": text_loss,
+                "visual_loss": visual_loss,
+                "depth_logits": depth_logits,
+            }
+        # Made at once: a `ModelOutput` has its fields in the order in which they were set.
+        return VilaUCausalLMOutputWithPast(
+            **result,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
-        if return_logits:
-            result.logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        if labels is not None:
-            is_placeholder = torch.zeros_like(labels) if input_ids is None else self.model.is_placeholder(input_ids)
-            is_text, is_visual = find_targets(labels, is_placeholder.bool(), attention_mask, position_ids)
-            states = outputs.last_hidden_state
-            codes = self._target_codes(is_visual, is_placeholder.bool(), mm_encoder_outputs)
-            result.text_loss = self._text_loss(states_before(states, is_text), labels[is_text], num_text_targets)
-            result.visual_loss, result.depth_logits = self._visual_loss(
-                states_before(states, is_visual), codes, num_code_targets, return_logits
-            )
-            result.loss = result.text_loss + self.config.visual_loss_weight * result.visual_loss
-        return result
 
     def _target_codes(
         self, is_visual: Tensor, is_placeholder: Tensor, mm_encoder_outputs: dict[str, VilaUImageFeatures] | None

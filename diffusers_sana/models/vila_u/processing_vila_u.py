@@ -7,7 +7,7 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs
 
-from diffusers_sana._compat import private
+from diffusers_sana._compat import MultiModalData, private
 from diffusers_sana.models.vila_u.configuration_vila_u import NeverCopied
 from diffusers_sana.models.vila_u.image_processing_vila_u import VilaUImageProcessorKwargs
 from diffusers_sana.models.vila_u.labels_vila_u import labels_of, places_of_tokens
@@ -27,6 +27,22 @@ from diffusers_sana.models.vila_u.prompts_vila_u import (
 
 
 START_TOKENS = {"text": None, "image": IMAGE_START, "video": VIDEO_START}
+
+# Of what the processors of transformers take: what this one does for texts. Anything else is refused, not ignored.
+TEXT_OPTIONS = (
+    "add_special_tokens",
+    "max_length",
+    "pad_to_multiple_of",
+    "padding",
+    "padding_side",
+    "return_attention_mask",
+    "return_mm_token_type_ids",
+    "return_offsets_mapping",
+    "return_tensors",
+    "return_text_replacement_offsets",
+    "truncation",
+    "verbose",
+)
 
 
 class VilaUProcessorKwargs(ProcessingKwargs, total=False):
@@ -104,15 +120,17 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
                 `apply_chat_template` writes (it ends in "ASSISTANT:"), or what the user says, which is then put into
                 the template.
             videos: for `<video>`, as `images`: a file, a folder of frames, an array [F, H, W, 3] or a list of frames.
-            **kwargs: see `VilaUProcessorKwargs`; those of the tokenizer's `pad` and of the image processor.
+            **kwargs: see `VilaUProcessorKwargs` and `TEXT_OPTIONS`; those of the image processor.
 
         Returns:
-            `input_ids` and `attention_mask` [B, L], every picture and frame as `num_image_tokens` times `<image>`, and
-            `pixel_values` [n, 3, H, W] of all pictures in order, if any. For modes "image" and "video" also
+            `input_ids` and `attention_mask` [B, L], every image and frame as `num_image_tokens` times `<image>`, and
+            `pixel_values` [n, 3, H, W] of all images in order, if any. For modes "image" and "video" also
             `negative_input_ids` and `negative_attention_mask` [B, L'] for guidance: the prompt without its words.
+            With `return_mm_token_type_ids` also `mm_token_type_ids` [B, L], 1 at the cells of images and frames.
 
         Raises:
-            ValueError: pictures and placeholders that do not match, an unknown mode, what is not a picture.
+            ValueError: images and placeholders that do not match, an unknown mode, what is not an image, an option
+                that processors of transformers have and this one does not obey.
         """
         if kwargs.pop("audio", None) is not None:
             raise ValueError("`audio` must be None: VILA-U neither hears nor speaks.")
@@ -124,6 +142,7 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
         options: dict[str, Any] = private(self, "_merge_kwargs")(
             tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
+        self._check_options(options)
         mode = options["generation_mode"]
         if mode not in START_TOKENS:
             raise ValueError(f"`generation_mode` must be one of {tuple(START_TOKENS)}, got {mode!r}.")
@@ -134,11 +153,23 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
         data: dict[str, Any] = {}
         if pixels := self._pixels(texts, images, videos, options):
             data |= pixels
+        of_text = options["text_kwargs"]
+
+        def is_wanted(name: str) -> bool:
+            return bool(of_text.get(name) or options.get(name))
+
         data |= self._rows(texts, options)
-        if options["text_kwargs"].get("return_offsets_mapping"):
-            data |= self._offsets(texts, data["attention_mask"], options)
+        if of_text.get("return_offsets_mapping"):
+            data["offset_mapping"] = self._offsets(texts, data["attention_mask"], options)
+        if is_wanted("return_text_replacement_offsets"):
+            data["text_replacement_offsets"] = [self._expand(text, options)[1] for text in texts]
+        if is_wanted("return_mm_token_type_ids"):
+            types = {"mm_token_type_ids": self.create_mm_token_type_ids(data["input_ids"])}
+            data |= BatchFeature(types, tensor_type=of_text.get("return_tensors"))
         if negatives:
             data |= {f"negative_{key}": value for key, value in self._rows(negatives, options).items()}
+        if of_text.get("return_attention_mask") is False:
+            data = {name: value for name, value in data.items() if not name.endswith("attention_mask")}
         return BatchFeature(data)
 
     def apply_chat_template(  # type: ignore[override]  # two arguments more
@@ -222,6 +253,40 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
         of_text = ["input_ids", "attention_mask"]
         return [*of_text, *(f"negative_{name}" for name in of_text), "pixel_values", "image_codes"]
 
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any
+    ) -> MultiModalData:
+        """How many placeholders media of these sizes take, as servers ask before they have seen any.
+
+        Args:
+            image_sizes: height and width of each image; all take `num_image_tokens`.
+            video_sizes: frames, height and width of each video; of each, `num_video_frames` are taken.
+            kwargs: those of `__call__`, none of which changes the numbers.
+        """
+        counts = {}
+        if image_sizes is not None:
+            counts["num_image_tokens"] = [self.num_image_tokens] * len(image_sizes)
+            counts["num_image_patches"] = [1] * len(image_sizes)
+        if video_sizes is not None:
+            counts["num_video_tokens"] = [self.num_video_frames * self.num_image_tokens] * len(video_sizes)
+        return MultiModalData(**counts)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Raises where `options`, as `_merge_kwargs` returns them, ask for what the processor would not do."""
+        of_text = options["text_kwargs"]
+        ignored = {name for name, value in of_text.items() if name not in TEXT_OPTIONS and value not in (None, False)}
+        obeyed = of_text | options["images_kwargs"]  # by which frames are processed, too
+        for modality in ("videos_kwargs", "audio_kwargs"):
+            for name, value in options[modality].items():
+                default = options.get(name, getattr(self.image_processor, name, False))
+                if value is not None and value != obeyed.get(name, default):
+                    ignored.add(name)
+        if ignored:
+            raise ValueError(
+                f"`{'`, `'.join(sorted(ignored))}` must be left out: this processor would not obey it. Of texts it"
+                f" takes {TEXT_OPTIONS}; for frames it takes the options of images, and `do_sample_frames`."
+            )
+
     def _open(self, text: str, mode: str) -> str:
         """The prompt up to the mark behind which the model writes codes."""
         prompt = text if text.endswith(ASSISTANT) else user_turn(text)
@@ -263,8 +328,8 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
             raise ValueError("`truncation` must be off: it could cut through a picture. Shorten the text instead.")
         rows = []
         for text in texts:
-            text, _ = expand_media(text, self.num_video_frames, options["wrap_image_tokens"])
-            first, *others = (encode_piece(self.tokenizer, piece) for piece in text.split(IMAGE))
+            pieces = self._expand(text, options)[0].split(IMAGE)
+            first, *others = (encode_piece(self.tokenizer, piece) for piece in pieces)
             row = [self.tokenizer.bos_token_id, *first] if of_text.get("add_special_tokens", True) else first
             for piece in others:
                 row += [self.image_token_id] * self.num_image_tokens + piece
@@ -273,11 +338,13 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
         padding = {name: of_text[name] for name in names if name in of_text}
         return dict(self.tokenizer.pad({"input_ids": rows}, return_attention_mask=True, **padding))
 
-    def _offsets(self, texts: list[str], masks: Any, options: dict[str, Any]) -> dict[str, Any]:
-        """Where the tokens of a batch stand, as `ProcessorMixin.apply_chat_template` asks for it."""
-        expanded = [expand_media(text, self.num_video_frames, options["wrap_image_tokens"]) for text in texts]
-        places = [
+    def _expand(self, text: str, options: dict[str, Any]) -> tuple[str, list[dict[str, tuple[int, int]]]]:
+        return expand_media(text, self.num_video_frames, options["wrap_image_tokens"])
+
+    def _offsets(self, texts: list[str], masks: Any, options: dict[str, Any]) -> list[list[tuple[int, int]]]:
+        """Where the tokens of a batch stand in the expanded texts."""
+        expanded = [self._expand(text, options)[0] for text in texts]
+        return [
             places_of_tokens(self.tokenizer, text, self.num_image_tokens, mask)
-            for (text, _), mask in zip(expanded, masks, strict=True)
+            for text, mask in zip(expanded, masks, strict=True)
         ]
-        return {"offset_mapping": places, "text_replacement_offsets": [moves for _, moves in expanded]}

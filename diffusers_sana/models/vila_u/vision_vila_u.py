@@ -12,7 +12,6 @@ Legend: C encoder width, h x w grid, T = h w cells, D codes a cell.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,15 +118,19 @@ class VilaUVisionModel(PreTrainedModel):
             init.constant_(self.logit_bias, LOGIT_BIAS)
 
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> VilaUVisionModelOutput:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> VilaUVisionModelOutput:
         """Encodes, quantizes and decodes `[B, 3, H, W]`; everything that a training step of the tower needs.
 
         Args:
             pixel_values: in [-1, 1].
-            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and what the attention implementation
-                takes.
+            output_hidden_states, output_attentions: also return those of the encoder; None: as the configuration says.
         """
-        features = self.encode(pixel_values, **kwargs)
+        features = self.encode(pixel_values, output_attentions)
         quantized, codes, commitment_loss = self.quantizer(features.flatten(1, 2))
         return VilaUVisionModelOutput(
             codes=codes,
@@ -138,8 +141,11 @@ class VilaUVisionModel(PreTrainedModel):
             image_embeds=None if self.semantic_head is None else self.semantic_head(quantized),
         )
 
-    def encode(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """`[B, 3, H, W]` to features `[B, h, w, C]`: raw output of the last block but one, as it is quantized."""
+    def encode(self, pixel_values: Tensor, output_attentions: bool | None = None) -> Tensor:
+        """`[B, 3, H, W]` to features `[B, h, w, C]`: raw output of the last block but one, as it is quantized.
+
+        With `output_attentions` an attention implementation that cannot return its weights says so.
+        """
         size = [self.config.num_channels, self.config.image_size, self.config.image_size]
         if pixel_values.ndim != 4 or list(pixel_values.shape[1:]) != size:
             raise ValueError(
@@ -148,8 +154,21 @@ class VilaUVisionModel(PreTrainedModel):
             )
         hidden_states = self.embeddings(pixel_values)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, **kwargs)
+            hidden_states = layer(hidden_states, output_attentions=output_attentions)
         return hidden_states.unflatten(1, (self.config.grid_size, self.config.grid_size))
+
+    @torch.no_grad()
+    @capture_outputs(tie_last_hidden_states=False)
+    def tokenize(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> VilaUVisionModelOutput:
+        """`forward` without the decoder and the losses: `codes`, `quantized` and `features` of `[B, 3, H, W]`."""
+        features = self.encode(pixel_values, output_attentions)
+        codes = self.quantizer.encode(features.flatten(1, 2))
+        return VilaUVisionModelOutput(codes=codes, quantized=self.quantizer.decode(codes), features=features)
 
     @torch.no_grad()
     def encode_to_codes(self, pixel_values: Tensor) -> Tensor:

@@ -142,6 +142,32 @@ def test_packed():
     assert packed.visual_loss.item() == pytest.approx(mean(visual), rel=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("names", MIXES)
+def test_labels_that_were_shifted_before(names):
+    """`shift_labels`, as trainers that split sequences over processes give them: they count, `labels` do not."""
+    model, inputs = shared_model(), batch(*names)
+    gold, labels = model(**inputs), inputs.pop("labels")
+    begins = inputs["attention_mask"].cumsum(1) == 1  # the first token of a row is predicted from nothing
+    shifted = torch.nn.functional.pad(labels.masked_fill(begins, -100)[:, 1:], (0, 1), value=-100)
+    for others in ({}, {"labels": torch.zeros_like(labels)}):
+        outputs = model(**inputs, shift_labels=shifted, **others)
+        for name in ("loss", "text_loss", "visual_loss", "depth_logits"):
+            assert outputs[name].equal(gold[name])
+
+
+@torch.no_grad()
+def test_parts_of_a_sequence_have_the_losses_of_the_whole():
+    """Each part knows what comes first in the next one, if it is text."""
+    model, row = shared_model(), CHAT
+    states = model(input_ids=torch.tensor([row]), output_hidden_states=True)
+    gold = cross_entropy(states.logits[0, :-1], torch.tensor(row[1:]), reduction="none")
+    part, shifted = torch.tensor([row[:3]]), torch.tensor([row[1:4]])
+    assert model(input_ids=part, shift_labels=shifted).text_loss.item() == pytest.approx(gold[:3].mean().item())
+    with pytest.raises(ValueError, match="`shift_labels` must not end with a cell"):
+        model(input_ids=part, shift_labels=torch.tensor([[-100, -100, IMAGE]]))
+
+
 def test_a_picture_without_labels_is_no_target():
     inputs = batch("generation")
     inputs["labels"][inputs["input_ids"] == IMAGE] = -100

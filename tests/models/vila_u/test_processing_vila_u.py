@@ -292,3 +292,67 @@ def test_codes_in_place_of_pictures():
         processor(text="<image>\n<image>\na", images=[codes[0], gray])
     with pytest.raises(ValueError, match=r"must be \[16, D\], got \[15, 3\]"):
         processor(text="<image>\na", images=[codes[0][1:]])
+
+
+class TestOptionsOfTransformers:
+    """What its processors take is done or refused, never ignored."""
+
+    TEXT = ("a <image>b", "c <image> d <image>")
+
+    def call(self, **options):
+        return PROCESSOR(images=[[picture()], [picture(), picture()]], text=list(self.TEXT), **options)
+
+    @pytest.mark.parametrize("kind", ["pt", "np", None])
+    def test_types_of_tokens(self, kind):
+        batch = self.call(return_mm_token_type_ids=True, return_tensors=kind)
+        ids, types = batch["input_ids"], batch["mm_token_type_ids"]
+        assert type(types) is type(ids)
+        assert np.array(types).tolist() == (np.array(ids) == PROCESSOR.image_token_id).astype(int).tolist()
+        assert np.array(types).sum(1).tolist() == [CELLS, 2 * CELLS]
+        assert "mm_token_type_ids" not in self.call()
+
+    def test_places_of_images(self):
+        moved = self.call(return_text_replacement_offsets=True)["text_replacement_offsets"]
+        assert [
+            [text[slice(*move["span"])] for move in moves] for text, moves in zip(self.TEXT, moved, strict=True)
+        ] == [
+            ["<image>"],
+            ["<image>"] * 2,
+        ]
+        assert "offset_mapping" not in self.call(return_text_replacement_offsets=True)
+        assert "text_replacement_offsets" not in self.call(return_offsets_mapping=True)
+
+    def test_without_masks(self):
+        made = PROCESSOR(text="a", generation_mode="image", return_attention_mask=False)
+        assert set(made) == {"input_ids", "negative_input_ids"}
+
+    def test_counts_for_servers(self):
+        counts = PROCESSOR._get_num_multimodal_tokens(image_sizes=[(64, 32), (10, 10)], video_sizes=[(9, 64, 64)])
+        assert counts["num_image_tokens"] == [CELLS, CELLS]
+        assert counts["num_image_patches"] == [1, 1]
+        assert counts["num_video_tokens"] == [2 * CELLS]
+        assert self.call()["input_ids"][1].eq(PROCESSOR.image_token_id).sum() == sum(counts["num_image_tokens"])
+        assert "num_video_tokens" not in PROCESSOR._get_num_multimodal_tokens(image_sizes=[])
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"return_length": True},
+            {"text_pair": "b"},
+            {"sanitize_control_tokens": True},
+            {"text_kwargs": {"stride": 4}},
+            {"num_frames": 4},
+            {"videos_kwargs": {"do_resize": False}},
+            {"audio_kwargs": {"sampling_rate": 16000}},
+        ],
+        ids=str,
+    )
+    def test_refused(self, options):
+        with pytest.raises(ValueError, match="must be left out: this processor would not obey it"):
+            self.call(**options)
+
+    def test_obeyed(self):
+        plain = self.call()
+        same = self.call(return_length=False, videos_kwargs={"return_tensors": "pt"}, do_resize=True, verbose=True)
+        assert set(same) == set(plain)
+        assert same["pixel_values"].equal(plain["pixel_values"])

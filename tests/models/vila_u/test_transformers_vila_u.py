@@ -93,3 +93,69 @@ def test_tags_are_of_one_model():
     first.add_model_tags("cats")
     assert first.model_tags == ["vila-u", "diffusers_sana", "cats"]
     assert second.model_tags == ["vila-u", "diffusers_sana"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [False, True])
+def test_outputs_by_position(training):
+    """As in every model of transformers: the loss first, where there are labels, then logits."""
+    model, inputs = shared_model(), batch()
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    outputs = model(**inputs)
+    assert list(outputs) == ["logits", "past_key_values", "image_hidden_states"]
+    assert outputs[0] is outputs.logits
+    logits, cache, _ = model(**inputs, return_dict=False)
+    assert logits.equal(outputs.logits)
+    assert isinstance(cache, DynamicCache)
+    try:
+        model.train(training)
+        learned = model(**inputs, labels=labels)
+        first = model(**inputs, labels=labels, return_dict=False)[0]
+    finally:
+        model.eval()
+    assert list(learned)[:3] == ["loss", "text_loss", "visual_loss"]
+    assert learned[0] is learned.loss
+    assert first.ndim == 0
+    if not training:
+        assert list(learned)[3:] == ["logits", "depth_logits", "image_hidden_states"]
+
+
+@torch.no_grad()
+def test_states_of_the_image_encoder():
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    plain = model.get_image_features(pixels)
+    assert (plain.hidden_states, plain.attentions) == (None, None)
+    features = model.get_image_features(pixels, output_hidden_states=True, output_attentions=True)
+    blocks = len(model.model.vision_tower.layers)
+    assert [tuple(state.shape) for state in features.hidden_states] == [(2, CELLS, 32)] * (blocks + 1)
+    assert [tuple(weights.shape) for weights in features.attentions] == [(2, 4, CELLS, CELLS)] * blocks
+    encoded = model.model.vision_tower.encode(pixels).flatten(1, 2)
+    assert features.hidden_states[-1].equal(encoded)
+    for name in ("last_hidden_state", "pooler_output", "codes"):
+        assert features[name].equal(plain[name])
+    assert model.get_image_features(image_codes=plain.codes).pooler_output.equal(plain.pooler_output)
+    with pytest.raises(ValueError, match="need `pixel_values`"):
+        model.get_image_features(image_codes=plain.codes, output_hidden_states=True)
+    model.config.vision_config.output_hidden_states = True
+    assert len(model.get_image_features(pixels).hidden_states) == blocks + 1
+
+
+def test_arguments_that_nobody_obeys_are_refused():
+    model, pixels = shared_model(), torch.zeros(1, 3, 32, 32)
+    tower, states = model.model.vision_tower, torch.zeros(1, 64)
+    for call in (
+        lambda: model.get_image_features(pixels, output_hidden_state=True),
+        lambda: tower(pixels, num_items_in_batch=2),
+        lambda: tower.encode(pixels, return_dict=True),
+        lambda: model.depth_transformer(states, torch.zeros(1, DEPTH, 32), use_cache=True),
+        lambda: model.generate(torch.tensor([[BOS, 5]]), max_new_token=2),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"unexpected keyword argument|are not used by the model"):
+            call()
+
+
+def test_a_tied_head_is_split_as_its_table_is():
+    """Tensor parallelism splits the table of a tied model by rows, so the head needs an entry of its own."""
+    assert tiny_model(tie_word_embeddings=True).tp_plan["lm_head"] == "colwise_gather_output"
