@@ -181,6 +181,7 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
     "_supports_flash_attn": (HostName(_PRETRAINED, VILA_U),),
     "_supports_flex_attn": (HostName(_PRETRAINED, VILA_U),),
     "_supports_gradient_checkpointing": (HostName(_DIFFUSERS_MODEL, "gradient checkpointing"),),
+    "_supports_qkv_fusion": (HostName("diffusers.models.attention:AttentionModuleMixin", "`fuse_qkv_projections`"),),
     "_supports_sdpa": (HostName(_PRETRAINED, VILA_U),),
     "_tied_weights_keys": (HostName(_PRETRAINED, VILA_U),),
     "_tp_plan": (HostName(_PRETRAINED, VILA_U),),

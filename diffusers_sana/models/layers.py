@@ -4,10 +4,8 @@ Adapters, quantizers and offloading hooks find `nn.Linear` and `nn.Conv2d`, with
 or replace them. `is_plain` tells whether one has, so that a model may join several layers into one operation.
 """
 
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from diffusers_sana.kernels.glu_depthwise_conv import glu_depthwise_conv
@@ -78,67 +76,3 @@ def gated_bottleneck(
         out, gate = conv_depth(nn.functional.silu(hidden)).chunk(2, dim=1)
         gated = out * nn.functional.silu(gate)
     return conv_point(gated)
-
-
-class PackedLinears:
-    """Mixin for a module with linear layers of one input: their weights as one matrix, at no cost in memory.
-
-    `pack_linears` lets the layers' parameters be views of one matrix, so that one product serves them all. Names,
-    parameters and state dict stay as they are, and edits in place reach both. Where a layer has been wrapped,
-    replaced, moved or given other weights since, `packed_linears` says no, and the caller runs the layers one by one.
-    """
-
-    _packed_names: Sequence[str]
-    _packed: Tensor | None = None
-    _may_pack = True
-
-    def pack_linears(self) -> None:
-        """Joins the weights where that can be done; once, until they are moved, loaded or replaced.
-
-        Not again and again, because offloading gives the parameters new memory at every run.
-        """
-        layers = [getattr(self, name) for name in self._packed_names]
-        if not self._may_pack or not is_plain(*layers):
-            return
-        weights = [layer.weight for layer in layers]
-        alike = len({(weight.device, weight.dtype, type(weight)) for weight in weights}) == 1
-        if not alike or weights[0].is_meta or any(layer.bias is not None for layer in layers):
-            return
-        packed = torch.cat([weight.detach() for weight in weights])
-        for weight, piece in zip(weights, packed.split([weight.shape[0] for weight in weights]), strict=True):
-            weight.data = piece
-        self._packed, self._may_pack = packed, False
-
-    def packed_linears(self) -> Tensor | None:
-        """The joined weight `[sum of N, K]`, or None where the layers must run one by one.
-
-        None also while a gradient is wanted: it belongs to the layers' own parameters.
-        """
-        packed = self._packed
-        layers = [getattr(self, name) for name in self._packed_names]
-        if packed is None or torch.is_grad_enabled() or not is_plain(*layers):
-            return None
-        if not torch.compiler.is_compiling():  # compiled code cannot ask where memory is
-            start = packed.data_ptr()
-            for layer in layers:
-                if layer.weight.data_ptr() != start or layer.weight.dtype != packed.dtype:
-                    self._packed = None
-                    return None
-                start += layer.weight.nbytes
-        return packed
-
-    def _unpack(self) -> None:
-        self._packed, self._may_pack = None, True
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._unpack()  # `.to` and its like give each parameter memory of its own
-        return super()._apply(*args, **kwargs)  # type: ignore[misc]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._unpack()  # `assign=True` brings other tensors
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._packed_names:
-            self._unpack()
-        super().__setattr__(name, value)

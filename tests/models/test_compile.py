@@ -1,4 +1,4 @@
-"""`torch.compile`: whole graphs, one graph for all sizes, block by block; packed projections and adapters."""
+"""`torch.compile`: whole graphs, one graph for all sizes, block by block; adapters."""
 
 import pytest
 import torch
@@ -66,24 +66,6 @@ def test_transformer_block_by_block():
     model.compile_repeated_blocks(backend=counter, fullgraph=True)
     assert_close_fp32(model(*arguments, text_context=text).sample, expected)
     assert counter.frame_count == 1  # one block's code serves all
-
-
-@torch.no_grad()
-def test_projections_are_packed_also_in_compiled_code():
-    model = tiny_model()
-    text, inputs = context(model), tiny_inputs(model)
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    actual = compiled(inputs["hidden_states"], None, inputs["timestep"], text_context=text).sample
-    assert_close_fp32(actual, model(inputs["hidden_states"], None, inputs["timestep"], text_context=text).sample)
-    packed = [node for node in graphs[0].graph.nodes if node.op == "placeholder" and "_packed" in node.name]
-    assert len(packed) == len(model.transformer_blocks)
-    assert all(len(node.users) == 1 for node in packed)
 
 
 @torch.no_grad()

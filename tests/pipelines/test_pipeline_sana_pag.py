@@ -165,13 +165,6 @@ class TestFormula:
         assert_close_fp32(quantized, self.by_hand(pipe), tolerance=1e-3)
         assert 1e-3 < (quantized - plain).norm() / plain.norm() < 0.5
 
-    def test_unfused_projections(self, shared, pipe):
-        for block in pipe.transformer.transformer_blocks:
-            block.attn1._may_pack = False
-        assert_close_fp32(generate(pipe), generate(shared))
-        assert pipe.transformer.transformer_blocks[0].attn1._packed is None
-        assert shared.transformer.transformer_blocks[0].attn1._packed is not None
-
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
 def test_images_of_a_batch_equal_single_images(shared, guidance_scale):

@@ -23,7 +23,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusers_sana.kernels.linear import conv2d, linear
+from diffusers_sana.kernels.linear import conv2d
 from diffusers_sana.kernels.multiscale_projection import multiscale_projection
 from diffusers_sana.kernels.relu_linear_attention import relu_linear_attention
 from diffusers_sana.kernels.rms_norm import rms_norm
@@ -36,7 +36,7 @@ from diffusers_sana.models.autoencoders.exact_tiling import (
 from diffusers_sana.models.autoencoders.official_dc import read_official_dc
 from diffusers_sana.models.autoencoders.resample import down_shortcut, interleave, interpolated_conv2d
 from diffusers_sana.models.autoencoders.stage_config import StageConfig, stage_configs
-from diffusers_sana.models.layers import Conv2d, Linear, PackedLinears, PointwiseConv2d, gated_bottleneck, is_plain
+from diffusers_sana.models.layers import Conv2d, Linear, PointwiseConv2d, gated_bottleneck, is_plain
 from diffusers_sana.models.single_file import FromOfficialFileMixin
 
 
@@ -115,15 +115,13 @@ class MultiscaleProjection(nn.Module):
         return out.movedim(-1, 1)
 
 
-class MultiscaleLinearAttention(PackedLinears, nn.Module):
+class MultiscaleLinearAttention(nn.Module):
     """ReLU linear attention over all pixels (EfficientViT, arXiv 2205.14756), at one or more scales of the tokens.
 
     The names of `to_q`, `to_k` and `to_v` mislead: the checkpoints hold one projection to 3 C channels, cut into three
     blocks of rows, and its channels are read as (head, [query, key, value], D). The rows of one name belong to all
-    three roles. Only their concatenation means something, so they are packed (see `PackedLinears`).
+    three roles. Only their concatenation means something.
     """
-
-    _packed_names = ("to_q", "to_k", "to_v")
 
     def __init__(self, channels: int, head_dim: int, norm_type: str, kernel_sizes: Sequence[int]) -> None:
         super().__init__()
@@ -140,12 +138,7 @@ class MultiscaleLinearAttention(PackedLinears, nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, C, H, W]` to the same shape."""
         pixels = hidden_states.movedim(1, -1)  # [B, H, W, C]
-        packed = self.packed_linears()
-        if packed is None:
-            qkv = torch.cat([self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)], dim=-1)
-        else:
-            qkv = linear(pixels, packed)
-        qkv = qkv.movedim(-1, 1)
+        qkv = torch.cat([self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)], dim=-1).movedim(-1, 1)
         # Heads do not mix, so each scale attends by itself and only one scale's fp32 copies are alive at a time.
         out = [self._attend(qkv)] + [self._attend(project(qkv)) for project in self.to_qkv_multiscale]
         out = self.to_out(torch.cat(out, dim=-1)).movedim(-1, 1)  # [B, H, W, S C] -> [B, C, H, W]
@@ -567,10 +560,6 @@ class AutoencoderDC(ModelMixin, AutoencoderMixin, ConfigMixin, FromOfficialFileM
         return self.decode(self.encode(sample, return_dict=False)[0], return_dict=return_dict)
 
     def _for_each_slice(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            for module in self.modules():
-                if isinstance(module, MultiscaleLinearAttention):
-                    module.pack_linears()
         # The result has the layout of the input, as in diffusers: callers draw noise "like" it, which depends on that.
         layout = torch.contiguous_format if batch.is_contiguous() else torch.channels_last
         batch = batch.contiguous(memory_format=torch.channels_last)

@@ -11,10 +11,9 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from diffusers_sana.kernels.linear import linear
 from diffusers_sana.kernels.relu_linear_attention import relu_linear_attention
 from diffusers_sana.kernels.rms_norm import rms_norm
-from diffusers_sana.models.layers import Linear, PackedLinears
+from diffusers_sana.models.layers import Linear
 from diffusers_sana.models.transformers.sequence_parallel import all_reduced
 
 
@@ -44,11 +43,7 @@ class SanaLinearAttnProcessor:
     _parallel_config = None  # `enable_parallelism` sets it: other processes have other tokens
 
     def __call__(self, attn: "SanaAttention", hidden_states: Tensor) -> Tensor:
-        packed = attn.packed_linears()
-        if packed is None:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        else:
-            query, key, value = linear(hidden_states, packed).chunk(3, dim=-1)
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         if attn.norm_q is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
@@ -125,11 +120,8 @@ class SanaAttnProcessor:
         return out if text.constant is None else torch.cat([constant, out])
 
 
-class SanaAttention(PackedLinears, nn.Module, AttentionModuleMixin):
+class SanaAttention(nn.Module, AttentionModuleMixin):
     """Projections of one attention layer; the processor says how they are used.
-
-    The projections of self-attention may be packed (see `PackedLinears`). Those of cross-attention need not be: the
-    text's run once a prompt.
 
     Self-attention processors get `(attn, hidden_states)`, cross-attention processors also `encoder_hidden_states`,
     which is the projected text `[B, L, D]` (a `SanaTextState` only for `SanaAttnProcessor`), and `attention_mask`.
@@ -145,7 +137,9 @@ class SanaAttention(PackedLinears, nn.Module, AttentionModuleMixin):
     """
 
     processor: Any
-    _packed_names = ("to_q", "to_k", "to_v")
+    # One product in place of three saved nothing measurable at Sana's widths, and a joined weight is a second copy of
+    # the user's parameters, or takes their storage. So `fuse_qkv_projections` does nothing, as in diffusers.
+    _supports_qkv_fusion = False
 
     def __init__(
         self,
@@ -173,8 +167,3 @@ class SanaAttention(PackedLinears, nn.Module, AttentionModuleMixin):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         return self.processor(self, hidden_states, **kwargs)
-
-    def fuse_projections(self) -> None:
-        """Packs the projections of a self-attention now; `encode_text` would do it at the next prompt."""
-        if not self.is_cross_attention:
-            self.pack_linears()

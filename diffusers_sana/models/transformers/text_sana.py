@@ -123,8 +123,6 @@ class SanaTextMixin:
     ) -> SanaTextContext:
         """Does everything that depends on the prompts alone, for `forward(..., text_context=)` over all steps.
 
-        Also packs the projections of the self-attentions (`PackedLinears`), once.
-
         Masked tokens are dropped, wherever they stand. The prompts with a single token at the start of the batch (the
         empty negative prompts of classifier-free guidance) cost no attention at all. Where a block has a
         foreign attention processor or is offloaded as a group, the text is projected here and its keys and values in
@@ -142,9 +140,6 @@ class SanaTextMixin:
         text, mask, num_single = encoder_hidden_states, encoder_attention_mask, 0
         blocks = self.transformer_blocks
         in_full = all(block.can_encode_text() for block in blocks)
-        if in_full and not torch.is_grad_enabled():
-            for block in blocks:
-                block.attn1.pack_linears()
         if mask is not None and mask.ndim == 2:
             valid = attendable_tokens(mask)
             lengths = valid.sum(dim=1).tolist()
