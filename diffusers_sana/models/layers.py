@@ -2,10 +2,15 @@
 
 Adapters, quantizers and offloading hooks find `nn.Linear` and `nn.Conv2d`, with their weights and names, and may wrap
 or replace them. `is_plain` tells whether one has, so that a model may join several layers into one operation.
+`hooks_of` and `scaled_adapters` deal with what diffusers and PEFT put on the layers.
 """
 
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, cast
 
+from diffusers.utils import scale_lora_layers
 from torch import Tensor, nn
 
 from diffusers_sana.kernels.glu_depthwise_conv import glu_depthwise_conv
@@ -50,6 +55,46 @@ def is_plain(*layers: nn.Module) -> bool:
         and not layer._forward_hooks
         for layer in layers
     )
+
+
+def hooks_of(module: nn.Module) -> Mapping[str, Any]:
+    """The hooks of diffusers on a module, by name. Unlike diffusers' own functions, leaves a bare module bare."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return {} if registry is None else registry.hooks
+
+
+@contextmanager
+def scaled_adapters(model: nn.Module | None, scale: float | None) -> Iterator[None]:
+    """Multiplies the strengths of the adapters in `model` by `scale` for the time of the block.
+
+    Then they are the very numbers that they were. `unscale_lora_layers` of diffusers divides, which rounds, and sets
+    them to 1 after a scale of 0.
+    """
+    if model is None or scale is None or scale == 1.0:
+        yield
+        return
+    layers: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
+    strengths = [dict(layer.scaling) for layer in layers]
+    try:
+        scale_lora_layers(model, scale)
+        yield
+    finally:
+        for layer, before in zip(layers, strengths, strict=True):
+            layer.scaling.update(before)
+
+
+def takes_adapter_scale(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: `scale` in the keyword argument `attention_kwargs` becomes the scale of `scaled_adapters`."""
+
+    @wraps(method)
+    def scaled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("attention_kwargs"):
+            return method(self, *args, **kwargs)
+        others = dict(kwargs.pop("attention_kwargs"))
+        with scaled_adapters(self, others.pop("scale", None)):
+            return method(self, *args, attention_kwargs=others, **kwargs)
+
+    return scaled
 
 
 def gated_bottleneck(

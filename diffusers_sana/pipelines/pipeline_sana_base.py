@@ -3,8 +3,7 @@
 Legend: B images (prompts times images per prompt), C latent channels, h w latent height and width, L text tokens.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +13,12 @@ from diffusers.models.transformers.sana_transformer import SanaTransformer2DMode
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from diffusers.schedulers import SchedulerMixin
-from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
+from diffusers_sana.models.layers import scaled_adapters
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
 from diffusers_sana.pipelines.parts.component_loading import ComponentLoading
 from diffusers_sana.pipelines.parts.cuda_graphs import CudaGraphs
@@ -164,7 +163,7 @@ class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, LoraL
                 "`negative_prompt_embeds` must be given, because this pipeline was made without a text encoder; or set"
                 " `guidance_scale` to 1."
             )
-        with _lora_scaled(self.text_encoder, lora_scale):
+        with scaled_adapters(self.text_encoder, lora_scale):
             if prompt_embeds is None:
                 prompt_embeds, prompt_attention_mask = encode(prompt, instruction)
             if needs_negative:
@@ -325,16 +324,3 @@ class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, LoraL
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return SanaPipelineOutput(images=images) if return_dict else (images,)
-
-
-@contextmanager
-def _lora_scaled(model: torch.nn.Module | None, scale: float | None) -> Iterator[None]:
-    """Multiplies the strength of adapters in `model` by `scale` for the time of the block."""
-    if model is None or scale is None:
-        yield
-        return
-    scale_lora_layers(model, scale)
-    try:
-        yield
-    finally:
-        unscale_lora_layers(model, scale)

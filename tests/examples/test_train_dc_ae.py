@@ -77,17 +77,20 @@ def test_the_discriminator_takes_part_in_phase_3_after_its_warm_up(tmp_path):
 
 @pytest.mark.parametrize("settings", [{"phase": 1, "latent_prefix_step": 2}, {"phase": 3}], ids=["prefix", "gan"])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, settings):
-    start = tiny_autoencoder().state_dict()
+    """Also where every step of the resumed one is followed by a sample grid and a checkpoint."""
+    start = tiny_autoencoder(has_attention=True).state_dict()
 
-    def run(folder, max_steps, resume=False):
-        model = tiny_autoencoder()
+    def run(folder, max_steps, **changes):
+        model = tiny_autoencoder(has_attention=True)
         model.load_state_dict(start)
-        train(make_config(folder, max_steps=max_steps, resume=resume, **settings), image_batches, model)
+        train(make_config(folder, max_steps=max_steps, **settings, **changes), image_batches, model)
         return load_file(folder / "model" / "diffusion_pytorch_model.safetensors")
 
+    often = {"sample_minutes": 0.0, "save_minutes": 0.0}
     whole = run(tmp_path / "whole", 5)
-    run(tmp_path / "parts", 2)
-    resumed = run(tmp_path / "parts", 5, resume=True)
+    run(tmp_path / "parts", 2, **often)
+    resumed = run(tmp_path / "parts", 5, resume=True, **often)
+    assert len(list((tmp_path / "parts" / "samples").glob("*.png"))) == 5
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert any(not torch.equal(whole[name], start[name]) for name in whole)

@@ -1,10 +1,12 @@
 """The Sana transformer against the diffusers class: configuration, keys, outputs, gradients, precision."""
 
+import gc
 import inspect
 
 import diffusers
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_sana.kernels.relu_linear_attention import relu_linear_attention
 from diffusers_sana.models.transformers import transformer_sana
@@ -207,12 +209,34 @@ def test_autocast_keeps_the_attention_state_in_fp32(monkeypatch):
 
 
 @torch.no_grad()
-def test_position_axes_are_computed_once_a_size(monkeypatch):
-    transformer_sana._cached_position_axes.cache_clear()
+def test_nothing_is_kept_between_calls():
     model = tiny_model("sana_2k")
-    for size in [(8, 6), (8, 6), (6, 8), (8, 6)]:
-        model(**tiny_inputs(model, 1, *size))
-    assert transformer_sana._cached_position_axes.cache_info()[:2] == (2, 2)  # hits, misses
+
+    def alive():
+        gc.collect()
+        return {id(thing) for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)}
+
+    model(**tiny_inputs(model, 1, 4, 4))  # what PyTorch and the hosts keep for themselves
+    inputs = tiny_inputs(model, 1, 8, 6)
+    before = alive()
+    model(**inputs)
+    assert alive() == before
+
+
+def test_position_axes_are_made_on_the_device():
+    """A copy from the CPU at every step would have the GPU wait."""
+    devices = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            out = operation(*args, **(kwargs or {}))
+            devices.add(out.device.type)
+            return out
+
+    with Watch():
+        columns, rows = transformer_sana.sincos_position_axes(6, 8, 32, 16, 2.0, torch.device("meta"))
+    assert (columns.shape, rows.shape) == ((8, 16), (6, 16))
+    assert devices == {"meta"}
 
 
 @torch.no_grad()

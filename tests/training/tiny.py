@@ -66,9 +66,13 @@ def tiny_transformer() -> SanaTransformer2DModel:
     )
 
 
-def tiny_autoencoder() -> AutoencoderDC:
-    """Four times compression, four latent channels."""
+def tiny_autoencoder(has_attention: bool = False) -> AutoencoderDC:
+    """Four times compression, four latent channels; the deepest stage with or without attention."""
+    block_types = ("ResBlock", "ResBlock", "EfficientViTBlock" if has_attention else "ResBlock")
     return AutoencoderDC(
+        attention_head_dim=4,
+        encoder_block_types=block_types,
+        decoder_block_types=block_types,
         latent_channels=4,
         encoder_block_out_channels=(8, 8, 8),
         decoder_block_out_channels=(8, 8, 8),

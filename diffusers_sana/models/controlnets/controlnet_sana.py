@@ -17,11 +17,10 @@ from diffusers.models.controlnets.controlnet_sana import SanaControlNetOutput
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
-from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from diffusers_sana.models.controlnets.wiring_sana import WIRINGS
-from diffusers_sana.models.layers import Linear
+from diffusers_sana.models.layers import Linear, takes_adapter_scale
 from diffusers_sana.models.single_file import FromOfficialFileMixin
 from diffusers_sana.models.transformers.attention_sana import SanaRMSNorm
 from diffusers_sana.models.transformers.official_sana import CONTROLNET, read_official_sana
@@ -178,7 +177,7 @@ class SanaControlNetModel(
         config = {k: v for k, v in config.items() if k not in EXTENSIONS or v != EXTENSIONS[k]}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
-    @apply_lora_scale("attention_kwargs")
+    @takes_adapter_scale
     def forward(
         self,
         hidden_states: Tensor,

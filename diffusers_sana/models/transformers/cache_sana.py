@@ -15,11 +15,14 @@ from diffusers.hooks import (
 from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
+from diffusers_sana.models.layers import hooks_of
+
 
 class SanaCacheMixin(CacheMixin):
     """`enable_cache` of diffusers for a transformer with Sana's blocks."""
 
     config: Any
+    modules: Any
     _cache_timestep: float | None = None
 
     def enable_cache(self, config: Any) -> None:
@@ -72,10 +75,15 @@ class SanaCacheMixin(CacheMixin):
             name: calls of one name share their state.
             kwargs: `step_index`, `num_inference_steps`, `timestep`, `sigma`; see diffusers' `CacheContext`.
         """
-        self._cache_timestep = kwargs.get("timestep")
-        with super().cache_context(name, **kwargs):
+        if not any(map(hooks_of, self.modules())):  # diffusers would put an empty registry on every layer
             yield
-        self._cache_timestep = None
+            return
+        previous, self._cache_timestep = self._cache_timestep, kwargs.get("timestep")
+        try:
+            with super().cache_context(name, **kwargs):
+                yield
+        finally:
+            self._cache_timestep = previous
 
     def _current_timestep(self) -> float:
         if self._cache_timestep is None:

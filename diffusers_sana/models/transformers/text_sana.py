@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
+from diffusers_sana.models.layers import takes_adapter_scale
 from diffusers_sana.models.transformers.attention_sana import SanaTextState
 
 
@@ -114,7 +114,7 @@ class SanaTextMixin:
     training: bool
 
     @apply_forward_hook
-    @apply_lora_scale("attention_kwargs")
+    @takes_adapter_scale
     def encode_text(
         self,
         encoder_hidden_states: Tensor,

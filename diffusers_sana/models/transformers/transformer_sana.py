@@ -5,12 +5,11 @@ tokens, L text tokens, D inner width, F feed-forward width.
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.hooks import HookRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import (
@@ -22,13 +21,19 @@ from diffusers.models.embeddings import (
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
-from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusers_sana.kernels.gated_residual import gated_residual
 from diffusers_sana.kernels.modulated_layer_norm import modulated_layer_norm
-from diffusers_sana.models.layers import Conv2d, Linear, PointwiseConv2d, gated_bottleneck
+from diffusers_sana.models.layers import (
+    Conv2d,
+    Linear,
+    PointwiseConv2d,
+    gated_bottleneck,
+    hooks_of,
+    takes_adapter_scale,
+)
 from diffusers_sana.models.single_file import FromOfficialFileMixin
 from diffusers_sana.models.transformers.attention_sana import (
     SanaAttention,
@@ -128,8 +133,7 @@ class SanaTransformerBlock(nn.Module):
 
         Not with a foreign processor, nor while a group offloading hook keeps the weights away until `forward`.
         """
-        hooks = HookRegistry.check_if_exists_or_initialize(self)
-        return isinstance(self.attn2.processor, SanaAttnProcessor) and hooks.get_hook("group_offloading") is None
+        return isinstance(self.attn2.processor, SanaAttnProcessor) and "group_offloading" not in hooks_of(self)
 
     def forward(
         self,
@@ -175,26 +179,22 @@ def sincos_position_axes(
     """The two halves of the sine-cosine position table of a token grid.
 
     The table of DiT (arXiv 2212.09748) gives half of the channels to the column and half to the row, so it is held
-    as one small table an axis: a 4K image needs under 1 MB in place of 147 MB.
+    as one small table per axis: a 4K image needs under 1 MB in place of 147 MB. So small that nothing is kept between
+    calls; kept tensors would outlive the model on the device, and could not be trained with after inference mode.
 
     Args:
         height, width: token grid.
         dim: D, a multiple of 4.
         base_size: grid side the model was built for; positions are scaled to it.
         interpolation_scale: positions are divided by it.
-        device: of the result; computed on the CPU, so that every device gets the same bits.
+        device: where they are computed, in fp64 where the device has it.
 
     Returns:
         Columns `[w, D/2]` and rows `[h, D/2]`, fp32.
     """
-    columns = torch.arange(width, dtype=torch.float32) / (width / base_size) / interpolation_scale
-    rows = torch.arange(height, dtype=torch.float32) / (height / base_size) / interpolation_scale
-    return tuple(
-        get_1d_sincos_pos_embed_from_grid(dim // 2, axis).to(device, torch.float32) for axis in (columns, rows)
-    )
-
-
-_cached_position_axes = lru_cache(maxsize=16)(sincos_position_axes)
+    grid = (torch.arange(size, dtype=torch.float32, device=device) / (size / base_size) for size in (width, height))
+    columns, rows = (get_1d_sincos_pos_embed_from_grid(dim // 2, axis / interpolation_scale).float() for axis in grid)
+    return columns, rows
 
 
 class SanaPatchEmbed(nn.Module):
@@ -222,9 +222,9 @@ class SanaPatchEmbed(nn.Module):
         hidden_states = self.proj(hidden_states.contiguous(memory_format=torch.channels_last)).movedim(1, -1)
         if self.interpolation_scale is not None:
             _, height, width, dim = hidden_states.shape
-            # Compiled graphs cannot keep a cache; there the axes are a few small operations.
-            axes = sincos_position_axes if torch.compiler.is_compiling() else _cached_position_axes
-            columns, rows = axes(height, width, dim, self.base_size, self.interpolation_scale, hidden_states.device)
+            columns, rows = sincos_position_axes(
+                height, width, dim, self.base_size, self.interpolation_scale, hidden_states.device
+            )
             table = torch.cat([columns.expand(height, -1, -1), rows[:, None].expand(-1, width, -1)], dim=-1)
             hidden_states = (hidden_states + table).to(hidden_states.dtype)  # fp32 sum, whatever the dtype
         return self.flatten(hidden_states).contiguous()
@@ -360,7 +360,7 @@ class SanaTransformer2DModel(
         self.proj_out = Linear(dim, patch_size * patch_size * (out_channels or in_channels))
         self.gradient_checkpointing = False
 
-    @apply_lora_scale("attention_kwargs")
+    @takes_adapter_scale
     def forward(
         self,
         hidden_states: Tensor,

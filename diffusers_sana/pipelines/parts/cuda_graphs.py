@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_sana.models.layers import hooks_of
+
 
 MAX_GRAPHS = 8  # shapes kept at a time; the oldest goes first
 WARMUP = 2  # runs before recording, in which kernels are compiled and workspaces made
@@ -50,6 +52,9 @@ class CudaGraphs:
 
 
 class _Graph:
+    # Outside of inference mode: its tensors could not be written into by a later call that is not in it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(self, model: nn.Module, arguments: dict[str, Any], tensors: list[Tensor]) -> None:
         self.inputs = [tensor.clone() for tensor in tensors]
         self.sources: list[Tensor | None] = [None] * len(tensors)
@@ -123,8 +128,7 @@ def _fingerprint(model: nn.Module) -> Hashable:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    registry = getattr(module, "_diffusers_hook", None)
-    return hasattr(module, "_hf_hook") or (registry is not None and len(registry.hooks) > 0)
+    return hasattr(module, "_hf_hook") or len(hooks_of(module)) > 0
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 
+from diffusers_sana.models.layers import hooks_of
 from diffusers_sana.models.transformers.attention_sana_pag import SanaPAGAttnProcessor
 from diffusers_sana.pipelines.parts.denoising_loop import DenoisingLoop
 
@@ -83,7 +83,7 @@ class PAGDenoisingLoop(DenoisingLoop):
         self._is_perturbed = self.do_perturbed_attention_guidance
         if not self._is_perturbed:
             return super()._denoise(latents, timesteps, tensors, **options)
-        if HookRegistry.check_if_exists_or_initialize(self.transformer).get_hook("cfg_parallel") is not None:
+        if "cfg_parallel" in hooks_of(self.transformer):
             raise RuntimeError(
                 "`cfg_parallel` cannot be combined with perturbed-attention guidance, which goes by the place in the "
                 "batch. Set `pag_scale=0`, or leave the block of `cfg_parallel`."

@@ -1,11 +1,14 @@
 """What of the CUDA graphs can be shown without a GPU; the rest is in `tests/test_gpu.py`."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers.hooks import FirstBlockCacheConfig
 
 import diffusers_sana
-from diffusers_sana.pipelines.parts.cuda_graphs import _fingerprint, _flatten, _unflatten
+from diffusers_sana.pipelines.parts.cuda_graphs import CudaGraphs, _fingerprint, _flatten, _unflatten
 from diffusers_sana.pipelines.parts.pag import perturbed, self_attentions
 from tests import tiny
 
@@ -92,3 +95,27 @@ def test_fingerprint_sees_how_layers_attend(pipe):
     with perturbed(attentions, 3):
         assert len({before, of_two, _fingerprint(model)}) == 3
     assert _fingerprint(model) == before
+
+
+def test_graph_made_in_inference_mode_serves_outside_of_it(pipe, monkeypatch):
+    class NoGraph:
+        def replay(self):
+            pass
+
+    for name, stand_in in {
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "stream": nullcontext,
+        "CUDAGraph": NoGraph,
+        "graph": nullcontext,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    graphs = CudaGraphs(lambda latents: (latents * 2,))
+    with torch.inference_mode():
+        graphs(latents=torch.zeros(2))
+    with torch.no_grad():
+        graphs(latents=torch.ones(2))
+    (graph,) = graphs._graphs.values()
+    assert torch.equal(graph.inputs[0], torch.ones(2))
+    assert not graph.output.is_inference()
+    assert not graph.output.requires_grad

@@ -5,7 +5,9 @@ import logging
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 
+import diffusers_sana
 from diffusers_sana.pipelines.parts import prompt_encoding
 from diffusers_sana.pipelines.parts.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION
 from tests import tiny
@@ -80,16 +82,21 @@ def test_dtype_is_that_of_the_text_encoder(ours):
     assert embeds.dtype == negative.dtype == torch.float32
 
 
-def test_adapters_of_the_text_encoder_are_scaled_and_scaled_back(ours, monkeypatch):
-    calls = []
-    for name in ("scale_lora_layers", "unscale_lora_layers"):
-        monkeypatch.setattr(
-            f"diffusers_sana.pipelines.pipeline_sana_base.{name}", lambda _, w, n=name: calls.append((n, w))
-        )
-    monkeypatch.setattr(ours.text_encoder, "forward", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        ours.encode_prompt("a", lora_scale=0.5)
-    assert calls == [("scale_lora_layers", 0.5), ("unscale_lora_layers", 0.5)]
+def test_adapters_of_the_text_encoder_are_scaled_and_scaled_back():
+    pipe = tiny.pipeline(diffusers_sana)
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=0.6, target_modules=["q_proj"]), pipe.text_encoder)
+    layer = pipe.text_encoder.layers[0].self_attn.q_proj
+    before, during = dict(layer.scaling), []
+
+    def fail(*args):
+        during.append(dict(layer.scaling))
+        raise KeyboardInterrupt
+
+    layer.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.encode_prompt("a", lora_scale=0.7)
+    assert during == [{"default": before["default"] * 0.7}]
+    assert layer.scaling == before
 
 
 def test_the_default_instruction_is_the_one_of_the_checkpoints():
