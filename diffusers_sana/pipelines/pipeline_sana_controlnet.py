@@ -57,6 +57,7 @@ class SanaControlNetPipeline(ControlNetConditioning, SanaPipelineBase):
     ) -> None:
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
         self.register_modules(controlnet=controlnet)
+        self._warn_of_unused_outputs()
 
     @torch.no_grad()
     def __call__(

@@ -43,6 +43,7 @@ class SanaControlNetImg2ImgPipeline(ControlNetConditioning, SanaImg2ImgPipeline)
     ) -> None:
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
         self.register_modules(controlnet=controlnet)
+        self._warn_of_unused_outputs()
 
     def __call__(  # type: ignore[override]
         self,

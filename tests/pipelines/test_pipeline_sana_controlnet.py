@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 
 import diffusers
 import numpy as np
@@ -238,13 +239,26 @@ def test_says_what_is_wrong(ours, kwargs, error, match):
         generate(ours, **kwargs)
 
 
+@pytest.mark.parametrize("layers", [2, 3])
+def test_outputs_that_nothing_reads(ours, upstream, layers, caplog):
+    """A ControlNet as deep as the transformer, or deeper, works as in diffusers; with a warning."""
+    logging.getLogger("diffusers_sana").addHandler(caplog.handler)
+    try:
+        deep = pipeline(parts={**ours.components, "controlnet": controlnet(num_layers=layers)})
+    finally:
+        logging.getLogger("diffusers_sana").removeHandler(caplog.handler)
+    assert f"`controlnet` has {layers} layers for a transformer of 2, which uses the outputs of 1" in caplog.text
+    theirs = pipeline(diffusers, parts={**upstream.components, "controlnet": controlnet(diffusers, num_layers=layers)})
+    assert_close_fp32(generate(deep), generate(theirs))
+
+
 def test_says_which_parts_do_not_fit(ours, upstream):
     def run(**parts):
         generate(pipeline(parts={**ours.components, **parts}))
 
     with pytest.raises(ValueError, match="their `caption_channels` are 8 and 16"):
         run(controlnet=controlnet(caption_channels=8))
-    with pytest.raises(ValueError, match="fewer layers than `transformer`, got 2 and 2"):
-        run(controlnet=controlnet(num_layers=2))
+    with pytest.raises(ValueError, match="`num_attention_heads` times `attention_head_dim` are 8 and 16"):
+        run(controlnet=controlnet(num_attention_heads=1, cross_attention_dim=8, num_cross_attention_heads=1))
     with pytest.raises(ValueError, match="`wiring='nvlabs'`, which the transformer of diffusers cannot run"):
         run(controlnet=controlnet(wiring="nvlabs"), transformer=upstream.transformer)

@@ -205,7 +205,7 @@ class TestCrop:
     [
         ({"image": None}, ValueError, "`image` must be given"),
         ({"mask_image": None}, ValueError, "`mask_image` must be given, got None. Use SanaImg2ImgPipeline"),
-        ({"mask_image": mask() * 255}, ValueError, r"`mask_image` must have values in \[0, 1\], got 0 to 255"),
+        ({"mask_image": mask() * 255}, ValueError, r"`mask_image` should have values in \[0, 1\], got 0 to 255"),
         ({"mask_image": picture()}, ValueError, "`mask_image` must have 1 color channels"),
         ({"mask_image": [mask()] * 2, "prompt": ["a"] * 3}, ValueError, "`mask_image` must have one image, or one"),
         ({"strength": 0.0}, ValueError, "`strength` must be above 0"),

@@ -1,5 +1,7 @@
 """`SanaSprintImg2ImgPipeline` against diffusers', and what only ours does."""
 
+import logging
+
 import diffusers
 import numpy as np
 import pytest
@@ -102,10 +104,25 @@ def test_from_pipe_and_auto_pipeline(tmp_path, ours):
 
 
 @pytest.mark.parametrize(
+    "change", [lambda image: image * 2 - 1, lambda image: image * 3 - 1.5, lambda image: image * 2]
+)
+def test_values_outside_of_0_to_1_are_those_of_diffusers(ours, upstream, change, caplog):
+    """Below 0 means [-1, 1]; beyond white is kept. Both are likely mistakes."""
+    image = change(picture())
+    logging.getLogger("diffusers_sana").addHandler(caplog.handler)
+    try:
+        images = ours(**CALL, image=image, generator=seeded()).images
+    finally:
+        logging.getLogger("diffusers_sana").removeHandler(caplog.handler)
+    assert_close_fp32(images, upstream(**CALL, image=image, generator=seeded()).images)
+    assert "`image` should have values in [0, 1], got" in caplog.text
+
+
+@pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({}, ValueError, "`image` must be given, got None. Use SanaSprintPipeline"),
-        ({"image": picture() * 2}, ValueError, r"`image` must have values in \[0, 1\]"),
+        ({"image": picture() * torch.inf}, ValueError, "`image` must be finite"),
         ({"image": "fox.png"}, TypeError, "`image` must be PIL images, arrays or tensors"),
         (
             {"image": torch.zeros(1, 4, 8, 8)},

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
@@ -20,8 +21,7 @@ from diffusers_sana.pipelines.parts.latent_coding import encode_images
 from diffusers_sana.pipelines.parts.resolution import check_size
 
 
-# Fields of the configurations in which a ControlNet and its transformer must agree.
-SHARED = ("in_channels", "patch_size", "num_attention_heads", "attention_head_dim", "caption_channels")
+logger = logging.get_logger(__name__)
 
 
 class ControlNetConditioning:
@@ -36,6 +36,18 @@ class ControlNetConditioning:
     _cuda_graphs: Any
     _execution_device: Any
     _predict: Any
+
+    def _warn_of_unused_outputs(self) -> None:
+        """Says where nothing reads the last outputs of the ControlNet: the transformer has too few blocks."""
+        if self.controlnet is None or self.transformer is None:
+            return
+        layers, blocks = self.controlnet.config["num_layers"], self.transformer.config["num_layers"]
+        used = blocks if wiring_of(self.controlnet) == "nvlabs" else blocks - 1  # the first block is not controlled
+        if layers > used:
+            logger.warning(
+                f"`controlnet` has {layers} layers for a transformer of {blocks}, which uses the outputs of {used}. Is"
+                " it the ControlNet that was trained for this transformer?"
+            )
 
     def _check_control(
         self, control_image: Any, scale: float, control_guidance_start: float, control_guidance_end: float
@@ -61,18 +73,13 @@ class ControlNetConditioning:
             )
         if self.vae is None:
             raise ValueError("`control_image` needs an autoencoder, but this pipeline was made without.")
-        for name in SHARED:
-            ours, theirs = self.controlnet.config[name], self.transformer.config[name]
-            if ours != theirs:
+        ours, theirs = _widths(self.controlnet.config), _widths(self.transformer.config)
+        for name in ours:
+            if ours[name] != theirs[name]:
                 raise ValueError(
-                    f"`controlnet` must fit `transformer`, but their `{name}` are {ours} and {theirs}. Load the "
-                    "ControlNet that was trained for this transformer."
+                    f"`controlnet` must fit `transformer`, but their `{name}` are {ours[name]} and {theirs[name]}."
+                    " Load the ControlNet that was trained for this transformer."
                 )
-        if self.controlnet.config["num_layers"] >= self.transformer.config["num_layers"]:
-            raise ValueError(
-                f"`controlnet` must have fewer layers than `transformer`, got {self.controlnet.config['num_layers']} "
-                f"and {self.transformer.config['num_layers']}."
-            )
         if wiring_of(self.controlnet) == "nvlabs":
             if not hasattr(self.transformer, "encode_text"):
                 raise ValueError(
@@ -167,3 +174,11 @@ def _in_color(image: Any) -> Any:
     if isinstance(image, np.ndarray):
         return to_pixels("control_image", image)
     return to_rgb(image, "control_image") if isinstance(image, Image.Image) else image
+
+
+def _widths(config: Any) -> dict[str, int]:
+    """In what a ControlNet and its transformer must agree."""
+    widths = {name: config[name] for name in ("in_channels", "patch_size", "caption_channels")}
+    return widths | {
+        "num_attention_heads` times `attention_head_dim": config["num_attention_heads"] * config["attention_head_dim"]
+    }

@@ -7,11 +7,15 @@ import math
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffusers_sana.images import to_pixels
 from diffusers_sana.pipelines.parts.resolution import ASPECT_RATIO_BINS, bin_size
+
+
+logger = logging.get_logger(__name__)
 
 
 def read_images(name: str, images: Any, channels: int = 3) -> Tensor:
@@ -23,7 +27,8 @@ def read_images(name: str, images: Any, channels: int = 3) -> Tensor:
         channels: c of the result, 3 for images and 1 for masks; gray images become color.
 
     Returns:
-        `[N, c, H, W]` in fp32, in [0, 1].
+        `[N, c, H, W]` in fp32, in [0, 1] if what was given is. Images with values below 0 are taken for images in
+        [-1, 1], as diffusers takes them, and values beyond white are kept; with a warning.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -36,12 +41,16 @@ def read_images(name: str, images: Any, channels: int = 3) -> Tensor:
         sizes = sorted({tuple(part.shape[-2:]) for part in parts})
         raise ValueError(f"`{name}` must have images of one size, got heights and widths {sizes}. Resize them first.")
     tensor = torch.cat(parts)
-    low, high = tensor.aminmax()
-    if low < 0 or high > 1:
-        raise ValueError(
-            f"`{name}` must have values in [0, 1], got {low:.3g} to {high:.3g}. For values in [-1, 1] give"
-            " `image / 2 + 0.5`."
-        )
+    low, high = (float(bound) for bound in tensor.aminmax())
+    if low >= 0 and high <= 1:
+        return tensor
+    found = f"`{name}` should have values in [0, 1], got {low:.3g} to {high:.3g}"
+    if channels == 1 or not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{found}, which no {'mask' if channels == 1 else 'image'} has.")
+    if low < 0:
+        logger.warning(f"{found}. It is taken for [-1, 1]; give `image / 2 + 0.5`.")
+        return tensor / 2 + 0.5
+    logger.warning(f"{found}. Values above 1 are brighter than white; for bytes give integers, or `image / 255`.")
     return tensor
 
 
@@ -96,7 +105,9 @@ def fit_images(images: Tensor, size: tuple[int, int]) -> Tensor:
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     if images.shape[-2:] == size:
         return images
-    return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    low, high = images.aminmax()  # the interpolation overshoots at edges; what was out of [0, 1] before may stay so
+    resized = F.interpolate(images, size=size, mode="bicubic", antialias=True)
+    return resized.clamp(low.clamp(max=0), high.clamp(min=1))
 
 
 def for_each_output(name: str, values: Tensor, num_prompts: int, num_images_per_prompt: int) -> Tensor:

@@ -27,38 +27,41 @@ class LoraLoading(SanaLoraLoaderMixin):
         pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor],
         weight_name: str | None = None,
         return_lora_metadata: bool = False,
+        use_safetensors: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor] | tuple[dict[str, Tensor], dict[str, Any] | None]:
         """The tensors of a LoRA by diffusers' names, in any of the formats of `lora_formats.py`.
 
         Args:
-            pretrained_model_name_or_path_or_dict: a safetensors file, a folder or an id on the Hub with one, or what
-                is in such a file.
+            pretrained_model_name_or_path_or_dict: a file, a folder or an id on the Hub with one, or what is in such a
+                file.
             weight_name: of the file in the folder or on the Hub.
             return_lora_metadata: return also the fields of PEFT's config, or None where the file tells none.
-            kwargs: `HUB_ARGUMENTS`; others are left alone, as by diffusers.
+            use_safetensors: True for files of safetensors alone, False for `.bin`, None for either. Of a `.bin`, only
+                tensors are read: code in it is never run.
+            kwargs: `HUB_ARGUMENTS`.
 
         Raises:
-            ValueError: the file is not one of safetensors, or see `convert_sana_lora`.
+            TypeError: an argument that nobody would obey.
+            ValueError: see `convert_sana_lora`.
             OSError: there is no such file.
         """
         source = pretrained_model_name_or_path_or_dict
-        if weight_name is not None and not weight_name.endswith(".safetensors"):
-            raise ValueError(
-                f"`weight_name` must be a safetensors file, got {weight_name!r}. Others can run code when they are"
-                " loaded; convert it first."
-            )
+        if unknown := sorted(kwargs.keys() - set(HUB_ARGUMENTS)):
+            raise TypeError(f"`{unknown[0]}` is no argument of `load_lora_weights`. For files it has {HUB_ARGUMENTS}.")
         from diffusers_sana._compat import fetch_state_dict  # here, so that a missing one costs LoRA files only
 
         hub = {name: kwargs.get(name) for name in HUB_ARGUMENTS}
         state_dict, metadata = fetch_state_dict(
             pretrained_model_name_or_path_or_dict=source if isinstance(source, dict) else str(source),
             weight_name=weight_name,
-            use_safetensors=True,
+            use_safetensors=use_safetensors is not False,
             user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-            allow_pickle=False,
+            allow_pickle=use_safetensors is None,
             **hub,
         )
+        if not any("." in key for key in state_dict):  # nothing of a model: diffusers warns of it
+            return (state_dict, metadata) if return_lora_metadata else state_dict
         if metadata is None and not isinstance(source, dict) and next(iter(state_dict), "").startswith(PEFT_PREFIX):
             metadata = _peft_config(Path(source), hub)
         state_dict, metadata = convert_sana_lora(state_dict, metadata)
@@ -80,6 +83,9 @@ class LoraLoading(SanaLoraLoaderMixin):
         """
         from diffusers_sana.models.transformers.lora_layers import drop_unused, prepare_depthwise
 
+        if not any(key.startswith(f"{cls.transformer_name}.") for key in state_dict):
+            super().load_lora_into_transformer(state_dict, transformer, adapter_name, *args, **kwargs)
+            return
         check_lora_fits(state_dict, transformer)
         adapter_name = adapter_name or get_adapter_name(transformer)
         plain = {key.removeprefix(f"{cls.transformer_name}."): tensor for key, tensor in state_dict.items()}

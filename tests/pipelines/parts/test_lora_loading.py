@@ -5,6 +5,7 @@ import copy
 import diffusers
 import pytest
 import torch
+from diffusers.utils import logging
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -148,16 +149,47 @@ def test_of_another_size(pipe):
     assert not pipe.get_active_adapters()
 
 
-def test_pickles_are_not_loaded(pipe, tmp_path):
-    torch.save({}, tmp_path / "pytorch_lora_weights.bin")
-    with pytest.raises(OSError, match="safetensors"):
-        pipe.load_lora_weights(tmp_path)
+class Mark:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
 
 
-def test_no_pickles(pipe, tmp_path):
-    (tmp_path / "lora.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"`weight_name` must be a safetensors file, got 'lora.bin'"):
-        pipe.load_lora_weights(tmp_path, weight_name="lora.bin")
+@pytest.mark.parametrize("weight_name", [None, "lora.bin"])
+def test_bin_files_are_read_and_never_run(pipe, lora, expected, weight_name, tmp_path):
+    torch.save(plain(lora), tmp_path / "lora.bin")
+    pipe.load_lora_weights(tmp_path, weight_name=weight_name)
+    assert torch.equal(draw(pipe), expected)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(tmp_path, weight_name=weight_name, use_safetensors=False)
+    assert torch.equal(draw(pipe), expected)
+    pipe.unload_lora_weights()
+    if weight_name is None:
+        with pytest.raises(OSError, match="safetensors"):
+            pipe.load_lora_weights(tmp_path, use_safetensors=True)
+    torch.save({"a.lora_A.weight": Mark(tmp_path / "was_run")}, tmp_path / "lora.bin")
+    with pytest.raises(OSError, match=r"lora\.bin"):
+        pipe.load_lora_weights(tmp_path, weight_name=weight_name)
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_nothing_of_a_model_is_warned_of(pipe, expected, caplog):
+    logging.get_logger("diffusers").addHandler(caplog.handler)
+    try:
+        pipe.load_lora_weights({"lora_foo": torch.tensor(2.0)})
+    finally:
+        logging.get_logger("diffusers").removeHandler(caplog.handler)
+    assert "No LoRA keys associated to SanaTransformer2DModel" in caplog.text
+    assert not torch.equal(draw(pipe), expected)
+
+
+def test_an_argument_that_nobody_obeys(pipe, lora):
+    with pytest.raises(TypeError, match="`weight_names` is no argument of `load_lora_weights`"):
+        pipe.load_lora_weights(plain(lora), weight_names="lora.safetensors")
 
 
 class Depthwise(torch.nn.Module):
