@@ -12,9 +12,11 @@ import inspect
 import logging
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any
 
@@ -37,8 +39,8 @@ class Host:
 
 HOSTS = {
     "accelerate": Host("1.10", "1.15"),
-    "diffusers": Host("0.42", "0.42"),
-    "peft": Host("0.17", "0.21"),
+    "diffusers": Host("0.42.1", "0.42"),
+    "peft": Host("0.18", "0.21"),  # 0.17 imports a name that transformers 5 has dropped
     "torch": Host("2.8", "2.13"),
     "transformers": Host("5.17", "5.23"),
     "triton": Host("3.4", "3.9"),
@@ -205,6 +207,16 @@ def private(owner: Any, name: str) -> Any:
         raise _missing(ATTRIBUTES[name][0], name) from error
 
 
+def triton_refusal() -> str | None:
+    """Why the Triton kernels cannot run with what is installed, or None if they can. Does not import triton."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    found, lowest = version_of("triton"), HOSTS["triton"].lowest
+    if release(found) < release(lowest):
+        return f"triton {found} is older than {lowest}, the oldest version that has what the kernels use"
+    return None
+
+
 def explain(module: str, error: BaseException) -> str:
     """Why something of ours failed in a module of a host: the error, the version found and the versions that work."""
     cause: BaseException | None = error
@@ -253,6 +265,21 @@ def onednn_computes(dtype: Any) -> bool:
         return False
 
 
+def has_int8_product() -> bool:
+    """Whether this build of PyTorch has oneDNN's 8-bit matrix product."""
+    import torch
+
+    try:
+        available = torch.backends.mkldnn.is_available()
+        return (
+            available
+            and hasattr(torch.ops.onednn, "qlinear_prepack")
+            and hasattr(torch.ops.onednn, "qlinear_pointwise")
+        )
+    except Exception:  # whatever a build of PyTorch makes of the question
+        return False
+
+
 def cpu_has_vnni() -> bool:
     """Whether this processor adds 8-bit products in 32 bits. False where PyTorch cannot tell."""
     import torch
@@ -281,10 +308,12 @@ def version_of(host: str) -> str:
     version = getattr(sys.modules.get(host), "__version__", None)
     if version is not None:
         return str(version)
-    try:
+    with suppress(metadata.PackageNotFoundError):
         return metadata.version(host)
-    except metadata.PackageNotFoundError:
-        return ""
+    # Triton also comes under other names: pytorch-triton, triton-windows, ...
+    with suppress(Exception):
+        return str(import_module(host).__version__)
+    return ""
 
 
 def release(version: str) -> tuple[int, ...]:

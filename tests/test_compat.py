@@ -7,6 +7,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,6 +134,17 @@ def test_untested_versions_are_named_once(host, caplog, version, message):
     assert len(caplog.records) == (message is not None)
     if message is not None:
         assert re.search(message, caplog.text)
+
+
+def test_floors_are_those_of_pyproject():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *(item for extra in project["optional-dependencies"].values() for item in extra),
+    ]
+    for host, tested in _compat.HOSTS.items():
+        assert f"{host}>={tested.lowest}" in wanted
+    assert not any("<" in item for item in wanted), "no upper caps"
 
 
 def test_installed_versions_are_tested_ones(caplog):

@@ -9,11 +9,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from diffusers.utils import logging
 from torch import Tensor
+
+from diffusers_sana._compat import triton_refusal
 
 
 logger = logging.get_logger(__name__)
@@ -23,7 +24,8 @@ MODES = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)  # the oldest NVIDIA architecture that the kernels are compiled for in the tests
 
-_HAS_TRITON = find_spec("triton") is not None
+# Asked once: `torch.compile` traces what depends on it, and could not trace the question.
+_TRITON_REFUSAL = triton_refusal()
 # The interpreter runs kernels on CPU tensors, slowly: for tests, hence only when asked for by name.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -87,8 +89,8 @@ def use_triton(operation: str, *tensors: Tensor | None, unless: str | None = Non
 
 def _refusal(tensors: list[Tensor]) -> str | None:
     device = tensors[0].device
-    if not _HAS_TRITON:
-        return "triton is not installed"
+    if _TRITON_REFUSAL is not None:
+        return _TRITON_REFUSAL
     if any(tensor.device != device for tensor in tensors):
         return f"the tensors are on several devices, {sorted({str(tensor.device) for tensor in tensors})}"
     if device.type == "cpu":

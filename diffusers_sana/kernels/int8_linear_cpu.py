@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from diffusers_sana._compat import cpu_has_vnni
+from diffusers_sana._compat import cpu_has_vnni, has_int8_product
 from diffusers_sana.kernels.low_bit import nonzero, pad_features, requantize_rows
 
 
@@ -46,7 +46,7 @@ class PreparedWeight:
 @cache
 def is_supported() -> bool:
     """Whether this processor and this build of PyTorch have the product."""
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return has_int8_product() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 @cache

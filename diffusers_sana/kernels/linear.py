@@ -29,7 +29,7 @@ def linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         return F.linear(hidden_states, weight, bias)
     inputs = hidden_states.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    if not is_inference(hidden_states, weight, bias):
+    if hidden_states.device.type != "cpu" or not is_inference(hidden_states, weight, bias):
         return F.linear(inputs, weight.to(dtype), bias).to(hidden_states.dtype)
 
     out = hidden_states.new_empty(*hidden_states.shape[:-1], weight.shape[0])

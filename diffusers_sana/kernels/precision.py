@@ -3,7 +3,12 @@
 Processors without instructions for half precision run its matrix products and convolutions element by element, six
 times slower than fp32 (AVX2) or worse. There our operations convert to fp32, compute, and round once at the end:
 faster, and closer to fp32. Weights stay half precision in memory; only the piece at work is converted.
+
+The GPUs of Apple silicon ("mps") have no faster units for half precision, and Sana's products give grey images there
+in fp16, so they are computed in fp32 too.
 """
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -12,12 +17,35 @@ from diffusers_sana._compat import onednn_computes
 
 
 # Asked once and here, where it cannot fail: `torch.compile` traces the look-up, and could not trace the question.
-_CPU_DTYPES = {dtype: dtype if onednn_computes(dtype) else torch.float32 for dtype in (torch.bfloat16, torch.float16)}
+_HALF = (torch.bfloat16, torch.float16)
+_DTYPES = {
+    "cpu": {dtype: dtype if onednn_computes(dtype) else torch.float32 for dtype in _HALF},
+    "mps": dict.fromkeys(_HALF, torch.float32),
+}
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which matrix products and convolutions of `x` are computed: its own, or fp32 (see above)."""
-    return _CPU_DTYPES.get(x.dtype, x.dtype) if x.device.type == "cpu" else x.dtype
+    dtypes = _DTYPES.get(x.device.type)
+    return x.dtype if dtypes is None else dtypes.get(x.dtype, x.dtype)
+
+
+def _has_autocast(device_type: str) -> bool:
+    try:
+        return torch.amp.is_autocast_available(device_type)
+    except RuntimeError:  # this PyTorch has no such device
+        return False
+
+
+# Asked once: torch 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    filter(_has_autocast, ("cpu", "cuda", "hpu", "maia", "mps", "mtia", "npu", "xla", "xpu"))
+)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """A context in which operations on devices of this type keep the dtypes of their inputs."""
+    return torch.autocast(device_type, enabled=False) if device_type in _AUTOCAST_DEVICES else nullcontext()
 
 
 def is_inference(*tensors: Tensor | None) -> bool:

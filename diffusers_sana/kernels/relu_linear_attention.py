@@ -10,15 +10,14 @@ Legend: B batch, N tokens, H heads, D head_dim.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp import is_autocast_available
 from torch.nn import functional as F
 
 from diffusers_sana.kernels.dispatch import use_triton
+from diffusers_sana.kernels.precision import without_autocast
 
 
 MAX_HEAD_DIM = 64  # the state of a head must fit beside a block of rows into one program
@@ -79,8 +78,7 @@ def relu_linear_attention_reference(
     dtype = torch.promote_types(query.dtype, torch.float32)
     query = F.relu(query).to(dtype).transpose(1, 2)  # [B, H, N, D]
     key = F.relu(key).to(dtype).transpose(1, 2)
-    device_type = query.device.type
-    with torch.autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext():
+    with without_autocast(query.device.type):
         state = torch.matmul(value.to(dtype).permute(0, 2, 3, 1), key)  # [B, H, D, D]: sum_j v_j k_j^T
         key_sum = key.sum(dim=-2, keepdim=True)  # [B, H, 1, D]
         if reduce_state is not None:

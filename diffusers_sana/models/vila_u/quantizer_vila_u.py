@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from diffusers_sana.kernels.precision import without_autocast
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUVisionConfig
 
 
@@ -113,7 +114,7 @@ class VilaUResidualQuantizer(nn.Module):
         """Codes `[..., D]`, and of each depth the entries `[..., C]`."""
         residual = features.detach().reshape(-1, features.shape[-1])
         codes, entries = [], []
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device.type):
             for _ in range(self.config.num_codebooks):
                 table = self._table()
                 residual = residual.to(table.dtype)

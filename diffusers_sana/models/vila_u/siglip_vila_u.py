@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from diffusers_sana.kernels.precision import without_autocast
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUVisionConfig
 
 
@@ -211,7 +212,7 @@ def sigmoid_contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, scale: T
             f"`image_embeds` and `text_embeds` must both be [N, C], but are {list(image_embeds.shape)} and "
             f"{list(text_embeds.shape)}; give one text an image"
         )
-    with torch.autocast(image_embeds.device.type, enabled=False):
+    with without_autocast(image_embeds.device.type):
         images, texts = (nn.functional.normalize(embeds.float(), dim=-1) for embeds in (image_embeds, text_embeds))
         logits = images @ texts.mT * scale.float().exp() + bias.float()
         signs = 2 * torch.eye(len(logits), device=logits.device) - 1

@@ -68,7 +68,7 @@ class TrigFlowBase(SanaPipelineBase):
             raise TypeError(f"`scheduler` must be an SCMScheduler, got {type(self.scheduler).__name__}.")
         check_positive_integer("num_inference_steps", num_inference_steps)
         if timesteps is not None:
-            angles = torch.as_tensor(timesteps, dtype=torch.float64)
+            angles = torch.as_tensor(timesteps).cpu().double()  # not all devices have fp64
             if angles.ndim != 1 or len(angles) < 2 or not bool((angles.diff() < 0).all()) or angles[-1] < 0:
                 raise ValueError(
                     "`timesteps` must be descending angles from π/2 to 0, one more than there are steps, such as"

@@ -1,17 +1,16 @@
 """Which way of computing with 4-bit weights is the fastest on a device."""
 
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from diffusers.utils import logging
 
+from diffusers_sana._compat import triton_refusal
 from diffusers_sana.kernels import int8_linear_cpu
 
 
 logger = logging.get_logger(__name__)
 
-_HAS_TRITON = find_spec("triton") is not None
 # Where tensor cores multiply e2m1 with block scales; elsewhere Triton would emulate it in 16 bit.
 NVFP4_CAPABILITIES = ((10, 0), (10, 3), (12, 0), (12, 1))
 
@@ -30,7 +29,7 @@ def why_best_mode(device: torch.device, precision: str) -> str:
 def _best_mode(device_type: str, index: int | None, precision: str) -> tuple[str, str]:
     if device_type == "cpu":
         mode, why = ("w4a8", "8-bit products") if int8_linear_cpu.is_supported() else ("w4a16", "no 8-bit products")
-    elif device_type != "cuda" or not _HAS_TRITON:
+    elif device_type != "cuda" or triton_refusal() is not None:
         mode, why = "w4a16", "no Triton kernels there"
     elif torch.version.hip is not None:
         mode, why = "w4a8", "8-bit matrix cores"

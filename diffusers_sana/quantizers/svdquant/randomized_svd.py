@@ -60,7 +60,7 @@ def weighted_svd(matrix: Tensor, rank: int, seed: int, covariance: Tensor) -> tu
     for _ in range(POWER_ITERATIONS):
         basis = _orthonormal(matrix @ (covariance @ (matrix.t() @ basis)))
     projected = basis.t() @ matrix
-    _, vectors = torch.linalg.eigh((projected @ covariance @ projected.t()).double())
+    _, vectors = torch.linalg.eigh(_in_fp64(projected @ covariance @ projected.t()))
     up = basis @ vectors.flip(1)[:, :rank].to(matrix)
     down = up.t() @ matrix
     lengths = down.norm(dim=1)
@@ -114,6 +114,11 @@ def _principal(matrix: Tensor) -> tuple[Tensor, Tensor]:
     From the c x c products of rows in fp64: far cheaper than a decomposition of the matrix itself, above all where
     other programs use the processor, and as exact as fp32 can hold.
     """
-    wide = matrix.double()
+    wide = _in_fp64(matrix)
     values, vectors = torch.linalg.eigh(wide @ wide.t())
     return values.flip(0).clamp(min=0).sqrt().to(matrix), vectors.flip(1).to(matrix)
+
+
+def _in_fp64(matrix: Tensor) -> Tensor:
+    """Where the device has no fp64, as Apple's GPUs have not, on the CPU."""
+    return matrix.cpu().double() if matrix.device.type == "mps" else matrix.double()
