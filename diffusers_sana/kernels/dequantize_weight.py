@@ -9,9 +9,10 @@ Legend: K input features, Kp = K padded, N output features, r rank.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffusers_sana.kernels.dispatch import DTYPES, use_triton
-from diffusers_sana.kernels.low_bit import decode_weight
+from diffusers_sana.kernels.low_bit import decode_weight, padded
 
 
 def dequantize_weight(
@@ -50,11 +51,19 @@ def dequantize_weight_reference(
     proj_up: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The formula in PyTorch, in fp32, or in fp64 where `dtype` is; rounded once."""
+    """The formula in PyTorch, in fp32, or in fp64 where `dtype` is; rounded once.
+
+    The padding stays until the end. If it were cut off before, `torch.compile` on CPUs would make a loop over K with
+    one scale per group, split that into groups of G, and never reach a last group that is not whole (torch 2.13).
+    """
     compute = torch.promote_types(dtype, torch.float32)
-    residual = decode_weight(qweight, wscales, wtscale).to(compute)[:, : smooth_factor.shape[0]]
-    residual = residual / smooth_factor.to(compute)
-    return torch.addmm(residual, proj_up.to(compute), proj_down.to(compute)).to(dtype)
+    features = smooth_factor.shape[0]
+    padding = (0, padded(features) - features)
+    residual = decode_weight(qweight, wscales, wtscale).to(compute) / F.pad(
+        smooth_factor.to(compute), padding, value=1
+    )
+    weight = torch.addmm(residual, proj_up.to(compute), F.pad(proj_down.to(compute), padding))
+    return weight[:, :features].to(dtype, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("diffusers_sana::dequantize_weight", mutates_args=())
