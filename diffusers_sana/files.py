@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from huggingface_hub import hf_hub_download
 
 
 PathLike = str | os.PathLike[str]
@@ -140,6 +141,34 @@ def digest(*parts: Any) -> str:
             content = json.dumps(part, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
         result.update(len(content).to_bytes(8, "little") + content)
     return result.hexdigest()
+
+
+def model_identity(model: str, index: str = "model_index.json") -> str:
+    """What the name of a model stands for at present, without reading all of its weights.
+
+    Args:
+        model: a folder, or the id of a repository of the Hub.
+        index: a file of the repository.
+
+    Returns:
+        For a folder a digest of names and sizes of its files, and of their first and last megabyte; for a repository
+        the commit that is used.
+    """
+    if Path(model).is_dir():
+        return digest(
+            [[path.relative_to(model).as_posix(), _outline(path)] for path in sorted(Path(model).rglob("*"))]
+        )
+    return Path(hf_hub_download(model, index)).parent.name
+
+
+def _outline(path: Path, size: int = 2**20) -> str:
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        length = path.stat().st_size
+        head = file.read(size)
+        file.seek(max(0, length - size))
+        return digest(length, head, file.read(size))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -4,13 +4,15 @@
 
 On CPUs, where Accelerate launches one process only, use `torchrun --nproc_per_node 2` in its place.
 
-Picture i is of line i and of seed `--seed` + i, whatever the number of processes. Pictures that are there already are
-left alone, so a run that was stopped goes on where it was. Each PNG says of which prompt and seed it is.
+Image i is of line i and of seed `--seed` + i, whatever the number of processes. Images that are there already are left
+alone, so a run that was stopped goes on where it was. Each PNG says of which prompt, seed and settings it is; a folder
+with images of other settings is refused.
 """
 
 import argparse
-import os
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from diffusers_sana import SanaPipeline
 from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.files import atomic_write, differences, locked, model_identity, read_lines
 
 
 @dataclass(frozen=True)
@@ -33,33 +36,61 @@ class Task:
         prompt: what it is of.
         seed: of its noise.
         path: where it goes.
+        settings: all else that the image depends on, in JSON.
     """
 
     prompt: str
     seed: int
     path: Path
+    settings: str = "{}"
 
     def is_done(self) -> bool:
-        """Whether the picture is there, of this prompt and seed."""
+        """Whether the image is there, of this prompt and seed.
+
+        Raises:
+            ValueError: there is one of other settings, or of another program, which is not to be overwritten.
+        """
         if not self.path.exists():
             return False
         with Image.open(self.path) as image:
-            return (image.info.get("prompt"), image.info.get("seed")) == (self.prompt, str(self.seed))
+            info = image.info
+        if found := differences(json.loads(info.get("settings", "{}")), json.loads(self.settings)):
+            raise ValueError(
+                f"`--out` must be new or have images of the same settings, but those of {str(self.path)!r} differ:"
+                f" {'; '.join(found)}. Choose another folder."
+            )
+        return (info.get("prompt"), info.get("seed")) == (self.prompt, str(self.seed))
 
     def save(self, image: Image.Image) -> None:
-        """Writes the picture, whole or not at all."""
+        """Writes the image, whole or not at all."""
         info = PngInfo()
         info.add_itxt("prompt", self.prompt)
         info.add_text("seed", str(self.seed))
-        unfinished = self.path.with_suffix(".unfinished")
-        image.save(unfinished, "png", pnginfo=info)
-        os.replace(unfinished, self.path)
+        info.add_itxt("settings", self.settings)
+        with atomic_write(self.path) as temporary:
+            image.save(temporary, "png", pnginfo=info)
 
 
-def read_tasks(prompts: Path, out: Path, seed: int) -> list[Task]:
-    """A task for each line that is not empty; its number is that of the line, from 0."""
-    lines = enumerate(prompts.read_text(encoding="utf-8").splitlines())
-    return [Task(line.strip(), seed + i, out / f"{i:06}.png") for i, line in lines if line.strip()]
+def read_tasks(prompts: Path, out: Path, seed: int, settings: Mapping[str, Any] | None = None) -> list[Task]:
+    """A task for each line that is not empty; its number is that of the line, from 0.
+
+    Args:
+        prompts: a text file in UTF-8.
+        out: folder of the images.
+        seed: of the first line.
+        settings: all else that the images depend on, in JSON's values.
+    """
+    recorded = json.dumps(settings or {}, sort_keys=True)
+    return [
+        Task(line.strip(), seed + number - 1, out / f"{number - 1:06}.png", recorded)
+        for number, line in read_lines(prompts)
+    ]
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What an image depends on besides prompt and seed."""
+    names = ("model", "steps", "guidance_scale", "dtype")
+    return {name: getattr(args, name) for name in names} | {"model_files": model_identity(args.model)}
 
 
 def batches(tasks: Sequence[Task], batch_size: int) -> list[Sequence[Task]]:
@@ -104,11 +135,14 @@ def main() -> None:
 
     state = PartialState(cpu=not torch.accelerator.is_available())
     args.out.mkdir(parents=True, exist_ok=True)
-    tasks = read_tasks(args.prompts, args.out, args.seed)
+    tasks = read_tasks(args.prompts, args.out, args.seed, settings_of(args))
     pipe = SanaPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(state.device)
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
-    num_drawn = sum(1 for _ in draw_all(pipe, tasks, args.batch_size, **options))
+    lock = locked(args.out / ".lock", f"generates into {str(args.out)!r}") if state.is_main_process else nullcontext()
+    with lock:
+        num_drawn = sum(1 for _ in draw_all(pipe, tasks, args.batch_size, **options))
+        state.wait_for_everyone()
     print(f"process {state.process_index}: drew {num_drawn} of {len(tasks)} pictures")
     state.destroy_process_group()
 

@@ -7,6 +7,7 @@ The pictures, their seeds and their files are those of `generate_many.py`: eithe
 """
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 
 from diffusers_sana import SanaPipeline
 from diffusers_sana.checkpoints import SANA_EMOJI
-from examples.generate_many import Task, batches, draw, read_tasks
+from diffusers_sana.files import locked
+from examples.generate_many import Task, batches, draw, read_tasks, settings_of
 
 
 class Drawer:
@@ -35,9 +37,9 @@ class Drawer:
         self.options = options
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Draws columns `prompt` and `seed`, writes to `path`, and returns the paths."""
-        columns = zip(batch["prompt"], batch["seed"], batch["path"], strict=True)
-        tasks = [Task(str(prompt), int(seed), Path(path)) for prompt, seed, path in columns]
+        """Generates what columns `prompt` and `seed` say, writes to `path`, and returns the paths."""
+        columns = zip(batch["prompt"], batch["seed"], batch["path"], batch["settings"], strict=True)
+        tasks = [Task(str(prompt), int(seed), Path(path), str(settings)) for prompt, seed, path, settings in columns]
         for task, image in zip(tasks, draw(self.pipe, tasks, **self.options), strict=True):
             task.save(image)
         return {"path": batch["path"]}
@@ -63,8 +65,7 @@ def draw_all(
         options: further arguments of the pipeline.
     """
     todo = [
-        [{"prompt": task.prompt, "seed": task.seed, "path": str(task.path.resolve())} for task in batch]
-        for batch in batches(tasks, batch_size)
+        [asdict(task) | {"path": str(task.path.resolve())} for task in batch] for batch in batches(tasks, batch_size)
     ]
     if not todo:
         return []
@@ -93,17 +94,18 @@ def main() -> None:
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
-    tasks = read_tasks(args.prompts, args.out, args.seed)
-    drawn = draw_all(
-        tasks,
-        args.batch_size,
-        args.model,
-        args.dtype,
-        args.actors,
-        args.gpus_per_actor,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance_scale,
-    )
+    tasks = read_tasks(args.prompts, args.out, args.seed, settings_of(args))
+    with locked(args.out / ".lock", f"generates into {str(args.out)!r}"):
+        drawn = draw_all(
+            tasks,
+            args.batch_size,
+            args.model,
+            args.dtype,
+            args.actors,
+            args.gpus_per_actor,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance_scale,
+        )
     print(f"drew {len(drawn)} of {len(tasks)} pictures")
 
 

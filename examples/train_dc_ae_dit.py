@@ -32,7 +32,7 @@ from diffusers_sana.training.flow_matching import (
     velocity_target,
 )
 from diffusers_sana.training.image_sources import FolderSource, ImageDataConfig
-from diffusers_sana.training.latent_cache import fill_cache
+from diffusers_sana.training.latent_cache import fill_cache, model_digest
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.plots import save_image_grid
@@ -279,7 +279,8 @@ def prepare(config: DiTTrainingConfig) -> tuple[Callable, DiTTransformer2DModel,
     def with_labels(items: list[dict[str, Any]]) -> dict[str, Any]:
         return collate(items) | {"class_labels": torch.tensor([class_names.index(item["text"]) for item in items])}
 
-    dataset = fill_cache(images, config.cache_dir or str(Path(config.output_dir) / "cache"), encode)
+    cache = config.cache_dir or str(Path(config.output_dir) / "cache")
+    dataset = fill_cache(images, cache, encode, {"vae": model_digest(vae)})
     batches = make_loader(dataset, config.batch_size, config.seed, config.num_workers, with_labels)
     return batches, make_dit(config, dataset[0]["latents"]), class_names, vae
 

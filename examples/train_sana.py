@@ -31,7 +31,7 @@ from diffusers_sana.training.data import load_images, make_loader
 from diffusers_sana.training.export import copy_with_weights, sub_state
 from diffusers_sana.training.flow_matching import interpolate, sample_euler, sample_sigmas, velocity_target
 from diffusers_sana.training.image_sources import ImageDataConfig
-from diffusers_sana.training.latent_cache import fill_cache
+from diffusers_sana.training.latent_cache import fill_cache, model_digest, tokenizer_digest
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.optimizers import make_optimizer
 from diffusers_sana.training.plots import save_image_grid
@@ -271,7 +271,14 @@ def main(argv: list[str] | None = None) -> None:
                     tensors[name] = encode_tokens(text_encoder, tokens.to(device))[0][0]
             return tensors
 
-        dataset = fill_cache(images, config.cache_dir, encode)
+        settings = {
+            "vae": model_digest(vae),
+            "text_encoder": None if config.train_text_encoder else model_digest(text_encoder),
+            "tokenizer": tokenizer_digest(tokenizer),
+            "instruction": instruction,
+            "max_sequence_length": config.max_sequence_length,
+        }
+        dataset = fill_cache(images, config.cache_dir, encode, settings)
     if images.choices is not None:
         sampling = (config.caption_weighting, config.caption_temperature, config.caption_threshold)
         dataset = SampledCaptions(dataset, images.choices, config.seed, *sampling)

@@ -31,7 +31,7 @@ from diffusers_sana.training.data import collate, load_images, make_loader
 from diffusers_sana.training.flow_matching import interpolate, sample_euler, sample_sigmas, velocity_target
 from diffusers_sana.training.image_sources import ImageDataConfig
 from diffusers_sana.training.instance_data import WithPrior, captioned_folder, with_prompt
-from diffusers_sana.training.latent_cache import fill_cache
+from diffusers_sana.training.latent_cache import fill_cache, model_digest, tokenizer_digest
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.plots import save_image_grid
@@ -223,15 +223,21 @@ def prepare(config: LoraTrainingConfig) -> tuple[Callable, nn.Module, nn.Module,
         latents = pipe.vae.encode(item["pixel_values"][None].to(device)).latent[0] * pipe.vae.config.scaling_factor
         return {"latents": latents, "prompt_embeds": encode_prompt(item["text"])}
 
-    dataset: Any = fill_cache(
-        with_prompt(load_images(config, sizes, captions="optional"), config.instance_prompt), str(cache), encode
-    )
+    settings = {
+        "vae": model_digest(pipe.vae),
+        "text_encoder": model_digest(pipe.text_encoder),
+        "tokenizer": tokenizer_digest(pipe.tokenizer),
+        "instruction": instruction,
+        "max_sequence_length": config.max_sequence_length,
+    }
+    instance = with_prompt(load_images(config, sizes, captions="optional"), config.instance_prompt)
+    dataset: Any = fill_cache(instance, str(cache), encode, settings)
     if config.class_prompt:
         folder = Path(config.class_data or Path(config.output_dir) / "class")
         with PartialState().main_process_first():
             draw_class(pipe, config, folder)
         prior = captioned_folder(str(folder), sizes, config.class_prompt)
-        dataset = WithPrior(dataset, fill_cache(prior, str(cache / "class"), encode), config.prior_weight)
+        dataset = WithPrior(dataset, fill_cache(prior, str(cache / "class"), encode, settings), config.prior_weight)
     samples = [{"prompt_embeds": encode_prompt(prompt).cpu()} for prompt in config.sample_prompts]
     if config.quantize != "no":
         quantize(pipe.transformer, SVDQuantConfig(precision=config.quantize, rank=config.quantize_rank))

@@ -31,7 +31,7 @@ from diffusers_sana.training.data import load_images, make_loader
 from diffusers_sana.training.export import copy_with_weights, sub_state
 from diffusers_sana.training.image_sources import ImageDataConfig
 from diffusers_sana.training.latent_adversarial import DiscriminatorHeads, default_blocks, teacher_features
-from diffusers_sana.training.latent_cache import fill_cache
+from diffusers_sana.training.latent_cache import fill_cache, model_digest, tokenizer_digest
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.plots import save_image_grid
@@ -294,7 +294,14 @@ def main(argv: list[str] | None = None) -> None:
             embeds = encode_tokens(text_encoder, tokens.to(device))[0][0]
             return {"latents": encode_images(vae, item["pixel_values"][None].to(device))[0], "prompt_embeds": embeds}
 
-        dataset = fill_cache(dataset, config.cache_dir, encode)
+        settings = {
+            "vae": model_digest(vae),
+            "text_encoder": model_digest(text_encoder),
+            "tokenizer": tokenizer_digest(tokenizer),
+            "instruction": instruction,
+            "max_sequence_length": config.max_sequence_length,
+        }
+        dataset = fill_cache(dataset, config.cache_dir, encode, settings)
     batches = make_loader(dataset, config.batch_size, config.seed, config.num_workers)
     train(config, batches, teacher, text_encoder, tokenizer, vae)
 

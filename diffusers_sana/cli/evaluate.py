@@ -208,6 +208,7 @@ class Evaluation:
 
     def _draw(self, model: str, quantize: str | None, folder: Path) -> list[Path]:
         from diffusers_sana.evaluation.pictures import draw_missing
+        from diffusers_sana.files import model_identity
 
         options = {"num_inference_steps": self.args.steps, "guidance_scale": self.args.guidance_scale}
         options = {key: value for key, value in options.items() if value is not None}
@@ -224,7 +225,13 @@ class Evaluation:
             [check.prompt for check in self.checks],
             [check.seed for check in self.checks],
             folder,
-            {"model": model, "quantize": quantize, "dtype": self.args.dtype, "options": options},
+            {
+                "model": model,
+                "model_files": model_identity(checkpoint(model)),
+                "quantize": quantize,
+                "dtype": self.args.dtype,
+                "options": options,
+            },
             self.args.batch_size,
             f"drawing with {model}" + (f" in {quantize}" if quantize else ""),
         )

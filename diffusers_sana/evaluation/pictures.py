@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from diffusers_sana.files import atomic_write, read_json
 from diffusers_sana.images import SUFFIXES, to_rgb
 
 
@@ -84,9 +85,8 @@ def draw_missing(
             if not all(paths[i].exists() for i in batch):
                 images = draw([prompts[i] for i in batch], [seeds[i] for i in batch])
                 for i, image in zip(batch, images, strict=True):
-                    unfinished = paths[i].with_suffix(".part")
-                    image.save(unfinished, format="PNG")
-                    unfinished.replace(paths[i])  # a name stands for a whole picture
+                    with atomic_write(paths[i]) as temporary:  # a name stands for a whole image
+                        image.save(temporary, format="PNG")
             progress.update(len(batch))
     return paths
 
@@ -95,7 +95,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS
     settings = json.loads(json.dumps(settings))
     if path.exists():
-        before = json.loads(path.read_text())
+        before = read_json(path)
         changed = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
         if changed:
             raise ValueError(
@@ -106,4 +106,5 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
         raise ValueError(
             f"`folder` must be new or one of this function, but {folder} has {read[0].name}; choose another"
         )
-    path.write_text(json.dumps(settings, indent=1) + "\n")
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

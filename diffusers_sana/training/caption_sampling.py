@@ -165,7 +165,7 @@ class SampledCaptions(Dataset):
         if cached and embeds_name(number) not in cached:
             raise ValueError(
                 f"`cache_dir` holds text vectors of {len(cached)} captions of item {index}, which has "
-                f"{len(self.captions[index])}. Use a new folder after captioning."
+                f"{len(self.captions[index])}. Fill the cache from the same captions."
             )
         drawn = {name: value for name, value in item.items() if name not in cached | {"texts"}}
         drawn["text"] = self.captions[index][number].text

@@ -19,7 +19,14 @@ from diffusers_sana.files import PathLike
 from diffusers_sana.images import image_size, read_image
 from diffusers_sana.training.buckets import bucket_batches, nearest_size
 from diffusers_sana.training.caption_sampling import SampledCaptions
-from diffusers_sana.training.image_sources import Captions, FolderSource, ImageDataConfig, ImageSource, find_source
+from diffusers_sana.training.image_sources import (
+    Captions,
+    FolderSource,
+    ImageDataConfig,
+    ImageSource,
+    find_source,
+    image_digest,
+)
 
 
 def load_pixels(file: PathLike | BinaryIO, height: int, width: int, name: str = "") -> Tensor:
@@ -63,6 +70,14 @@ class Images(Dataset):
         """Height and width of an image as it is stored, upright."""
         file = self.source.open(index)
         return image_size(file, "" if isinstance(file, Path) else self.names[index])
+
+    def made_from(self, index: int) -> list[Any]:
+        """What an item depends on, for `fill_cache`."""
+        stamp = self.source.stamp(index) or image_digest(self.source, index)
+        texts = [self.captions[index]]
+        if self.choices is not None:
+            texts += [caption.text for caption in self.choices[index]]
+        return [self.names[index], stamp, self.sizes_of_items[index], texts]
 
     def __len__(self) -> int:
         return len(self.names)

@@ -51,6 +51,19 @@ def test_a_missing_picture_is_drawn_in_its_old_batch(tmp_path):
     assert paths[1].read_bytes() == before
 
 
+def test_half_an_image_is_none(tmp_path):
+    """A process that is killed while it writes leaves no file that counts as done."""
+
+    class Unlucky(Image.Image):
+        def save(self, path, **options):
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw_missing(lambda prompts, seeds: [Unlucky()] * len(seeds), PROMPTS, SEEDS, tmp_path, {})
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_pictures_of_other_settings(tmp_path):
     draw_missing(Artist(), PROMPTS, SEEDS, tmp_path / "a", {"model": "m"})
     with pytest.raises(ValueError, match="model, pictures differ; choose another folder"):

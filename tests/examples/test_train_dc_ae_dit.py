@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from examples.train_dc_ae_dit import DiTTrainingConfig, class_images, load_autoencoder, main, make_dit, train
@@ -159,7 +160,11 @@ def test_main_trains_from_folders_of_classes(tmp_path, autoencoder, patch_size):
     arguments += ["--num_attention_heads", "1", "--attention_head_dim", "8", "--max_steps", "2", "--sample_steps", "1"]
     arguments += ["--log_every", "1", "--sample_classes", "dog", "cat", "--output_dir", str(tmp_path / "run")]
     main(arguments)
-    cached = load_file(tmp_path / "run" / "cache" / "00000003.safetensors")["latents"]  # the first dog
+    (cached,) = (  # of the first dog
+        load_file(path)["latents"]
+        for path in (tmp_path / "run" / "cache").glob("*.safetensors")
+        if json.loads(safe_open(path, "pt").metadata()["made_from"])[0] == "dog/0.png"
+    )
     pixels = torch.full((1, 3, 16, 16), 190 / 127.5 - 1)
     with torch.no_grad():
         encoded = vae.encode(pixels)

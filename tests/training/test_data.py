@@ -1,5 +1,6 @@
 """Buckets, image folders, batches and the latent cache."""
 
+import json
 from collections import Counter
 from itertools import islice
 
@@ -10,8 +11,8 @@ from PIL import Image
 
 from diffusers_sana.training.buckets import bucket_batches, bucket_sizes, nearest_size
 from diffusers_sana.training.data import ImageFolder, collate, load_pixels, make_loader
-from diffusers_sana.training.latent_cache import fill_cache
-from tests.training.tiny import write_image_folder
+from diffusers_sana.training.latent_cache import fill_cache, model_digest
+from tests.training.tiny import tiny_autoencoder, write_image_folder
 
 
 SIZES = [(32, 64)] * 5 + [(64, 32)] * 3 + [(32, 32)] * 9
@@ -108,17 +109,65 @@ def test_collate_pads_text_vectors():
     assert batch["prompt_embeds"].sum(dim=(1, 2)).tolist() == [6, 12]
 
 
-def test_fill_cache_encodes_what_is_missing_only(tmp_path):
-    items = [{"text": "a"}, {"text": "b"}, {"text": "c"}]
-    encoded = []
+class Items(list):
+    """Items that depend on their text alone."""
 
-    def encode(item):
-        encoded.append(item["text"])
+    def made_from(self, index):
+        return self[index]["text"]
+
+
+class Encoder:
+    """Keeps what it was asked to encode."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, item):
+        self.asked.append(item["text"])
         return {"latents": torch.full((4, 2, 3), float(ord(item["text"])))}
 
-    fill_cache(items[:2], str(tmp_path), encode)
-    cached = fill_cache(items, str(tmp_path), encode)
-    assert encoded == ["a", "b", "c"]
+
+def test_fill_cache_encodes_what_is_missing_only(tmp_path):
+    items, encode = Items({"text": text} for text in "abc"), Encoder()
+    fill_cache(Items(items[:2]), str(tmp_path), encode, {})
+    cached = fill_cache(items, str(tmp_path), encode, {})
+    assert encode.asked == ["a", "b", "c"]
     assert cached.sizes_of_items == [(2, 3)] * 3
     assert cached[1]["text"] == "b"
     assert cached[1]["latents"].unique().item() == ord("b")
+
+
+def test_a_cache_is_of_its_items_and_settings(tmp_path):
+    """An aborted run, or one with other settings, leaves nothing that is taken for this run's."""
+    encode = Encoder()
+    for texts, settings in (("ab", {"vae": 1}), ("xb", {"vae": 1}), ("xb", {"vae": 2}), ("bx", {"vae": 1})):
+        cached = fill_cache(Items({"text": text} for text in texts), str(tmp_path), encode, settings)
+        assert [chr(int(cached[i]["latents"][0, 0, 0])) for i in range(2)] == list(texts)
+    assert encode.asked == [*"ab", "x", *"xb"]
+
+
+def test_changed_images_sizes_and_captions_are_encoded_again(tmp_path):
+    write_image_folder(tmp_path, [(20, 20)] * 2)
+
+    def names(sizes=((32, 32),)):
+        images = ImageFolder(str(tmp_path), list(sizes))
+        return [json.dumps(images.made_from(index)) for index in range(2)]
+
+    first = names()
+    assert names() == first
+    assert all(a != b for a, b in zip(names(((64, 64),)), first, strict=True))
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "0.png")
+    assert [a == b for a, b in zip(names(), first, strict=True)] == [False, True]
+    (tmp_path / "metadata.jsonl").write_text((tmp_path / "metadata.jsonl").read_text().replace("dogs", "cats"))
+    assert [a == b for a, b in zip(names(), first, strict=True)] == [False, False]
+
+
+def test_models_are_told_apart_by_weights_and_configuration():
+    models = [tiny_autoencoder() for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    assert model_digest(models[1]) == model_digest(models[0])
+    next(models[1].parameters()).data.view(-1)[0] += 1
+    models[2].register_to_config(scaling_factor=0.5)
+    assert len({model_digest(model) for model in models}) == 3
+    assert model_digest(models[0].bfloat16()) != model_digest(models[2])
