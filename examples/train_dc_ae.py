@@ -40,23 +40,29 @@ from diffusers_sana.training.structured_latents import draw_latent_prefix, mask_
 class DCAETrainingConfig(ImageDataConfig):
     """Settings of one phase; what is None comes from the phase's entry in `training.adaptation.PHASES`."""
 
-    output_dir: str = option("outputs/dc_ae", "folder for checkpoints, samples, log and result")
+    output_dir: str = option("outputs/dc_ae", "folder for checkpoints, samples, log and result", changeable=True)
     model_config: str = option("", "config.json of a new AutoencoderDC (command line only)")
     pretrained: str = option("", "folder or repository of an AutoencoderDC to continue from (command line only)")
     batch_size: int = option(16, "images a batch and process (command line only)")
-    num_workers: int = option(4, "processes that load images (command line only)")
+    num_workers: int = option(4, "processes that load images (command line only)", changeable=True)
     resolution: int | None = option(None, "side of the training images (command line only); None takes the phase's")
     phase: int = option(1, "1: train all at low resolution, 2: latent side at high, 3: decoder head with GAN")
     trained_prefixes: tuple[str, ...] | None = option(None, "key prefixes that train; None takes the phase's")
-    perceptual_weight: float = option(0.25, "weight of the perceptual loss; 0 leaves it out")
-    perceptual_every: int = option(1, "steps between uses of the perceptual loss, its weight raised to match")
-    perceptual_crop: int = option(0, "side of the random square the perceptual loss sees; 0 is all")
-    gan_weight: float = option(0.5, "weight of the adversarial loss in phase 3")
-    gan_warmup_steps: int = option(0, "steps in which only the discriminator trains against the GAN loss")
+    perceptual_weight: float = option(0.25, "weight of the perceptual loss; 0 leaves it out", changeable=True)
+    perceptual_every: int = option(
+        1, "steps between uses of the perceptual loss, its weight raised to match", changeable=True
+    )
+    perceptual_crop: int = option(0, "side of the random square the perceptual loss sees; 0 is all", changeable=True)
+    gan_weight: float = option(0.5, "weight of the adversarial loss in phase 3", changeable=True)
+    gan_warmup_steps: int = option(
+        0, "steps in which only the discriminator trains against the GAN loss", changeable=True
+    )
     discriminator_channels: int = option(64, "width of the discriminator's first layer")
     latent_prefix_step: int = option(0, "structured latents (DC-AE 1.5): keep a random multiple of so many channels")
-    scaling_batches: int = option(16, "batches over which the latents' scaling factor is measured at the end")
-    channels_last: bool = option(True, "keep images channels-last in memory, which convolutions like")
+    scaling_batches: int = option(
+        16, "batches over which the latents' scaling factor is measured at the end", changeable=True
+    )
+    channels_last: bool = option(True, "keep images channels-last in memory, which convolutions like", changeable=True)
 
 
 def train(
@@ -113,15 +119,19 @@ def train(
         if accelerator.is_main_process:
             save_image_grid(torch.stack([shown[0], reconstructed.float()], dim=1).flatten(0, 1), path)
 
-    def export() -> ModelMixin | None:
-        state = accelerator.get_state_dict(model)
-        return copy_with_weights(plain_model, state) if accelerator.is_main_process else None
+    trains_encoder = any(parameter.requires_grad for parameter in plain_model.encoder.parameters())
 
     def save(folder: Path) -> None:
-        if (exported := export()) is not None:
-            exported.save_pretrained(folder)
+        state = accelerator.get_state_dict(model)
+        if not accelerator.is_main_process:
+            return
+        exported = copy_with_weights(plain_model, state)
+        if trains_encoder and loop.is_ending:
+            unseen = islice(iterate_batches(batches, loop.batches_used), config.scaling_batches)
+            exported.register_to_config(scaling_factor=measure_scaling_factor(exported, unseen))
+        exported.save_pretrained(folder)
 
-    loop = TrainingLoop(config, accelerator, [model], optimizers, save=save, sample=sample)
+    loop = TrainingLoop(config, accelerator, trained, optimizers, save=save, sample=sample, averaged=[model])
     for batch in loop.run(batches):
         pixel_values = batch["pixel_values"].contiguous(memory_format=memory_format)
         shown = shown or [pixel_values[:8]]
@@ -141,30 +151,24 @@ def train(
                 terms["generator"] = generator_loss(judge(reconstructed))
                 judge.requires_grad_(True)
                 loss = loss + config.gan_weight * terms["generator"]
-            accelerator.backward(loss)
+            accelerator.backward(loss * loop.weight)
             if discriminator is not None:
                 real_logits, fake_logits = discriminator(torch.cat([pixel_values, reconstructed.detach()])).chunk(2)
                 terms["discriminator"] = discriminator_loss(real_logits, fake_logits)
-                accelerator.backward(terms["discriminator"])
+                accelerator.backward(terms["discriminator"] * loop.weight)
             for module, optimizer in zip(trained, optimizers, strict=True):
                 if accelerator.sync_gradients and config.max_grad_norm:
                     accelerator.clip_grad_norm_(module.parameters(), config.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
         loop.report(images=len(pixel_values), loss=loss, **terms)
-    if any(parameter.requires_grad for parameter in plain_model.encoder.parameters()):
-        with loop.averaged_weights():
-            if (exported := export()) is not None:
-                unseen = islice(iterate_batches(batches, loop.batches_used), config.scaling_batches)
-                save_with_scaling_factor(exported, unseen, loop.output_dir / "model")
 
 
 @torch.no_grad()
-def save_with_scaling_factor(model: ModelMixin, batches: Iterable[dict[str, Any]], folder: Path) -> None:
-    """Save an autoencoder with `scaling_factor` = 1 / (root mean square of its latents over `batches`)."""
+def measure_scaling_factor(model: ModelMixin, batches: Iterable[dict[str, Any]]) -> float:
+    """1 / (root mean square of an autoencoder's latents over `batches`)."""
     squares = [model.encode(batch["pixel_values"].to(model.device)).latent.square().mean() for batch in batches]
-    model.register_to_config(scaling_factor=torch.stack(squares).mean().rsqrt().item())
-    model.save_pretrained(folder)
+    return torch.stack(squares).mean().rsqrt().item()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -46,34 +46,43 @@ NO_CLASS = 1000  # DiTPipeline's label for guidance, whatever the number of clas
 class DiTTrainingConfig(ImageDataConfig):
     """Settings of a class-conditional training; the transformer is DiT-S unless said otherwise."""
 
-    output_dir: str = option("outputs/dit", "folder for checkpoints, samples, log and result")
+    output_dir: str = option("outputs/dit", "folder for checkpoints, samples, log and result", changeable=True)
     data: str = option(
         "",
         "folder with a sub-folder of images for each class; or WebDataset tars, or a dataset of the Hub, whose"
         " `caption_column` is the class (command line only)",
+        changeable=True,
     )
     vae: str = option("", "AutoencoderDC or AutoencoderKL, folder or repository (command line only)")
     vae_subfolder: str = option("", "where in `vae` it is, such as `vae` of a pipeline (command line only)")
-    cache_dir: str = option("", "folder of latents; default: in `output_dir` (command line only)")
+    cache_dir: str = option("", "folder of latents; default: in `output_dir` (command line only)", changeable=True)
     batch_size: int = option(256, "images a batch and process (command line only)")
-    num_workers: int = option(0, "processes that read the cache (command line only)")
+    num_workers: int = option(0, "processes that read the cache (command line only)", changeable=True)
     resolution: int = option(512, "side of the square images in pixels (command line only)")
     patch_size: int = option(1, "latents a side of a token (command line only)")
     num_layers: int = option(12, "blocks (command line only)")
     num_attention_heads: int = option(6, "heads (command line only)")
     attention_head_dim: int = option(64, "width of a head (command line only)")
-    learning_rate: float | None = option(1e-4, "peak learning rate")
-    betas: tuple[float, float] | None = option((0.9, 0.999), "AdamW betas")
-    weight_decay: float | None = option(0.0, "AdamW weight decay of matrices and kernels")
-    ema_decay: float = option(0.9999, "decay of the averaged weights that are saved; 0 saves the trained weights")
-    flow_shift: float = option(1.0, "shift of the noise shares")
-    logit_mean: float = option(0.0, "mean of the logit-normal noise shares before the shift")
-    logit_std: float = option(1.0, "standard deviation of the logit-normal noise shares before the shift")
-    class_dropout: float = option(0.1, "share of labels replaced by none, for guidance")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
-    sample_classes: tuple[str, ...] = option((), "classes of the sample grids; default: the first ones, 8 pictures")
-    sample_steps: int = option(20, "Euler steps of the sample grids")
-    sample_guidance: float = option(4.0, "guidance scale of the sample grids")
+    learning_rate: float | None = option(1e-4, "peak learning rate", changeable=True)
+    betas: tuple[float, float] | None = option((0.9, 0.999), "AdamW betas", changeable=True)
+    weight_decay: float | None = option(0.0, "AdamW weight decay of matrices and kernels", changeable=True)
+    ema_decay: float = option(
+        0.9999, "decay of the averaged weights that are saved; 0 saves the trained weights", changeable=True
+    )
+    flow_shift: float = option(1.0, "shift of the noise shares", changeable=True)
+    logit_mean: float = option(0.0, "mean of the logit-normal noise shares before the shift", changeable=True)
+    logit_std: float = option(
+        1.0, "standard deviation of the logit-normal noise shares before the shift", changeable=True
+    )
+    class_dropout: float = option(0.1, "share of labels replaced by none, for guidance", changeable=True)
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass to save memory", changeable=True
+    )
+    sample_classes: tuple[str, ...] = option(
+        (), "classes of the sample grids; default: the first ones, 8 pictures", changeable=True
+    )
+    sample_steps: int = option(20, "Euler steps of the sample grids", changeable=True)
+    sample_guidance: float = option(4.0, "guidance scale of the sample grids", changeable=True)
 
 
 def train(
@@ -171,7 +180,7 @@ def train(
         with accelerator.accumulate(model):
             velocity = predict(interpolate(latents, noise, sigmas), sigmas, labels)
             loss = F.mse_loss(velocity, velocity_target(latents, noise))
-            accelerator.backward(loss)
+            accelerator.backward(loss * loop.weight)
             if accelerator.sync_gradients and config.max_grad_norm:
                 accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()

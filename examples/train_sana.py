@@ -42,12 +42,12 @@ from diffusers_sana.training.prompt_conditioning import complex_human_instructio
 class SanaTrainingConfig(ImageDataConfig):
     """Settings of a text-to-image training; the defaults are the paper's where it gives any."""
 
-    output_dir: str = option("outputs/sana", "folder for checkpoints, samples, log and result")
+    output_dir: str = option("outputs/sana", "folder for checkpoints, samples, log and result", changeable=True)
     pretrained: str = option("", "SanaPipeline folder or repository that gives the parts (command line only)")
     transformer_config: str = option("", "config.json of a new transformer (command line only)")
-    cache_dir: str = option("", "folder to keep latents and text vectors in (command line only)")
+    cache_dir: str = option("", "folder to keep latents and text vectors in (command line only)", changeable=True)
     batch_size: int = option(64, "images a batch and process (command line only)")
-    num_workers: int = option(4, "processes that load images (command line only)")
+    num_workers: int = option(4, "processes that load images (command line only)", changeable=True)
     resolution: int = option(512, "side of the square whose area the buckets have (command line only)")
     sample_size: int | None = option(None, "latent side the model is from now on for (command line only)")
     interpolation_scale: int | None = option(
@@ -56,26 +56,37 @@ class SanaTrainingConfig(ImageDataConfig):
     caption_weighting: str = option(
         "power",
         "`power` (released code) or `softmax` (paper) of the CLIP scores in captions.jsonl (command line only)",
+        changeable=True,
     )
-    caption_temperature: float = option(0.1, "the lower, the more the best caption is drawn (command line only)")
-    caption_threshold: float = option(25.0, "CLIP score below which captions are not drawn (command line only)")
+    caption_temperature: float = option(
+        0.1, "the lower, the more the best caption is drawn (command line only)", changeable=True
+    )
+    caption_threshold: float = option(
+        25.0, "CLIP score below which captions are not drawn (command line only)", changeable=True
+    )
     optimizer: str = option("adamw", "`adamw`, or `adamw8bit` with a quarter of its memory (needs bitsandbytes)")
-    learning_rate: float | None = option(1e-4, "peak learning rate")
-    betas: tuple[float, float] | None = option((0.9, 0.999), "AdamW betas")
-    weight_decay: float | None = option(0.0, "AdamW weight decay of matrices and kernels")
-    warmup_steps: int = option(2000, "steps of linear warm-up")
-    max_grad_norm: float = option(0.1, "clip the gradient norm; 0 does not clip")
-    flow_shift: float = option(3.0, "shift of the noise shares; 6 for 4096 pixels")
-    logit_mean: float = option(0.0, "mean of the logit-normal noise shares before the shift")
-    logit_std: float = option(1.0, "standard deviation of the logit-normal noise shares before the shift")
-    caption_dropout: float = option(0.1, "share of prompts replaced by the empty one, for guidance")
+    learning_rate: float | None = option(1e-4, "peak learning rate", changeable=True)
+    betas: tuple[float, float] | None = option((0.9, 0.999), "AdamW betas", changeable=True)
+    weight_decay: float | None = option(0.0, "AdamW weight decay of matrices and kernels", changeable=True)
+    warmup_steps: int = option(2000, "steps of linear warm-up", changeable=True)
+    max_grad_norm: float = option(0.1, "clip the gradient norm; 0 does not clip", changeable=True)
+    flow_shift: float = option(3.0, "shift of the noise shares; 6 for 4096 pixels", changeable=True)
+    logit_mean: float = option(0.0, "mean of the logit-normal noise shares before the shift", changeable=True)
+    logit_std: float = option(
+        1.0, "standard deviation of the logit-normal noise shares before the shift", changeable=True
+    )
+    caption_dropout: float = option(0.1, "share of prompts replaced by the empty one, for guidance", changeable=True)
     max_sequence_length: int = option(300, "text vectors the transformer sees at most")
     use_instruction: bool = option(True, "put the complex human instruction before prompts, as the pipeline does")
     train_text_encoder: bool = option(False, "train the text encoder too; for small ones")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
-    sample_prompts: tuple[str, ...] = option((), "prompts of the sample grids; default: those of the first batch")
-    sample_steps: int = option(20, "Euler steps of the sample grids")
-    sample_guidance: float = option(4.5, "guidance scale of the sample grids")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass to save memory", changeable=True
+    )
+    sample_prompts: tuple[str, ...] = option(
+        (), "prompts of the sample grids; default: those of the first batch", changeable=True
+    )
+    sample_steps: int = option(20, "Euler steps of the sample grids", changeable=True)
+    sample_guidance: float = option(4.5, "guidance scale of the sample grids", changeable=True)
 
 
 def train(
@@ -187,7 +198,7 @@ def train(
         with accelerator.accumulate(model):
             velocity = model(interpolate(latents, noise, sigmas), sigmas, prompt, dropped)
             loss = F.mse_loss(velocity.float(), velocity_target(latents, noise))
-            accelerator.backward(loss)
+            accelerator.backward(loss * loop.weight)
             if accelerator.sync_gradients and config.max_grad_norm:
                 accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()

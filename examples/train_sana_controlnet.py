@@ -53,29 +53,37 @@ Prompt = tuple[Tensor, Tensor]
 class ControlNetTrainingConfig(ImageDataConfig):
     """Settings of a ControlNet training."""
 
-    output_dir: str = option("outputs/sana-controlnet", "folder for checkpoints, samples, log and result")
+    output_dir: str = option(
+        "outputs/sana-controlnet", "folder for checkpoints, samples, log and result", changeable=True
+    )
     control_data: str = option(
-        "", "folder with a control image of the same name for each; default: edges (command line only)"
+        "",
+        "folder with a control image of the same name for each; default: edges (command line only)",
+        changeable=True,
     )
     pretrained: str = option("", "SanaPipeline folder or repository that gives the parts (command line only)")
     num_layers: int = option(7, "blocks of the transformer that are copied (command line only)")
     wiring: str = option("diffusers", "`diffusers` or `nvlabs`, see SanaControlNetModel (command line only)")
     batch_size: int = option(16, "images a batch and process (command line only)")
-    num_workers: int = option(4, "processes that load images (command line only)")
+    num_workers: int = option(4, "processes that load images (command line only)", changeable=True)
     resolution: int = option(512, "side of the square whose area the buckets have (command line only)")
-    learning_rate: float | None = option(1e-4, "peak learning rate")
-    betas: tuple[float, float] | None = option((0.9, 0.999), "AdamW betas")
-    weight_decay: float | None = option(0.0, "AdamW weight decay of matrices and kernels")
-    warmup_steps: int = option(500, "steps of linear warm-up")
-    flow_shift: float = option(3.0, "shift of the noise shares; 6 for 4096 pixels")
-    logit_mean: float = option(0.0, "mean of the logit-normal noise shares before the shift")
-    logit_std: float = option(1.0, "standard deviation of the logit-normal noise shares before the shift")
-    caption_dropout: float = option(0.1, "share of prompts replaced by the empty one, for guidance")
+    learning_rate: float | None = option(1e-4, "peak learning rate", changeable=True)
+    betas: tuple[float, float] | None = option((0.9, 0.999), "AdamW betas", changeable=True)
+    weight_decay: float | None = option(0.0, "AdamW weight decay of matrices and kernels", changeable=True)
+    warmup_steps: int = option(500, "steps of linear warm-up", changeable=True)
+    flow_shift: float = option(3.0, "shift of the noise shares; 6 for 4096 pixels", changeable=True)
+    logit_mean: float = option(0.0, "mean of the logit-normal noise shares before the shift", changeable=True)
+    logit_std: float = option(
+        1.0, "standard deviation of the logit-normal noise shares before the shift", changeable=True
+    )
+    caption_dropout: float = option(0.1, "share of prompts replaced by the empty one, for guidance", changeable=True)
     max_sequence_length: int = option(300, "text vectors the transformer sees at most")
     use_instruction: bool = option(True, "put the complex human instruction before prompts, as the pipeline does")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
-    sample_steps: int = option(20, "Euler steps of the sample grids")
-    sample_guidance: float = option(4.5, "guidance scale of the sample grids")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass to save memory", changeable=True
+    )
+    sample_steps: int = option(20, "Euler steps of the sample grids", changeable=True)
+    sample_guidance: float = option(4.5, "guidance scale of the sample grids", changeable=True)
 
 
 def train(
@@ -194,7 +202,7 @@ def train(
         with accelerator.accumulate(model):
             velocity = predict(interpolate(latents, noise, sigmas), sigmas, prompt, dropped, cond)
             loss = F.mse_loss(velocity, velocity_target(latents, noise))
-            accelerator.backward(loss)
+            accelerator.backward(loss * loop.weight)
             if accelerator.sync_gradients and config.max_grad_norm:
                 accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()

@@ -22,7 +22,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
-from diffusers_sana.training.adapters import add_adapter, keep_in_checkpoints
+from diffusers_sana.training.adapters import add_adapter
 from diffusers_sana.training.batches import Batches
 from diffusers_sana.training.buckets import bucket_sizes
 from diffusers_sana.training.conditioned_transformer import ConditionedTransformer
@@ -45,41 +45,55 @@ MIX_FFN = ("conv_inverted", "conv_point")  # its two 1x1 convolutions
 class LoraTrainingConfig(ImageDataConfig):
     """Settings of a LoRA training; rank, layers and optimiser are those of diffusers' DreamBooth script for Sana."""
 
-    output_dir: str = option("outputs/sana-lora", "folder for checkpoints, samples, log and result")
+    output_dir: str = option("outputs/sana-lora", "folder for checkpoints, samples, log and result", changeable=True)
     instance_prompt: str = option("", "caption of pictures that have none (command line only)")
     class_prompt: str = option("", "what the base model must not forget, such as `a dog` (command line only)")
-    class_data: str = option("", "folder of pictures of the class; default: in `output_dir` (command line only)")
+    class_data: str = option(
+        "", "folder of pictures of the class; default: in `output_dir` (command line only)", changeable=True
+    )
     num_class_images: int = option(100, "the base model draws what `class_data` lacks of these (command line only)")
-    prior_weight: float = option(1.0, "weight of the loss on pictures of the class (command line only)")
+    prior_weight: float = option(
+        1.0, "weight of the loss on pictures of the class (command line only)", changeable=True
+    )
     pretrained: str = option("", "SanaPipeline folder or repository, also a quantized one (command line only)")
     quantize: str = option("no", "`no`, or `int4` or `nvfp4`: make the base 4 bits first (command line only)")
     quantize_rank: int = option(32, "rank of the 16-bit branch beside the 4 bits (command line only)")
-    cache_dir: str = option("", "folder of latents and text vectors; default: in `output_dir` (command line only)")
+    cache_dir: str = option(
+        "", "folder of latents and text vectors; default: in `output_dir` (command line only)", changeable=True
+    )
     batch_size: int = option(4, "pictures a batch and process (command line only)")
-    num_workers: int = option(0, "processes that read the cache (command line only)")
+    num_workers: int = option(0, "processes that read the cache (command line only)", changeable=True)
     resolution: int = option(512, "side of the square whose area the buckets have (command line only)")
     use_instruction: bool = option(True, "put the complex human instruction before prompts, as the pipeline does")
     max_sequence_length: int = option(300, "text vectors the transformer sees at most")
     rank: int = option(4, "rank of the adapter's matrices")
     lora_alpha: int | None = option(None, "the adapter counts lora_alpha / rank; None: as much as rank")
-    lora_dropout: float = option(0.0, "share of the adapter's inputs that is dropped")
+    lora_dropout: float = option(0.0, "share of the adapter's inputs that is dropped", changeable=True)
     target_modules: tuple[str, ...] = option(
         ("to_q", "to_k", "to_v"), "layers that get an adapter, by the ends of names"
     )
     mix_ffn: bool = option(False, f"also the 1x1 convolutions of the Mix-FFN: {', '.join(MIX_FFN)}")
     use_dora: bool = option(False, "learn the length of each weight apart from its direction (arXiv 2402.09353)")
-    max_steps: int = option(500, "optimiser steps")
-    learning_rate: float | None = option(1e-4, "peak learning rate")
-    betas: tuple[float, float] | None = option((0.9, 0.999), "AdamW betas")
-    weight_decay: float | None = option(1e-4, "AdamW weight decay")
-    flow_shift: float | None = option(None, "shift of the noise shares; None: that of the pipeline's scheduler")
-    logit_mean: float = option(0.0, "mean of the logit-normal noise shares before the shift")
-    logit_std: float = option(1.0, "standard deviation of the logit-normal noise shares before the shift")
-    caption_dropout: float = option(0.0, "share of prompts replaced by the empty one")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
-    sample_prompts: tuple[str, ...] = option((), "prompts of the sample grids; default: those of the first batch")
-    sample_steps: int = option(20, "Euler steps of the sample grids")
-    sample_guidance: float = option(4.5, "guidance scale of the sample grids")
+    max_steps: int = option(500, "optimiser steps", changeable=True)
+    learning_rate: float | None = option(1e-4, "peak learning rate", changeable=True)
+    betas: tuple[float, float] | None = option((0.9, 0.999), "AdamW betas", changeable=True)
+    weight_decay: float | None = option(1e-4, "AdamW weight decay", changeable=True)
+    flow_shift: float | None = option(
+        None, "shift of the noise shares; None: that of the pipeline's scheduler", changeable=True
+    )
+    logit_mean: float = option(0.0, "mean of the logit-normal noise shares before the shift", changeable=True)
+    logit_std: float = option(
+        1.0, "standard deviation of the logit-normal noise shares before the shift", changeable=True
+    )
+    caption_dropout: float = option(0.0, "share of prompts replaced by the empty one", changeable=True)
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass to save memory", changeable=True
+    )
+    sample_prompts: tuple[str, ...] = option(
+        (), "prompts of the sample grids; default: those of the first batch", changeable=True
+    )
+    sample_steps: int = option(20, "Euler steps of the sample grids", changeable=True)
+    sample_guidance: float = option(4.5, "guidance scale of the sample grids", changeable=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,7 +144,6 @@ def train(
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = make_adamw(trained.values(), config.learning_rate, config.betas, config.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
-    keep_in_checkpoints(accelerator, trained)
     shown: dict[str, Tensor] = {}  # what the sample grids show
 
     def sample(path: Path) -> None:
@@ -161,7 +174,8 @@ def train(
                 transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
             )
 
-    loop = TrainingLoop(config, accelerator, [model], [optimizer], save=save, sample=sample)
+    # The base does not change, and may be large.
+    loop = TrainingLoop(config, accelerator, [model], [optimizer], save=save, sample=sample, keep_frozen=False)
     for batch in loop.run(batches):
         latents = batch["latents"].float()
         prompt = batch["prompt_embeds"].float(), batch["prompt_attention_mask"]
@@ -179,7 +193,7 @@ def train(
             velocity = model(interpolate(latents, noise, sigmas), sigmas, prompt, dropped)
             errors = F.mse_loss(velocity.float(), velocity_target(latents, noise), reduction="none").mean((1, 2, 3))
             loss = (errors * batch.get("loss_weight", 1.0)).mean()
-            accelerator.backward(loss)
+            accelerator.backward(loss * loop.weight)
             if accelerator.sync_gradients and config.max_grad_norm:
                 accelerator.clip_grad_norm_(trained.values(), config.max_grad_norm)
             optimizer.step()

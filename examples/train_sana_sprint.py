@@ -51,34 +51,50 @@ from diffusers_sana.training.trigflow_distillation import (
 class SprintTrainingConfig(ImageDataConfig):
     """Settings of a distillation; the defaults are the paper's where it gives any."""
 
-    output_dir: str = option("outputs/sprint", "folder for checkpoints, samples, log and result")
+    output_dir: str = option("outputs/sprint", "folder for checkpoints, samples, log and result", changeable=True)
     pretrained: str = option("", "SanaPipeline folder or repository to distil (command line only)")
-    cache_dir: str = option("", "folder to keep latents and text vectors in (command line only)")
+    cache_dir: str = option("", "folder to keep latents and text vectors in (command line only)", changeable=True)
     batch_size: int = option(16, "images a batch and process (command line only)")
-    num_workers: int = option(4, "processes that load images (command line only)")
+    num_workers: int = option(4, "processes that load images (command line only)", changeable=True)
     resolution: int = option(1024, "side of the square whose area the buckets have (command line only)")
-    max_steps: int = option(20_000, "optimiser steps")
-    learning_rate: float | None = option(2e-6, "peak learning rate of the student")
-    discriminator_learning_rate: float = option(2e-6, "peak learning rate of the discriminator's heads")
-    betas: tuple[float, float] | None = option((0.9, 0.999), "AdamW betas")
-    weight_decay: float | None = option(0.01, "AdamW weight decay of matrices and kernels")
-    max_grad_norm: float = option(0.1, "clip the gradient norm; 0 does not clip")
-    angle_mean: float = option(0.0, "mean of the log of noise over data at the training angles")
-    angle_std: float = option(1.6, "standard deviation of the same")
+    max_steps: int = option(20_000, "optimiser steps", changeable=True)
+    learning_rate: float | None = option(2e-6, "peak learning rate of the student", changeable=True)
+    discriminator_learning_rate: float = option(
+        2e-6, "peak learning rate of the discriminator's heads", changeable=True
+    )
+    betas: tuple[float, float] | None = option((0.9, 0.999), "AdamW betas", changeable=True)
+    weight_decay: float | None = option(0.01, "AdamW weight decay of matrices and kernels", changeable=True)
+    max_grad_norm: float = option(0.1, "clip the gradient norm; 0 does not clip", changeable=True)
+    angle_mean: float = option(0.0, "mean of the log of noise over data at the training angles", changeable=True)
+    angle_std: float = option(1.6, "standard deviation of the same", changeable=True)
     sigma_data: float = option(0.5, "TrigFlow's standard deviation of latents, also of the saved scheduler")
-    tangent_warmup_steps: int = option(4000, "steps until the derivative along the path has its full weight")
-    tangent_constant: float = option(0.1, "added to the norm that tangents are divided by")
-    guidance_scales: tuple[float, ...] = option((4.0, 4.5, 5.0), "guidance scales that the student learns")
-    adversarial_weight: float = option(0.5, "weight of the adversarial loss; 0 leaves the discriminator out")
-    max_time_share: float = option(0.5, "share of images that the discriminator sees drawn from pure noise")
-    discriminator_mean: float = option(-0.6, "as `angle_mean`, of the noise that the discriminator sees through")
-    discriminator_std: float = option(1.0, "standard deviation of the same")
+    tangent_warmup_steps: int = option(
+        4000, "steps until the derivative along the path has its full weight", changeable=True
+    )
+    tangent_constant: float = option(0.1, "added to the norm that tangents are divided by", changeable=True)
+    guidance_scales: tuple[float, ...] = option(
+        (4.0, 4.5, 5.0), "guidance scales that the student learns", changeable=True
+    )
+    adversarial_weight: float = option(
+        0.5, "weight of the adversarial loss; 0 leaves the discriminator out", changeable=True
+    )
+    max_time_share: float = option(
+        0.5, "share of images that the discriminator sees drawn from pure noise", changeable=True
+    )
+    discriminator_mean: float = option(
+        -0.6, "as `angle_mean`, of the noise that the discriminator sees through", changeable=True
+    )
+    discriminator_std: float = option(1.0, "standard deviation of the same", changeable=True)
     discriminator_blocks: tuple[int, ...] = option((), "blocks of the teacher to judge by; default: the paper's")
-    misaligned_pairs: bool = option(True, "show the discriminator true images with the prompts of others as wrong")
+    misaligned_pairs: bool = option(
+        True, "show the discriminator true images with the prompts of others as wrong", changeable=True
+    )
     max_sequence_length: int = option(300, "text vectors the transformer sees at most")
     use_instruction: bool = option(True, "put the complex human instruction before prompts, as the pipeline does")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
-    sample_guidance: float = option(4.5, "guidance scale of the sample grids")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass to save memory", changeable=True
+    )
+    sample_guidance: float = option(4.5, "guidance scale of the sample grids", changeable=True)
 
 
 def train(
@@ -208,7 +224,8 @@ def train(
             trained = copy_with_weights(transformer, sub_state(state, "transformer."))
             save_parts(folder, trained, text_encoder, tokenizer, vae, config)
 
-    loop = TrainingLoop(config, accelerator, [student], [optimizer, heads_optimizer], save=save, sample=sample)
+    modules, optimizers = [student, heads], [optimizer, heads_optimizer]
+    loop = TrainingLoop(config, accelerator, modules, optimizers, save=save, sample=sample, averaged=[student])
     for batch in loop.run(batches):
         latents, prompt = prepare_latents(batch), prepare_prompts(batch)
         count = len(latents)
@@ -238,8 +255,8 @@ def train(
                 drawn = drawn[:count].index_copy(0, again, drawn[count:])
                 terms["generator"], terms["discriminator"] = judge(drawn, latents, prompt)
                 loss = loss + config.adversarial_weight * terms["generator"]
-                accelerator.backward(terms["discriminator"])
-            accelerator.backward(loss)
+                accelerator.backward(terms["discriminator"] * loop.weight)
+            accelerator.backward(loss * loop.weight)
             for module, own in ((student, optimizer), (heads, heads_optimizer)):
                 if accelerator.sync_gradients and config.max_grad_norm:
                     accelerator.clip_grad_norm_(module.parameters(), config.max_grad_norm)

@@ -11,7 +11,9 @@ one). The data folder holds pictures and `chats.jsonl`, a chat a line in the for
 What the assistant says or shows is learned; so a chat with the picture on the user's side teaches to answer. Another
 script calls `train(config, batches, model, processor)` with any iterable of batches. The loss is
 
-    cross-entropy of the text + that of the codes through the depth transformer, each a mean over its own targets.
+    cross-entropy of the text + that of the codes through the depth transformer, each a mean over its own targets,
+
+over those of all batches of an optimizer step in all processes.
 """
 
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoProcessor
 
 from diffusers_sana import VilaUForConditionalGeneration, VilaUProcessor
+from diffusers_sana.models.vila_u.loss_vila_u import find_targets
 from diffusers_sana.training.batches import Batches
 from diffusers_sana.training.chats import ChatCollator, ChatFolder, encode_pictures
 from diffusers_sana.training.config import TrainingConfig, option, parse_config
@@ -38,21 +41,29 @@ from diffusers_sana.training.plots import save_image_grid
 class VilaUTrainingConfig(TrainingConfig):
     """Settings of the training of language model, projector and depth transformer; the defaults are the paper's."""
 
-    output_dir: str = option("outputs/vila_u", "folder for checkpoints, samples, log and result")
-    data: str = option("", "folder of pictures with chats.jsonl (command line only)")
+    output_dir: str = option("outputs/vila_u", "folder for checkpoints, samples, log and result", changeable=True)
+    data: str = option("", "folder of pictures with chats.jsonl (command line only)", changeable=True)
     pretrained: str = option("", "folder or repository of model and processor (command line only)")
-    cache_codes: bool = option(True, "encode every picture once, before the training (command line only)")
+    cache_codes: bool = option(
+        True, "encode every picture once, before the training (command line only)", changeable=True
+    )
     batch_size: int = option(64, "chats a batch and process (command line only)")
-    num_workers: int = option(4, "processes that load chats (command line only)")
-    learning_rate: float | None = option(5e-5, "peak learning rate; the paper's fine-tuning has 1e-4")
-    lr_schedule: str = option("cosine", "`constant` or `cosine`, after the warm-up")
-    betas: tuple[float, float] | None = option((0.9, 0.999), "AdamW betas")
-    weight_decay: float | None = option(0.0, "AdamW weight decay of matrices and kernels")
-    caption_dropout: float = option(0.1, "share of the prompts of pictures that are emptied, for guidance")
-    cell_dropout: float = option(0.0, "hide up to this share of a picture's cells from the language model; see docs")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
-    sample_prompts: tuple[str, ...] = option((), "prompts of the sample grids; none: no grids")
-    sample_guidance: float = option(3.0, "guidance scale of the sample grids")
+    num_workers: int = option(4, "processes that load chats (command line only)", changeable=True)
+    learning_rate: float | None = option(5e-5, "peak learning rate; the paper's fine-tuning has 1e-4", changeable=True)
+    lr_schedule: str = option("cosine", "`constant` or `cosine`, after the warm-up", changeable=True)
+    betas: tuple[float, float] | None = option((0.9, 0.999), "AdamW betas", changeable=True)
+    weight_decay: float | None = option(0.0, "AdamW weight decay of matrices and kernels", changeable=True)
+    caption_dropout: float = option(
+        0.1, "share of the prompts of pictures that are emptied, for guidance", changeable=True
+    )
+    cell_dropout: float = option(
+        0.0, "hide up to this share of a picture's cells from the language model; see docs", changeable=True
+    )
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass to save memory", changeable=True
+    )
+    sample_prompts: tuple[str, ...] = option((), "prompts of the sample grids; none: no grids", changeable=True)
+    sample_guidance: float = option(3.0, "guidance scale of the sample grids", changeable=True)
 
 
 class WithHiddenCells(nn.Module):
@@ -124,10 +135,20 @@ def train(
             copy_with_weights(model, state).save_pretrained(folder)
             processor.save_pretrained(folder)
 
+    def count_targets(batch: dict[str, Any]) -> dict[str, int]:
+        """Tokens and codes to be learned from a batch: the losses are means over those of the whole step."""
+        is_placeholder = model.model.is_placeholder(batch["input_ids"])
+        is_text, is_visual = find_targets(
+            batch["labels"], is_placeholder, batch.get("attention_mask"), batch.get("position_ids")
+        )
+        num_codebooks = model.config.depth_config.num_codebooks
+        return {"text": int(is_text.sum()), "codes": int(is_visual.sum()) * num_codebooks}
+
     loop = TrainingLoop(config, accelerator, [trained], [optimizer], save=save, sample=sample)
-    for batch in loop.run(batches):
+    for batch in loop.run(batches, count_targets):
+        text, codes = loop.mean_counts["text"], loop.mean_counts["codes"]
         with accelerator.accumulate(trained):
-            output = trained(**batch)
+            output = trained(**batch, num_text_targets=text, num_code_targets=codes)
             accelerator.backward(output.loss)
             if accelerator.sync_gradients and config.max_grad_norm:
                 accelerator.clip_grad_norm_(trained.parameters(), config.max_grad_norm)

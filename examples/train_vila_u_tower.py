@@ -42,20 +42,26 @@ from diffusers_sana.training.plots import save_image_grid
 class VilaUTowerTrainingConfig(ImageDataConfig):
     """Settings of a tower's training. The paper gives the sum of the losses only; the rest is RQ-VAE's recipe."""
 
-    output_dir: str = option("outputs/vila_u_tower", "folder for checkpoints, samples, log and result")
+    output_dir: str = option(
+        "outputs/vila_u_tower", "folder for checkpoints, samples, log and result", changeable=True
+    )
     siglip: str = option("", "SiglipModel to begin from, a folder or repository (command line only)")
     pretrained: str = option("", "VilaUVisionModel to continue from (command line only)")
     model_config: str = option("", "config.json of a new VilaUVisionModel (command line only)")
     tokenizer: str = option("", "of the text tower; default: that of `siglip` (command line only)")
     batch_size: int = option(64, "images a batch and process (command line only)")
-    num_workers: int = option(4, "processes that load images (command line only)")
-    learning_rate: float | None = option(4e-5, "peak learning rate")
-    betas: tuple[float, float] | None = option((0.5, 0.9), "AdamW betas")
-    weight_decay: float | None = option(0.0, "AdamW weight decay of matrices and kernels")
-    reconstruction_weight: float = option(1.0, "weight of L1 and perceptual loss together")
-    perceptual_weight: float = option(1.0, "weight of the perceptual loss beside L1; 0 leaves it out")
-    perceptual_every: int = option(1, "steps between uses of the perceptual loss, its weight raised to match")
-    contrastive_weight: float = option(1.0, "weight of the contrastive loss; 0 leaves it out, and needs no text tower")
+    num_workers: int = option(4, "processes that load images (command line only)", changeable=True)
+    learning_rate: float | None = option(4e-5, "peak learning rate", changeable=True)
+    betas: tuple[float, float] | None = option((0.5, 0.9), "AdamW betas", changeable=True)
+    weight_decay: float | None = option(0.0, "AdamW weight decay of matrices and kernels", changeable=True)
+    reconstruction_weight: float = option(1.0, "weight of L1 and perceptual loss together", changeable=True)
+    perceptual_weight: float = option(1.0, "weight of the perceptual loss beside L1; 0 leaves it out", changeable=True)
+    perceptual_every: int = option(
+        1, "steps between uses of the perceptual loss, its weight raised to match", changeable=True
+    )
+    contrastive_weight: float = option(
+        1.0, "weight of the contrastive loss; 0 leaves it out, and needs no text tower", changeable=True
+    )
     decoder_only: bool = option(False, "train the pixel decoder alone: no code changes, so it can be done at any time")
     train_text_tower: bool = option(False, "train the text tower too: for towers that begin from nothing")
     initial_count: float = option(0.0, "use counts the codebook begins with: 0 if new, 100 if trained")
@@ -148,7 +154,7 @@ def train(
                 terms["contrastive"] = contrastive
                 loss = loss + config.contrastive_weight * contrastive
             terms["codes_used"] = codes_used(output.codes, model.config.codebook_size)
-            accelerator.backward(loss)
+            accelerator.backward(loss * loop.weight)
             if accelerator.sync_gradients and config.max_grad_norm:
                 accelerator.clip_grad_norm_(trained.parameters(), config.max_grad_norm)
             optimizer.step()

@@ -1,19 +1,12 @@
 """LoRA beside the layers of a model that stays as it is (arXiv 2106.09685), by PEFT."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
-from torch import nn
-
-
-ADAPTER = "adapter.safetensors"  # what a checkpoint keeps of the model
 
 
 def add_adapter(transformer: ModelMixin, target_modules: Sequence[str], **lora_config: Any) -> None:
@@ -36,22 +29,3 @@ def add_adapter(transformer: ModelMixin, target_modules: Sequence[str], **lora_c
     adapter = LoraConfig(init_lora_weights="gaussian", target_modules=list(target_modules), **lora_config)
     transformer.add_adapter(adapter)
     cast_training_params(transformer, torch.float32)  # in bf16 small steps would be rounded away
-
-
-def keep_in_checkpoints(accelerator: Accelerator, trained: dict[str, nn.Parameter]) -> None:
-    """Let checkpoints hold the parameters that train and no base, which does not change and may be large."""
-
-    def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        weights.clear()
-        if accelerator.is_main_process:
-            save_file({name: parameter.detach() for name, parameter in trained.items()}, Path(folder) / ADAPTER)
-
-    def load(models: list[nn.Module], folder: str) -> None:
-        models.clear()
-        stored = load_file(Path(folder) / ADAPTER)
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(stored[name])
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)

@@ -43,11 +43,11 @@ def bucket_batches(
         sizes_of_items: size of each item.
         batch_size: largest number of items a batch; what is left of a size at the end of an epoch is a smaller batch.
         seed: seed of the order, which differs between epochs.
-        start: number of batches this process has already used.
+        start: number of batches that all processes together have already used.
         process_index, num_processes: each process takes every `num_processes`-th batch.
     """
     batches = (batch for epoch in count() for batch in _epoch(sizes_of_items, batch_size, seed + epoch))
-    return islice(batches, start * num_processes + process_index, None, num_processes)
+    return islice(batches, start + process_index, None, num_processes)
 
 
 def _epoch(sizes_of_items: Sequence[tuple[int, int]], batch_size: int, seed: int) -> list[list[int]]:

@@ -1,5 +1,7 @@
 """Images of a source at the sizes of a training, and batches of them."""
 
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -15,8 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from diffusers_sana.files import PathLike
+from diffusers_sana.files import PathLike, digest
 from diffusers_sana.images import image_size, read_image
+from diffusers_sana.training.batches import unchanged_random_state
 from diffusers_sana.training.buckets import bucket_batches, nearest_size
 from diffusers_sana.training.caption_sampling import SampledCaptions
 from diffusers_sana.training.image_sources import (
@@ -114,37 +117,103 @@ def load_images(config: ImageDataConfig, sizes: list[tuple[int, int]], captions:
     return Images(find_source(config, captions), sizes)
 
 
+class NumberedBatches(Dataset):
+    """The batches of a map-style dataset as items, each made under random numbers of its own.
+
+    A batch is indexed by its number and the indices of its items. What is random in an item or in `collate_fn` depends
+    on the seed and that number only, so that neither the number of workers nor an interruption changes it, and making
+    a batch leaves the random numbers of the training alone.
+    """
+
+    def __init__(self, dataset: Any, seed: int, collate_fn: Callable[[list[Any]], dict[str, Any]]):
+        self.dataset, self.seed, self.collate_fn = dataset, seed, collate_fn
+
+    def __getitem__(self, numbered: tuple[int, list[Any]]) -> dict[str, Any]:
+        number, indices = numbered
+        with unchanged_random_state(int(digest(self.seed, number)[:15], 16)):
+            return self.collate_fn([self.dataset[index] for index in indices])
+
+
+class BatchLoader:
+    """Endless shuffled batches of one size each: called with the number of batches already used by all processes
+    together, it returns a DataLoader of those that follow for this process.
+
+    Attributes:
+        fingerprint: what the order of the batches depends on. A run that is taken up again must have the same.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        seed: int,
+        num_workers: int,
+        collate_fn: Callable[[list[Any]], dict[str, Any]],
+    ):
+        self.dataset, self.batch_size, self.seed, self.num_workers = dataset, batch_size, seed, num_workers
+        self.collate_fn = collate_fn
+        self.state = PartialState()
+        sizes = dataset.sizes_of_items
+        self.fingerprint = {
+            "items": len(sizes),
+            "sizes_of_items": digest([list(size) for size in sizes]),
+            "batch_size": batch_size,
+            "seed": seed,
+        }
+
+    def __call__(self, start: int) -> DataLoader:
+        sizes, rank, processes = self.dataset.sizes_of_items, self.state.process_index, self.state.num_processes
+        numbers = count(start + rank, processes)
+        indices: Iterator[list[Any]] = bucket_batches(sizes, self.batch_size, self.seed, start, rank, processes)
+        numbered: Iterator[tuple[int, list[Any]]] = zip(numbers, indices, strict=False)  # both are endless
+        if isinstance(self.dataset, SampledCaptions):
+            batches_an_epoch = sum(-(-items // self.batch_size) for items in Counter(sizes).values())
+            numbered = (
+                (number, [(number // batches_an_epoch, index) for index in batch]) for number, batch in numbered
+            )
+        return DataLoader(
+            NumberedBatches(self.dataset, self.seed, self.collate_fn),
+            batch_size=None,
+            sampler=numbered,
+            num_workers=self.num_workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_the_training,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _leave_signals_to_the_training(worker: int) -> None:
+    """In a worker: what is sent to the process group, as by Ctrl-C and launchers, is for the process that trains.
+
+    It finishes its step and ends its workers, by a SIGTERM to each if need be.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
+
+
 def make_loader(
     dataset: Any,
     batch_size: int,
     seed: int,
     num_workers: int,
     collate_fn: Callable[[list[Any]], dict[str, Any]] | None = None,
-) -> Callable[[int], DataLoader]:
+) -> BatchLoader:
     """Endless shuffled batches of one size each, as a function of the number of batches already used.
 
     Args:
         dataset: map-style, with `sizes_of_items`; or `SampledCaptions`, which is told the epoch.
         batch_size: items a batch and process; the last batch of a size in an epoch may be smaller.
-        seed: seed of the order.
-        num_workers: processes that load items.
+        seed: seed of the order, and of what is random in items and in `collate_fn`.
+        num_workers: processes that load items; their number changes no batch.
         collate_fn: makes a batch of items; default: `collate`, for dictionaries of tensors and strings.
     """
-    state = PartialState()
-
-    def from_batch(start: int) -> DataLoader:
-        sizes, processes = dataset.sizes_of_items, state.num_processes
-        indices: Iterator[list[Any]] = bucket_batches(sizes, batch_size, seed, start, state.process_index, processes)
-        if isinstance(dataset, SampledCaptions):
-            numbers = count(start * processes + state.process_index, processes)
-            batches_an_epoch = sum(-(-items // batch_size) for items in Counter(sizes).values())
-            indices = (
-                [(number // batches_an_epoch, index) for index in batch]
-                for number, batch in zip(numbers, indices, strict=False)  # both are endless
-            )
-        return DataLoader(dataset, batch_sampler=indices, num_workers=num_workers, collate_fn=collate_fn or collate)
-
-    return from_batch
+    return BatchLoader(dataset, batch_size, seed, num_workers, collate_fn or collate)
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -57,12 +57,15 @@ class ImageDataConfig(TrainingConfig):
         "",
         "folder of images; WebDataset tars such as `shards/{000..099}.tar`; or the name of a dataset of the Hub"
         " (command line only)",
+        changeable=True,
     )
     data_split: str = option("train", "split of the dataset, or of a folder that has some (command line only)")
     data_config: str = option("", "configuration of a dataset of the Hub (command line only)")
     image_column: str = option("", "column of the images; default: the one there is (command line only)")
     caption_column: str = option("", "column of the captions; default: `text` or `caption` (command line only)")
-    allow_outside: bool = option(False, "read images outside of `data` that its metadata names (command line only)")
+    allow_outside: bool = option(
+        False, "read images outside of `data` that its metadata names (command line only)", changeable=True
+    )
 
 
 class ImageSource(Protocol):

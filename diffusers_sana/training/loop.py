@@ -11,6 +11,9 @@ A script writes only what is particular to it:
 
 import contextlib
 import json
+import logging
+import math
+import os
 import shutil
 import signal
 import sys
@@ -23,23 +26,54 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import DistributedType, gather_object, send_to_device, set_seed
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from diffusers_sana._compat import private
-from diffusers_sana.training.batches import Batches, iterate_batches
+from diffusers_sana.files import differences, locked, read_json
+from diffusers_sana.training.batches import Batches, count_items, iterate_batches
 from diffusers_sana.training.config import TrainingConfig
 from diffusers_sana.training.plots import plot_losses
-from diffusers_sana.training.run_folder import checkpoints, drop_lines_after, replace_folder
+from diffusers_sana.training.run_folder import (
+    check_run_folder,
+    checkpoints,
+    drop_lines_after,
+    replace_folder,
+    restore_folder,
+)
 from diffusers_sana.training.schedules import budget_used, learning_rate_factor
+from diffusers_sana.training.state_files import (
+    first_not_finite,
+    gathered,
+    laid_out_like,
+    load_module,
+    load_optimizer,
+    module_state,
+    random_state,
+    read_state,
+    set_random_state,
+    write_state,
+)
+
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # of checkpoints
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The Accelerator of a run. Make one before anything asks which process this is: it finds that out."""
+    """The Accelerator of a run. Make one before anything asks which process this is: it finds that out.
+
+    Raises:
+        ValueError: `output_dir` has nothing to resume, or holds another run. Said now, and not after an hour of
+            encoding.
+    """
+    check_run_folder(config)
     if (
         private(AcceleratorState, "_shared_state").get("_mixed_precision", config.mixed_precision)
         != config.mixed_precision
@@ -56,13 +90,33 @@ class TrainingLoop:
     Args:
         config: budget, schedule and output settings.
         accelerator: the Accelerator that prepared the modules and optimizers.
-        modules: prepared modules; their trainable parameters are averaged when `config.ema_decay` is set.
+        modules: the prepared modules that checkpoints hold.
         optimizers: prepared optimizers; each keeps the learning rate it was made with as its peak.
         save: writes the models as they should be published into a folder; called with the averaged weights in place,
-            on every process, at each checkpoint and at the end.
-        sample: writes a picture of the state of training to a path; called like `save`, in evaluation by the callee.
+            on every process, at each checkpoint and at the end. Together the files are complete or absent.
+        sample: writes an image of the state of training to a path; called like `save`, in evaluation by the callee.
+            Neither of the two changes the random numbers of the training.
+        averaged: those of `modules` whose trainable parameters are averaged when `config.ema_decay` is set; default:
+            all.
+        keep_frozen: whether checkpoints hold what does not train, too. False for a large base beside an adapter, which
+            must then be the same at `resume`.
 
-    After SIGTERM or Ctrl-C the current step is finished, a checkpoint is written, and `run` ends normally.
+    A step whose gradients are not finite changes nothing. After SIGTERM or Ctrl-C the current step is finished, a
+    checkpoint is written, and `run` ends normally; a second Ctrl-C interrupts at once.
+
+    Attributes:
+        step: optimizer steps made.
+        batches_used: by all processes together.
+        mean_counts: what `count` of `run` counts, on average in a batch of the present optimizer step, over all of its
+            batches in all processes. A sum divided by such a number is, once gradients are accumulated and averaged
+            over processes, the mean over the whole step.
+        weight: images in the present batch over `mean_counts["images"]`; the mean loss of a batch times its weight
+            counts every image of a step alike. 1 without accumulation, in one process.
+
+    Raises:
+        ValueError: what `config.resume` says does not fit the folder, the checkpoint does not fit the models or the
+            settings, or the Accelerator is set to DeepSpeed, Megatron-LM or the first version of FSDP, whose
+            checkpoints are pickles.
     """
 
     def __init__(
@@ -73,50 +127,90 @@ class TrainingLoop:
         optimizers: Sequence[torch.optim.Optimizer],
         save: Callable[[Path], None],
         sample: Callable[[Path], None],
+        averaged: Sequence[nn.Module] | None = None,
+        keep_frozen: bool = True,
     ):
         self.config, self.accelerator, self.optimizers = config, accelerator, optimizers
         self.save, self.sample = save, sample
         self.output_dir = Path(config.output_dir)
         self.step = self.batches_used = 0
-        self._peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        self.mean_counts: dict[str, float] = {}
+        self.weight = 1.0
         self._modules = modules
+        self._averaged = modules if averaged is None else averaged
+        self._keep_frozen = keep_frozen
+        self._peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         decay = config.ema_decay
         self._ema = EMAModel(self._parameters(), decay=decay, foreach=True) if decay else None
         self._minutes = self._shared_minutes = 0.0
         self._started: float | None = None
         self._stop_requested = self._shared_stop = False
+        self._bad_gradients = False
+        self._skipped_in_row = self._skipped_in_window = 0
         self._window: list[dict[str, Tensor]] = []
-        self._window_images, self._window_start = 0, 0.0
-        accelerator.register_for_checkpointing(self)
-        self._begin()
+        self._window_steps, self._window_images, self._window_start = 0, 0, 0.0
+        self._newest: Path | None = None  # the checkpoint that holds the present state, or that the run continues from
+        self._data: dict[str, Any] | None = None
+        self._random_state: dict[str, Any] | None = None
+        self._refuse_pickles()
+        check_run_folder(config)
+        if found := checkpoints(self.output_dir):
+            self._load(found[-1])
+        for optimizer in optimizers:
+            getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(self._drop_bad_gradients)
 
-    def run(self, batches: Batches) -> Iterator[dict[str, Any]]:
-        """Yield batches, on the device, until the budget is used or a stop is asked for."""
+    def run(
+        self, batches: Batches, count: Callable[[dict[str, Any]], dict[str, int]] = count_items
+    ) -> Iterator[dict[str, Any]]:
+        """Yield batches, on the device, until the budget is used or a stop is asked for.
+
+        Args:
+            batches: see `Batches`.
+            count: counts in a batch what its losses are means over, under the same names in every batch; see
+                `mean_counts`.
+
+        Raises:
+            ValueError: the data are not those that the run began with.
+            RuntimeError: another process trains into the same folder; the gradients of `config.max_skipped_steps`
+                steps in a row, or weights that were to be saved, are not finite.
+            OSError: a checkpoint cannot be written. Those before it are whole.
+        """
+        self._check_data(getattr(batches, "fingerprint", None))
         self._started = self._window_start = time.monotonic()
         self._shared_minutes = last_save = last_sample = self._minutes
-        stream = iterate_batches(batches, self.batches_used)
         if self._used() >= 1:
             return
-        with self._stop_on_signals(), self._progress_bar() as bar:
+        stream = iterate_batches(batches, self.batches_used, self.accelerator.num_processes)
+        with self._own_folder(), self._stop_on_signals(), contextlib.closing(stream), self._progress_bar() as bar:
+            if self._random_state is not None:
+                set_random_state(self._random_state, self.accelerator.device)
+            of_step: list[dict[str, Any]] = []
             while self._used() < 1 and not self._shared_stop:
+                if not of_step:
+                    of_step = [next(stream) for _ in range(self.accelerator.gradient_accumulation_steps)]
+                    weights = self._count(of_step, count)
                 self._set_learning_rate()
-                yield send_to_device(next(stream), self.accelerator.device)
-                self.batches_used += 1
+                self.weight = weights.pop(0)
+                yield send_to_device(of_step.pop(0), self.accelerator.device)
+                self.batches_used += self.accelerator.num_processes
                 if not self.accelerator.sync_gradients:
                     continue
                 self.step += 1
-                self._share_clock()
-                if self._ema is not None:
+                self._window_steps += 1
+                is_skipped = self._share_clock()
+                if self._ema is not None and not is_skipped:
                     self._ema.step(self._parameters())
                 if self.step % self.config.log_every == 0:
                     self._log(bar)
                 bar.update()
+                self._end_if_hopeless(bar)
                 if self._shared_minutes - last_sample >= self.config.sample_minutes:
                     last_sample = self._shared_minutes
                     self._sample()
                 if self._shared_minutes - last_save >= self.config.save_minutes:
                     last_save = self._shared_minutes
                     self._checkpoint()
+            self._log(bar)
             self._checkpoint()
             self._sample()
 
@@ -124,11 +218,16 @@ class TrainingLoop:
         """Take note of what a step measured; the means over `log_every` steps go to log.jsonl.
 
         Args:
-            images: pictures in the batch, for the speed in the log.
+            images: images in the batch, for the speed in the log.
             terms: scalars by name, such as `loss`.
         """
         self._window.append({name: term.detach() for name, term in terms.items()})
         self._window_images += images
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether no step will follow, so that `save` writes for the last time."""
+        return self._used() >= 1 or self._shared_stop
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -143,23 +242,29 @@ class TrainingLoop:
         finally:
             self._ema.restore(self._parameters())
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the run is; written into checkpoints by Accelerate."""
-        return {"step": self.step, "batches_used": self.batches_used, "minutes": self._elapsed()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from where a checkpoint was."""
-        self.step, self.batches_used, self._minutes = state["step"], state["batches_used"], state["minutes"]
+    # Progress
 
     def _elapsed(self) -> float:
         return self._minutes if self._started is None else self._minutes + (time.monotonic() - self._started) / 60
 
-    def _share_clock(self) -> None:
-        """Make all processes agree on the time and on whether to stop: each must take the same branches."""
-        clock = torch.tensor([self._elapsed(), float(self._stop_requested)], device=self.accelerator.device)
-        if self.accelerator.num_processes > 1:
-            clock = self.accelerator.reduce(clock, reduction="sum") / self.accelerator.num_processes
-        self._shared_minutes, self._shared_stop = clock[0].item(), clock[1].item() > 0
+    def _share_clock(self) -> bool:
+        """Make all processes agree on the time, on whether to stop, and on whether the step was skipped: each must
+        take the same branches. Returns the last."""
+        # A gradient scaler skips steps by itself, until it has found a scale.
+        is_skipped = self._bad_gradients or any(getattr(each, "step_was_skipped", False) for each in self.optimizers)
+        facts = [self._elapsed(), float(self._stop_requested), float(is_skipped)]
+        minutes, stop, skipped = (self._sum(torch.tensor(facts)) / self.accelerator.num_processes).tolist()
+        self._shared_minutes, self._shared_stop = minutes, stop > 0
+        self._bad_gradients = False
+        self._skipped_in_window += skipped > 0
+        self._skipped_in_row = self._skipped_in_row + 1 if skipped > 0 else 0
+        return skipped > 0
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
 
     def _used(self) -> float:
         return budget_used(self.step, self._shared_minutes, self.config.max_steps, self.config.max_minutes)
@@ -170,26 +275,76 @@ class TrainingLoop:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
 
+    def _count(self, batches: list[dict[str, Any]], count: Callable[[dict[str, Any]], dict[str, int]]) -> list[float]:
+        """Set `mean_counts` for the batches of a step; returns their weights."""
+        counts = [count(batch) for batch in batches]
+        names = sorted(counts[0])
+        totals = self._sum(torch.tensor([[each[name] for name in names] for each in counts]).sum(0)).tolist()
+        num_batches = len(batches) * self.accelerator.num_processes
+        # Where there is nothing to take a mean over, the sum is 0, and so must be the mean.
+        self.mean_counts = {name: max(total, 1) / num_batches for name, total in zip(names, totals, strict=True)}
+        return [each["images"] / self.mean_counts["images"] if "images" in each else 1.0 for each in counts]
+
+    def _drop_bad_gradients(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Before a step: without gradients an optimizer leaves weights and moments as they are."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        own = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
+        largest = torch.nn.utils.get_total_norm(own, norm_type=torch.inf) if own else torch.zeros(())
+        if self._sum((~torch.isfinite(largest)).float()).item() > 0:
+            self._bad_gradients = True
+            for parameter in parameters:
+                parameter.grad = None
+
+    def _end_if_hopeless(self, bar: tqdm) -> None:
+        if self._skipped_in_row < self.config.max_skipped_steps:
+            return
+        self._log(bar)
+        raise RuntimeError(
+            f"the gradients of {self._skipped_in_row} steps in a row, up to step {self.step}, are NaN or infinite "
+            f"(`max_skipped_steps`). {self._advice()} Look at the data, or lower `learning_rate`."
+        )
+
+    def _advice(self) -> str:
+        if self._newest is None:
+            return "No checkpoint was written yet."
+        return f"The newest checkpoint, {self._newest}, is sound: continue from it with `resume`."
+
     def _log(self, bar: tqdm) -> None:
+        """Write a line about the steps since the last one, if there were any."""
+        if not self._window_steps:
+            return
         seconds = time.monotonic() - self._window_start
-        names = list(dict.fromkeys(name for terms in self._window for name in terms))
-        values = [[terms[name].float() for terms in self._window if name in terms] for name in names]
-        means = torch.stack([torch.stack(value).mean() for value in values])
+        reported = [(name, term) for terms in self._window for name, term in terms.items()]
+        values = torch.stack([term.float() for _, term in reported]).tolist() if reported else []
+        sums: dict[str, tuple[float, int]] = {}
+        for (name, _), value in zip(reported, values, strict=True):
+            total, number = sums.get(name, (0.0, 0))
+            sums[name] = (total + value, number + 1) if math.isfinite(value) else (total, number)
+        # The terms of a process may differ from those of the others, so there is no tensor to reduce.
+        everywhere = [(sums, self._window_images)]
         if self.accelerator.num_processes > 1:
-            means = self.accelerator.reduce(means, reduction="mean")
-        row: dict[str, float] = {"step": self.step, "minutes": round(self._shared_minutes, 3)}
-        row |= {name: round(value, 6) for name, value in zip(names, means.tolist(), strict=True)}
+            everywhere = gather_object(everywhere)
+        row: dict[str, float | None] = {"step": self.step, "minutes": round(self._shared_minutes, 3)}
+        names = list(dict.fromkeys(name for process, _ in everywhere for name in process))
+        for name in names:
+            parts = [process[name] for process, _ in everywhere if name in process]
+            number = sum(part[1] for part in parts)
+            row[name] = round(sum(part[0] for part in parts) / number, 6) if number else None  # JSON has no NaN
         row["lr"] = self.optimizers[0].param_groups[0]["lr"]
-        row["images_per_second"] = round(self._window_images * self.accelerator.num_processes / seconds, 2)
+        row["images_per_second"] = round(sum(images for _, images in everywhere) / seconds, 2)
+        if self._skipped_in_window:
+            row["skipped_steps"] = self._skipped_in_window
         self._window, self._window_images, self._window_start = [], 0, time.monotonic()
+        self._window_steps = self._skipped_in_window = 0
         if self.accelerator.is_main_process:
-            with open(self.output_dir / "log.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            with open(self.output_dir / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
         bar.set_description(f"{self.output_dir.name} {self._used():.0%}", refresh=False)
-        bar.set_postfix({names[0]: f"{row[names[0]]:.4f}", "lr": f"{row['lr']:.1e}"}, refresh=False)
+        shown = {name: "not finite" if row[name] is None else f"{row[name]:.4f}" for name in names[:1]}
+        bar.set_postfix(shown | {"lr": f"{row['lr']:.1e}"}, refresh=False)
 
     def _progress_bar(self) -> tqdm:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         return tqdm(
             total=self.config.max_steps,
             initial=self.step,
@@ -197,8 +352,37 @@ class TrainingLoop:
             mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs no animation
         )
 
+    # The run folder
+
+    @contextlib.contextmanager
+    def _own_folder(self) -> Iterator[None]:
+        """Inside, no other run writes into the folder, and it is in the state that this one continues from."""
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with locked(self.output_dir / ".lock", f"trains into {str(self.output_dir)!r}"):
+            newest = next(reversed(checkpoints(self.output_dir)), None)
+            if newest != self._newest:
+                raise RuntimeError(
+                    f"Another process has written {newest} since this one has read the folder. Begin again."
+                )
+            restore_folder(self.output_dir / "model")
+            drop_lines_after(self.output_dir / "log.jsonl", self.step)
+            yield
+
+    @contextlib.contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Inside, random numbers may be used without a change of those that the training uses next."""
+        state = random_state(self.accelerator.device)
+        try:
+            yield
+        finally:
+            set_random_state(state, self.accelerator.device)
+
     def _sample(self) -> None:
-        with self.averaged_weights(), torch.compiler.set_stance("force_eager"):  # a few pictures pay no compilation
+        # A few images pay no compilation.
+        with self.averaged_weights(), self._undisturbed(), torch.compiler.set_stance("force_eager"):
             self.sample(self.output_dir / "samples" / f"step_{self.step:07d}.png")
             # After a forward without backward FSDP keeps the root's weights gathered; restored ones would go unseen.
             for part in (part for module in self._modules for part in module.modules()):
@@ -211,64 +395,224 @@ class TrainingLoop:
     def _checkpoint(self) -> None:
         """Write checkpoint and models beside their places, then rename: a kill leaves the old or the new, whole."""
         folder = self.output_dir / "checkpoints" / f"step_{self.step:07d}"
-        temporary = folder.with_suffix(".tmp")
-        if self.accelerator.is_main_process:  # what a kill may have left
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(self.output_dir / "model.tmp", ignore_errors=True)
+        if folder == self._newest:
+            return
+        self._refuse_not_finite()
+        temporary, model = folder.with_suffix(".tmp"), self.output_dir / "model.tmp"
+        if self.accelerator.is_main_process:
+            for leftover in (*folder.parent.glob("*.tmp"), model):  # of a kill
+                shutil.rmtree(leftover, ignore_errors=True)
+            temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
-        if self._ema is not None and (self._is_sharded() or self.accelerator.is_main_process):
-            torch.save(self._ema.state_dict(), temporary / self._ema_name())
-        with self.averaged_weights():
-            self.save(self.output_dir / "model.tmp")
-        self.accelerator.wait_for_everyone()
+        for write, place in ((self._write, temporary), (self._save_model, model)):
+            failure: Exception | None = None
+            try:
+                write(place)
+            except (OSError, SafetensorError) as error:  # the latter for a full disk
+                failure = error
+            if self._sum(torch.tensor(float(failure is not None))).item() > 0:
+                for leftover in (temporary, model):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                raise OSError(
+                    f"checkpoint {folder} could not be written: {failure or 'another process says why'}. "
+                    f"{self._advice()}"
+                ) from failure
         if self.accelerator.is_main_process:
             replace_folder(temporary, folder)
-            replace_folder(self.output_dir / "model.tmp", self.output_dir / "model")
-            for old in checkpoints(self.output_dir)[:-1]:
+            replace_folder(model, self.output_dir / "model")
+        self._newest = folder
+        if self.accelerator.is_main_process:
+            for old in checkpoints(self.output_dir)[: -self.config.keep_checkpoints]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def _begin(self) -> None:
-        """Load the newest checkpoint, or make sure that there is none to be mixed with."""
-        found = checkpoints(self.output_dir)
-        if self.config.resume and not found:
-            raise ValueError(f"`resume` needs a checkpoint, got none in {self.output_dir}. Check `output_dir`.")
-        if found and not self.config.resume:
-            raise ValueError(f"`output_dir` must be new, but {self.output_dir} holds a run. Use `resume` or another.")
-        if found:
-            self.accelerator.load_state(str(found[-1]))
-            if self._ema is not None:
-                self._ema.load_state_dict(torch.load(found[-1] / self._ema_name(), map_location="cpu"))
-                self._ema.to(self.accelerator.device)
-        if self.accelerator.is_main_process:
-            drop_lines_after(self.output_dir / "log.jsonl", self.step)
+    def _refuse_not_finite(self) -> None:
+        """Raise an error rather than put NaN in the place of the last sound weights."""
+        named = [
+            (name, tensor)
+            for module in self._modules
+            for name, tensor in module_state(module, self._keep_frozen).items()
+        ]
+        named += [("the averaged weights", tensor) for tensor in self._ema.shadow_params] if self._ema else []
+        name = first_not_finite(named)
+        if self._sum(torch.tensor(float(name is not None))).item() > 0:
+            raise RuntimeError(
+                f"{name or 'a tensor of another process'} is NaN or infinite at step {self.step}, so that nothing was "
+                f"saved. {self._advice()}"
+            )
+
+    def _write(self, folder: Path) -> None:
+        """Write what the run needs to continue. All processes take part, the main one writes what they share."""
+        is_main = self.accelerator.is_main_process
+        failures = []
+        for name, state in self._states().items():
+            whole = gathered(state, keep=is_main)
+            try:
+                if is_main:
+                    write_state(whole, folder / name)
+            except OSError as error:  # to be raised when the other processes wait for nothing
+                failures.append(error)
+        if failures:
+            raise failures[0]
+        write_state(random_state(self.accelerator.device), folder / self._random_name())
+        if is_main:
+            scaler = self.accelerator.scaler
+            about = {
+                "format": FORMAT,
+                "step": self.step,
+                "batches_used": self.batches_used,
+                "minutes": self._elapsed(),
+                "num_processes": self.accelerator.num_processes,
+                "settings": self.config.record(),
+                "data": self._data,
+                "scaler": None if scaler is None else scaler.state_dict(),
+            }
+            (folder / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+    def _save_model(self, folder: Path) -> None:
+        with self.averaged_weights(), self._undisturbed():
+            self.save(folder)
+
+    def _states(self) -> dict[str, Any]:
+        """What all processes share or have shards of, by the names of the files."""
+        states: dict[str, Any] = {}
+        for index, module in enumerate(self._modules):
+            states[_numbered("model", index)] = module_state(self._unwrapped(module), self._keep_frozen)
+        for index, optimizer in enumerate(self.optimizers):
+            states[_numbered("optimizer", index)] = optimizer.state_dict()
+        if self._ema is not None:
+            shadows = [
+                DTensor.from_local(
+                    shadow, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
+                )
+                if isinstance(own, DTensor)
+                else shadow
+                for shadow, own in zip(self._ema.shadow_params, self._trained(), strict=True)
+            ]
+            states["ema.safetensors"] = {"steps": self._ema.optimization_step, "weights": shadows}
+        return states
+
+    def _load(self, folder: Path) -> None:
+        """Continue from where a checkpoint was."""
+        if not (folder / "state.json").exists():
+            raise ValueError(
+                f"{folder} was written by an older version, as pickles, which are not read since they can run code. "
+                f"Begin a new run in another folder, from {self.output_dir}/model."
+            )
+        about = read_json(folder / "state.json")
+        if about["format"] != FORMAT:
+            raise ValueError(
+                f"{folder} has format {about['format']}, this version reads {FORMAT}. Update the package."
+            )
+        if changed := self.config.check_resumable(about["settings"]):
+            logger.warning("Resuming %s with other settings: %s.", folder, "; ".join(changed))
+        for index, module in enumerate(self._modules):
+            path = folder / _numbered("model", index)
+            load_module(self._unwrapped(module), self._keep_frozen, read_state(path), path)
+        for index, optimizer in enumerate(self.optimizers):
+            path = folder / _numbered("optimizer", index)
+            load_optimizer(optimizer, read_state(path), path)
+        if self._ema is not None:
+            self._load_ema(folder / "ema.safetensors", was_kept=bool(about["settings"]["ema_decay"]))
+        if self.accelerator.scaler is not None and about["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(about["scaler"])
+        self.step, self.batches_used, self._minutes = about["step"], about["batches_used"], about["minutes"]
+        self._data, self._newest = about["data"], folder
+        if about["num_processes"] == self.accelerator.num_processes:
+            self._random_state = read_state(folder / self._random_name())
+        else:
+            logger.warning(
+                "Resuming %s with %d processes, not %d: batches go on where they were, random numbers begin anew.",
+                folder,
+                self.accelerator.num_processes,
+                about["num_processes"],
+            )
+            set_seed(self.config.seed + 7919 * self.step, device_specific=True)
+
+    def _load_ema(self, path: Path, was_kept: bool) -> None:
+        """The averages of the checkpoint; where it has none, they begin with its weights."""
+        assert self._ema is not None
+        trained = self._trained()
+        if was_kept:
+            stored = read_state(path)
+            self._ema.optimization_step, shadows = stored["steps"], stored["weights"]
+            if [shadow.shape for shadow in shadows] != [own.shape for own in trained]:
+                raise ValueError(f"{str(path)!r} holds averages of other weights. Train what the run trained before.")
+        else:
+            shadows = [gathered(own.detach()) for own in trained]
+        parts = [laid_out_like(shadow, own.data) for shadow, own in zip(shadows, trained, strict=True)]
+        self._ema.shadow_params = [part.to_local() if isinstance(part, DTensor) else part for part in parts]
+
+    def _check_data(self, fingerprint: dict[str, Any] | None) -> None:
+        if self._data is not None and fingerprint is not None and (found := differences(self._data, fingerprint)):
+            raise ValueError(
+                f"the data are not those that the run began with: {'; '.join(found)}. Restore them, or begin a new "
+                f"run in another folder, from {self.output_dir}/model."
+            )
+        self._data = fingerprint or self._data
+
+    def _refuse_pickles(self) -> None:
+        kind = self.accelerator.distributed_type
+        if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            name = kind.value
+        elif kind == DistributedType.FSDP and not self.accelerator.is_fsdp2:
+            name = "FSDP with `fsdp_version` 1"
+        else:
+            return
+        raise ValueError(
+            f"`distributed_type` must be none, a MULTI_ one, or FSDP with `fsdp_version` 2, got {name}. Use "
+            "examples/accelerate_configs/fsdp.yaml."
+        )
+
+    def _unwrapped(self, module: nn.Module) -> nn.Module:
+        return self.accelerator.unwrap_model(module)
+
+    def _random_name(self) -> str:
+        return f"random_{self.accelerator.process_index}.safetensors"
+
+    def _trained(self) -> list[nn.Parameter]:
+        """What is averaged."""
+        return [p for module in self._averaged for p in module.parameters() if p.requires_grad]
 
     def _parameters(self) -> list[nn.Parameter]:
-        """What trains, and of sharded parameters the part that this process holds."""
-        trained = [p for module in self._modules for p in module.parameters() if p.requires_grad]
+        """What is averaged, and of sharded parameters the part that this process holds."""
         # A parameter that aliases the shard: writing into it writes the sharded one.
-        return [nn.Parameter(p.data.to_local()) if isinstance(p.data, DTensor) else p for p in trained]
+        return [nn.Parameter(p.data.to_local()) if isinstance(p.data, DTensor) else p for p in self._trained()]
 
-    def _is_sharded(self) -> bool:
-        return self.accelerator.distributed_type == DistributedType.FSDP
-
-    def _ema_name(self) -> str:
-        """Under FSDP each process averages its own shards; otherwise all hold the same averages."""
-        return f"ema_{self.accelerator.process_index if self._is_sharded() else 0}.pt"
+    # Signals
 
     @contextlib.contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main one only
             yield
             return
+        owner = os.getpid()
 
         def request_stop(number: int, frame: Any) -> None:
+            if os.getpid() != owner:  # a worker that was forked; Ctrl-C is not for it
+                if number == signal.SIGTERM:
+                    signal.signal(number, signal.SIG_DFL)
+                    os.kill(os.getpid(), number)
+                return
             self._stop_requested = True
+            signal.signal(signal.SIGINT, previous[signal.SIGINT])  # so that another Ctrl-C interrupts a hung step
+            # A scheduler may have ended the workers, too, which PyTorch reports as an error where SIGCHLD arrives.
+            if hasattr(signal, "SIGCHLD"):  # not on Windows
+                previous.setdefault(signal.SIGCHLD, signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if self.accelerator.is_main_process:
+                sys.stderr.write("\nStopping after this step; Ctrl-C interrupts at once, without a checkpoint.\n")
 
-        previous = {number: signal.signal(number, request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
+        for number in numbers:
+            signal.signal(number, request_stop)
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _numbered(name: str, index: int) -> str:
+    return f"{name}.safetensors" if index == 0 else f"{name}_{index}.safetensors"

@@ -1,12 +1,13 @@
 """What a run shows of itself: sample grids and the loss plot."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from diffusers_sana.files import read_json_lines
 
 
 def save_image_grid(images: Tensor, path: Path, columns: int = 8) -> None:
@@ -24,21 +25,27 @@ def save_image_grid(images: Tensor, path: Path, columns: int = 8) -> None:
 
 
 def plot_losses(log_path: Path, path: Path) -> None:
-    """Draw every term of a `log.jsonl` against the step; thin lines are the log, thick ones a running mean."""
+    """Plot every term of a `log.jsonl` against the step; thin lines are the log, thick ones a running mean.
+
+    A term that was not finite is null in the log, and a gap in the plot. Nothing is written without a term.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # heavy; only the `train` extra brings it
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in log_path.read_text().splitlines()]
+    rows = [row for _, row in read_json_lines(log_path)]
     terms = [
         name
-        for name in dict.fromkeys(name for row in rows for name in row)
-        if name not in ("step", "minutes", "lr", "images_per_second")
+        for name in dict.fromkeys(name for row in rows for name in row if row[name] is not None)
+        if name not in ("step", "minutes", "lr", "images_per_second", "skipped_steps")
     ]
+    if not terms:
+        return
     figure = Figure(figsize=(8, 2.6 * len(terms)), layout="constrained")
     FigureCanvasAgg(figure)
     for axis, term in zip(np.atleast_1d(figure.subplots(len(terms), 1, sharex=True)), terms, strict=True):
-        steps = np.array([row["step"] for row in rows if term in row])
-        values = np.array([row[term] for row in rows if term in row])
+        known = [row for row in rows if row.get(term) is not None]
+        steps = np.array([row["step"] for row in known])
+        values = np.array([row[term] for row in known])
         window = max(1, len(values) // 20)
         mean = np.convolve(values, np.ones(window) / window, mode="valid")
         axis.plot(steps, values, linewidth=0.5, alpha=0.5)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from diffusers_sana import SanaPipeline
 from diffusers_sana.training.caption_sampling import Caption, caption_line
+from diffusers_sana.training.state_files import read_state
 from examples.train_sana import SanaTrainingConfig, main, train
 from tests.training.tiny import (
     image_batches,
@@ -239,9 +240,9 @@ def test_main_goes_on_at_the_next_size(tmp_path):
 def test_the_optimizer_is_that_of_its_name(tmp_path):
     pytest.importorskip("bitsandbytes")
     train(make_config(tmp_path / "run", optimizer="adamw8bit"), [latent_batch()], tiny_transformer())
-    state = torch.load(
-        next((tmp_path / "run" / "checkpoints").glob("*/optimizer.bin"))
-    )  # weights only: no pickled code
+    state = read_state(next((tmp_path / "run" / "checkpoints").glob("*/optimizer.safetensors")))
     assert all("state1" in values["__bnb_optimizer_quant_state__"] for values in state["state"].values())
+    batch, settings = latent_batch(), {"optimizer": "adamw8bit", "max_steps": 4, "resume": True}
+    train(make_config(tmp_path / "run", **settings), [batch], tiny_transformer())
     with pytest.raises(ValueError, match="`optimizer` must be one of"):
         train(make_config(tmp_path / "other", optimizer="sgd"), [latent_batch()], tiny_transformer())

@@ -62,8 +62,22 @@ def test_bucket_batches_differ_between_epochs_and_seeds():
 @pytest.mark.parametrize("start", [0, 1, 6, 11])
 def test_bucket_batches_continue_where_they_were(start):
     whole = list(islice(bucket_batches(SIZES, 4, process_index=1, num_processes=2), start + 5))
-    rest = islice(bucket_batches(SIZES, 4, start=start, process_index=1, num_processes=2), 5)
+    rest = islice(bucket_batches(SIZES, 4, start=2 * start, process_index=1, num_processes=2), 5)
     assert list(rest) == whole[start:]
+
+
+def test_bucket_batches_go_on_with_another_number_of_processes():
+    whole = list(islice(bucket_batches(SIZES, 4), 13))
+    two = [bucket_batches(SIZES, 4, process_index=rank, num_processes=2) for rank in range(2)]
+    three = [bucket_batches(SIZES, 4, start=4, process_index=rank, num_processes=3) for rank in range(3)]
+    one = bucket_batches(SIZES, 4, start=10)
+    taken = [
+        next(process)
+        for processes, steps in ((two, 2), (three, 2), ([one], 3))
+        for _ in range(steps)
+        for process in processes
+    ]
+    assert taken == whole  # nothing twice, nothing left out
 
 
 def test_load_pixels_covers_and_cuts_to_the_centre(tmp_path):
