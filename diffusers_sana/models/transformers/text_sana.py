@@ -3,15 +3,17 @@
 Legend: B batch, N image tokens, L text tokens, D inner width.
 """
 
+import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_sana.models.layers import takes_adapter_scale
 from diffusers_sana.models.transformers.attention_sana import SanaTextState
+from diffusers_sana.saving import check_saveable
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,15 @@ class SanaTextMixin:
     transformer_blocks: Any
     config: Any
     training: bool
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Writes a folder; the arguments are those of diffusers.
+
+        Raises:
+            ValueError: adapters are beside the layers.
+        """
+        check_saveable(cast(nn.Module, self), type(self).__name__)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     @apply_forward_hook
     @takes_adapter_scale

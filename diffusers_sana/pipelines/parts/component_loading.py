@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from diffusers_sana._compat import private
 from diffusers_sana._entries import PACKAGE, UPSTREAM_NAMES
 from diffusers_sana.pipelines.parts.folder_check import check_complete, check_readable
+from diffusers_sana.saving import check_saveable
 
 
 _OURS = {("diffusers", theirs): (PACKAGE, ours) for ours, theirs in UPSTREAM_NAMES.items()}
@@ -55,6 +56,17 @@ class ComponentLoading(DiffusionPipeline):
                 f" `from_pretrained`. The components are {known}."
             )
         return init_dict, unknown, hidden
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Writes a folder; the arguments are those of diffusers.
+
+        Raises:
+            ValueError: adapters are beside the layers of a component. Nothing is written then.
+        """
+        for name, part in self.components.items():
+            if isinstance(part, torch.nn.Module):
+                check_saveable(part, name)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Records a component of ours under the name of the diffusers class it replaces: see `save_pretrained`."""
