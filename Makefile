@@ -10,7 +10,7 @@ JOBS ?= 12
 RESULTS ?= benchmarks/results
 SETUP_UNLESS_PY := $(if $(filter $(BIN)/python,$(PY)),setup)
 
-.PHONY: setup demo test check format gpu-check gpu-bench bench compile-kernels tables study train-bundled train-bundled-vila-u prepare-data docs
+.PHONY: setup demo test check format host-tests gpu-check gpu-bench bench compile-kernels tables study train-bundled train-bundled-vila-u prepare-data docs
 
 setup: $(STAMP)
 
