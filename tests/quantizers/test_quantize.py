@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
 from torch import nn
 
 import diffusers_sana
 from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
 from diffusers_sana.quantizers.svdquant import quantize as module
+from diffusers_sana.quantizers.svdquant import quantize_model, unfinished_run
 from diffusers_sana.quantizers.svdquant.linear import SVDQuantLayer
 from diffusers_sana.quantizers.svdquant.quantize_model import quantized_layers
 from diffusers_sana.quantizers.svdquant.unfinished_run import UnfinishedRun
@@ -135,6 +138,88 @@ def test_interrupted_and_continued(pipe, out, arguments, monkeypatch):
     assert_same_bits(SanaPipeline.from_pretrained(out), expected)
 
 
+def test_interrupted_without_a_folder(pipe, monkeypatch):
+    """While layers are fitted, and while they are replaced."""
+    before, modules = draw(pipe), list(pipe.transformer.modules())
+    for name, calls in (("decompose_layers", 3), ("replace_layer", 7)):
+        original, left = getattr(quantize_model, name), [calls]
+
+        def dying(*args, original=original, left=left):
+            left[0] -= 1
+            return original(*args) if left[0] else 1 / 0
+
+        with monkeypatch.context() as patch:
+            patch.setattr(quantize_model, name, dying)
+            with pytest.raises(ZeroDivisionError):
+                quantize(pipe, CONFIG, progress=False)
+        assert all(one is other for one, other in zip(pipe.transformer.modules(), modules, strict=True))
+    assert torch.equal(draw(pipe), before)
+    quantize(pipe, CONFIG, progress=False)
+    assert not any(module.training for module in pipe.transformer.modules())
+
+
+def test_two_processes_in_one_folder(pipe, out):
+    """The second is told; what the first does is not touched."""
+    other = UnfinishedRun(out, {"config": "another"})
+    made = other.new_model_folder()
+    (made / "model_index.json").write_text("whole")
+    with pytest.raises(RuntimeError, match=f"Another process quantizes into '{out}'"):
+        quantize(pipe, CONFIG, folder=out, progress=False)
+    other.finish()
+    assert [path.name for path in out.iterdir()] == ["model_index.json"]
+    assert not other.path.exists()
+    with pytest.raises(ValueError, match="`folder` must be new or empty"):
+        quantize(pipe, CONFIG, folder=out, progress=False)
+    assert not other.path.exists()
+
+
+def test_full_disk(pipe, out, monkeypatch):
+    """One message; what is done is kept, and nothing half written is taken for whole."""
+    save = unfinished_run.save_file
+
+    def save_some(tensors, path, *args):
+        if len(list(path.parent.glob("*.safetensors"))) > 3:
+            path.write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save(tensors, path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished_run, "save_file", save_some)
+        with pytest.raises(OSError, match=r"unfinished' cannot be written: .*No space left.* with the same arguments"):
+            quantize(pipe, CONFIG, folder=out, progress=False)
+    path = out.with_name("quantized.unfinished")
+    assert len(list((path / "layers").iterdir())) == 4
+    (path / "layers" / ".0123456789ab.safetensors").write_bytes(b"half")  # as a kill leaves it
+    expected = tiny.pipeline(diffusers_sana)
+    quantize(expected, CONFIG, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(SanaPipeline, "save_pretrained", lambda *args: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match=r"cannot be written: full. What is finished there is kept"):
+            quantize(pipe, CONFIG, folder=out, progress=False)
+    assert not out.exists()
+    quantize(tiny.pipeline(diffusers_sana), CONFIG, folder=out, progress=False)
+    assert_same_bits(SanaPipeline.from_pretrained(out), expected)
+
+
+def test_calibration_leaves_no_trace_in_the_tokenizer(pipe):
+    before = pipe.tokenizer.backend_tokenizer.to_str()
+    quantize(pipe, CONFIG, **PROMPTS)
+    assert pipe.tokenizer.backend_tokenizer.to_str() == before
+    pipe.tokenizer(["a", "long"], padding="max_length", max_length=7, truncation=True)
+    padded = pipe.tokenizer.backend_tokenizer.to_str()
+    assert padded != before
+    other = tiny.pipeline(diffusers_sana)
+    other.tokenizer = pipe.tokenizer
+    quantize(other, CONFIG, **PROMPTS)
+    assert pipe.tokenizer.backend_tokenizer.to_str() == padded
+
+
+def test_adapters_are_refused(pipe):
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"must be without adapters to be quantized. Call `unload_lora_weights`"):
+        quantize(pipe, CONFIG, progress=False)
+
+
 def test_interrupted_while_saving(pipe, out, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(UnfinishedRun, "finish", lambda self: 1 / 0)
@@ -161,6 +246,10 @@ def test_another_run_in_the_folder(pipe, out, monkeypatch):
     with pytest.raises(ValueError, match=r"`weights\.transformer`"):
         quantize(tiny.pipeline(diffusers_sana, seed=1), CONFIG, folder=out, **PROMPTS)
     assert not any(True for _ in quantized_layers(pipe.transformer))
+    pipe.scheduler = diffusers_sana.FlowDPMSolverScheduler(flow_shift=1.5)
+    pipe.tokenizer.add_tokens(["cat"])
+    with pytest.raises(ValueError, match=r"`settings\.scheduler`: .*`settings\.tokenizer`: "):
+        quantize(pipe, CONFIG, folder=out, **PROMPTS)
 
 
 def test_no_folder_is_overwritten(pipe, tmp_path):

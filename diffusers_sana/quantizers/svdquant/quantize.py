@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,16 +18,18 @@ from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.decompose import LayerReport, QuantizedWeight
 from diffusers_sana.quantizers.svdquant.model_card import model_card, save_card
 from diffusers_sana.quantizers.svdquant.quantize_model import (
+    all_or_nothing,
     check_not_quantized,
     check_weights,
     decompose_layers,
+    finish_layers,
     options_for,
-    quantize_layers,
+    replace_layers,
 )
 from diffusers_sana.quantizers.svdquant.quantizer import attach
 from diffusers_sana.quantizers.svdquant.report import LayerResult, QuantizationReport
 from diffusers_sana.quantizers.svdquant.targets import find_targets, sibling_groups
-from diffusers_sana.quantizers.svdquant.unfinished_run import UnfinishedRun, digest
+from diffusers_sana.quantizers.svdquant.unfinished_run import UnfinishedRun, digest, settings_digest
 
 
 MODEL = "model"  # the name of a model that comes without a pipeline
@@ -47,8 +50,9 @@ def quantize(
 ) -> QuantizationReport:
     """Quantizes a pipeline, or one model, in place to 4 bits with SVDQuant (arXiv 2411.05007).
 
-    Without prompts it needs no data and takes minutes. With prompts the 16-bit pipeline draws them first, and each
-    layer is fitted to what it was fed on the way. The same prompts and seed give the same bits.
+    Without prompts it needs no data and takes minutes. With prompts the 16-bit pipeline generates their images first,
+    and each layer is fitted to its inputs on the way. The same prompts and seed give the same bits. If it is
+    interrupted, the pipeline is as it was before; both forms of the quantized weights are in memory for a moment.
 
     Args:
         pipe_or_model: any diffusers pipeline, or a model of diffusers or transformers, with its weights in memory.
@@ -70,6 +74,8 @@ def quantize(
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is changed.
+        RuntimeError: another process quantizes into `folder`.
+        OSError: `folder` cannot be written, such as on a full disk.
     """
     config = SVDQuantConfig() if config is None else config
     models = _models(pipe_or_model, components)
@@ -93,17 +99,24 @@ def quantize(
             "num_inference_steps": num_inference_steps,
             "seed": seed,
             "arguments": {key: repr(value) for key, value in kwargs.items()},
+            "settings": _settings(pipe_or_model) if prompts else {},
         }
         run = UnfinishedRun(Path(folder), description)
-    work = _Work(models, targets, config, run, progress)
-    if prompts:
-        draw = partial(_draw, pipe_or_model, prompts, num_inference_steps, seed, progress, kwargs)
-        work.calibrate(draw, memory_gib * 2**30, seed)
-    recorded = work.replace_layers()
-    report = QuantizationReport(recorded, work.ordered_results(), len(prompts))
-    if run:
-        _save(pipe_or_model, next(iter(models.values())), report, run)
-    return report
+    try:
+        work = _Work(models, targets, config, run, progress)
+        if prompts:
+            draw = partial(_draw, pipe_or_model, prompts, num_inference_steps, seed, progress, kwargs)
+            with _unchanged_tokenizers(pipe_or_model):
+                work.calibrate(draw, memory_gib * 2**30, seed)
+        recorded = work.replace_layers()
+        report = QuantizationReport(recorded, work.ordered_results(), len(prompts))
+        if run:
+            with run.writing():
+                _save(pipe_or_model, next(iter(models.values())), report, run)
+        return report
+    finally:
+        if run:
+            run.close()
 
 
 class _Work:
@@ -160,13 +173,18 @@ class _Work:
 
     def replace_layers(self) -> SVDQuantConfig:
         """Puts finished layers in their places, and finishes the others where they are; returns what to record."""
-        recorded = self.config
         for component, model in self.models.items():
             done = {name: self.finished.pop(key) for name, key in self._keys(component) if key in self.finished}
             progress = self.progress and len(done) < len(self.targets[component])
-            recorded, _ = quantize_layers(model, self.config, done, partial(self.keep, component), progress)
-            if hasattr(model, "save_pretrained"):
-                attach(model, recorded)
+            finish_layers(model, self.targets[component], self.config, done, partial(self.keep, component), progress)
+            self.finished |= {key: done[name] for name, key in self._keys(component)}
+        recorded = self.config
+        with all_or_nothing(self.models.values()):
+            for component, model in self.models.items():
+                weights = {name: self.finished[key][0] for name, key in self._keys(component)}
+                recorded = replace_layers(model, self.targets[component], weights, self.config)
+                if hasattr(model, "save_pretrained"):
+                    attach(model, recorded)
         return recorded if len(self.models) == 1 else self.config
 
     def ordered_results(self) -> list[LayerResult]:
@@ -236,6 +254,11 @@ def _modules(pipe: Any) -> dict[str, nn.Module]:
     return {name: value for name, value in pipe.components.items() if isinstance(value, nn.Module)}
 
 
+def _settings(pipe: Any) -> dict[str, str]:
+    """What calibration depends on beside the weights."""
+    return {name: settings_digest(part) for name, part in pipe.components.items() if part is not None}
+
+
 def _draw(
     pipe: Any, prompts: list[str], num_inference_steps: int | None, seed: int, progress: bool, kwargs: dict[str, Any]
 ) -> None:
@@ -249,6 +272,19 @@ def _draw(
             pipe(**{"prompt": prompt, "generator": generator, "output_type": "latent", **steps, **kwargs})
     finally:
         pipe.set_progress_bar_config(**settings)
+
+
+@contextmanager
+def _unchanged_tokenizers(pipe: Any) -> Iterator[None]:
+    """Tokenizers keep padding and truncation of their last call, and would be saved with them."""
+    backends = [c.backend_tokenizer for c in pipe.components.values() if hasattr(c, "backend_tokenizer")]
+    before = [(backend.truncation, backend.padding) for backend in backends]
+    try:
+        yield
+    finally:
+        for backend, (truncation, padding) in zip(backends, before, strict=True):
+            backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+            backend.no_padding() if padding is None else backend.enable_padding(**padding)
 
 
 def _save(pipe_or_model: Any, model: Any, report: QuantizationReport, run: UnfinishedRun) -> None:

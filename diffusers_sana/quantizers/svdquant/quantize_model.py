@@ -1,6 +1,7 @@
 """Quantizing a model in memory, layer by layer: the loop, and what can be said to a quantized model."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -33,8 +34,9 @@ def replace_layer(
     """Puts the quantized layer in the place of a linear layer or a 1x1 convolution."""
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    layer = quantized_layer(getattr(parent, leaf), weight, config.compute_mode, is_weight_only=mode == "w4a16")
-    setattr(parent, leaf, layer)
+    original = getattr(parent, leaf)
+    layer = quantized_layer(original, weight, config.compute_mode, is_weight_only=mode == "w4a16")
+    setattr(parent, leaf, layer.train(original.training))
     return layer
 
 
@@ -60,9 +62,14 @@ def decompose_layers(
 
 
 def check_not_quantized(model: nn.Module) -> None:
-    """Raises ValueError for a model with layers of ours: there is nothing left to quantize well."""
+    """Raises ValueError for a model with layers of ours, where nothing is left to quantize well, or with adapters."""
     if any(True for _ in quantized_layers(model)):
         raise ValueError(f"{type(model).__name__} is already quantized by SVDQuant. Load the original to do it again.")
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} must be without adapters to be quantized. Call `unload_lora_weights` before, and "
+            "`fuse_lora` before that to make them part of the weights; or load them after quantizing."
+        )
 
 
 def check_weights(model: nn.Module, names: Iterable[str]) -> None:
@@ -111,19 +118,51 @@ def quantize_layers(
     if config.gptq and not finished.keys() >= targets.keys():
         raise ValueError("`gptq=True` needs calibration data: pass prompts to `quantize`, or set `gptq=False`.")
     check_weights(model, targets)
-    recorded = replace(config, modules=as_patterns(targets, model))
-    reports: dict[str, LayerReport] = {}
+    finish_layers(model, targets, config, finished, on_layer, progress)
+    with all_or_nothing([model]):
+        recorded = replace_layers(model, targets, {name: finished[name][0] for name in targets}, config)
+    return recorded, {name: finished[name][1] for name in targets}
+
+
+def finish_layers(
+    model: nn.Module,
+    targets: Mapping[str, str],
+    config: SVDQuantConfig,
+    finished: dict[str, tuple[QuantizedWeight, LayerReport]],
+    on_layer: Callable[[str, QuantizedWeight, LayerReport], Any],
+    progress: bool,
+) -> None:
+    """Decomposes the targets that are not in `finished` yet and puts them there, on the CPU; nothing is replaced."""
     for names in tqdm(sibling_groups(targets), desc="Quantizing", unit="group", disable=not progress):
-        if not all(name in finished for name in names):
-            results = decompose_layers(model, names, targets[names[0]], config)
-            for name, result in zip(names, results, strict=True):
-                on_layer(name, *result)
-                finished[name] = result
-        for name in names:
-            weight, reports[name] = finished.pop(name)
-            device = cast(Tensor, model.get_submodule(name).weight).device
-            replace_layer(model, name, weight.to(device), targets[name], config)
-    return recorded, reports
+        if all(name in finished for name in names):
+            continue
+        results = decompose_layers(model, names, targets[names[0]], config)
+        for name, (weight, report) in zip(names, results, strict=True):
+            on_layer(name, weight, report)
+            finished[name] = weight.to("cpu"), report
+
+
+def replace_layers(
+    model: nn.Module, targets: Mapping[str, str], weights: Mapping[str, QuantizedWeight], config: SVDQuantConfig
+) -> SVDQuantConfig:
+    """Replaces the targets by quantized layers on the same devices; returns the config that lists them."""
+    recorded = replace(config, modules=as_patterns(dict(targets), model))
+    for name, mode in targets.items():
+        device = cast(Tensor, model.get_submodule(name).weight).device
+        replace_layer(model, name, weights[name].to(device), mode, config)
+    return recorded
+
+
+@contextmanager
+def all_or_nothing(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Puts the submodules of models back as they were if the block is interrupted or fails."""
+    before = [(module, dict(module._modules)) for model in models for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, children in before:
+            module._modules.update(children)
+        raise
 
 
 def set_compute_mode(model: nn.Module, compute_mode: str) -> None:

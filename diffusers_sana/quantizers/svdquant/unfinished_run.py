@@ -4,6 +4,7 @@
     layers/NAME.safetensors     finished layers, their report in the header
     statistics/NAME.safetensors of calibration, for layers that are not finished
     model/                      being written; it is moved to its own place when it is whole
+    lock                        held by the process that works on it
 
 Each file is written under another name and then renamed, so that none is ever half there.
 """
@@ -12,14 +13,18 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffusers_sana import files
+from diffusers_sana.files import atomic_write, differences, locked, read_json
 from diffusers_sana.quantizers.svdquant.calibrate import Statistics
 from diffusers_sana.quantizers.svdquant.decompose import LayerReport, QuantizedWeight
 
@@ -28,7 +33,7 @@ DIGESTED = 4096  # elements of each tensor that tell one model from another
 
 
 class UnfinishedRun:
-    """Opens the folder of a run, or begins it.
+    """Opens the folder of a run, or begins it. One process has it at a time, until `finish` or `close`.
 
     Args:
         target: where the finished model will be; the run's own folder is beside it, with `.unfinished` at its end.
@@ -36,28 +41,62 @@ class UnfinishedRun:
 
     Raises:
         ValueError: a `target` with something in it, or a run of another description; says what differs.
+        RuntimeError: another process works on it.
+        OSError: the folder cannot be written to.
     """
 
     def __init__(self, target: Path, description: dict[str, Any]) -> None:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ValueError(
-                f"`folder` must be new or empty, got {str(target)!r}, which is not. Choose another, or delete it."
-            )
         self.target = target
         self.path = target.with_name(target.name + ".unfinished")
-        record = self.path / "run.json"
-        description = json.loads(json.dumps(description))
-        if record.exists():
-            if differences := _differences(json.loads(record.read_text()), description):
-                raise ValueError(
-                    f"{str(self.path)!r} holds an unfinished run that differs from this one in "
-                    f"{'; '.join(differences)}. Call `quantize` as it was called then, or choose another `folder`, or "
-                    f"delete {str(self.path)!r}."
-                )
-        else:
+        self._lock = ExitStack()
+        self._check_target()
+        with self.writing():
             for name in ("layers", "statistics"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
-            _write(record, lambda path: path.write_text(json.dumps(description, indent=2)))
+        self._lock.enter_context(locked(self.path / "lock", f"quantizes into {str(target)!r}"))
+        try:
+            self._check_target()  # again: the process that had the lock may have finished
+            self._begin(json.loads(json.dumps(description)))
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_target(self) -> None:
+        if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
+            raise ValueError(
+                f"`folder` must be new or empty, got {str(self.target)!r}, which is not. Choose another, or delete it."
+            )
+
+    def _begin(self, description: dict[str, Any]) -> None:
+        record = self.path / "run.json"
+        for left_by_a_kill in [*self.path.glob(".*"), *self.path.glob("*/.*.safetensors")]:
+            left_by_a_kill.unlink()
+        if not record.exists():
+            self._write(record, lambda path: path.write_text(json.dumps(description, indent=2), encoding="utf-8"))
+        elif found := differences(read_json(record), description):
+            raise ValueError(
+                f"{str(self.path)!r} holds an unfinished run that differs from this one in {'; '.join(found)}. Call "
+                f"`quantize` as it was called then, or choose another `folder`, or delete {str(self.path)!r}."
+            )
+
+    def close(self) -> None:
+        """Lets other processes work on it. What is there stays."""
+        self._lock.close()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Errors of writing, such as a full disk, become one OSError that says what to do."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"{str(self.path)!r} cannot be written: {error}. What is finished there is kept: make room, load the "
+                "original again, and call `quantize` with the same arguments to continue."
+            ) from error
+
+    def _write(self, path: Path, write: Callable[[Path], Any]) -> None:
+        with self.writing(), atomic_write(path) as temporary:
+            write(temporary)
 
     def layers(self) -> dict[str, tuple[QuantizedWeight, LayerReport]]:
         """The finished layers, on the CPU."""
@@ -73,7 +112,7 @@ class UnfinishedRun:
         """Keeps a finished layer."""
         tensors = {key: value.detach().cpu().contiguous() for key, value in weight.tensors().items()}
         metadata = {"report": json.dumps(report._asdict())}
-        _write(self.path / "layers" / f"{name}.safetensors", lambda path: save_file(tensors, path, metadata))
+        self._write(self.path / "layers" / f"{name}.safetensors", lambda path: save_file(tensors, path, metadata))
 
     def statistics(self) -> dict[str, Path]:
         """The files of the statistics that are there, by layer."""
@@ -86,7 +125,7 @@ class UnfinishedRun:
     def save_statistics(self, name: str, statistics: Statistics) -> None:
         """Keeps the statistics of a layer."""
         path = self.path / "statistics" / f"{name}.safetensors"
-        _write(path, lambda path: save_file(statistics.tensors(), path))
+        self._write(path, lambda path: save_file(statistics.tensors(), path))
 
     def drop_statistics(self, name: str) -> None:
         """Deletes the statistics of a layer that is finished."""
@@ -104,7 +143,24 @@ class UnfinishedRun:
         if self.target.exists():
             self.target.rmdir()
         os.replace(self.path / "model", self.target)
-        shutil.rmtree(self.path)
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def settings_digest(component: Any) -> str:
+    """A short name of what a scheduler, a tokenizer or a model is set to, without its weights.
+
+    What a tokenizer keeps of its last call does not count, nor where a component was loaded from.
+    """
+    config: Any = getattr(component, "config", None)
+    if hasattr(component, "backend_tokenizer"):
+        content = json.loads(component.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    elif hasattr(component, "get_vocab"):
+        content = component.get_vocab()
+    else:
+        content = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+        content = {key: value for key, value in content.items() if key[0] != "_" and key != "transformers_version"}
+    return files.digest(json.loads(json.dumps(content, default=str)))
 
 
 def digest(model: nn.Module) -> str:
@@ -117,29 +173,7 @@ def digest(model: nn.Module) -> str:
     return result.hexdigest()
 
 
-def _write(path: Path, write: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         # Copies, because memory of files is not aligned as other memory is, and products round differently there.
         return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
-def _differences(there: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted({*there, *now}):
-        old, new = there.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"`{prefix}{key}`: {_short(old)} there, {_short(new)} now")
-    return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
