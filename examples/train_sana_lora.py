@@ -9,6 +9,7 @@ Latents and text vectors are computed once. `output_dir/model/pytorch_lora_weigh
 `pipe.load_lora_weights`, here and in diffusers.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,13 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from peft import get_peft_model_state_dict
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
+from diffusers_sana.files import atomic_write, model_identity
+from diffusers_sana.images import SUFFIXES
 from diffusers_sana.training.adapters import add_adapter
 from diffusers_sana.training.batches import Batches
 from diffusers_sana.training.buckets import bucket_sizes
@@ -38,6 +43,7 @@ from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.prompt_conditioning import complex_human_instruction, encode_tokens, tokenize_prompts
 
 
+RECORD = "diffusers_sana"  # what a class image says of itself
 MIX_FFN = ("conv_inverted", "conv_point")  # its two 1x1 convolutions
 
 
@@ -201,13 +207,37 @@ def train(
         loop.report(images=len(latents), loss=loss)
 
 
-def draw_class(pipe: SanaPipeline, config: LoraTrainingConfig, folder: Path) -> None:
-    """Draw pictures of `config.class_prompt` with the base model until `folder` has `config.num_class_images`."""
+def generate_class_images(pipe: Callable[..., Any], config: LoraTrainingConfig, folder: Path) -> None:
+    """Generate images of `config.class_prompt` with the base model until `folder` has `config.num_class_images`.
+
+    Images of this function say in themselves what they were made from. Those of another prompt, size or model are
+    made again or removed; images that somebody else has put into the folder stay, and count.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for index in range(len(list(folder.iterdir())), config.num_class_images):
+    settings = {"prompt": config.class_prompt, "resolution": config.resolution, "dtype": config.mixed_precision}
+    settings |= {"model": config.pretrained, "model_files": model_identity(config.pretrained), "seed": config.seed}
+    record = json.dumps(settings, sort_keys=True)
+    found = {path: _record(path) for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES}
+    num_missing = config.num_class_images - sum(other is None for other in found.values())
+    wanted = [folder / f"class_{index:05d}.png" for index in range(max(0, num_missing))]
+    for path, other in found.items():
+        if other is not None and (other != record or path not in wanted):
+            path.unlink()
+    for index, path in enumerate(wanted):
+        if path.exists():
+            continue
         generator = torch.Generator().manual_seed(config.seed + index)
         size = {"height": config.resolution, "width": config.resolution}
-        pipe(config.class_prompt, generator=generator, **size).images[0].save(folder / f"class_{index:05d}.png")
+        info = PngInfo()
+        info.add_itxt(RECORD, record)
+        with atomic_write(path) as temporary:
+            pipe(config.class_prompt, generator=generator, **size).images[0].save(temporary, pnginfo=info)
+
+
+def _record(path: Path) -> str | None:
+    """What an image of `generate_class_images` was made from; None for others."""
+    with Image.open(path) as image:
+        return image.info.get(RECORD)
 
 
 def prepare(config: LoraTrainingConfig) -> tuple[Callable, nn.Module, nn.Module, dict[str, Tensor] | None]:
@@ -249,7 +279,7 @@ def prepare(config: LoraTrainingConfig) -> tuple[Callable, nn.Module, nn.Module,
     if config.class_prompt:
         folder = Path(config.class_data or Path(config.output_dir) / "class")
         with PartialState().main_process_first():
-            draw_class(pipe, config, folder)
+            generate_class_images(pipe, config, folder)
         prior = captioned_folder(str(folder), sizes, config.class_prompt)
         dataset = WithPrior(dataset, fill_cache(prior, str(cache / "class"), encode, settings), config.prior_weight)
     samples = [{"prompt_embeds": encode_prompt(prompt).cpu()} for prompt in config.sample_prompts]

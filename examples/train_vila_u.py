@@ -43,6 +43,9 @@ class VilaUTrainingConfig(TrainingConfig):
 
     output_dir: str = option("outputs/vila_u", "folder for checkpoints, samples, log and result", changeable=True)
     data: str = option("", "folder of pictures with chats.jsonl (command line only)", changeable=True)
+    allow_outside: bool = option(
+        False, "read images outside of `data` that its chats name (command line only)", changeable=True
+    )
     pretrained: str = option("", "folder or repository of model and processor (command line only)")
     cache_codes: bool = option(
         True, "encode every picture once, before the training (command line only)", changeable=True
@@ -167,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(config.seed)
     model = VilaUForConditionalGeneration.from_pretrained(config.pretrained)
     processor = AutoProcessor.from_pretrained(config.pretrained)
-    chats = ChatFolder(config.data)
+    chats = ChatFolder(config.data, config.allow_outside)
     if config.cache_codes:
         tower = model.model.vision_tower.to(device)
         chats.codes = encode_pictures(

@@ -26,10 +26,11 @@ def run(args: argparse.Namespace) -> None:
 
     from diffusers_sana import SVDQuantConfig
     from diffusers_sana import quantize as quantize_pipeline
+    from diffusers_sana.files import read_lines
 
     prompts = None
     if args.prompts is not None:
-        prompts = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line.strip() for _, line in read_lines(args.prompts)]
     config = SVDQuantConfig(precision=args.precision, rank=args.rank, gptq=args.gptq)
     pipe = find_pipeline_class(args.model).from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
     report = quantize_pipeline(

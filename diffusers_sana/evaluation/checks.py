@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_sana.evaluation.observations import Detection, Observation
+from diffusers_sana.files import read_lines
 
 
 # Two boxes stand beside each other when their centres are further apart than this share of their summed sizes.
@@ -76,14 +77,11 @@ def read_checks(path: Path) -> list[Check]:
         ValueError: naming the line that is not a check.
     """
     checks = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        if line.strip():
-            try:
-                checks.append(_read_check(json.loads(line), number))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"line {number + 1} of {path} must be a check, see docs/evaluation.md: {error!r}"
-                ) from error
+    for number, line in read_lines(path):
+        try:
+            checks.append(_read_check(json.loads(line), number - 1))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"line {number} of {path} must be a check, see docs/evaluation.md: {error!r}") from error
     if not checks:
         raise ValueError(f"{path} must have at least one check, see docs/evaluation.md; it is empty")
     return checks

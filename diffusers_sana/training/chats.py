@@ -6,13 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from accelerate import PartialState
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from diffusers_sana.files import atomic_write, digest, read_json_lines
 from diffusers_sana.models.vila_u.processing_vila_u import VilaUProcessor
 from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModel
+from diffusers_sana.training.image_sources import file_stamp
+from diffusers_sana.training.latent_cache import model_digest
+from diffusers_sana.training.metadata import inside
 
 
 Chat = list[dict[str, Any]]
@@ -25,17 +31,31 @@ class ChatFolder(Dataset):
         pictures: path of every picture, by the name it has in the chats.
         codes: codes `[T, D]` by the same names, once somebody has set them: the items then have these as pictures.
 
+    Args:
+        folder: with chats.jsonl.
+        allow_outside: also take images outside of the folder that the chats name.
+
     Raises:
-        ValueError: there are no chats, or a picture is not there.
+        ValueError: there are no chats, a line is none, or an image is not there or outside of the folder.
     """
 
-    def __init__(self, folder: str | Path):
-        file = Path(folder, "chats.jsonl")
+    def __init__(self, folder: str | Path, allow_outside: bool = False):
+        file, root = Path(folder, "chats.jsonl"), Path(folder)
         if not file.exists():
             raise ValueError(f"`data` must be a folder with chats.jsonl, got {str(folder)!r}. Check the path.")
-        self.chats: list[Chat] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        names = sorted({part["image"] for chat in self.chats for part in picture_parts(chat)})
-        self.pictures = {name: Path(folder, name) for name in names}
+        self.chats: list[Chat] = []
+        self.pictures: dict[str, Path] = {}
+        for number, chat in read_json_lines(file):
+            where = f"{str(file)!r}, line {number}"
+            try:
+                names = [_string(part["image"]) for part in picture_parts(chat)]
+            except (KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{where}: a line must be a list of messages with `role` and `content`, a string or a list of"
+                    f" parts with `type`; wrong is {error}."
+                ) from None
+            self.pictures |= {name: inside(root / name, root, where, allow_outside) for name in names}
+            self.chats.append(chat)
         self.codes: dict[str, Tensor] = {}
         absent = [name for name, path in self.pictures.items() if not path.exists()]
         if not self.chats or absent:
@@ -100,30 +120,47 @@ def without_prompt(chat: Chat) -> Chat:
 def encode_pictures(
     pictures: dict[str, Path], tower: VilaUVisionModel, image_processor: Any, file: Path, batch_size: int = 32
 ) -> dict[str, Tensor]:
-    """Codes `[T, D]` of picture files, by their names.
+    """Codes `[T, D]` of image files, by their names.
 
-    They are kept in `file`, and taken from there when it has them all: use a new one for another tower or other files.
+    They are kept in `file`, with what they were made from: those of changed images are encoded again, and all of them
+    for another tower or processor. Of several processes the first encodes, and the others read.
 
     Args:
         pictures: name -> path.
         tower: encodes them.
         image_processor: of the model.
-        file: a safetensors file to write.
-        batch_size: pictures encoded at a time.
+        file: a safetensors file.
+        batch_size: images encoded at a time.
     """
-    if file.exists():
-        codes = load_file(file)
-        if pictures.keys() <= codes.keys():
-            return {name: codes[name] for name in pictures}
-    names, codes = list(pictures), {}
-    tower.eval()
-    for start in tqdm(range(0, len(names), batch_size), desc="encoding pictures"):
-        batch = names[start : start + batch_size]
-        images = image_processor.fetch_images([str(pictures[name]) for name in batch])
-        pixels = image_processor(images, return_tensors="pt")["pixel_values"]
-        codes |= dict(zip(batch, tower.encode_to_codes(pixels.to(tower.device, tower.dtype)).cpu(), strict=True))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".tmp")
-    save_file({name: value.contiguous() for name, value in codes.items()}, partial)
-    partial.replace(file)
-    return codes
+    settings = digest(model_digest(tower), json.dumps(image_processor.to_dict(), sort_keys=True, default=str))
+    stamps = {name: digest(settings, file_stamp(path)) for name, path in pictures.items()}
+    with PartialState().main_process_first():
+        codes = _kept_codes(file, stamps)
+        names = [name for name in pictures if name not in codes]
+        tower.eval()
+        for start in tqdm(range(0, len(names), batch_size), desc="encoding images", disable=not names):
+            batch = names[start : start + batch_size]
+            images = image_processor.fetch_images([str(pictures[name]) for name in batch])
+            pixels = image_processor(images, return_tensors="pt")["pixel_values"]
+            codes |= dict(zip(batch, tower.encode_to_codes(pixels.to(tower.device, tower.dtype)).cpu(), strict=True))
+        if names:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(file) as temporary:
+                tensors = {name: value.contiguous() for name, value in codes.items()}
+                save_file(tensors, temporary, metadata={"made_from": json.dumps(stamps)})
+    return {name: codes[name] for name in pictures}
+
+
+def _kept_codes(file: Path, stamps: dict[str, str]) -> dict[str, Tensor]:
+    """The codes in a file that were made from what `stamps` says."""
+    if not file.exists():
+        return {}
+    with safe_open(file, framework="pt") as kept:
+        made_from = json.loads((kept.metadata() or {}).get("made_from", "{}"))
+        return {name: kept.get_tensor(name) for name, stamp in stamps.items() if made_from.get(name) == stamp}
+
+
+def _string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(repr(value))
+    return value

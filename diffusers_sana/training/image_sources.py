@@ -159,7 +159,7 @@ class FolderSource:
 
     def stamp(self, index: int) -> str:
         """Size and time of change of an image's file."""
-        return _stamp(self.paths[index])
+        return file_stamp(self.paths[index])
 
     def _files(self, split: str) -> list[Path]:
         """All files that are not hidden, of one split where there are some."""
@@ -313,7 +313,7 @@ class TarSource:
     def stamp(self, index: int) -> str:
         """Place of an image in its tar, and the tar's size and time of change."""
         path, start, size = self.places[index]
-        return f"{start}-{size}-{_stamp(path)}"
+        return f"{start}-{size}-{file_stamp(path)}"
 
     def _image(self, members: dict[str, tarfile.TarInfo], name: str) -> tarfile.TarInfo | None:
         suffixes = [self.image_column] if self.image_column else [s for s in members if f".{s}" in SUFFIXES]
@@ -383,7 +383,7 @@ class HubSource:
         self.rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
         self.names = [f"{name}/{index}" for index in range(len(rows))]
         files = [Path(file["filename"]) for file in rows.cache_files]
-        self._stamp = digest([[str(path), _stamp(path)] for path in files]) if files else ""
+        self._stamp = digest([[str(path), file_stamp(path)] for path in files]) if files else ""
         self.captions = [""] * len(rows)
         if captions != "ignored":
             self._take_captions(datasets, caption_column)
@@ -521,7 +521,8 @@ def _text_in(path: Path, member: tarfile.TarInfo, name: str) -> str:
         raise ValueError(f"{name!r} must have a caption in UTF-8, but byte {error.start} is not.") from None
 
 
-def _stamp(path: Path) -> str:
+def file_stamp(path: Path) -> str:
+    """Size and time of change of a file."""
     status = path.stat()
     return f"{status.st_size}-{status.st_mtime_ns}"
 

@@ -1,6 +1,5 @@
 """The README.md of a trained folder: how to load it first, then what its files say about it."""
 
-import json
 from math import prod
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
 import diffusers_sana
+from diffusers_sana.files import read_json
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -95,7 +95,7 @@ def _class_name(folder: Path) -> str:
     """Of the pipeline or the model in `folder`."""
     for name in ("model_index.json", "config.json"):
         path = folder / name
-        if path.is_file() and "_class_name" in (config := json.loads(path.read_text())):
+        if path.is_file() and "_class_name" in (config := read_json(path)):
             return config["_class_name"]
     raise ValueError(
         f"`folder` must hold what `save_pretrained` or `save_lora_weights` of diffusers wrote, but {folder} does not."

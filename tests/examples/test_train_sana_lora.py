@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -17,6 +18,7 @@ from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.training.instance_data import WithPrior, captioned_folder
 from diffusers_sana.training.prompt_conditioning import complex_human_instruction
+from examples import train_sana_lora
 from examples.train_emoji import lora as emoji
 from examples.train_sana_lora import LoraTrainingConfig, main, prepare, train
 from tests import tiny
@@ -276,3 +278,34 @@ def test_emoji_lora(art, tmp_path):
     assert report["truth"]["variance_within_large_pixels"] == 0
     assert report["truth"]["object_top1"] == 1
     assert Image.open(tmp_path / "held_out.png").size == (128, 6 * 128)
+
+
+def test_class_images_are_of_their_prompt(tmp_path):
+    """Whatever an earlier run with another prompt has left; what the user has put there counts and stays."""
+    (tmp_path / "base").mkdir()
+    folder, asked = tmp_path / "class", []
+
+    def pipe(prompt, generator, **size):
+        asked.append((prompt, generator.initial_seed()))
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8))])
+
+    def run(prompt, count):
+        asked.clear()
+        settings = {"class_prompt": prompt, "num_class_images": count, "pretrained": str(tmp_path / "base")}
+        train_sana_lora.generate_class_images(pipe, LoraTrainingConfig(**settings), folder)
+        return sorted(path.name for path in folder.iterdir())
+
+    names = [f"class_{index:05d}.png" for index in range(3)]
+    assert run("a dog", 3) == names
+    assert asked == [("a dog", 0), ("a dog", 1), ("a dog", 2)]
+    assert run("a dog", 3) == names
+    assert asked == []
+    assert run("a cat", 2) == names[:2]
+    assert asked == [("a cat", 0), ("a cat", 1)]
+    Image.new("RGB", (8, 8)).save(folder / "mine.jpg")
+    (folder / "mine.txt").write_text("a cat of mine")
+    assert run("a cat", 3) == [*names[:2], "mine.jpg", "mine.txt"]
+    assert asked == []
+    (tmp_path / "base" / "model_index.json").write_text("{}")  # another model of the same name
+    run("a cat", 3)
+    assert len(asked) == 2

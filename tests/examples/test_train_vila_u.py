@@ -113,6 +113,13 @@ def chat_folder(folder):
     return folder
 
 
+def test_chats_with_separators_and_blank_lines(tmp_path):
+    folder = chat_folder(tmp_path / "data")
+    chat = drawing("one\u2028two", "a.png")
+    (folder / "chats.jsonl").write_text("\ufeff\n" + json.dumps(chat, ensure_ascii=False) + "\n\n", "utf-8")
+    assert ChatFolder(folder).chats == [chat]
+
+
 def test_pictures_of_a_folder_are_encoded_once(tmp_path):
     chats, model, processor = ChatFolder(chat_folder(tmp_path / "data")), tiny_model(), tiny_processor()
     tower, file = model.model.vision_tower, tmp_path / "codes.safetensors"
@@ -120,11 +127,42 @@ def test_pictures_of_a_folder_are_encoded_once(tmp_path):
     assert codes.keys() == {"a.png", "b.png"}
     collate = ChatCollator(processor)
     from_pixels = collate([chats[index] for index in range(4)])
-    chats.codes = encode_pictures(chats.pictures, None, None, file)  # from the file: nothing is encoded
+    before = file.stat().st_ino
+    chats.codes = encode_pictures(chats.pictures, tower, processor.image_processor, file)
+    assert file.stat().st_ino == before  # nothing was encoded
     from_codes = collate([chats[index] for index in range(4)])
     assert torch.equal(from_codes["image_codes"], tower.encode_to_codes(from_pixels["pixel_values"]))
     assert torch.equal(from_codes["input_ids"], from_pixels["input_ids"])
     assert torch.equal(from_codes["labels"], from_pixels["labels"])
+
+
+def test_codes_are_of_their_images_tower_and_processor(tmp_path):
+    chats, tower, processor = (
+        ChatFolder(chat_folder(tmp_path / "data")),
+        tiny_model().model.vision_tower,
+        tiny_processor(),
+    )
+    file, encoded = tmp_path / "codes.safetensors", []
+    encode = tower.encode_to_codes
+    tower.encode_to_codes = lambda pixels: [encoded.append(len(pixels)), encode(pixels)][1]
+
+    def codes(**options):
+        encoded.clear()
+        image_processor = type(processor.image_processor)(**processor.image_processor.to_dict() | options)
+        return encode_pictures(chats.pictures, tower, image_processor, file)
+
+    first = codes()
+    assert encoded == [2]
+    Image.new("RGB", (41, 32), "green").save(tmp_path / "data" / "a.png")
+    second = codes()
+    assert encoded == [1]
+    assert not torch.equal(second["a.png"], first["a.png"])
+    assert torch.equal(second["b.png"], first["b.png"])
+    codes(image_aspect_ratio="crop")
+    assert encoded == [2]
+    next(tower.parameters()).data.view(-1)[0] += 1
+    codes(image_aspect_ratio="crop")
+    assert encoded == [2]
 
 
 @pytest.mark.parametrize("cached", ["--cache_codes", "--no-cache_codes"])
@@ -148,6 +186,16 @@ def test_bad_input(tmp_path):
     (folder / "b.png").unlink()
     with pytest.raises(ValueError, match=r"lacks 1 of the pictures, 'b.png' first"):
         ChatFolder(folder)
+    good = (folder / "chats.jsonl").read_text()
+    for line, message in {
+        '[{"role": "user"': "not valid JSON",
+        '{"role": "user", "content": "x"}': "a line must be a list of messages",
+        '[{"role": "user", "content": [{"type": "image", "image": 5}]}]': "a line must be a list of messages",
+        json.dumps(drawing("a", "../b.png")): "lies outside of the data folder",
+    }.items():
+        (folder / "chats.jsonl").write_text(f"\n{line}\n{good}")
+        with pytest.raises(ValueError, match=rf"chats\.jsonl', line 2: .*{message}"):
+            ChatFolder(folder)
     processor = tiny_processor()
     with pytest.raises(ValueError, match=r"must all be pictures or all codes, got 1 codes among 2\."):
         ChatCollator(processor)([drawing("a", random_codes(1)), drawing("b", Image.new("RGB", (32, 32)))])
