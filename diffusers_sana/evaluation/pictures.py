@@ -38,14 +38,15 @@ def to_images(pictures: Tensor) -> list[Image.Image]:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """All files of pictures of a folder, in order of their names.
+    """All image files of a folder, in order of their names; hidden ones, such as a kill leaves, are none.
 
     Raises:
         OSError: where there is no such folder, or no picture in it.
     """
     if not folder.is_dir():
         raise OSError(f"`folder` must be a folder of pictures, but there is no folder {folder}")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    found = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in found if not path.name.startswith("."))
     if not paths:
         raise OSError(f"`folder` must have pictures in it ({', '.join(SUFFIXES)}), but {folder} has none")
     return paths

@@ -140,3 +140,18 @@ def test_sets(paths):
     assert report["fid"] == pytest.approx(0, abs=1e-9)
     assert measure.compare_sets(features, features + 1, ("fid",))["fid"] == pytest.approx(3)
     assert {"kid", "kid_deviation", "pictures", "others"} <= report.keys()
+
+
+def test_an_image_whose_writing_is_cut_off_is_generated_again(tmp_path):
+    class Torn:
+        def save(self, path, **options):
+            path.write_bytes(b"half of an image")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw_missing(lambda prompts, seeds: [Torn()] * len(prompts), PROMPTS, SEEDS, tmp_path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+    (tmp_path / ".0a1b2c.png").write_bytes(b"what a kill leaves")
+    paths = draw_missing(Artist(), PROMPTS, SEEDS, tmp_path, {})
+    assert pictures_in(tmp_path) == paths
+    assert [Image.open(path).format for path in paths] == ["PNG"] * len(paths)

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from diffusers_sana.kernels.dispatch import kernel_mode
 from diffusers_sana.kernels.relu_linear_attention import relu_linear_attention, relu_linear_attention_reference
+from diffusers_sana.kernels.triton.relu_linear_attention import _split
 from tests.kernels.kernel_checks import DEVICE, DTYPES, check_kernel, check_operator, to_device
 from tests.numerics import assert_close_fp32, assert_no_worse, relative_error
 
@@ -115,6 +118,40 @@ def tensors(shape, dtype=torch.float32):
 @pytest.mark.parametrize("shape", [(2, 63, 2, 32), (1, 300, 1, 16), (1, 40, 1, 64)], ids=str)
 def test_kernel(shape, dtype):
     check_kernel(relu_linear_attention, tensors(shape, dtype))
+
+
+@triton.jit
+def _sum_of_parts(x_ptr, out_ptr, DTYPE: tl.constexpr, SIZE: tl.constexpr):
+    offsets = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    parts, b_scale = _split(tl.load(x_ptr + offsets), DTYPE)
+    b_sum = tl.zeros([SIZE, SIZE], tl.float32)
+    for i in tl.static_range(len(parts) - 1, -1, -1):
+        b_sum += parts[i].to(tl.float32)
+    tl.store(out_ptr + offsets, b_sum * b_scale[None, :])
+
+
+@pytest.mark.parametrize("dtype", [tl.float32, tl.float16, tl.bfloat16], ids=str)
+def test_half_parts_of_the_state_add_up_to_fp32(dtype):
+    """Each bf16 part has 8 of the 24 bits, so it takes three: without the last, errors of 2^-17 are left.
+
+    Where positive queries weigh terms of the state that cancel, so much of an error would be seen in half outputs.
+    """
+    x = torch.randn(32, 32, device=DEVICE) * 10 ** torch.linspace(-6, 6, 32, device=DEVICE)
+    out = torch.empty_like(x)
+    _sum_of_parts[(1,)](x, out, DTYPE=dtype, SIZE=32)
+    largest = x.abs().amax(dim=0)
+    assert ((out - x).abs() <= 2**-23 * largest).all()
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32], ids=str)
+def test_kernel_keeps_the_state_in_fp32_beside_half_queries(dtype):
+    query, key, value = (x.to(DEVICE) for x in qkv((1, 64, 2, 16)))
+    query = query.to(dtype)
+    with kernel_mode("triton"), torch.no_grad():
+        out = relu_linear_attention(query, key, value)
+    gold = relu_linear_attention_reference(query.double(), key.double(), value.double())
+    assert out.dtype == torch.float32
+    assert relative_error(out, gold) < 5e-7
 
 
 def test_kernel_with_one_token():

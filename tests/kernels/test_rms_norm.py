@@ -14,8 +14,8 @@ SHAPES = {"vector": (63,), "one": (2, 1), "tokens": (2, 17, 100), "image": (1, 5
 
 def formula(x, weight=None, bias=None, residual=None, eps=1e-5):
     out = x.double() / (x.double().square().mean(dim=-1, keepdim=True) + eps).sqrt()
-    for factor in (weight,):
-        out = out if factor is None else out * factor.double()
+    if weight is not None:
+        out = out * weight.double()
     for summand in (bias, residual):
         out = out if summand is None else out + summand.double()
     return out
@@ -29,6 +29,17 @@ def test_equals_the_formula(shape, options):
     kwargs = {"weight": None} | {name: tensors[name] for name in options}
     assert_close_fp32(rms_norm(x, **kwargs), formula(x, **kwargs))
     assert relative_error(rms_norm(x.double(), **kwargs), formula(x, **kwargs)) < 1e-14
+
+
+@pytest.mark.parametrize("channels", [64, 100])
+def test_blocks_of_rows(channels, monkeypatch):
+    """On CPUs rows are taken in blocks, each with its rows of the residual; the last block is a part of one."""
+    monkeypatch.setattr("diffusers_sana.kernels.rms_norm.CPU_BLOCK", 8 * channels)
+    x, residual = torch.randn(3, 9, channels), torch.randn(3, 9, channels)  # 27 rows
+    weight, bias = torch.randn(channels), torch.randn(channels)
+    with torch.no_grad():
+        out = rms_norm(x, weight, bias, residual=residual)
+    assert_close_fp32(out, formula(x, weight, bias, residual))
 
 
 def test_epsilon():

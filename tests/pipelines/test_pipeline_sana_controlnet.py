@@ -197,6 +197,20 @@ def test_lora_of_the_transformer(tmp_path):
     assert_close_fp32(generate(pipe, **half), generate(upstream, **half))
 
 
+@pytest.mark.parametrize("wiring", ["diffusers", "nvlabs"])
+@pytest.mark.parametrize("layer", ["attn1.to_v", "attn2.to_v"], ids=["each_step", "text"])
+def test_attention_kwargs_reach_the_controlnet(wiring, layer):
+    """Layers that run at each step, and those of the text, which run once."""
+    pipe = pipeline(parts={"controlnet": controlnet(wiring=wiring)})
+    plain = generate(pipe)
+    pipe.controlnet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=[layer], init_lora_weights=False), "a")
+    full, half = generate(pipe), generate(pipe, attention_kwargs={"scale": 0.5})
+    assert_close_fp32(generate(pipe, attention_kwargs={"scale": 0.0}), plain)
+    pipe.controlnet.set_adapters(["a"], [0.5])
+    assert_close_fp32(generate(pipe), half)
+    assert min(relative_error(half, full), relative_error(half, plain)) > 1e-3
+
+
 def test_four_bits():
     pipe = pipeline()
     plain = generate(pipe)

@@ -86,6 +86,27 @@ def test_encode_prompt_gives_what_a_call_takes(ours, upstream):
     assert torch.equal(images, again)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_guidance_is_rounded_as_in_diffusers(ours, upstream, dtype):
+    """To the dtype of the text, before and after `guidance_embeds_scale`: 4.7 becomes 4.6875, and then 0.46875."""
+    text = {"prompt_embeds": torch.randn(1, 3, tiny.TEXT_WIDTH).to(dtype), "prompt_attention_mask": torch.ones(1, 3)}
+    seen = []
+    for pipe in (ours, upstream):
+        pipe = type(pipe)(**pipe.components | {"text_encoder": None, "tokenizer": None})
+        pipe.set_progress_bar_config(disable=True)
+        model = pipe.transformer
+        before = model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["guidance"]), with_kwargs=True
+        )
+        try:
+            pipe(**CALL | {"prompt": None}, **text, guidance_scale=4.7, num_inference_steps=2, generator=seeded())
+        finally:
+            before.remove()
+    assert len(seen) == 4
+    assert all(torch.equal(guidance.double(), seen[2].double()) for guidance in seen)
+    assert (seen[0].item() == pytest.approx(0.47, rel=1e-6)) == (dtype == torch.float32)
+
+
 def test_half_precision_is_no_worse():
     gold = sprint_pipeline(diffusers)(**CALL, generator=seeded()).images
     errors = [

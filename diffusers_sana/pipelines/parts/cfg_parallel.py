@@ -3,13 +3,12 @@
 Each process runs a share of the batch through the model and gathers the predictions of the others, so that all go on
 with the same bits. Wherever the batch comes from: several prompts are shared in the same way.
 
-Legend: B rows of the batch, S prompts of a single token, L text tokens.
+Legend: B rows of the batch.
 """
 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from diffusers_sana.models.transformers.attention_sana import SanaTextState
 from diffusers_sana.models.transformers.text_sana import SanaTextContext
 
 
@@ -79,7 +77,7 @@ class BatchParallelHook(ModelHook):
         if isinstance(value, Tensor):
             return value[rows] if value.ndim and len(value) == self.batch_size else value
         if isinstance(value, SanaTextContext):
-            return text_rows(value, rows)
+            return value.rows(rows.start, rows.stop)
         if isinstance(value, list | tuple):
             return type(value)(self._share(item) for item in value)
         if callable(value):  # a ControlNet that starts from the first block's output
@@ -98,32 +96,3 @@ class BatchParallelHook(ModelHook):
         if isinstance(value, BaseOutput):
             return type(value)(**{name: self._gather(item) for name, item in value.items()})
         return type(value)(self._gather(item) for item in value)
-
-
-def text_rows(context: SanaTextContext, rows: slice) -> SanaTextContext:
-    """What a model needs of some of the prompts, without a copy.
-
-    Args:
-        context: from `encode_text`.
-        rows: the prompts, from `start` to `stop`.
-
-    Returns:
-        The same for these prompts.
-    """
-    state = context.states[0]
-    num_single = context.batch_size - len(state.key) if isinstance(state, SanaTextState) else 0
-    single = slice(min(rows.start, num_single), min(rows.stop, num_single))
-    others = slice(max(rows.start - num_single, 0), max(rows.stop - num_single, 0))
-
-    def of_state(state: Tensor | SanaTextState) -> Tensor | SanaTextState:
-        if isinstance(state, Tensor):
-            return state[others]
-        constant = state.constant[single] if state.constant is not None and single.start < single.stop else None
-        return SanaTextState(state.key[others], state.value[others], constant)
-
-    return replace(
-        context,
-        states=tuple(map(of_state, context.states)),
-        attention_mask=None if context.attention_mask is None else context.attention_mask[others],
-        batch_size=rows.stop - rows.start,
-    )

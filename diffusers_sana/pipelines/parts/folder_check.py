@@ -38,9 +38,6 @@ def check_complete(folder: Path, components: Collection[str]) -> None:
             _require_one_of(component, "config.json")
             if all(file.suffix == ".json" for file in component.iterdir()):
                 raise OSError(f"{component} has no file of weights, such as *.safetensors. Download it again.")
-            for shards in component.glob("*.index*.json"):
-                for shard in sorted(set(_read_json(shards)["weight_map"].values())):
-                    _require_one_of(component, shard)
 
 
 def check_processor(folder: Path) -> None:

@@ -126,7 +126,7 @@ class TrigFlowBase(SanaPipelineBase):
         tau = times.view(-1, 1, 1, 1)
         norm = torch.sqrt(tau**2 + (1 - tau) ** 2)
         scaled = latents / sigma * norm
-        # Rounded as in training, where the scale has the dtype of the text.
+        # Rounded to the dtype of the text, as in diffusers; the authors' code keeps fp32.
         guidance = torch.full([len(latents)], self.guidance_scale, device=latents.device).to(guidance_dtype)
         velocity = run(
             hidden_states=scaled.to(self.transformer.dtype),
