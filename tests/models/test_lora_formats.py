@@ -64,6 +64,28 @@ def test_alpha_of_a_tensor_counts_for_more():
     assert metadata["transformer.lora_alpha"] == 6
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora_alpha": None}, "must have numbers for the rank and alpha of .*to_q', got 2, None"),
+        (
+            {"lora_alpha": 4, "alpha_pattern": "x"},
+            "`alpha_pattern` of the LoRA's config must be a dictionary, got 'x'",
+        ),
+        ({"lora_alpha": 4, "alpha_pattern": {"(": 2}}, "`alpha_pattern` of .* must have regular expressions"),
+    ],
+)
+def test_configs_that_cannot_be_meant(fields, message):
+    with pytest.raises(ValueError, match=message):
+        convert_sana_lora(LAYER, fields)
+
+
+@pytest.mark.parametrize("shape", [(), (8, 8), (1, 8)])
+def test_magnitudes_of_other_shapes(shape):
+    with pytest.raises(ValueError, match="must have a number for each of 8 outputs, but has the shape"):
+        convert_sana_lora({**LAYER, f"{KOHYA}.dora_scale": torch.ones(shape)})
+
+
 DEPTH = "transformer.transformer_blocks.0.ff.conv_depth"
 QKV = "diffusion_model.blocks.0.attn.qkv"
 
@@ -96,7 +118,7 @@ QKV = "diffusion_model.blocks.0.attn.qkv"
         ({**LAYER, f"{KOHYA}.lora_up.weight": torch.ones(8, 3)}, r"must have one rank.*\[2, 8\], \[8, 3\]"),
         ({**LAYER, f"{KOHYA}.lora_A.weight": DOWN}, rf"'{KOHYA}.lora_A.weight' is what '{KOHYA}.lora_down.weight' is"),
         ({**LAYER, f"{OURS}.lora_A.weight": DOWN, f"{OURS}.lora_B.weight": UP}, r"which another key of the file is"),
-        ({f"{QKV}.lora_down.weight": DOWN, f"{QKV}.lora_up.weight": UP}, r"must have 3 equal parts, but has 8 rows"),
+        ({f"{QKV}.lora_down.weight": DOWN, f"{QKV}.lora_up.weight": UP}, r"must have 3 equal parts, .*\[8, 2\]"),
         ({**LAYER, f"{KOHYA}.dora_scale": torch.ones(1, 8)}, r"DoRA over inputs scales what goes into the layer"),
         ({f"{DEPTH}.lora_A.weight": torch.ones(2, 8, 3, 3), f"{DEPTH}.lora_B.weight": torch.ones(1, 2, 1, 1),
           f"{DEPTH}.dora_scale": torch.ones(8, 1, 1, 1)}, "is DoRA of a depthwise convolution"),

@@ -144,14 +144,24 @@ def lora_scale(metadata: Mapping[str, Any] | None, name: str, rank: int | None) 
     if metadata is None:
         return 1.0
     fields = {field.removeprefix(PREFIX): value for field, value in metadata.items()}
-    rank = rank or _by_pattern(fields.get("rank_pattern"), name, fields.get("r", 1))
-    alpha = _by_pattern(fields.get("alpha_pattern"), name, fields.get("lora_alpha", fields.get("alpha", rank)))
+    rank = rank or _by_pattern(fields, "rank_pattern", name, fields.get("r", 1))
+    alpha = _by_pattern(fields, "alpha_pattern", name, fields.get("lora_alpha", fields.get("alpha", rank)))
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in (rank, alpha)) or rank <= 0:
+        raise ValueError(
+            f"the LoRA's config must have numbers for the rank and alpha of {name!r}, got {rank}, {alpha}."
+        )
     return alpha / (rank**0.5 if fields.get("use_rslora") else rank)
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    matching = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
-    return next(matching, default)
+def _by_pattern(fields: Mapping[str, Any], field: str, name: str, default: Any) -> Any:
+    patterns = fields.get(field) or {}
+    if not isinstance(patterns, Mapping):
+        raise ValueError(f"`{field}` of the LoRA's config must be a dictionary, got {patterns!r}.")
+    try:
+        matching = [value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)]
+    except re.error as error:
+        raise ValueError(f"`{field}` of the LoRA's config must have regular expressions: {error}.") from None
+    return next(iter(matching), default)
 
 
 def check_lora_fits(state_dict: Mapping[str, Tensor], transformer: nn.Module) -> None:
@@ -315,19 +325,18 @@ def _number(tensor: Tensor, key: str) -> float:
 def _rows(part: str, tensor: Tensor, key: str, up: Tensor, number: int) -> tuple[Tensor, ...]:
     """What each of `number` layers, fused into one, has of a tensor."""
     if part == MAGNITUDE:
-        outputs = tensor.shape[0] if key.endswith("dora_scale") else tensor.numel()
-        if outputs != up.shape[0]:
+        is_across = key.endswith("dora_scale") and tuple(tensor.shape[:1]) != tuple(up.shape[:1])
+        if is_across or tensor.numel() != up.shape[0]:
             raise ValueError(
-                f"{key!r} must have a number for each of {up.shape[0]} outputs, but has the shape"
-                f" {list(tensor.shape)}. DoRA over inputs scales what goes into"
-                " the layer, which layers beside it cannot express: train it over outputs (OneTrainer:"
-                " lora_decompose_output_axis)."
+                f"{key!r} must have a number for each of {up.shape[0]} outputs, but has the shape "
+                f"{list(tensor.shape)}. DoRA over inputs scales what goes into the layer, which layers beside it "
+                "cannot express: train it over outputs (OneTrainer: lora_decompose_output_axis)."
             )
         tensor = tensor.flatten() if up.ndim == 2 else tensor.reshape(1, -1, 1, 1)
     if part == DOWN or number == 1:
         return (tensor,) * number
-    if tensor.shape[0] % number:
-        raise ValueError(f"{key!r} must have {number} equal parts, but has {tensor.shape[0]} rows.")
+    if not tensor.ndim or tensor.shape[0] % number:
+        raise ValueError(f"{key!r} must have {number} equal parts, but has the shape {list(tensor.shape)}.")
     return tuple(piece.contiguous() for piece in tensor.chunk(number))
 
 

@@ -89,7 +89,7 @@ def _flat(parts: Mapping[str, Tensor], name: str) -> Tensor:
         raise ValueError(f"a tensor {name!r} must be there beside {sorted(parts)}.")
     if parts[name].ndim < 2 or not parts[name].numel():
         raise ValueError(f"{name!r} must be a matrix, but the shapes are {_shapes(parts)}.")
-    return parts[name].flatten(1).float()
+    return parts[name].flatten(1).float().contiguous()
 
 
 def _shapes(parts: Mapping[str, Tensor]) -> dict[str, list[int]]:
