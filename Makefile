@@ -10,7 +10,7 @@ JOBS ?= 12
 RESULTS ?= benchmarks/results
 SETUP_UNLESS_PY := $(if $(filter $(BIN)/python,$(PY)),setup)
 
-.PHONY: setup demo test check format host-tests gpu-check gpu-bench bench compile-kernels tables study train-bundled train-bundled-vila-u prepare-data docs
+.PHONY: setup demo test test-lowest test-versions check format host-tests gpu-check gpu-bench bench compile-kernels tables study train-bundled train-bundled-vila-u prepare-data docs
 
 setup: $(STAMP)
 
@@ -24,6 +24,12 @@ demo: setup  ## writes an image of PROMPT from the bundled checkpoint and prints
 
 test: setup  ## the whole CPU suite
 	$(BIN)/pytest -n 2 --dist loadfile -m "not gpu"
+
+test-lowest: setup  ## import, generate and quantize with the oldest versions of pyproject.toml
+	$(BIN)/python -m tools.test_versions lowest --smoke
+
+test-versions: setup  ## tests that depend on versions, with the oldest ones and with a GPU host's; downloads 5 GB
+	$(BIN)/python -m tools.test_versions lowest gpu-host gpu-host-overlay
 
 check: setup  ## format, lint, types
 	$(BIN)/ruff format --check .

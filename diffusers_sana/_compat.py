@@ -127,7 +127,7 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
     "_compiled_call_impl": (HostName(_MODULE, PROMPT_PREFIX),),
     "_diffusers_hook": (HostName("diffusers.hooks.hooks:HookRegistry", "CUDA graphs", in_source=True),),
     "_execution_device": (HostName(_PIPELINE, "all pipelines"),),
-    "_expand_multimodal_outputs": (HostName(_GENERATION, VILA_U),),
+    "_expand_multimodal_outputs": (HostName(_GENERATION, VILA_U, since="5.21"),),
     "_flattened_mesh": (
         HostName("diffusers.models._modeling_parallel:ContextParallelConfig", CONTEXT_PARALLEL, in_source=True),
     ),
@@ -189,6 +189,11 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
     "_tp_plan": (HostName(_PRETRAINED, VILA_U),),
     "_validate_preprocess_kwargs": (HostName(_IMAGE_PROCESSOR, VILA_U),),
 }
+
+
+def supports(name: HostName) -> bool:
+    """Whether the installed version of its host is one that should have the name."""
+    return release(version_of(name.host)) >= release(name.oldest)
 
 
 class MissingHostName(ImportError):
@@ -343,14 +348,16 @@ def warn_if_untested(host: str) -> None:
 def _missing(name: HostName, attribute: str = "") -> MissingHostName:
     place = name.where.replace(":", ".") + (f".{attribute}" if attribute else "")
     host, found = name.host, version_of(name.host)
-    remedy = f'Run `pip install -U "{host}>={name.oldest}"`.'
+    same_feature = [other for other in IMPORTS.values() if (other.host, other.feature) == (host, name.feature)]
+    lowest = max((other.oldest for other in [name, *same_feature]), key=release)
+    remedy = f'Run `pip install -U "{host}>={lowest}"`.'
     if not found:
         return MissingHostName(f"{name.feature} needs {host}, which is not installed. {remedy}")
-    if release(found) >= release(name.oldest):
+    if release(found) >= release(lowest):
         remedy = f"Upgrade diffusers_sana, or install one of these versions of {host}."
     return MissingHostName(
         f"{name.feature} needs `{place}`, which {host} {found} does not have; "
-        f"{host} {name.oldest} to {HOSTS[host].highest} have it. {remedy}"
+        f"{host} {lowest} to {HOSTS[host].highest} work. {remedy}"
     )
 
 

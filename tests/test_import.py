@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import diffusers_sana
+from diffusers_sana import _compat
 
 
 SCRIPT = """
@@ -41,9 +42,14 @@ def test_fresh_process():
 
 
 def test_exports_exist():
+    of_vila_u = [name for name in _compat.IMPORTS.values() if name.feature == _compat.VILA_U]
     for name in diffusers_sana._EXPORTS:
-        assert getattr(diffusers_sana, name).__name__ == name
         assert name in dir(diffusers_sana)
+        if "VilaU" in name and not all(map(_compat.supports, of_vila_u)):
+            with pytest.raises(_compat.MissingHostName, match=r"transformers>=5\.21"):
+                getattr(diffusers_sana, name)
+        else:
+            assert getattr(diffusers_sana, name).__name__ == name
 
 
 def test_unknown_name():

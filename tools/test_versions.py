@@ -1,0 +1,151 @@
+"""Runs the tests that depend on versions in environments of other versions of torch, transformers and the rest.
+
+    python -m tools.test_versions lowest             the oldest versions that pyproject.toml allows
+    python -m tools.test_versions gpu-host           those of the GPU host: torch 2.11, triton 3.6; 5 GB of downloads
+    python -m tools.test_versions gpu-host-overlay   the same with a newer transformers, which VILA-U needs
+
+An environment is made in build/envs/NAME from constraints-NAME.txt. "lowest" sees the packages of the interpreter that
+runs this, such as torch and pytest, behind its own. Counts and versions are written into a JSON file.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+
+ROOT = Path(__file__).parents[1]
+GROUPS = {
+    "import": ["tests/test_import.py", "tests/test_compat.py"],
+    "registration": ["tests/test_registration.py"],
+    "pipelines": ["tests/pipelines"],
+    "quantizer": ["tests/quantizers"],
+    "kernels": ["tests/kernels"],
+}
+PACKAGES = ("accelerate", "diffusers", "huggingface_hub", "peft", "safetensors", "transformers")
+TEST_PACKAGES = ("matplotlib", "pytest", "pytest-xdist", "scikit-image")
+# What continuous integration runs: import, generate, quantize.
+SMOKE = """
+import torch, diffusers_sana
+from diffusers_sana.checkpoints import SANA_EMOJI
+diffusers_sana.register(strict=True)
+pipe = diffusers_sana.SanaPipeline.from_pretrained(SANA_EMOJI)
+make = lambda: torch.tensor(pipe("a fox", num_inference_steps=4, generator=torch.Generator().manual_seed(0),
+                                 output_type="np").images)
+image = make()
+diffusers_sana.quantize(pipe)
+error = (make() - image).square().mean().sqrt()
+assert image.std() > 0.05 and 0 < error < 0.2, (image.std(), error)
+print(f"generated and quantized; root mean square between the images: {error:.4f}")
+"""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Versions to test with.
+
+    Attributes:
+        on_top: put only `PACKAGES` into the environment, in front of those of the running interpreter.
+        skip: expression of pytest for what these versions do not support.
+    """
+
+    on_top: bool = False
+    skip: str = ""
+
+
+WITHOUT_VILA_U = "not vila_u and not VilaU and not vila-u"
+ENVIRONMENTS = {
+    "lowest": Environment(on_top=True, skip=WITHOUT_VILA_U),
+    "gpu-host": Environment(skip=WITHOUT_VILA_U),
+    "gpu-host-overlay": Environment(),
+}
+
+
+def make(name: str, folder: Path) -> Path:
+    """The interpreter of the environment, which is made if its constraints have changed since."""
+    environment, constraints = ENVIRONMENTS[name], ROOT / f"constraints-{name}.txt"
+    python, stamp = folder / "bin/python", folder / "constraints.txt"
+    if stamp.exists() and stamp.read_text() == constraints.read_text():
+        return python
+    subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+    packages, options = [*PACKAGES], ["--no-deps"]
+    if environment.on_top:
+        site = next(folder.glob("lib/python*/site-packages"))
+        (site / "behind.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    else:
+        packages, options = [*PACKAGES, "torch", "triton", "numpy", "pillow", "filelock", *TEST_PACKAGES], []
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", constraints]
+    subprocess.run([*pip, *options, *packages], check=True)
+    stamp.write_text(constraints.read_text())
+    return python
+
+
+def run_group(python: Path, tests: list[str], skip: str, jobs: int, report: Path) -> dict[str, int]:
+    """Runs tests in an environment and counts them: passed, failed (errors too), skipped."""
+    command = [python, "-m", "pytest", *tests, "-m", "not gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command += ["-n", str(jobs), "--dist", "loadfile"] if jobs > 1 else []
+    subprocess.run([*command, *(["-k", skip] if skip else [])], cwd=ROOT, env=environment_variables(), check=False)
+    suite = next(ElementTree.parse(report).iter("testsuite"))
+    total, failures, errors, skipped = (int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped"))
+    return {
+        "passed": total - failures - errors - skipped,
+        "failed": failures + errors,
+        "skipped": skipped,
+        "failures": sorted(
+            f"{case.get('classname')}::{case.get('name')}"
+            for case in suite.iter("testcase")
+            if case.find("failure") is not None or case.find("error") is not None
+        ),
+    }
+
+
+def environment_variables() -> dict[str, str]:
+    """This checkout in front, one thread a process, no progress bars."""
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    return os.environ | own
+
+
+def versions(python: Path) -> dict[str, str]:
+    """What is installed in an environment, by name."""
+    names = [*PACKAGES, "torch", "triton", "numpy", "tokenizers"]
+    code = f"import sys; from importlib.metadata import version; print(*map(version, {names}), sys.version.split()[0])"
+    output = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    return dict(zip([*names, "python"], output, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="+", choices=ENVIRONMENTS)
+    parser.add_argument("--smoke", action="store_true", help="only import, generate and quantize, within a minute")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--envs", type=Path, default=ROOT / "build/envs", help="folder of the environments")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/versions")
+    arguments = parser.parse_args()
+    failed = 0
+    for name in arguments.names:
+        python = make(name, arguments.envs / name)
+        if arguments.smoke:
+            subprocess.run([python, "-W", "ignore", "-c", SMOKE], cwd=ROOT, env=environment_variables(), check=True)
+            continue
+        arguments.results.mkdir(parents=True, exist_ok=True)
+        path = arguments.results / f"{name}.json"
+        report = json.loads(path.read_text()) if path.exists() else {}
+        report |= {"command": f"python -m tools.test_versions {name}", "versions": versions(python)}
+        for group in arguments.only:
+            counts = run_group(
+                python, GROUPS[group], ENVIRONMENTS[name].skip, arguments.jobs, arguments.envs / f"{name}.xml"
+            )
+            failed += counts["failed"]
+            report.setdefault("tests", {})[group] = counts
+            path.write_text(json.dumps(report, indent=1) + "\n")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
