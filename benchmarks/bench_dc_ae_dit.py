@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from benchmarks.harness import RESULTS, alternating_times, environment, peak_memory, write_results
 from diffusers_sana import AutoencoderDC
 from diffusers_sana.training.flow_matching import (
-    TRAIN_TIMESTEPS,
     interpolate,
     sample_euler,
     sample_sigmas,
+    timesteps_of,
     velocity_target,
 )
 from diffusers_sana.training.optimizers import make_adamw
@@ -85,7 +85,7 @@ def training_step(transformer: nn.Module, latents: Tensor) -> Callable[[], None]
         transformer.train()
         noise, sigmas = torch.randn_like(latents), sample_sigmas(len(latents), 1.0)
         noisy = interpolate(latents, noise, sigmas)
-        velocity = transformer(noisy, sigmas * TRAIN_TIMESTEPS, labels, return_dict=False)[0]
+        velocity = transformer(noisy, timesteps_of(sigmas), labels, return_dict=False)[0]
         F.mse_loss(velocity, velocity_target(latents, noise)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -98,7 +98,7 @@ def sampling(transformer: nn.Module, noise: Tensor) -> Callable[[], Tensor]:
     labels = torch.tensor([0, NO_CLASS])
 
     def guided(latents: Tensor, sigmas: Tensor) -> Tensor:
-        timesteps = sigmas.repeat(2) * TRAIN_TIMESTEPS
+        timesteps = timesteps_of(sigmas.repeat(2))
         full, empty = transformer(latents.repeat(2, 1, 1, 1), timesteps, labels, return_dict=False)[0].chunk(2)
         return empty + 4 * (full - empty)
 

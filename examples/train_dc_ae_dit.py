@@ -25,10 +25,10 @@ from diffusers_sana.training.config import check_choice, option, parse_config
 from diffusers_sana.training.data import Images, collate, load_images, make_loader
 from diffusers_sana.training.export import copy_with_weights
 from diffusers_sana.training.flow_matching import (
-    TRAIN_TIMESTEPS,
     interpolate,
     sample_euler,
     sample_sigmas,
+    timesteps_of,
     velocity_target,
 )
 from diffusers_sana.training.image_sources import FolderSource, ImageDataConfig
@@ -142,7 +142,7 @@ def train(
 
     def predict(latents: Tensor, sigmas: Tensor, labels: Tensor) -> Tensor:
         """The velocity."""
-        return model(latents, sigmas * TRAIN_TIMESTEPS, labels, return_dict=False)[0].float()
+        return model(latents, timesteps_of(sigmas), labels, return_dict=False)[0].float()
 
     def sample(path: Path) -> None:
         if vae is None:

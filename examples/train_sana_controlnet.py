@@ -28,10 +28,10 @@ from diffusers_sana.training.data import Images, load_images, load_pixels, make_
 from diffusers_sana.training.edges import sobel_edges
 from diffusers_sana.training.export import copy_with_weights
 from diffusers_sana.training.flow_matching import (
-    TRAIN_TIMESTEPS,
     interpolate,
     sample_euler,
     sample_sigmas,
+    timesteps_of,
     velocity_target,
 )
 from diffusers_sana.training.image_sources import ImageDataConfig
@@ -149,7 +149,7 @@ def train(
     def predict(latents: Tensor, sigmas: Tensor, prompt: Prompt, dropped: Tensor, cond: Tensor) -> Tensor:
         """The velocity `[B, C, h, w]`; the ControlNet's gradients flow through the frozen transformer."""
         text = {"encoder_hidden_states": prompt[0], "encoder_attention_mask": drop_prompts(prompt[1], dropped)}
-        text["timestep"] = sigmas * TRAIN_TIMESTEPS * transformer.config.timestep_scale
+        text["timestep"] = timesteps_of(sigmas) * transformer.config.timestep_scale
 
         def branch(stream: Tensor) -> tuple[Tensor, ...]:
             return model(stream, **text, controlnet_cond=cond, return_dict=False)[0]

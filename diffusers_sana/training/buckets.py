@@ -6,20 +6,32 @@ from collections.abc import Iterator, Sequence
 from itertools import count, islice
 
 import torch
-from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_1024_BIN
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_2048_BIN
+from diffusers.pipelines.sana.pipeline_sana import ASPECT_RATIO_4096_BIN
+
+
+# What the pipelines round sizes to, by the side of the square.
+TABLES = {
+    512: ASPECT_RATIO_512_BIN,
+    1024: ASPECT_RATIO_1024_BIN,
+    2048: ASPECT_RATIO_2048_BIN,
+    4096: ASPECT_RATIO_4096_BIN,
+}
 
 
 def bucket_sizes(resolution: int, multiple: int = 32) -> list[tuple[int, int]]:
     """The (height, width) pairs of Sana's buckets of about `resolution`^2 pixels.
 
-    They are those the pipelines round to at 1024, scaled and rounded to a `multiple`, equal ones merged.
+    They are those the pipelines round to at 512, 1024, 2048 and 4096; at another resolution those of 1024, scaled.
+    Sides are rounded to a `multiple`, and equal sizes merged.
     """
     if resolution < multiple:
         raise ValueError(f"`resolution` must be at least {multiple}, got {resolution}. Use a larger one.")
-    scale = resolution / 1024 / multiple
+    scale = (1 if resolution in TABLES else resolution / 1024) / multiple
     sizes = (
         (max(1, round(height * scale)) * multiple, max(1, round(width * scale)) * multiple)
-        for height, width in ASPECT_RATIO_1024_BIN.values()
+        for height, width in TABLES.get(resolution, ASPECT_RATIO_1024_BIN).values()
     )
     return list(dict.fromkeys(sizes))
 

@@ -6,7 +6,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from diffusers_sana.training.flow_matching import TRAIN_TIMESTEPS
+from diffusers_sana.training.flow_matching import timesteps_of
 from diffusers_sana.training.prompt_conditioning import PromptTokens, drop_prompts, encode_tokens
 
 
@@ -34,7 +34,7 @@ class ConditionedTransformer(nn.Module):
 
         Args:
             noisy_latents: `[B, C, h, w]`.
-            sigmas: shares of noise `[B]`.
+            sigmas: noise levels `[B]`.
             prompt: tokens with a text encoder; without one vectors `[B, L, D]` and mask `[B, L]`.
             dropped: `[B]`, true where the prompt is to be replaced by the empty one.
         """
@@ -44,5 +44,5 @@ class ConditionedTransformer(nn.Module):
             embeds, mask = cast(tuple[Tensor, Tensor], prompt)
         if dropped is not None:
             mask = drop_prompts(mask, dropped)
-        timestep = sigmas * TRAIN_TIMESTEPS * self.transformer.config.timestep_scale
+        timestep = timesteps_of(sigmas) * self.transformer.config.timestep_scale
         return self.transformer(noisy_latents, embeds, timestep, encoder_attention_mask=mask, return_dict=False)[0]

@@ -1,8 +1,9 @@
 """Flow matching as Sana trains it (arXiv 2410.10629, section 3.2; logit-normal times from arXiv 2403.03206).
 
-Legend: B batch, C latent channels, h/w latent height and width. sigma in (0, 1) is the share of noise:
-x_sigma = (1 - sigma) x_0 + sigma eps, and the network predicts the velocity eps - x_0. It is told
-t = 1000 sigma, the same number that the schedulers feed it, with sigma already shifted.
+Legend: B batch, C latent channels, h/w latent height and width. sigma in [0, 1) is the noise level:
+x_sigma = (1 - sigma) x_0 + sigma eps, and the network predicts the velocity eps - x_0. As in the authors' code
+(NVlabs/Sana, `diffusion/model/respace.py` and `gaussian_diffusion.py`), sigma is one of 1000 levels 0, 0.001, ...,
+0.999, then shifted, and the network is told t = floor(1000 sigma): whole numbers, as Flow-DPM-Solver feeds it.
 """
 
 from collections.abc import Callable
@@ -16,15 +17,22 @@ TRAIN_TIMESTEPS = 1000
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
-    """Move noise shares towards noise: shift sigma / (1 + (shift - 1) sigma)."""
+    """Move noise levels towards noise: shift sigma / (1 + (shift - 1) sigma)."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def sample_sigmas(
     count: int, shift: float, mean: float = 0.0, std: float = 1.0, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Logit-normal noise shares `[count]`: shift(sigmoid(N(mean, std^2)))."""
-    return shift_sigmas(torch.sigmoid(mean + std * torch.randn(count, device=device)), shift)
+    """Logit-normal noise levels `[count]`: shift(floor(1000 sigmoid(N(mean, std^2))) / 1000)."""
+    levels = torch.sigmoid(mean + std * torch.randn(count, device=device)) * TRAIN_TIMESTEPS
+    return shift_sigmas(levels.floor().clamp_max(TRAIN_TIMESTEPS - 1) / TRAIN_TIMESTEPS, shift)
+
+
+def timesteps_of(sigmas: Tensor) -> Tensor:
+    """What the network is told of noise levels: floor(1000 sigma), in floating point."""
+    # 1000 times the fp32 number next to 0.007 may lie below 7, by at most 6e-5.
+    return (sigmas * TRAIN_TIMESTEPS + 1e-4).floor()
 
 
 def interpolate(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:

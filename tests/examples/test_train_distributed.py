@@ -49,7 +49,7 @@ def train_autoencoder(folder, process_index, num_processes):
 
 
 def train_model(folder, process_index, num_processes):
-    """Two steps on four chats each, half of which draw and half answer; each process sees as many of both."""
+    """Two steps on four chats each, of which the first process sees those that show images, the second the answers."""
     processor = tiny_processor()
     collate = ChatCollator(processor)
 
@@ -61,7 +61,7 @@ def train_model(folder, process_index, num_processes):
                 [{"role": "user", "content": "a"}, {"role": "assistant", "content": shown[i]}]
                 if i < 2
                 else [{"role": "user", "content": shown[i]}, {"role": "assistant", "content": "cat"}]
-                for i in (0, 2, 1, 3)
+                for i in range(4)
             ]
             share = len(chats) // num_processes
             yield collate(chats[process_index * share :][:share])

@@ -165,6 +165,40 @@ def test_codes_are_of_their_images_tower_and_processor(tmp_path):
     assert encoded == [2]
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_accumulated_batches_of_unequal_targets_are_one_batch(tmp_path, order):
+    """One chat has codes to learn only, the other text: each loss is a mean over the targets of the whole step."""
+    collate, results = ChatCollator(tiny_processor()), []
+    chats = [drawing("a", random_codes(1)), answering(random_codes(2), "cat cat cat cat")]
+    whole = [collate(chats)]
+    parts = [collate([chats[at]]) for at in order]
+    for name, batches in (("whole", whole), ("parts", parts)):
+        torch.manual_seed(0)
+        model_config = tiny_model().config
+        model_config.depth_config.dropout = 0.0
+        model = VilaUForConditionalGeneration(model_config)
+        config = make_config(
+            tmp_path / name, max_steps=1, log_every=1, gradient_accumulation_steps=len(batches), max_grad_norm=0.0
+        )
+        gradients = {}
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p, key=key, gradients=gradients: gradients.__setitem__(key, p.grad.clone())
+                )
+        train(config, batches, model, tiny_processor())
+        [row] = read_log(tmp_path / name)
+        results.append((gradients, row))
+    (expected, row), (found, also) = results
+    assert expected.keys() == found.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6)
+    assert expected["depth_transformer.head.weight"].abs().max() > 1e-3
+    assert expected["lm_head.weight"].abs().max() > 1e-3
+    for term in ("text", "codes", "loss"):
+        assert row[term] == pytest.approx(also[term], abs=1e-4)
+
+
 @pytest.mark.parametrize("cached", ["--cache_codes", "--no-cache_codes"])
 def test_command_line(tmp_path, cached):
     model, processor = trainable(), tiny_processor()

@@ -6,9 +6,9 @@ from itertools import islice
 
 import pytest
 import torch
-from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
 from PIL import Image
 
+from diffusers_sana.pipelines.parts.resolution import ASPECT_RATIO_BINS
 from diffusers_sana.training.buckets import bucket_batches, bucket_sizes, nearest_size
 from diffusers_sana.training.data import ImageFolder, collate, load_pixels, make_loader
 from diffusers_sana.training.latent_cache import fill_cache, model_digest
@@ -19,8 +19,9 @@ SIZES = [(32, 64)] * 5 + [(64, 32)] * 3 + [(32, 32)] * 9
 
 
 def test_bucket_sizes_are_those_of_the_pipelines():
-    assert bucket_sizes(1024) == [(int(h), int(w)) for h, w in ASPECT_RATIO_1024_BIN.values()]
-    assert bucket_sizes(512) == [(int(h), int(w)) for h, w in ASPECT_RATIO_512_BIN.values()]
+    for resolution, table in ASPECT_RATIO_BINS.items():
+        assert bucket_sizes(resolution) == list(dict.fromkeys((int(h), int(w)) for h, w in table.values()))
+    assert set(ASPECT_RATIO_BINS) == {512, 1024, 2048, 4096}
 
 
 def test_bucket_sizes_of_a_small_resolution():

@@ -12,6 +12,7 @@ from diffusers_sana.training.flow_matching import (
     sample_euler,
     sample_sigmas,
     shift_sigmas,
+    timesteps_of,
     velocity_target,
 )
 from diffusers_sana.training.perceptual import PerceptualLoss, RandomFeatures
@@ -21,7 +22,7 @@ from tests.numerics import assert_close_fp32
 
 def test_sample_sigmas_is_logit_normal():
     sigmas = sample_sigmas(100_000, shift=1.0, mean=0.5, std=1.5)
-    logits = torch.logit(sigmas.double())
+    logits = torch.logit(sigmas.double() + 5e-4)  # rounded down to thousandths
     assert logits.mean().item() == pytest.approx(0.5, abs=0.02)
     assert logits.std().item() == pytest.approx(1.5, abs=0.02)
 
@@ -35,13 +36,32 @@ def test_sample_sigmas_shifts_after_the_sigmoid():
     assert shifted.median().item() == pytest.approx(0.75, abs=0.03)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+def test_noise_levels_and_timesteps_are_those_of_the_authors(shift):
+    """Their formulas in float64: levels 1 - linspace(1, 0.001, 1000), shifted; the model rounds 1000 sigma down."""
+    torch.manual_seed(0)
+    u = torch.sigmoid(torch.randn(20_000))
+    torch.manual_seed(0)
+    sigmas = sample_sigmas(20_000, shift)
+    index = (u * 1000).long()
+    level = index.double() / 1000
+    shifted = shift * level / (1 + (shift - 1) * level)
+    assert_close_fp32(sigmas, shifted.float())
+    told = timesteps_of(sigmas)
+    assert torch.equal(told, told.round())
+    assert (told - 1000 * shifted).abs().max() < 1 + 1e-3
+    assert torch.equal(told.long(), (1000 * shifted + 1e-4).long())
+    if shift == 1:
+        assert torch.equal(told.long(), index)
+
+
 def test_training_feeds_the_numbers_that_the_scheduler_feeds():
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     scheduler.set_timesteps(20)
     unshifted = torch.arange(20, 0, -1) * 0.999 / 20
     sigmas = shift_sigmas(unshifted, 3.0)
     assert_close_fp32(sigmas, scheduler.sigmas[:-1])
-    assert torch.equal((1000 * sigmas).long(), scheduler.timesteps)
+    assert torch.equal(timesteps_of(sigmas).long(), scheduler.timesteps)
 
 
 def test_the_target_is_the_velocity_of_the_interpolation():
