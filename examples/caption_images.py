@@ -6,13 +6,13 @@
 A model is any that transformers' `AutoModelForImageTextToText` loads, VILA-U included, or a folder of a VilaUPipeline;
 `vila-u-emoji` is the bundled one. Captions go to `captions.jsonl` in the folder. Captions that images came with, in
 `metadata.jsonl`, `.csv`, `.parquet` or `NAME.txt`, join as those of the model "original". What a model has captioned
-it does not caption again, so a stopped run goes on where it was, and further models can be added. With `--clip` each
-caption gets a CLIP score.
+it does not caption again, unless image, prompt or model have changed: a stopped run goes on where it was, and further
+models can be added. With `--clip` each caption gets a CLIP score.
 """
 
 import argparse
-import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ from transformers.utils.hub import has_file
 from diffusers_sana import VilaUPipeline
 from diffusers_sana.checkpoints import BUNDLED
 from diffusers_sana.evaluation.clip import Clip
+from diffusers_sana.files import atomic_write, digest, locked, model_identity
 from diffusers_sana.images import read_image
 from diffusers_sana.training.caption_sampling import CAPTIONS_FILE, Caption, caption_line, read_captions
 from diffusers_sana.training.image_sources import FolderSource
+from diffusers_sana.training.metadata import inside
 
 
 PROMPT = "Describe this image in one detailed paragraph."
@@ -84,6 +86,14 @@ def load_captioner(model: str, prompt: str, max_new_tokens: int, device: str, dt
     return lambda images: pipe.chat(images, prompt, max_new_tokens=max_new_tokens, do_sample=False)
 
 
+def identity_of(model: str) -> str:
+    """What the name of a captioner stands for at present; see `model_identity`."""
+    path = BUNDLED.get(model, model)
+    return model_identity(
+        path, VilaUPipeline.config_name if has_file(path, VilaUPipeline.config_name) else "config.json"
+    )
+
+
 class CaptionFile:
     """The captions of a folder, in memory and on disk; whatever is added is on disk at once.
 
@@ -93,6 +103,7 @@ class CaptionFile:
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / CAPTIONS_FILE
+        self._digests: dict[str, str] = {}
         self.captions = read_captions(self.path) if self.path.exists() else {}
         self.rewrite()  # a half line that a killed run has left must not get another behind it
 
@@ -104,40 +115,76 @@ class CaptionFile:
                 self.captions[name] = [*others, caption]
                 file.write(caption_line(name, [caption]))
 
-    def lacking(self, names: Sequence[str], model: str) -> list[str]:
-        """Those of the pictures that a model has not captioned."""
-        return [name for name in names if all(caption.model != model for caption in self.captions.get(name, []))]
+    def image(self, name: str) -> Path:
+        """The path of an image."""
+        return inside(self.folder / name, self.folder, repr(str(self.path)))
+
+    def digest(self, name: str, settings: str) -> str:
+        """A name of the image together with the settings that something is made of it with."""
+        if name not in self._digests:
+            self._digests[name] = digest(self.image(name))
+        return digest(self._digests[name], settings)
+
+    def lacking(self, names: Sequence[str], model: str, settings: str = "") -> list[str]:
+        """Those of the images that a model has not captioned, or not with these settings.
+
+        Captions that say nothing of what they were made from, as those of other programs, are taken as they are.
+        """
+
+        def is_there(name: str) -> bool:
+            origins = [caption.made_from for caption in self.captions.get(name, []) if caption.model == model]
+            return bool(origins) and (not settings or origins[0] in ("", self.digest(name, settings)))
+
+        return [name for name in names if not is_there(name)]
 
     def rewrite(self) -> None:
-        """One line a picture, in order of their names."""
-        unfinished = self.path.with_suffix(".unfinished")
+        """One line an image, in order of their names."""
         lines = (caption_line(name, captions) for name, captions in sorted(self.captions.items()))
-        unfinished.write_text("".join(lines), encoding="utf-8")
-        os.replace(unfinished, self.path)
+        with atomic_write(self.path) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def caption_with(file: CaptionFile, names: Sequence[str], model: str, captioner: Captioner, batch_size: int) -> None:
-    """Caption the pictures that `model` has not captioned, in batches."""
-    todo = file.lacking(names, model)
+def caption_with(
+    file: CaptionFile, names: Sequence[str], model: str, captioner: Captioner, batch_size: int, settings: str = ""
+) -> None:
+    """Caption the images that `model` has not captioned with these settings, in batches."""
+    todo = file.lacking(names, model, settings)
     with tqdm(total=len(todo), desc=model, unit="picture") as bar:
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
-            texts = captioner([read_image(file.folder / name) for name in batch])
-            file.add((name, Caption(model, text)) for name, text in zip(batch, texts, strict=True))
+            texts = captioner([read_image(file.image(name)) for name in batch])
+            file.add(
+                (name, Caption(model, text, made_from=file.digest(name, settings) if settings else ""))
+                for name, text in zip(batch, texts, strict=True)
+            )
             bar.update(len(batch))
 
 
-def score(file: CaptionFile, clip: Clip) -> None:
-    """Give each caption that has no CLIP score one: 100 times the cosine, at least 0 (arXiv 2104.08718)."""
+def score(file: CaptionFile, clip: Clip, model: str = "") -> None:
+    """Give each caption that has no CLIP score one: 100 times the cosine, at least 0 (arXiv 2104.08718).
+
+    Scores of another CLIP, or of another image of the same name, are replaced.
+
+    Args:
+        file: of the captions.
+        clip: scores them.
+        model: its identity; "" keeps all scores.
+    """
+
+    def is_scored(name: str, caption: Caption) -> bool:
+        known = not model or caption.scored_from in ("", file.digest(name, model))
+        return caption.clip_score is not None and known
+
     missing = {
-        name: [caption for caption in captions if caption.clip_score is None]
+        name: [caption for caption in captions if not is_scored(name, caption)]
         for name, captions in file.captions.items()
     }
     for name, captions in tqdm([item for item in missing.items() if item[1]], desc="CLIP", unit="picture"):
-        of_image = clip.image_features([read_image(file.folder / name)])
+        of_image = clip.image_features([read_image(file.image(name))])
+        origin = file.digest(name, model) if model else ""
         cosines = (clip.text_features([caption.text for caption in captions]) @ of_image.T).flatten().tolist()
         file.add(
-            (name, Caption(caption.model, caption.text, round(max(0.0, 100 * cosine), 4)))
+            (name, replace(caption, clip_score=round(max(0.0, 100 * cosine), 4), scored_from=origin))
             for caption, cosine in zip(captions, cosines, strict=True)
         )
 
@@ -157,19 +204,27 @@ def main(argv: list[str] | None = None) -> None:
 
     source = FolderSource(args.data, split="", captions="optional", use_captions_file=False)
     names = [path.relative_to(args.data).as_posix() for path in source.images]
+    with locked(args.data / ".captions.lock", f"captions {str(args.data)!r}"):
+        caption(args, source, names)
+
+
+def caption(args: argparse.Namespace, source: FolderSource, names: Sequence[str]) -> None:
+    """All that the options ask for."""
     file = CaptionFile(args.data)
     originals = {name: text for name, text in zip(source.names, source.captions, strict=True) if text}
-    todo = file.lacking([name for name in names if name in originals], ORIGINAL)
+    known = {(name, c.text) for name, captions in file.captions.items() for c in captions if c.model == ORIGINAL}
+    todo = [name for name in names if name in originals and (name, originals[name]) not in known]
     file.add((name, Caption(ORIGINAL, originals[name])) for name in todo)
     for model in args.models:
-        if file.lacking(names, model):
+        settings = digest(args.prompt, args.max_new_tokens, args.dtype, identity_of(model))
+        if file.lacking(names, model, settings):
             captioner = load_captioner(
                 model, args.prompt, args.max_new_tokens, args.device, getattr(torch, args.dtype)
             )
-            caption_with(file, names, model, captioner, args.batch_size)
+            caption_with(file, names, model, captioner, args.batch_size, settings)
             del captioner  # before the next one is loaded
     if args.clip:
-        score(file, Clip(args.clip, args.device))
+        score(file, Clip(args.clip, args.device), model_identity(args.clip, "config.json"))
     file.rewrite()
 
 

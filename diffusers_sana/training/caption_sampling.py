@@ -36,16 +36,24 @@ class Caption:
         model: its name; "original" for a caption the picture came with.
         text: the caption.
         clip_score: 100 times the cosine of CLIP's vectors of picture and text; None: not measured.
+        made_from: a digest of the image and the settings that the text was made from; "" if nobody knows.
+        scored_from: a digest of the image and the CLIP that the score was made from.
     """
 
     model: str
     text: str
     clip_score: float | None = None
+    made_from: str = ""
+    scored_from: str = ""
 
 
 def caption_line(file_name: str, captions: Iterable[Caption]) -> str:
     """A line of `captions.jsonl`, with its end."""
-    row = {"file_name": file_name, "captions": [asdict(caption) for caption in captions]}
+    optional = ("made_from", "scored_from")
+    told = [
+        {key: value for key, value in asdict(caption).items() if value or key not in optional} for caption in captions
+    ]
+    row = {"file_name": file_name, "captions": told}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
@@ -63,7 +71,11 @@ def read_captions(path: Path) -> dict[str, list[Caption]]:
             by_model = found.setdefault(_string(row["file_name"]), {})
             for caption in row["captions"]:
                 by_model[_string(caption["model"])] = Caption(
-                    caption["model"], _string(caption["text"]), caption.get("clip_score")
+                    caption["model"],
+                    _string(caption["text"]),
+                    caption.get("clip_score"),
+                    caption.get("made_from", ""),
+                    caption.get("scored_from", ""),
                 )
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(

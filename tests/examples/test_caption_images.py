@@ -179,6 +179,36 @@ def test_main_captions_scores_and_skips(pictures, llava_folder, clip_folder, mon
             assert caption.clip_score == pytest.approx(max(0, 100 * cosine), abs=1e-3)
 
 
+def test_captions_are_of_their_image_prompt_and_model(pictures, llava_folder, clip_folder, monkeypatch):
+    asked = []
+
+    def load(*_):
+        return lambda images: [asked.append(1) or f"caption {len(asked)}" for _ in images]
+
+    monkeypatch.setattr(caption_images, "load_captioner", load)
+
+    def run(*options):
+        asked.clear()
+        main(["--data", str(pictures), "--models", llava_folder, *options])
+        return len(asked)
+
+    assert run() == 5
+    assert run() == 0
+    Image.new("RGB", (40, 40), "red").save(pictures / "0.png")
+    assert run("--clip", clip_folder) == 1
+    assert run("--prompt", "Which colours?") == 5
+    captions = read_captions(pictures / "captions.jsonl")["1.png"]
+    assert [caption.clip_score is None for caption in captions if caption.model == llava_folder] == [True]
+    with open(pictures / "captions.jsonl", "a") as file:  # of another program
+        file.write(caption_line("1.png", [Caption(llava_folder, "as it was")]))
+    assert run("--prompt", "Which colours?") == 0
+    lines = (pictures / "metadata.jsonl").read_text()
+    (pictures / "metadata.jsonl").write_text(lines.replace("two dogs", "two cats"))
+    run("--prompt", "Which colours?")
+    found = read_captions(pictures / "captions.jsonl")["1.png"]
+    assert {c.text for c in found} == {"as it was", "two cats on a blue hill"}
+
+
 def test_main_refuses_a_folder_without_pictures(tmp_path):
     with pytest.raises(ValueError, match="`data` must be a folder with images"):
         main(["--data", str(tmp_path)])
