@@ -35,8 +35,24 @@ def test_both_libraries_read_it():
     assert AutoQuantizationConfig.from_dict(described) == CUSTOM
 
 
-def test_fields_of_a_later_version_are_left_out():
+def test_unknown_fields_are_left_out_with_a_warning(caplog):
+    assert SVDQuantConfig.from_dict({**CUSTOM.to_dict(), "_private": 0}) == CUSTOM
+    assert not caplog.messages
     assert SVDQuantConfig.from_dict({**CUSTOM.to_dict(), "of_the_future": 1}) == CUSTOM
+    assert caplog.messages == ["SVDQuantConfig does not know ['of_the_future'] and ignores them."]
+
+
+def test_layout():
+    described = CUSTOM.to_dict()
+    assert described["layout"] == json.loads(CUSTOM.to_json_string())["layout"] == "diffusers_sana/1"
+    del described["layout"]  # before layouts had names, `modules` was always there
+    assert SVDQuantConfig.from_dict(described) == CUSTOM
+    del described["modules"]
+    assert SVDQuantConfig.from_dict(described).layout is None
+    with pytest.raises(ValueError, match=r"`layout` must be 'diffusers_sana/1', got 'diffusers_sana/2'. Upgrade"):
+        SVDQuantConfig(layout="diffusers_sana/2")
+    with pytest.raises(ValueError, match=r"got 'other/1'. The model was quantized by another runtime"):
+        SVDQuantConfig.from_dict(described | {"layout": "other/1"})
 
 
 def test_keyword_arguments():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.quantizers.base import DiffusersQuantizer
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -190,6 +191,46 @@ def test_inference_mode(original, quantized):
     assert torch.equal(output(model, inputs), changed)
 
 
+def test_older_folders(original, quantized, copy):
+    """Their configs have neither layout nor dtype."""
+    config = json.loads((copy / "config.json").read_text())
+    for name in ("layout", "dtype"):
+        del config["quantization_config"][name]
+    (copy / "config.json").write_text(json.dumps(config))
+    loaded = SanaTransformer2DModel.from_pretrained(copy)
+    assert torch.equal(output(loaded, original[2]), quantized[2])
+    assert loaded.config.quantization_config == quantized[1].config.quantization_config
+
+
+def test_dtype_is_kept(original, tmp_path):
+    model = SanaTransformer2DModel.from_pretrained(original[0], torch_dtype=torch.bfloat16)
+    diffusers_sana.quantize(model, CONFIG, folder=tmp_path / "in memory", progress=False)
+    on_the_way = SanaTransformer2DModel.from_pretrained(
+        original[0], quantization_config=CONFIG, torch_dtype=torch.bfloat16
+    )
+    on_the_way.save_pretrained(tmp_path / "on the way")
+    for folder in (tmp_path / "in memory", tmp_path / "on the way"):
+        loaded = SanaTransformer2DModel.from_pretrained(folder)
+        assert loaded.dtype == loaded.get_submodule(LAYER).proj_up.dtype == torch.bfloat16
+        full = SanaTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
+        assert full.dtype == full.get_submodule(LAYER).proj_up.dtype == torch.float32
+
+
+def test_adapters_beside_the_layers_are_not_saved(tmp_path):
+    """Of a model that is not ours, and so has diffusers' own `save_pretrained`."""
+    model, inputs = tiny_models.flux()
+    attach(model, quantize_layers(model, CONFIG, progress=False)[0])
+    model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "x_embedder"]))
+    with pytest.raises(ValueError, match="cannot be saved while adapters are beside its layers"):
+        model.save_pretrained(tmp_path)
+    model.fuse_lora()
+    with pytest.raises(ValueError, match="cannot be saved while adapters are beside its layers"):
+        model.save_pretrained(tmp_path)
+    model.unload_lora()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(FluxTransformer2DModel.from_pretrained(tmp_path), inputs), output(model, inputs))
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -264,6 +305,18 @@ class TestRefused:
         (copy / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=r"wscales' must be torch.float8_e4m3fn|lacks .*wtscale"):
             SanaTransformer2DModel.from_pretrained(copy)
+
+    def test_folder_of_another_runtime(self, copy):
+        """As vLLM-Omni writes it, whose layout has our name; and of a layout that is yet to come."""
+        config = json.loads((copy / "config.json").read_text())
+        theirs = {"quant_method": "svdquant", "rank": 4, "precision": "nvfp4", "act_unsigned": False}
+        for described, message in (
+            (theirs, r"by another runtime .* such as vLLM-Omni"),
+            (config["quantization_config"] | {"layout": "diffusers_sana/2"}, "Upgrade diffusers_sana"),
+        ):
+            (copy / "config.json").write_text(json.dumps(config | {"quantization_config": described}))
+            with pytest.raises(ValueError, match=message):
+                SanaTransformer2DModel.from_pretrained(copy)
 
     def test_config_of_another_model(self, copy):
         config = json.loads((copy / "config.json").read_text())

@@ -1,6 +1,7 @@
 """What a user chooses about SVDQuant, and what a checkpoint records about itself."""
 
 import json
+import logging
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
@@ -9,9 +10,13 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin as 
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
 
+logger = logging.getLogger(__name__)
+
+LAYOUT = "diffusers_sana/1"  # how tensors are stored, see docs/quantization.md; changes with what a reader must know
 PRECISIONS = ("int4", "nvfp4")
 COMPUTE_MODES = ("auto", "w4a4", "w4a8", "w4a16")
 SMOOTHING = ("search", "none")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class QuantizationMethod(StrEnum):
@@ -36,6 +41,9 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
             "w4a16" (activations stay 16 bit). None: chosen by name, see `targets.py`. A saved model lists its own.
         modules_to_not_convert: patterns of module names to leave as they are.
         seed: of the randomized SVD.
+        layout: of the stored tensors. Other runtimes use the name `svdquant` for layouts of their own.
+        dtype: of scales, low-rank branch and all that is not quantized, such as "bfloat16". A saved model has it, and
+            is loaded in it unless another dtype is asked for. None: as the library decides.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -51,8 +59,22 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
     modules: dict[str, str] | None = None
     modules_to_not_convert: list[str] = field(default_factory=list)
     seed: int = 0
+    layout: str | None = LAYOUT
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
+        if self.layout not in (None, LAYOUT):
+            is_ours = str(self.layout).startswith(f"{LAYOUT.partition('/')[0]}/")
+            raise ValueError(
+                f"`layout` must be {LAYOUT!r}, got {self.layout!r}. "
+                + (
+                    "Upgrade diffusers_sana."
+                    if is_ours
+                    else "The model was quantized by another runtime: load it there."
+                )
+            )
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"`dtype` must be one of {DTYPES} or None, got {self.dtype!r}.")
         for name, allowed in (
             ("precision", PRECISIONS),
             ("compute_mode", COMPUTE_MODES),
@@ -82,12 +104,16 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """A config from `to_dict`'s output, also of a later version: fields we do not know are left out.
+        """A config from `to_dict`'s output. Fields that this version does not know are left out with a warning.
 
         With `return_unused_kwargs` also the keyword arguments that are no fields.
         """
         known = {item.name for item in fields(cls) if item.init}
         given = config_dict | {key: value for key, value in kwargs.items() if key in known}
+        if "layout" not in given and "quant_method" in given and "modules" not in given:
+            given["layout"] = None  # all that we saved has one of them
+        if unknown := sorted(key for key in config_dict.keys() - known - {"quant_method"} if not key.startswith("_")):
+            logger.warning(f"SVDQuantConfig does not know {unknown} and ignores them.")
         config = cls(**{key: value for key, value in given.items() if key in known})
         unused = {key: value for key, value in kwargs.items() if key not in known}
         return (config, unused) if return_unused_kwargs else config
@@ -99,7 +125,8 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
     def to_diff_dict(self) -> dict[str, Any]:
         """What differs from the defaults."""
         defaults = SVDQuantConfig().to_dict()
-        return {key: value for key, value in self.to_dict().items() if key == "quant_method" or value != defaults[key]}
+        kept = ("quant_method", "layout")
+        return {key: value for key, value in self.to_dict().items() if key in kept or value != defaults[key]}
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """As JSON."""

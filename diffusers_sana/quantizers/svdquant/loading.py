@@ -4,6 +4,7 @@ A 16-bit checkpoint: each weight is quantized when it arrives (`quantize_weight`
 placeholders (`insert_placeholders`), and what arrives is checked (`check_tensor`, `check_layers`).
 """
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -36,6 +37,37 @@ def check_request(config: SVDQuantConfig, pre_quantized: bool, device_map: Any) 
         raise ValueError(
             "`device_map` must not put layers on disk while they are quantized. Quantize once without it, save the "
             "model, and load that."
+        )
+
+
+def check_layout(config: SVDQuantConfig) -> None:
+    """Refuses a quantized folder of another runtime.
+
+    Raises:
+        ValueError: a config that is none of ours.
+    """
+    if config.layout is None:
+        raise ValueError(
+            "the model was quantized by another runtime than diffusers_sana, such as vLLM-Omni, which also calls its "
+            "layout `svdquant`: the `quantization_config` has neither `layout` nor `modules`. Load it there, or "
+            "quantize the original model with `diffusers_sana.quantize`."
+        )
+
+
+def check_no_adapters(names: Iterable[str]) -> None:
+    """Refuses to save a model with adapters beside its layers, whose file could not be loaded again.
+
+    Args:
+        names: of the state dict.
+
+    Raises:
+        ValueError: an adapter.
+    """
+    if any(".base_layer." in name for name in names):
+        raise ValueError(
+            "the model cannot be saved while adapters are beside its layers: nothing could load the folder. Call "
+            "`unload_lora_weights` before; to keep their effect, call `fuse_lora` before that. Adapters themselves "
+            "are saved by `save_lora_weights`."
         )
 
 

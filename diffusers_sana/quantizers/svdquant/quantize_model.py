@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.config import LAYOUT, SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.decompose import LayerReport, Options, QuantizedWeight, decompose
 from diffusers_sana.quantizers.svdquant.linear import SVDQuantLayer, quantized_layer
 from diffusers_sana.quantizers.svdquant.targets import as_patterns, find_targets, sibling_groups
@@ -142,15 +142,24 @@ def finish_layers(
             finished[name] = weight.to("cpu"), report
 
 
+def recorded_config(
+    config: SVDQuantConfig, model: nn.Module, targets: Mapping[str, str] | None = None
+) -> SVDQuantConfig:
+    """The config that a model is saved with: in our layout, with its dtype, and with its targets where given."""
+    modules = config.modules if targets is None else as_patterns(dict(targets), model)
+    layer = next(quantized_layers(model), None)
+    dtype = config.dtype if layer is None else str(layer.proj_up.dtype).removeprefix("torch.")
+    return replace(config, modules=modules, layout=LAYOUT, dtype=dtype)
+
+
 def replace_layers(
     model: nn.Module, targets: Mapping[str, str], weights: Mapping[str, QuantizedWeight], config: SVDQuantConfig
 ) -> SVDQuantConfig:
     """Replaces the targets by quantized layers on the same devices; returns the config that lists them."""
-    recorded = replace(config, modules=as_patterns(dict(targets), model))
     for name, mode in targets.items():
         device = cast(Tensor, model.get_submodule(name).weight).device
         replace_layer(model, name, weights[name].to(device), mode, config)
-    return recorded
+    return recorded_config(config, model, targets)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ A quantized folder is loaded as it is. `attach` makes a model that was quantized
 """
 
 import re
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from diffusers_sana.quantizers.svdquant import loading
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.linear import SVDQuantLayer
 from diffusers_sana.quantizers.svdquant.lora import answer_for_weights
-from diffusers_sana.quantizers.svdquant.targets import as_patterns, find_targets
+from diffusers_sana.quantizers.svdquant.quantize_model import recorded_config
+from diffusers_sana.quantizers.svdquant.targets import find_targets
 from diffusers_sana.quantizers.svdquant.transformers_quantizer import SVDQuantTransformersQuantizer
 
 
@@ -53,12 +53,13 @@ class SVDQuantQuantizer(DiffusersQuantizer):
     ) -> None:
         if state_dict is not None:  # `from_single_file`, which does not tell quantized files from others
             self.pre_quantized = any(name.endswith(".qweight") for name in state_dict)
+        elif self.pre_quantized:
+            loading.check_layout(self.quantization_config)
         if self.pre_quantized:
             loading.insert_placeholders(model, self.quantization_config)
         else:
             self._targets = find_targets(model, self.quantization_config)
-            modules = as_patterns(self._targets, model)
-            self.quantization_config = replace(self.quantization_config, modules=modules)
+            self.quantization_config = recorded_config(self.quantization_config, model, self._targets)
             self._bar = logging.tqdm(total=len(self._targets), desc="Quantizing", unit="layer")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -77,7 +78,20 @@ class SVDQuantQuantizer(DiffusersQuantizer):
         model.hf_quantizer = self
         self._mark(model)
 
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        """A quantized model without a dtype given is loaded in its own."""
+        own = self.quantization_config.dtype if self.pre_quantized else None
+        return getattr(torch, own) if torch_dtype is None and own is not None else torch_dtype
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], **kwargs: Any
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """For `save_pretrained`; raises ValueError for adapters beside the layers."""
+        loading.check_no_adapters(state_dict)
+        return state_dict, {}
+
     def _mark(self, model: Any) -> None:
+        self.quantization_config = recorded_config(self.quantization_config, model)
         model.register_to_config(quantization_config=self.quantization_config)
         # Storage in fp8 is for 16-bit layers: ours are smaller already, and their bits are not numbers to cast.
         names = [name for name, module in model.named_modules() if isinstance(module, SVDQuantLayer)]

@@ -1,6 +1,6 @@
 """SVDQuant in transformers' `from_pretrained` and `save_pretrained`, for text encoders; see `quantizer.py`."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from diffusers_sana.quantizers.svdquant import loading
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.decompose import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.linear import SVDQuantLayer
-from diffusers_sana.quantizers.svdquant.targets import as_patterns, find_targets
+from diffusers_sana.quantizers.svdquant.quantize_model import recorded_config
+from diffusers_sana.quantizers.svdquant.targets import find_targets
 
 
 TENSORS = {item.name for item in fields(QuantizedWeight)}
@@ -38,14 +39,14 @@ class SVDQuantTransformersQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.pre_quantized:
+            loading.check_layout(self.quantization_config)
             loading.insert_placeholders(model, self.quantization_config)
             for name, module in model.named_modules():
                 if isinstance(module, SVDQuantLayer):
                     _skip_initialization(model, name)
         else:
             self.targets = find_targets(model, self.quantization_config)
-            modules = as_patterns(self.targets, model)
-            self.quantization_config = replace(self.quantization_config, modules=modules)
+            self.quantization_config = recorded_config(self.quantization_config, model, self.targets)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.targets:
