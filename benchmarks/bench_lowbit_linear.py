@@ -67,7 +67,7 @@ def eager(codes, qweight, proj_up, bias, **others):
 def forward(codes, scales, low, qweight, wscales, wtscale, proj_up, bias, activation_format):
     from diffusers_sana.kernels.triton.lowbit_linear import lowbit_linear_forward
 
-    lowbit_linear_forward(codes, scales, low, qweight, wscales, wtscale, proj_up, bias, activation_format, "gelu")
+    lowbit_linear_forward(codes, scales, low, qweight, wscales, wtscale, proj_up, bias, activation_format)
 
 
 BENCHMARK = KernelBenchmark(

@@ -1,6 +1,6 @@
-"""Low-bit matrix product, low-rank up projection, bias and activation of SVDQuant (arXiv 2411.05007, section 4.2).
+"""Low-bit matrix product, low-rank up projection and bias of SVDQuant (arXiv 2411.05007, section 4.2).
 
-    out = act( dequantize(codes) @ dequantize(qweight).T + low @ proj_up.T + bias )
+    out = dequantize(codes) @ dequantize(qweight).T + low @ proj_up.T + bias
 
 The first product depends on the format of the codes (see `quantize_lowrank.py`):
 
@@ -12,7 +12,6 @@ Legend: M tokens, K input features, Kp = K padded, N output features, r rank.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from diffusers_sana.kernels.dispatch import use_triton
 from diffusers_sana.kernels.low_bit import (
@@ -23,9 +22,6 @@ from diffusers_sana.kernels.low_bit import (
     requantize_rows,
     unpack_nibbles,
 )
-
-
-ACTIVATIONS = (None, "silu", "gelu")  # gelu is the tanh approximation, as in the feed-forwards of diffusion models
 
 
 def lowbit_linear(
@@ -39,7 +35,6 @@ def lowbit_linear(
     bias: Tensor | None = None,
     *,
     activation_format: str,
-    activation: str | None = None,
 ) -> Tensor:
     """The product of quantized activations and a quantized weight, plus the 16-bit branch.
 
@@ -49,16 +44,13 @@ def lowbit_linear(
         proj_up: `[N, r]`; its dtype is the output's.
         bias: `[N]`.
         activation_format: what `quantize_lowrank` was asked for: "int8" or the weight's own format.
-        activation: applied to the sum: None, "silu" or "gelu".
 
     Returns:
         `[M, N]` in the dtype of `proj_up`.
 
     Raises:
-        ValueError: another activation, or codes whose format does not go with the weight's.
+        ValueError: codes whose format does not go with the weight's.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"`activation` must be one of {ACTIVATIONS}, got {activation!r}.")
     precision = precision_of(wscales)
     if activation_format not in ("int8", precision):
         raise ValueError(
@@ -67,11 +59,9 @@ def lowbit_linear(
         )
     unless = "there are no tokens" if codes.numel() == 0 else None
     if use_triton("lowbit_linear", low, proj_up, bias, unless=unless):
-        return _lowbit_linear_triton(
-            codes, scales, low, qweight, wscales, wtscale, proj_up, bias, activation_format, activation or ""
-        )
+        return _lowbit_linear_triton(codes, scales, low, qweight, wscales, wtscale, proj_up, bias, activation_format)
     arguments = (codes, scales, low, qweight, wscales, wtscale, proj_up, bias)
-    return lowbit_linear_reference(*arguments, activation_format=activation_format, activation=activation)
+    return lowbit_linear_reference(*arguments, activation_format=activation_format)
 
 
 def lowbit_linear_reference(
@@ -85,7 +75,6 @@ def lowbit_linear_reference(
     bias: Tensor | None = None,
     *,
     activation_format: str,
-    activation: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The formulas in PyTorch; `dtype=torch.float64` gives the gold standard."""
@@ -99,10 +88,6 @@ def lowbit_linear_reference(
         out = groups.flatten(-2) @ decode_weight(qweight, wscales, wtscale).to(dtype).t()
     out = out + low.to(dtype) @ proj_up.to(dtype).t()
     out = out if bias is None else out + bias.to(dtype)
-    if activation == "silu":
-        out = F.silu(out)
-    elif activation == "gelu":
-        out = F.gelu(out, approximate="tanh")
     return out if dtype == torch.float64 else out.to(proj_up.dtype)
 
 
@@ -117,13 +102,10 @@ def _lowbit_linear_triton(
     proj_up: Tensor,
     bias: Tensor | None,
     activation_format: str,
-    activation: str,
 ) -> Tensor:
     from diffusers_sana.kernels.triton.lowbit_linear import lowbit_linear_forward
 
-    return lowbit_linear_forward(
-        codes, scales, low, qweight, wscales, wtscale, proj_up, bias, activation_format, activation
-    )
+    return lowbit_linear_forward(codes, scales, low, qweight, wscales, wtscale, proj_up, bias, activation_format)
 
 
 @_lowbit_linear_triton.register_fake
@@ -137,6 +119,5 @@ def _(
     proj_up: Tensor,
     bias: Tensor | None,
     activation_format: str,
-    activation: str,
 ) -> Tensor:
     return proj_up.new_empty((codes.shape[0], qweight.shape[0]))

@@ -28,7 +28,7 @@ def in_int8(layer: SVDQuantLinear, x: torch.Tensor) -> torch.Tensor:
     """What GPUs compute in w4a8; on a CPU another operation does."""
     codes = quantize_lowrank(x, layer.smooth_factor, layer.proj_down, "int8")
     weight = (layer.qweight, layer.wscales, layer.wtscale, layer.proj_up, layer.bias)
-    return lowbit_linear(*codes, *weight, activation_format="int8", activation="gelu")
+    return lowbit_linear(*codes, *weight, activation_format="int8")
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ import importlib
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from diffusers_sana.kernels.dispatch import kernel_mode
 from diffusers_sana.kernels.low_bit import decode_e2m1, decode_weight, requantize_rows, unpack_nibbles
@@ -42,15 +41,11 @@ def formula(codes, scales, low, qweight, wscales, wtscale, proj_up, bias, activa
     return out if bias is None else out + bias.double()
 
 
-@pytest.mark.parametrize("activation", [None, "silu", "gelu"])
 @pytest.mark.parametrize(("precision", "activation_format"), PAIRS)
-def test_equals_the_formula(precision, activation_format, activation):
+def test_equals_the_formula(precision, activation_format):
     given = tensors((5, 9, 100, 3), precision, activation_format)
     gold = formula(**given, activation_format=activation_format)
-    if activation is not None:
-        gold = F.silu(gold) if activation == "silu" else F.gelu(gold, approximate="tanh")
-    out = lowbit_linear(**given, activation_format=activation_format, activation=activation)
-    assert_close_fp32(out, gold)
+    assert_close_fp32(lowbit_linear(**given, activation_format=activation_format), gold)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -67,12 +62,10 @@ def test_wrong_arguments():
     given = tensors((1, 2, 64, 0), "nvfp4", "nvfp4")
     with pytest.raises(ValueError, match="`activation_format` must be 'int8' or the weight's own format 'nvfp4'"):
         lowbit_linear(**given, activation_format="int4")
-    with pytest.raises(ValueError, match=r"`activation` must be one of .* got 'relu'"):
-        lowbit_linear(**given, activation_format="nvfp4", activation="relu")
 
 
-def check_kernel(given, activation_format, **options):
-    options |= {"activation_format": activation_format}
+def check_kernel(given, activation_format):
+    options = {"activation_format": activation_format}
     with kernel_mode("triton"):
         actual = lowbit_linear(**given, **options)
         assert torch.equal(actual, lowbit_linear(**given, **options))
@@ -94,12 +87,8 @@ def test_kernel_of_other_sizes(precision, activation_format, sizes):
     check_kernel(tensors(sizes, precision, activation_format), activation_format)
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # infinite, as it should be
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
-def test_kernel_with_an_activation(activation):
-    check_kernel(tensors((9, 20, 64, 5), "int4", "int8"), "int8", activation=activation)
-    given = tensors((9, 20, 64, 5), "nvfp4", "nvfp4") | {"bias": None}
-    check_kernel(given, "nvfp4", activation=activation)
+def test_kernel_without_a_bias():
+    check_kernel(tensors((9, 20, 64, 5), "nvfp4", "nvfp4") | {"bias": None}, "nvfp4")
 
 
 def test_kernel_with_the_blocks_of_other_architectures(monkeypatch):

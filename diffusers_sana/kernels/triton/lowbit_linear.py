@@ -156,7 +156,7 @@ def _lowbit_linear_kernel(
     codes_ptr, scales_ptr, low_ptr, qweight_ptr, wscales_ptr, wtscale_ptr, up_ptr, bias_ptr, out_ptr,
     tokens, features, outputs, rank,
     FORMAT: tl.constexpr, G: tl.constexpr, IS_PACKED: tl.constexpr, HAS_NVFP4: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
     blocks_m, blocks_n = tl.cdiv(tokens, BLOCK_M), tl.cdiv(outputs, BLOCK_N)
@@ -198,11 +198,6 @@ def _lowbit_linear_kernel(
         b_out = tl.dot(b_up.to(tl.float32), b_low, b_out, input_precision=PRECISION)
     if bias_ptr is not None:
         b_out += tl.load(bias_ptr + i_n + o_w).to(tl.float32)[:, None]
-    if ACTIVATION == "silu":
-        b_out *= tl.sigmoid(b_out)
-    elif ACTIVATION == "gelu":
-        # (1 + tanh(y)) / 2 = sigmoid(2 y)
-        b_out *= tl.sigmoid(1.5957691216057308 * (b_out + 0.044715 * b_out * b_out * b_out))
     tl.store(
         out_ptr + i_m * outputs + i_n + o_m[None, :] * outputs + o_n[:, None], b_out, mask=m_n[:, None] & m_m[None, :]
     )
@@ -218,7 +213,6 @@ def lowbit_linear_forward(
     up: Tensor,
     bias: Tensor | None,
     activation_format: str,
-    activation: str,
 ) -> Tensor:
     """`[M, N]` in the dtype of `up`; see the reference."""
     (tokens, rank), (outputs, packed) = low.shape, qweight.shape
@@ -236,7 +230,7 @@ def lowbit_linear_forward(
         codes.contiguous(), as_bits(scales), low.contiguous(), qweight.contiguous(), as_bits(wscales), wtscale,
         up.contiguous(), bias, out, tokens, features, outputs, rank,
         FORMAT=activation_format, G=group_size, IS_PACKED=is_packed, HAS_NVFP4=target in NVFP4_ARCHITECTURES,
-        ACTIVATION=activation, PRECISION=precision,
+        PRECISION=precision,
         BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=BLOCK_R, GROUPED=GROUPED, **options,
     )  # fmt: skip
     return out
