@@ -135,6 +135,9 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
     "_forward_pre_hooks": (HostName(_MODULE, "all models", in_source=True),),
     "_from_config": (HostName(_PRETRAINED, VILA_U),),
     "_get_init_keys": (HostName(_PIPELINE, "messages for incomplete folders"),),
+    "_get_pipeline_class": (
+        HostName("diffusers.pipelines.pipeline_utils:", "our pipelines for DiffusionPipeline.from_pretrained"),
+    ),
     "_get_signature_keys": (HostName(_PIPELINE, "`from_pipe`"),),
     "_hf_hook": (HostName("accelerate.hooks:ModelHook", "offloading of VILA-U, CUDA graphs", in_source=True),),
     "_is_hf_initialized": (HostName(_PRETRAINED, QUANTIZED, in_source=True),),

@@ -5,13 +5,17 @@ the auto classes of transformers, our pipelines for `getattr(diffusers, name)`. 
 of diffusers want classes, so their entries import them.
 """
 
+import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import cache, wraps
 from importlib import import_module
 from typing import Any
 
 from diffusers_sana import _compat
 
+
+logger = logging.getLogger(__name__)
 
 PACKAGE = "diffusers_sana"
 
@@ -43,10 +47,11 @@ class Entry:
     Attributes:
         feature: what users lose if the entry cannot be made.
         host: module that holds the table.
-        table: attribute path of the table in `host`.
+        table: attribute path of the table in `host`; "" for the names of the module itself.
         key, value: functions, called when the entry is made: only then may they import.
         after: module whose import calls for the entry; `host` where it is empty.
         first: put the entry in front; for hosts that search their table in order.
+        wraps: the value is made of what is there, which it calls and which `unregister` puts back.
     """
 
     feature: str
@@ -56,6 +61,7 @@ class Entry:
     value: Callable[[], Any]
     after: str = ""
     first: bool = False
+    wraps: bool = False
 
     @property
     def trigger(self) -> str:
@@ -91,6 +97,33 @@ def _always(value: Any) -> Callable[[], Any]:
     return lambda: value
 
 
+def _prefer_ours() -> Callable[[Callable[..., type]], Callable[..., type]]:
+    """Of pipelines of one name, `DiffusionPipeline.from_pretrained` takes ours, as the auto pipelines do."""
+
+    def of(choose: Callable[..., type]) -> Callable[..., type]:
+        @wraps(choose)
+        def choose_ours(class_obj: type, *args: Any, **kwargs: Any) -> type:
+            found = choose(class_obj, *args, **kwargs)
+            is_named = class_obj.__name__ != "DiffusionPipeline"  # by the user: it stays what it is
+            package = import_module(PACKAGE)
+            if is_named or not found.__module__.startswith("diffusers.") or found.__name__ not in dir(package):
+                return found
+            _say_whose(found.__name__)
+            return getattr(package, found.__name__)
+
+        return choose_ours
+
+    return of
+
+
+@cache
+def _say_whose(name: str) -> None:
+    logger.info(
+        f"DiffusionPipeline.from_pretrained loads {PACKAGE}.{name}; diffusers.{name}.from_pretrained loads that of"
+        " diffusers."
+    )
+
+
 _AUTO = "transformers.models.auto"
 _VILA_U = "VilaUForConditionalGeneration"
 
@@ -114,6 +147,16 @@ ENTRIES = (
             value=_always(PACKAGE),
         )
         for name in ("SanaControlNetImg2ImgPipeline", "SanaImg2ImgPipeline", "SanaInpaintPipeline", "VilaUPipeline")
+    ),
+    # Where diffusers has a pipeline of the name that the folder states, there is no table to add ours to. It asks this
+    # function, and only for `DiffusionPipeline.from_pretrained` and `download`.
+    Entry(
+        feature="our pipelines for DiffusionPipeline.from_pretrained",
+        host="diffusers.pipelines.pipeline_utils",
+        table="",
+        key=_always("_get_pipeline_class"),
+        value=_prefer_ours,
+        wraps=True,
     ),
     # The auto pipelines take the first pipeline of the name that the folder states, and that is "SanaPipeline" for
     # diffusers' and for ours; from there they go to the pipeline of the same key in the table of the task. ControlNet

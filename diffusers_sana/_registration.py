@@ -1,7 +1,9 @@
 """Entries of this package in the tables of diffusers and transformers: the only file that touches them.
 
-No function, class or module of a host is replaced. `register` adds keys to dictionaries in which the hosts look names
-up, never over a key that is there, and `unregister` takes them out. Importing the modules that hold those dictionaries
+No class or module of a host is replaced, and of its functions one is wrapped: the one by which diffusers chooses the
+class that a folder names, because `DiffusionPipeline.from_pretrained` has no table for it. Otherwise `register` adds
+keys to dictionaries in which the hosts look names up, never over a key that is there. `unregister` takes all of it
+back. Importing the modules that hold those dictionaries
 costs seconds, so an entry waits until its host is imported by whoever needs it: a finder in `sys.meta_path` notices
 that import and adds the entry right after it. Hence the order of `import diffusers_sana` and the imports of diffusers
 does not matter. The finder also makes the modules in which the hosts look for classes of ours (`GUEST_MODULES`).
@@ -58,10 +60,14 @@ def unregister() -> None:
     if _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
     for entry, (table, key, value) in _added.items():
-        if table.get(key) is value:
-            del table[key]
-            if entry.table == "_class_to_module":
-                vars(import_module(entry.host)).pop(str(key), None)  # a lazy module keeps what was asked for
+        if table.get(key) is not value:
+            continue
+        if entry.wraps:
+            table[key] = value.__wrapped__  # type: ignore[union-attr]  # it is no None
+            continue
+        del table[key]
+        if entry.table == "_class_to_module":
+            vars(import_module(entry.host)).pop(str(key), None)  # a lazy module keeps what was asked for
     for name in GUEST_MODULES:
         if isinstance(getattr(sys.modules.get(name), "__loader__", None), _GuestLoader):
             parent, _, leaf = name.rpartition(".")
@@ -73,13 +79,17 @@ def unregister() -> None:
 
 def _table(entry: Entry) -> dict:
     try:
-        return attrgetter(entry.table)(import_module(entry.host))
+        host = import_module(entry.host)
+        return attrgetter(entry.table)(host) if entry.table else vars(host)
     except (AttributeError, ModuleNotFoundError) as error:
         raise AttributeError(f"cannot register in {entry.host}.{entry.table}: {error}") from error
 
 
 def _conflict(entry: Entry) -> str | None:
     """What is in the way of `entry`, or None."""
+    if entry.wraps:
+        getattr(import_module(entry.host), str(entry.key()))  # raises where there is nothing to wrap
+        return None
     present = _table(entry).get(entry.key())
     if present is None or present == entry.value():
         return None
@@ -124,6 +134,8 @@ def _add(entry: Entry) -> None:
             _refuse(entry, f"{message}; left as it is.")
             return
         table, key, value = _table(entry), entry.key(), entry.value()
+        if entry.wraps:
+            value = value(table[key])
         table[key] = value
         _added[entry] = (table, key, value)
         if entry.first:

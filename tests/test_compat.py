@@ -267,7 +267,7 @@ else:
 
 def test_all_tables_missing():
     """Every dictionary that we add entries to has another name: each costs its feature, with one warning."""
-    places = {f"{entry.host}:{entry.table.split('.')[0]}" for entry in _entries.ENTRIES}
+    places = {f"{entry.host}:{entry.table.split('.')[0] or entry.key()}" for entry in _entries.ENTRIES}
     code = """
 from diffusers_sana._entries import ENTRIES
 from diffusers_sana._registration import _added, _refused

@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import transformers.quantizers.auto
 from diffusers.hooks._helpers import TransformerBlockRegistry
-from diffusers.pipelines import pipeline_loading_utils
+from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
@@ -306,7 +306,8 @@ class TestLoading:
         assert type(pipe.transformer) is diffusers_sana.SanaTransformer2DModel
 
     def test_their_pipeline_with_our_components(self, folder):
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+        """Whoever names diffusers' class gets it."""
+        pipe = diffusers.SanaPipeline.from_pretrained(folder)
         assert type(pipe) is diffusers.SanaPipeline
         assert type(pipe.transformer) is diffusers_sana.SanaTransformer2DModel
         assert type(pipe.vae) is diffusers_sana.AutoencoderDC
@@ -314,6 +315,42 @@ class TestLoading:
         pipe.save_pretrained(folder / "copy")
         index = json.loads((folder / "copy/model_index.json").read_text())
         assert index["transformer"] == ["diffusers_sana", "SanaTransformer2DModel"]
+
+    def test_whoever_names_no_class_gets_ours(self, tmp_path, caplog):
+        """`DiffusionPipeline` is where a folder says which pipeline; said once, and no more after `unregister`."""
+        tiny.write_official_folder(tmp_path)
+        _entries._say_whose.cache_clear()
+        with caplog.at_level("INFO"):
+            for _ in range(2):
+                pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+                assert type(pipe) is diffusers_sana.SanaPipeline
+                assert type(pipe.transformer) is diffusers_sana.SanaTransformer2DModel
+        assert (
+            caplog.text.count("loads diffusers_sana.SanaPipeline; diffusers.SanaPipeline.from_pretrained loads") == 1
+        )
+        assert type(diffusers.SanaPipeline.from_pretrained(tmp_path)) is diffusers.SanaPipeline
+        assert diffusers.SanaPipeline.__module__.startswith("diffusers.")
+        diffusers_sana.unregister()
+        assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path)) is diffusers.SanaPipeline
+
+    def test_what_diffusers_asks_is_put_back(self):
+        diffusers_sana.unregister()
+        plain = pipeline_utils._get_pipeline_class
+        assert plain is pipeline_loading_utils._get_pipeline_class
+        diffusers_sana.register()
+        ours = pipeline_utils._get_pipeline_class
+        assert ours is not plain
+        diffusers_sana.register()
+        assert pipeline_utils._get_pipeline_class is ours
+        config = {"_class_name": "StableDiffusionPipeline"}
+        for chosen, expected in (
+            (ours(diffusers.DiffusionPipeline, config=config), diffusers.StableDiffusionPipeline),
+            (ours(diffusers.SanaPAGPipeline, config=config), diffusers.SanaPAGPipeline),
+            (ours(diffusers.DiffusionPipeline, {"_class_name": "SanaPAGPipeline"}), diffusers_sana.SanaPAGPipeline),
+        ):
+            assert chosen is expected
+        diffusers_sana.unregister()
+        assert pipeline_utils._get_pipeline_class is plain
 
     def test_the_gate_of_the_hub(self, folder):
         """What `from_pretrained` asks of a repository before it downloads from it."""

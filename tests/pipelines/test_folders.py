@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 
 import diffusers_sana
+from diffusers_sana import SVDQuantConfig, quantize
+from diffusers_sana.checkpoints import SANA_EMOJI
 from tests import tiny
 from tests.numerics import assert_close_fp32
 
@@ -133,6 +137,42 @@ assert "diffusers_sana" not in sys.modules
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_folder_that_says_which_pipeline_generates(tmp_path, ours):
+    """`DiffusionPipeline.from_pretrained`, without a word more: bundled, and written in 16 and in 4 bits."""
+    folders = {SANA_EMOJI: "SanaPipeline"}
+    for name in ("SanaImg2ImgPipeline", "SanaPAGPipeline", "SanaInpaintPipeline"):
+        getattr(diffusers_sana, name).from_pipe(ours).save_pretrained(tmp_path / name)
+        folders[tmp_path / name] = name
+    small = tiny.pipeline(diffusers_sana)
+    quantize(small, SVDQuantConfig(rank=2, refinements=0, smoothing="none"), progress=False)
+    small.save_pretrained(tmp_path / "4 bits")
+    folders[tmp_path / "4 bits"] = "SanaPipeline"
+    for folder, name in folders.items():
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+        assert type(pipe) is getattr(diffusers_sana, name)
+        assert type(pipe.transformer) is diffusers_sana.SanaTransformer2DModel
+    pipe = diffusers.DiffusionPipeline.from_pretrained(SANA_EMOJI)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a fox", num_inference_steps=1).images[0].size == (128, 128)
+
+
+def test_bundled_folder_without_this_package(tmp_path):
+    """As its model card says."""
+    card = Path(SANA_EMOJI, "README.md").read_text()
+    assert re.search(r"called with `height=128, width=128,\s+use_resolution_binning=False`", card)
+    script = f"""
+import sys, diffusers
+pipe = diffusers.DiffusionPipeline.from_pretrained({str(SANA_EMOJI)!r})
+image = pipe("a fox", num_inference_steps=1, height=128, width=128, use_resolution_binning=False).images[0]
+assert image.size == (128, 128)
+assert "diffusers_sana" not in sys.modules
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 

@@ -82,9 +82,11 @@ def test_folders_go_both_ways(ours, upstream, tmp_path):
     index = json.loads((tmp_path / "ours" / "model_index.json").read_text())
     assert index["_class_name"] == "SanaControlNetPipeline"
     assert index["controlnet"] == ["diffusers", "SanaControlNetModel"]
-    back = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
-    assert type(back) is diffusers.SanaControlNetPipeline
-    for each in (pipe, back):
+    back = diffusers.SanaControlNetPipeline.from_pretrained(tmp_path / "ours")
+    assert type(back.controlnet) is diffusers.SanaControlNetModel
+    unnamed = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
+    assert type(unnamed) is diffusers_sana.SanaControlNetPipeline
+    for each in (pipe, back, unnamed):
         each.set_progress_bar_config(disable=True)
         assert_close_fp32(generate(each), generate(upstream))
 
