@@ -25,7 +25,7 @@ from diffusers_sana.files import read_json
 from diffusers_sana.training.adaptation import get_phase, select_parameters, set_training_modes
 from diffusers_sana.training.adversarial import PatchDiscriminator, discriminator_loss, generator_loss
 from diffusers_sana.training.batches import Batches, iterate_batches
-from diffusers_sana.training.config import option, parse_config
+from diffusers_sana.training.config import option, parse_config, run_script
 from diffusers_sana.training.data import load_images, make_loader
 from diffusers_sana.training.export import copy_with_weights
 from diffusers_sana.training.image_sources import ImageDataConfig
@@ -188,4 +188,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from diffusers_sana import AutoencoderDC
 from diffusers_sana.training.batches import Batches
-from diffusers_sana.training.config import check_choice, option, parse_config
+from diffusers_sana.training.config import check_choice, option, parse_config, run_script
 from diffusers_sana.training.data import Images, collate, load_images, make_loader
 from diffusers_sana.training.export import copy_with_weights
 from diffusers_sana.training.flow_matching import (
@@ -301,4 +301,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -26,7 +26,7 @@ from diffusers_sana.training.buckets import bucket_sizes
 from diffusers_sana.training.caption_sampling import SampledCaptions, embeds_name
 from diffusers_sana.training.cascade import with_native_size
 from diffusers_sana.training.conditioned_transformer import ConditionedTransformer
-from diffusers_sana.training.config import option, parse_config
+from diffusers_sana.training.config import option, parse_config, run_script
 from diffusers_sana.training.data import load_images, make_loader
 from diffusers_sana.training.export import copy_with_weights, sub_state
 from diffusers_sana.training.flow_matching import interpolate, sample_euler, sample_sigmas, velocity_target
@@ -298,4 +298,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

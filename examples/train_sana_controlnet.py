@@ -23,7 +23,7 @@ from diffusers_sana import SanaControlNetModel, SanaPipeline
 from diffusers_sana.models.controlnets.wiring_sana import wiring_of
 from diffusers_sana.training.batches import Batches
 from diffusers_sana.training.buckets import bucket_sizes
-from diffusers_sana.training.config import option, parse_config
+from diffusers_sana.training.config import option, parse_config, run_script
 from diffusers_sana.training.data import Images, load_images, load_pixels, make_loader
 from diffusers_sana.training.edges import sobel_edges
 from diffusers_sana.training.export import copy_with_weights
@@ -259,4 +259,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

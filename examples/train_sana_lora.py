@@ -31,7 +31,7 @@ from diffusers_sana.training.adapters import add_adapter
 from diffusers_sana.training.batches import Batches
 from diffusers_sana.training.buckets import bucket_sizes
 from diffusers_sana.training.conditioned_transformer import ConditionedTransformer
-from diffusers_sana.training.config import check_choice, option, parse_config
+from diffusers_sana.training.config import check_choice, option, parse_config, run_script
 from diffusers_sana.training.data import collate, load_images, make_loader
 from diffusers_sana.training.flow_matching import interpolate, sample_euler, sample_sigmas, velocity_target
 from diffusers_sana.training.image_sources import ImageDataConfig
@@ -298,4 +298,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

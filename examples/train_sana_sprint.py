@@ -26,7 +26,7 @@ from diffusers_sana.training.adversarial import discriminator_loss, generator_lo
 from diffusers_sana.training.batches import Batches
 from diffusers_sana.training.buckets import bucket_sizes
 from diffusers_sana.training.conditioned_transformer import ConditionedTransformer
-from diffusers_sana.training.config import option, parse_config
+from diffusers_sana.training.config import option, parse_config, run_script
 from diffusers_sana.training.data import load_images, make_loader
 from diffusers_sana.training.export import copy_with_weights, sub_state
 from diffusers_sana.training.image_sources import ImageDataConfig
@@ -324,4 +324,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

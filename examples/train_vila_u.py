@@ -29,7 +29,7 @@ from diffusers_sana import VilaUForConditionalGeneration, VilaUProcessor
 from diffusers_sana.models.vila_u.loss_vila_u import find_targets
 from diffusers_sana.training.batches import Batches
 from diffusers_sana.training.chats import ChatCollator, ChatFolder, encode_pictures
-from diffusers_sana.training.config import TrainingConfig, option, parse_config
+from diffusers_sana.training.config import TrainingConfig, option, parse_config, run_script
 from diffusers_sana.training.data import make_loader
 from diffusers_sana.training.export import copy_with_weights, sub_state
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
@@ -181,4 +181,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

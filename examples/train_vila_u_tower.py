@@ -28,7 +28,7 @@ from diffusers_sana.loaders.siglip import load_siglip, tower_config_like
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUVisionConfig
 from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModelOutput
 from diffusers_sana.training.batches import Batches
-from diffusers_sana.training.config import option, parse_config
+from diffusers_sana.training.config import option, parse_config, run_script
 from diffusers_sana.training.data import load_images, make_loader
 from diffusers_sana.training.export import copy_with_weights, sub_state
 from diffusers_sana.training.image_sources import Captions, ImageDataConfig
@@ -234,4 +234,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

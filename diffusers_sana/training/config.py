@@ -2,16 +2,22 @@
 
 import argparse
 import json
+import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusers_sana.files import differences
 
 
 Config = TypeVar("Config", bound="TrainingConfig")
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says why, what is safe, and what to do."""
 
 
 def option(default: Any, help: str, changeable: bool = False) -> Any:
@@ -120,6 +126,14 @@ def parse_config(config_class: type[Config], argv: list[str] | None, description
             f"--{item.name}", default=item.default, help=item.metadata.get("help"), **_argument(hints[item.name])
         )
     return config_class(**vars(parser.parse_args(argv)))
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`; what its user can mend ends it with one line in the place of a traceback."""
+    try:
+        main()
+    except (ValueError, OSError, RunError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
 def _argument(hint: Any) -> dict[str, Any]:

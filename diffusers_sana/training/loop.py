@@ -37,7 +37,7 @@ from tqdm import tqdm
 from diffusers_sana._compat import private
 from diffusers_sana.files import differences, locked, read_json
 from diffusers_sana.training.batches import Batches, count_items, iterate_batches
-from diffusers_sana.training.config import TrainingConfig
+from diffusers_sana.training.config import RunError, TrainingConfig
 from diffusers_sana.training.plots import plot_losses
 from diffusers_sana.training.run_folder import (
     check_run_folder,
@@ -171,8 +171,8 @@ class TrainingLoop:
 
         Raises:
             ValueError: the data are not those that the run began with.
-            RuntimeError: another process trains into the same folder; the gradients of `config.max_skipped_steps`
-                steps in a row, or weights that were to be saved, are not finite.
+            RunError: another process trains into the same folder; the gradients of `config.max_skipped_steps` steps in
+                a row, or weights that were to be saved, are not finite.
             OSError: a checkpoint cannot be written. Those before it are whole.
         """
         self._check_data(getattr(batches, "fingerprint", None))
@@ -300,7 +300,7 @@ class TrainingLoop:
         if self._skipped_in_row < self.config.max_skipped_steps:
             return
         self._log(bar)
-        raise RuntimeError(
+        raise RunError(
             f"the gradients of {self._skipped_in_row} steps in a row, up to step {self.step}, are NaN or infinite "
             f"(`max_skipped_steps`). {self._advice()} Look at the data, or lower `learning_rate`."
         )
@@ -361,10 +361,14 @@ class TrainingLoop:
             yield
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        with locked(self.output_dir / ".lock", f"trains into {str(self.output_dir)!r}"):
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locked(self.output_dir / ".lock", f"trains into {str(self.output_dir)!r}"))
+            except RuntimeError as error:
+                raise RunError(str(error)) from None
             newest = next(reversed(checkpoints(self.output_dir)), None)
             if newest != self._newest:
-                raise RuntimeError(
+                raise RunError(
                     f"Another process has written {newest} since this one has read the folder. Begin again."
                 )
             restore_folder(self.output_dir / "model")
@@ -436,7 +440,7 @@ class TrainingLoop:
         named += [("the averaged weights", tensor) for tensor in self._ema.shadow_params] if self._ema else []
         name = first_not_finite(named)
         if self._sum(torch.tensor(float(name is not None))).item() > 0:
-            raise RuntimeError(
+            raise RunError(
                 f"{name or 'a tensor of another process'} is NaN or infinite at step {self.step}, so that nothing was "
                 f"saved. {self._advice()}"
             )

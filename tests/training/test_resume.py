@@ -13,7 +13,7 @@ from filelock import FileLock
 from torch import nn
 
 from diffusers_sana.training import loop as loop_module
-from diffusers_sana.training.config import TrainingConfig
+from diffusers_sana.training.config import RunError, TrainingConfig, run_script
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.run_folder import checkpoints
 from diffusers_sana.training.state_files import read_state, write_state
@@ -365,7 +365,7 @@ def test_a_second_process_is_refused(tmp_path):
     run()
     before = sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path.suffix)
     _, _, run = start(tmp_path, resume=True)
-    with FileLock(tmp_path / ".lock"), pytest.raises(RuntimeError, match="Another process trains into"):
+    with FileLock(tmp_path / ".lock"), pytest.raises(RunError, match="Another process trains into"):
         run()
     assert before == sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path.suffix)
     run()
@@ -377,7 +377,7 @@ def test_a_run_that_another_has_overtaken_is_refused(tmp_path):
     _, _, late = start(tmp_path, resume=True)
     _, _, run = start(tmp_path, resume=True, max_steps=2)
     run()
-    with pytest.raises(RuntimeError, match=r"Another process has written .*step_0000002"):
+    with pytest.raises(RunError, match=r"Another process has written .*step_0000002"):
         late()
 
 
@@ -412,6 +412,18 @@ def test_a_model_that_a_kill_left_under_its_old_name_is_put_back(tmp_path):
     loop, _, _ = start(tmp_path, resume=True)
     next(loop.run(numbered))
     assert (tmp_path / "model" / "weights.pt").exists()
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, RunError])
+def test_a_script_ends_with_one_line(monkeypatch, kind):
+    def main():
+        raise kind("what to do")
+
+    monkeypatch.setattr("sys.argv", ["examples/train_sana.py"])
+    with pytest.raises(SystemExit, match=r"^train_sana\.py: what to do$"):
+        run_script(main)
+    with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
+        run_script(lambda: 1 / 0)
 
 
 def test_the_folder_is_looked_at_before_anything_is_loaded(tmp_path):
