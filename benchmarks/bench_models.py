@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     path = args.results / DEVICE / "models.json"
     report = {**environment(), "cases": {}}
     if path.exists():
-        report["cases"] = json.loads(path.read_text())["cases"]
+        report["cases"] = json.loads(path.read_text(encoding="utf-8"))["cases"]
     for name, (kind, make, arguments, rounds) in CASES.items():
         if name in args.cases or (not args.cases and kind in args.only and name not in report["cases"]):
             row = {

@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     path = args.results / DEVICE / "quantized.json"
     report = environment()
     if path.exists():
-        report = json.loads(path.read_text()) | report
+        report = json.loads(path.read_text(encoding="utf-8")) | report
 
     def steps() -> dict[str, Any]:
         return {case: step_case(*sizes, args.rounds) for case, sizes in STEPS.items()}

@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None, sizes: dict[str, Any] = REDUCED) -> None
     path = args.results / "cpu" / "vila_u.json"
     report = {**environment(), "clock": args.clock, "sizes": sizes, "cases": {}}
     if path.exists():
-        report["cases"] = json.loads(path.read_text())["cases"]
+        report["cases"] = json.loads(path.read_text(encoding="utf-8"))["cases"]
     for name, (kind, *_) in CASES.items():
         if name in args.cases or (not args.cases and kind in args.only and name not in report["cases"]):
             row = measure(name, sizes, args.rounds, CLOCKS[args.clock])

@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         "kernels": compile_all(args.first_case),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     rows = report["kernels"]
     bad = [row for row in rows if row["spilled_bytes"] or row["shared_kib"] > SHARED_KIB[row["architecture"]]]
     for row in bad:

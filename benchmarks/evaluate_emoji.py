@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
         started = time.process_time()
         cli.main(["evaluate", "sana-emoji", "--out", out, *options])
         seconds = time.process_time() - started
-        report = json.loads((Path(out) / "report.json").read_text())
+        report = json.loads((Path(out) / "report.json").read_text(encoding="utf-8"))
     del report["settings"]["out"], report["versions"]  # of this run only; in `environment()`
     write_results("evaluate_emoji", environment() | {"core_seconds": round(seconds)} | report, args.results)
 

@@ -78,7 +78,7 @@ def device_name() -> str:
     """The GPU's name, or the processor's with what it can do with half precision."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo").read_text()
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
     extensions = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name} " in info]
     return f"{names[0] if names else platform.machine()} ({os.cpu_count()} cores, {' '.join(extensions)})"
@@ -119,7 +119,7 @@ def write_results(name: str, report: dict[str, Any], results: Path = RESULTS) ->
     device = torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "cpu"
     path = results / device / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return path
 
 
@@ -139,12 +139,12 @@ def peak_memory() -> Iterator[dict[str, float]]:
     else:
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before must not serve the block unseen
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the high-water mark
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forgets the high-water mark
         before = _status_kib("VmRSS")
         yield result
         result["mib"] = (_status_kib("VmHWM") - before) / 2**10
 
 
 def _status_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").split("\n")
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

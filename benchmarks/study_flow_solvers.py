@@ -257,9 +257,9 @@ converged to {result["reference_error"]:.0e}. {result["samples"]} samples. Measu
 
 def write_page(result: dict[str, Any]) -> None:
     """Renews what stands between the two markers of `docs/scheduler.md`."""
-    before, rest = PAGE.read_text().split(BEGIN)
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{markdown(result)}\n{END}{after}")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{markdown(result)}\n{END}{after}", encoding="utf-8")
 
 
 def draw(result: dict[str, Any]) -> None:
@@ -297,7 +297,7 @@ def main() -> None:
     torch.set_num_threads(1)
     result = measure()
     RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw(result)
     write_page(result)
 

@@ -32,7 +32,7 @@ def render(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def models_cpu() -> str:
     """Seconds, speed-up and memory of the models on the CPU."""
-    report = json.loads((RESULTS / "cpu" / "models.json").read_text())
+    report = json.loads((RESULTS / "cpu" / "models.json").read_text(encoding="utf-8"))
     rows = []
     for name, case in report["cases"].items():
         low, high = case["speedup_range"]
@@ -55,7 +55,7 @@ def models_cpu() -> str:
 
 def kernels_compiled() -> str:
     """Registers, shared memory and spills of every kernel: the most over its shapes, by architecture."""
-    report = json.loads((RESULTS / "compile" / "kernels.json").read_text())
+    report = json.loads((RESULTS / "compile" / "kernels.json").read_text(encoding="utf-8"))
     architectures = list(report["shared_kib_limits"])
     kernels: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in report["kernels"]:
@@ -80,7 +80,7 @@ def provenance(report: dict[str, Any]) -> str:
 
 def quantization_quality() -> str:
     """How far 4-bit pictures of the bundled checkpoint are from 16-bit ones."""
-    report = json.loads((RESULTS / "cpu" / "quantization_quality.json").read_text())
+    report = json.loads((RESULTS / "cpu" / "quantization_quality.json").read_text(encoding="utf-8"))
     rows = [
         [name, f"{row['psnr_db']:.1f}", f"{row['ssim']:.3f}", f"{row['perceptual']:.3f}", f"{row['bytes'] / 1e6:.1f}"]
         if "failed" not in row
@@ -95,7 +95,7 @@ def quantization_quality() -> str:
 
 def quantized_errors() -> str:
     """Relative output errors of 8 blocks of Sana-0.6B with outliers."""
-    report = json.loads((RESULTS / "cpu" / "quantized.json").read_text())
+    report = json.loads((RESULTS / "cpu" / "quantized.json").read_text(encoding="utf-8"))
     modes = ("w4a4", "w4a8", "w4a16")
     ours: dict[str, dict[str, float]] = {}
     rows = []
@@ -111,7 +111,7 @@ def quantized_errors() -> str:
 
 def quantized_steps() -> str:
     """Seconds of a guided step of the first blocks of Sana-0.6B."""
-    report = json.loads((RESULTS / "cpu" / "quantized.json").read_text())
+    report = json.loads((RESULTS / "cpu" / "quantized.json").read_text(encoding="utf-8"))
     cases = report["steps"]
     names = list(next(iter(cases.values()))["seconds"])
     rows = [
@@ -130,7 +130,7 @@ def quantized_steps() -> str:
 
 def quantized_size() -> str:
     """Bytes of the whole of Sana-0.6B, and the time to quantize it without data."""
-    report = json.loads((RESULTS / "cpu" / "quantized.json").read_text())
+    report = json.loads((RESULTS / "cpu" / "quantized.json").read_text(encoding="utf-8"))
     whole = report["whole"]
     rows = [["bf16", f"{whole['bf16_bytes'] / 1e6:.0f}", "1.00", "", "", ""]]
     for precision in ("int4", "nvfp4"):
@@ -151,7 +151,7 @@ def quantized_size() -> str:
 
 def vila_u_pictures() -> str:
     """Pictures of a small VILA-U, the official way and ours."""
-    report = json.loads((RESULTS / "cpu" / "vila_u.json").read_text())
+    report = json.loads((RESULTS / "cpu" / "vila_u.json").read_text(encoding="utf-8"))
     rows = []
     for name, case in report["cases"].items():
         if "speedup" not in case:
@@ -174,7 +174,7 @@ def vila_u_pictures() -> str:
 
 def vila_u_others() -> str:
     """Text of the same VILA-U, and its image tokenizer."""
-    report = json.loads((RESULTS / "cpu" / "vila_u.json").read_text())
+    report = json.loads((RESULTS / "cpu" / "vila_u.json").read_text(encoding="utf-8"))
     rows = []
     for name, case in report["cases"].items():
         if "speedup" not in case:
@@ -193,7 +193,7 @@ def vila_u_provenance(report: dict[str, Any]) -> str:
 
 def step_caches() -> str:
     """What step caches gain and lose with the bundled checkpoint."""
-    report = json.loads((RESULTS / "cpu" / "step_caches.json").read_text())
+    report = json.loads((RESULTS / "cpu" / "step_caches.json").read_text(encoding="utf-8"))
     rows = [
         [
             name,
@@ -213,7 +213,7 @@ def step_caches() -> str:
 
 def dc_ae_dit() -> str:
     """What a diffusion transformer gains from latents of deeper compression."""
-    report = json.loads((RESULTS / "cpu" / "dc_ae_dit.json").read_text())
+    report = json.loads((RESULTS / "cpu" / "dc_ae_dit.json").read_text(encoding="utf-8"))
     rows = []
     for name, case in report["cases"].items():
         speeds = []
@@ -265,4 +265,4 @@ def filled(page: str) -> str:
 
 if __name__ == "__main__":
     for page in PAGES:
-        page.write_text(filled(page.read_text()))
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")

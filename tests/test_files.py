@@ -1,3 +1,4 @@
+import ast
 import json
 import multiprocessing
 from pathlib import Path
@@ -104,3 +105,28 @@ def test_differences():
         '`model.name`: "a" there, "b" now',
         "`model.rank`: 8 there, null now",
     ]
+
+
+ROOT = Path(files.__file__).parents[1]
+SCRIPTS = [
+    path for top in ("diffusers_sana", "examples", "benchmarks", "comfyui") for path in (ROOT / top).rglob("*.py")
+]
+
+
+def test_every_text_file_is_utf_8_and_split_at_line_feeds():
+    """The default encoding differs between systems, and `splitlines` splits at characters that texts may hold."""
+    assert len(SCRIPTS) > 200
+    found = []
+    for path in SCRIPTS:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            call, keywords = ast.unparse(node), {keyword.arg for keyword in node.keywords}
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            is_text = name in ("read_text", "write_text") and isinstance(node.func, ast.Attribute)
+            is_text = is_text and not call.startswith("files.")
+            if isinstance(node.func, ast.Name) and name == "open":
+                is_text = "b" not in (ast.unparse(node.args[1]) if len(node.args) > 1 else "")
+            if (is_text and "encoding" not in keywords) or (name == "splitlines" and "read" in call):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {call[:80]}")
+    assert not found

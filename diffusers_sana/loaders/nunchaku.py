@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffusers_sana.files import read_text
 from diffusers_sana.loaders.conversion import Conversion, all_tensors, empty_model, fill_model
 from diffusers_sana.loaders.nunchaku_flux import convert_flux
 from diffusers_sana.loaders.nunchaku_layers import Source
@@ -106,7 +107,7 @@ def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     for name in FOLDER_FILES:
         tensors |= read_safetensors(path / name)[0]
-    return tensors, {"config": (path / "config.json").read_text()}
+    return tensors, {"config": read_text(path / "config.json")}
 
 
 def _config(metadata: Mapping[str, str], path: Path) -> tuple[dict[str, Any], str]:

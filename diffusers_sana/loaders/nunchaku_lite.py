@@ -15,6 +15,7 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusers_sana.files import read_json
 from diffusers_sana.kernels.low_bit import GROUP_SIZES, encode_weight, unpack_nibbles, weight_scales
 from diffusers_sana.loaders import nunchaku_packing as packing
 from diffusers_sana.loaders.conversion import Conversion, empty_model, matrix_shape
@@ -60,7 +61,7 @@ def load_nunchaku_lite(
     files = [whole] if whole.is_file() else sorted(path.glob(f"{WEIGHTS}-*.safetensors"))
     if not (path / "config.json").is_file() or not files:
         raise ValueError(f"{path} must be a folder with config.json and {WEIGHTS}*.safetensors, but is not.")
-    config = json.loads((path / "config.json").read_text())
+    config = read_json(path / "config.json")
     quantization = config.pop("quantization_config", {})
     if quantization.get("quant_method") != "nunchaku_lite":
         raise ValueError(
@@ -142,7 +143,7 @@ def export_nunchaku_lite(
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     pattern = f"{WEIGHTS}{{suffix}}.safetensors"
     save_torch_state_dict(state, folder, filename_pattern=pattern, max_shard_size=max_shard_size)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _check_model(model: nn.Module, layers: Mapping[str, SVDQuantLayer]) -> tuple[torch.dtype, str, int]:

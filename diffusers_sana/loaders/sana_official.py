@@ -4,7 +4,6 @@ To load such a file without writing anything, call `from_single_file` of the mod
 `docs/third_party_checkpoints.md`.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
+from diffusers_sana.files import read_json
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.autoencoders.official_dc import CLASS_NAME as AUTOENCODER
 from diffusers_sana.models.autoencoders.official_dc import is_official_dc, read_official_dc
@@ -149,11 +149,11 @@ def _copy_base(plan: Plan, base: str, target: Path) -> None:
     name = plan.component
     if not Path(base).is_dir():
         base = snapshot_download(base, ignore_patterns=[f"{name}/*.safetensors*", f"{name}/*.bin*"])
-    index = json.loads((Path(base) / "model_index.json").read_text())
+    index = read_json(Path(base) / "model_index.json")
     if name not in index:
         parts = [part for part, value in index.items() if isinstance(value, list)]
         raise ValueError(f"`base` must be a pipeline with a {name!r}, but {base} has {parts}. Convert it alone.")
-    old = json.loads((Path(base) / name / "config.json").read_text())
+    old = read_json(Path(base) / name / "config.json")
     for field in MUST_FIT:
         new = plan.official.config.get(field)
         if new is not None and field in old and old[field] != new:

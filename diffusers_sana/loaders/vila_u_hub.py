@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from diffusers_sana.files import read_json
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 
 
@@ -76,16 +77,16 @@ def add_remote_code(folder: str | Path) -> None:
     config = _read_config(folder)
     for module, names in FILES.items():
         code = CODE.format(names=", ".join(names), exported=json.dumps(names))
-        (folder / f"{module}.py").write_text(code)
+        (folder / f"{module}.py").write_text(code, encoding="utf-8")
     _write_json(folder / "config.json", config | {"auto_map": CONFIG_MAP})
     path = folder / "processor_config.json"
     if path.is_file():
-        processor = json.loads(path.read_text())
+        processor = read_json(path)
         pictures = {"image_processor": processor.get("image_processor", {}) | {"auto_map": IMAGE_PROCESSOR_MAP}}
         _write_json(path, processor | {"auto_map": PROCESSOR_MAP} | pictures)
     path = folder / "preprocessor_config.json"
     if path.is_file():
-        _write_json(path, json.loads(path.read_text()) | {"auto_map": IMAGE_PROCESSOR_MAP})
+        _write_json(path, read_json(path) | {"auto_map": IMAGE_PROCESSOR_MAP})
 
 
 def write_model_card(folder: str | Path, title: str, license: str, base_model: str | None = None) -> ModelCard:
@@ -133,7 +134,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"`folder` must hold a model that `save_pretrained` wrote, but {path} is not there.")
-    config = json.loads(path.read_text())
+    config = read_json(path)
     kind = config.get("model_type")
     if kind != VilaUConfig.model_type:
         raise ValueError(
@@ -144,4 +145,4 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

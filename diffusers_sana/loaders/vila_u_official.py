@@ -5,7 +5,6 @@ is in memory at a time. See `docs/vila_u.md`.
 """
 
 import copy
-import json
 import logging
 import shutil
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from diffusers_sana import files
 from diffusers_sana.loaders.vila_u_config import JsonReader, model_config
 from diffusers_sana.loaders.vila_u_names import (
     CODEBOOK,
@@ -193,10 +193,7 @@ def read_json(path: Path) -> Any:
     """
     if not path.is_file():
         raise ValueError(f"{path} must be there: it belongs to the official checkpoint. Download the folder again.")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must be JSON, but is not: {error}") from error
+    return files.read_json(path)
 
 
 def copy_small_files(folder: Path, target: Path) -> None:

@@ -10,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffusers_sana.files import read_json
+
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2 * 1024**3
@@ -41,7 +43,7 @@ class WeightFiles:
         self.dtypes: dict[str, torch.dtype] = {}
         self._files: dict[str, safe_open] = {}
         index = self.folder / INDEX
-        named = json.loads(index.read_text())["weight_map"] if index.exists() else {}
+        named = read_json(index)["weight_map"] if index.exists() else {}
         for file in sorted(set(named.values())) or [name]:
             self._open(file)
         lost = [key for key in named if key not in self.shapes]
@@ -108,4 +110,4 @@ def write_weights(
         where |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -101,7 +101,7 @@ def judge(
     out.mkdir(parents=True, exist_ok=True)
     save_image_grid(torch.cat(rows), out / "held_out.png", columns=count)
     report = environment() | {"mean_cosine_of_edges": figures, "scenes": count}
-    (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
 

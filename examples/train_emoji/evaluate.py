@@ -202,7 +202,7 @@ def evaluate(
             renderer,
         ),
     }
-    (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
 

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from benchmarks.harness import RESULTS, environment, write_results
 from diffusers_sana import SanaPipeline, quantize
 from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.files import read_json_lines
 from diffusers_sana.training.plots import save_image_grid
 from examples import train_sana_lora
 
@@ -91,7 +92,7 @@ def write_pictures(scenes: PixelScenes, folder: Path, count: int) -> None:
     for index, (scene, picture) in enumerate(zip(drawn, np.asarray(pixels), strict=True)):
         Image.fromarray(picture).save(folder / f"{index:04d}.png")
         rows.append(json.dumps({"file_name": f"{index:04d}.png", "text": scenes.caption(scene) + SUFFIX}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def train(pictures: Path, out: Path, base: str, steps: int, precision: str = "no") -> Path:
@@ -188,7 +189,7 @@ def judge(art: EmojiArt, base: str, loras: dict[str, Path], out: Path, count: in
 
 def summary(run: Path) -> dict:
     """Steps and minutes of a run, and the mean loss of its last hundred steps."""
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    rows = [row for _, row in read_json_lines(run / "log.jsonl")]
     loss = sum(row["loss"] for row in rows[-10:]) / len(rows[-10:])
     return {"steps": rows[-1]["step"], "minutes": rows[-1]["minutes"], "final_loss": round(loss, 4)}
 

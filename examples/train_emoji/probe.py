@@ -220,17 +220,20 @@ def main(argv: list[str] | None = None) -> None:
         started = time.process_time()
         probe = train(ProbeScenes(EmojiScenes(art, seed=6, labels=labels), vae), args.steps)
         probe.half().save_pretrained(args.out)
-        log.write_text(json.dumps({"steps": args.steps, "core_seconds": round(time.process_time() - started)}) + "\n")
+        log.write_text(
+            json.dumps({"steps": args.steps, "core_seconds": round(time.process_time() - started)}) + "\n",
+            encoding="utf-8",
+        )
     probe = EmojiProbe.from_pretrained(args.out).eval()  # judged as it is saved: rounded to 16 bit
     data = ProbeScenes(EmojiScenes(art, seed=7, labels=labels), vae)
     wanted = held_out_scenes(labels, singles=60, pairs=20)
-    (args.out / "checks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in checks(wanted)))
+    (args.out / "checks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in checks(wanted)), encoding="utf-8")
     reference = reference_features(probe, data)
     save_file({"features": reference.half()}, args.out / "reference.safetensors")
     with torch.no_grad():
         true = probe.features((data.scenes.render(wanted) + 1) / 2)
     scenes = judged_scenes(labels)
-    report = environment() | {"training": json.loads(log.read_text()), "scenes": len(scenes)}
+    report = environment() | {"training": json.loads(log.read_text(encoding="utf-8")), "scenes": len(scenes)}
     report["true_pictures_of_checks"] = compare_sets(true, reference, ("fid", "kid"))  # as good as it gets
     report |= judge(probe, data, scenes)
     write_results("emoji_probe", report, args.results)

@@ -90,7 +90,7 @@ def judge(teacher: SanaPipeline, student: SanaSprintPipeline, art: EmojiArt, out
     save_image_grid(torch.cat([row[:columns] for row in pictures.values()]), out / "held_out.png", columns=columns)
     report = environment() | {"rows": list(pictures)}
     report |= prompt_following(pictures, scenes, EmojiScenes(art, RESOLUTION, labels=labels))
-    (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
 

@@ -49,7 +49,7 @@ def make_tokenizer(art: EmojiArt, instruction: str, vocab_size: int = 1536) -> P
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "tokenizer.json")
         tokenizer.save(str(file))
-        model = json.loads(file.read_text())["model"]
+        model = json.loads(file.read_text(encoding="utf-8"))["model"]
     return GemmaTokenizer(
         vocab=model["vocab"],
         merges=[tuple(pair) for pair in model["merges"]],

@@ -145,7 +145,7 @@ def evaluate(
         report["tower_on_held_out_triples"]["zero_shot_object"] = zero_shot(
             tower.eval(), processor.tokenizer, scenes, truth
         )
-    (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
 

@@ -1,6 +1,5 @@
 """LoRA files of many trainers, by the one call that diffusers has for its own."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from diffusers.utils import get_adapter_name
 from torch import Tensor
 from transformers.utils import cached_file
 
+from diffusers_sana.files import read_json
 from diffusers_sana.models.transformers.lora_formats import check_lora_fits, convert_sana_lora
 
 
@@ -121,7 +121,7 @@ def _peft_config(source: Path, hub: dict[str, Any]) -> dict[str, Any] | None:
     """The config that PEFT wrote beside its file, if it is still there."""
     place = source.parent if source.is_file() else source
     path = cached_file(str(place), PEFT_CONFIG, **_given(hub), _raise_exceptions_for_missing_entries=False)
-    return None if path is None else json.loads(Path(path).read_text())
+    return None if path is None else read_json(Path(path))
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class QuantizationReport:
             "prompts": self.prompts,
             "layers": [asdict(layer) for layer in self.layers],
         }
-        (folder / JSON_FILE).write_text(json.dumps(content, indent=1) + "\n")
+        (folder / JSON_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         if find_spec("matplotlib"):
             _draw(self.layers, folder / PICTURE_FILE)
         else:
