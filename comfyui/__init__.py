@@ -4,10 +4,11 @@ What runs between them is a `SanaModel`: a loaded pipeline, which all share, and
 A node changes nothing in a pipeline that another node, or a later run of the same graph, could notice.
 """
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from diffusers_sana import (
     quantize,
 )
 from diffusers_sana.cli.common import checkpoint, find_pipeline_class
+from diffusers_sana.files import digest
 
 
 try:
@@ -33,23 +35,34 @@ TEXT = ("STRING", {"multiline": True, "default": ""})
 IMAGE_TO_IMAGE = {SanaPipeline: SanaImg2ImgPipeline, SanaSprintPipeline: SanaSprintImg2ImgPipeline}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SanaModel:
-    """A pipeline and what is to be in force when it draws.
+    """A pipeline and what is to be in force when it generates.
 
     Attributes:
         pipe: shared by all nodes behind the one that loaded it.
         loras: file -> strength.
+        branches: all models that share the pipeline, as long as ComfyUI keeps them.
     """
 
     pipe: Any
     loras: tuple[tuple[str, float], ...] = ()
+    branches: WeakSet = field(default_factory=WeakSet)
+
+    def __post_init__(self) -> None:
+        self.branches.add(self)
 
     def prepare(self) -> None:
-        """Puts exactly `loras` in force. Files stay loaded for the next time."""
+        """Puts exactly `loras` in force. Files stay loaded while a branch uses them and they do not change."""
+        used = {state_of(file) for model in self.branches for file, _ in model.loras}
+        loaded = set(getattr(self.pipe.transformer, "peft_config", {}))
+        if loaded and not loaded & used:
+            self.pipe.unload_lora_weights()
+        elif loaded - used:
+            self.pipe.delete_adapters(sorted(loaded - used))
         strengths: dict[str, float] = {}
         for file, strength in self.loras:
-            name = hashlib.sha256(file.encode()).hexdigest()  # PEFT's names may have no dots
+            name = state_of(file)
             if name not in getattr(self.pipe.transformer, "peft_config", {}):
                 self.pipe.load_lora_weights(file, adapter_name=name)
             strengths[name] = strengths.get(name, 0.0) + strength
@@ -58,6 +71,13 @@ class SanaModel:
             self.pipe.set_adapters(list(strengths), list(strengths.values()))
         elif getattr(self.pipe.transformer, "peft_config", {}):
             self.pipe.disable_lora()
+
+
+def state_of(place: str) -> str:
+    """A name of a file or folder as it is now, from paths, sizes and times; of a Hub id, which stands for itself."""
+    path = Path(place)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()) if place else []
+    return digest(place, *([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files))
 
 
 class SanaLoad:
@@ -78,6 +98,11 @@ class SanaLoad:
                 "cpu_offload": ("BOOLEAN", {"default": False, "tooltip": "keep on the GPU only what runs"}),
             }
         }
+
+    @classmethod
+    def IS_CHANGED(cls, model: str, **others: Any) -> str:
+        """Asked by ComfyUI before it uses an earlier result again."""
+        return state_of(str(checkpoint(model.strip())))
 
     def load(self, model: str, dtype: str, four_bit: bool, cpu_offload: bool) -> tuple[SanaModel]:
         """Raises a ValueError for a model that is no Sana."""
@@ -115,8 +140,13 @@ class SanaLora:
             }
         }
 
+    @classmethod
+    def IS_CHANGED(cls, lora: str, **others: Any) -> str:
+        """Asked by ComfyUI before it uses an earlier result again."""
+        return state_of(lora.strip())
+
     def add(self, model: SanaModel, lora: str, strength: float) -> tuple[SanaModel]:
-        """The file is read when the model first draws with it."""
+        """The file is read when the model first generates with it, and again when it has changed."""
         return (replace(model, loras=(*model.loras, (lora.strip(), strength))),)
 
 

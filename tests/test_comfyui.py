@@ -2,6 +2,8 @@
 
 import importlib.util
 import inspect
+import os
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -42,7 +44,8 @@ def call(nodes: ModuleType, node: str, **values):
     inputs = {name: rest[0]["default"] for name, (_, *rest) in declared.items() if rest and "default" in rest[0]}
     inputs |= values
     assert set(inputs) == set(declared)
-    outputs = getattr(node_class(), node_class.FUNCTION)(**inputs)
+    with torch.inference_mode():  # as ComfyUI does
+        outputs = getattr(node_class(), node_class.FUNCTION)(**inputs)
     assert len(outputs) == len(node_class.RETURN_TYPES)
     for output, kind in zip(outputs, node_class.RETURN_TYPES, strict=True):
         assert isinstance(output, {"IMAGE": torch.Tensor, "SANA_MODEL": nodes.SanaModel}[kind])
@@ -105,12 +108,13 @@ def test_lora_is_in_one_branch_only(nodes, model, pipe, tmp_path):
     path = str(tmp_path / "kohya.v1.safetensors")
     save_file(FORMATS["kohya"](lora), path)
     without = call(nodes, "SanaSample", model=model, **SETTINGS)
-    pipe.load_lora_weights(path, adapter_name="lora")
-    pictures = {}
-    for strength in (1.0, 0.25):
-        pipe.set_adapters("lora", strength)
-        pictures[strength] = expected(pipe)
-    pipe.unload_lora_weights()
+    with torch.inference_mode():  # parameters that could be trained are multiplied in another order
+        pipe.load_lora_weights(path, adapter_name="lora")
+        pictures = {}
+        for strength in (1.0, 0.25):
+            pipe.set_adapters("lora", strength)
+            pictures[strength] = expected(pipe)
+        pipe.unload_lora_weights()
     strong = call(nodes, "SanaLora", model=model, lora=path)
     weak = call(nodes, "SanaLora", model=model, lora=path, strength=0.25)
     twice = call(nodes, "SanaLora", model=call(nodes, "SanaLora", model=weak, lora=path, strength=0.5), lora=path)
@@ -123,12 +127,49 @@ def test_lora_is_in_one_branch_only(nodes, model, pipe, tmp_path):
     assert torch.equal(image, pictures[1.0])  # at strength 1 the image leaves no trace
 
 
-def test_four_bits(nodes, folder, model):
+def test_a_lora_file_that_was_replaced(nodes, pipe, folder, tmp_path):
+    """It is read anew, and weights that no branch uses any more are not kept."""
+    path, changed = tmp_path / "lora.safetensors", nodes.NODE_CLASS_MAPPINGS["SanaLora"].IS_CHANGED
+    lora = random_lora(pipe.transformer)
+    save_file(FORMATS["kohya"](lora), path)
+    model = call(nodes, "SanaLoad", model=str(folder), dtype="float32")
+    branch, other = (call(nodes, "SanaLora", model=model, lora=str(path), strength=s) for s in (1.0, 0.5))
+    first = call(nodes, "SanaSample", model=branch, **SETTINGS)
+    asked = changed(model=None, lora=str(path), strength=1.0)
+    assert changed(model=None, lora=str(path), strength=0.5) == asked
+    save_file({name: tensor * 1.5 for name, tensor in FORMATS["kohya"](lora).items()}, path)
+    os.utime(path, ns=(1, 1))
+    assert changed(model=None, lora=str(path), strength=1.0) != asked
+    second = call(nodes, "SanaSample", model=branch, **SETTINGS)
+    assert not torch.allclose(first, second, atol=1e-3)
+    assert len(model.pipe.transformer.peft_config) == 1
+    del branch
+    call(nodes, "SanaSample", model=other, **SETTINGS)
+    assert len(model.pipe.transformer.peft_config) == 1
+    del other
+    without = call(nodes, "SanaSample", model=model, **SETTINGS)
+    assert not getattr(model.pipe.transformer, "peft_config", {})
+    assert torch.equal(without, expected(pipe))
+
+
+def test_a_model_folder_that_was_replaced(nodes, folder, tmp_path):
+    copied, changed = shutil.copytree(folder, tmp_path / "model"), nodes.NODE_CLASS_MAPPINGS["SanaLoad"].IS_CHANGED
+    asked = changed(model=str(copied), dtype="float32")
+    assert changed(model=str(copied), dtype="float32") == asked
+    os.utime(copied / "transformer" / "config.json", ns=(1, 1))
+    assert changed(model=str(copied), dtype="float32") != asked
+
+
+def test_four_bits(nodes, folder, model, tmp_path):
     quantized = call(nodes, "SanaLoad", model=str(folder), dtype="float32", four_bit=True)
     image = call(nodes, "SanaSample", model=quantized, **SETTINGS)
     assert quantized.pipe.transformer.is_quantized
     difference = (image - call(nodes, "SanaSample", model=model, **SETTINGS)).abs().mean()
     assert 0 < difference < 0.1
+    quantized.pipe.save_pretrained(tmp_path)
+    loaded = call(nodes, "SanaLoad", model=str(tmp_path), dtype="float32")
+    assert loaded.pipe.transformer.is_quantized
+    assert (call(nodes, "SanaSample", model=loaded, **SETTINGS) - image).abs().mean() < 0.02
 
 
 def test_bundled(nodes):
