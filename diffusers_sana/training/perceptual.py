@@ -56,6 +56,7 @@ class PerceptualLoss(nn.Module):
 
     Args:
         network: module from images `[B, 3, H, W]` in [-1, 1] to a list of feature maps. Default: `RandomFeatures()`.
+            It becomes a part of the loss: it is frozen and put into evaluation mode.
         crop_size: compare one random square of this side instead of whole images, the same for the batch; saves
             time on a CPU. 0 compares whole images.
     """

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
@@ -100,6 +101,7 @@ def make_any(name):
 
 def run(pipe):
     if isinstance(pipe, VilaUPipeline):
+        pipe.chat(Image.new("RGB", (8, 8), "red"), "cat?", max_new_tokens=3)
         return pipe("a cat", generator=torch.Generator().manual_seed(3), output_type="pt").images
     return generate(pipe, type(pipe).__name__)
 
