@@ -106,8 +106,8 @@ def official_weights(shapes: Mapping[str, tuple[int, ...]], blocks: int, depth: 
             for index in range(depth):  # one table, stored for every depth; its last row is padding
                 copy = f"rqvaesiglip.quantizer.codebooks.{index}"
                 yield Weight(part, f"{copy}.weight", (shape[0] + 1, shape[1]), name, is_copy=index > 0)
-                yield Weight(part, f"{copy}.cluster_size_ema", shape[:1], group="ema")
-                yield Weight(part, f"{copy}.embed_ema", shape, group="ema")
+                yield Weight(part, f"{copy}.cluster_size_ema", shape[:1], is_copy=index > 0, group="ema")
+                yield Weight(part, f"{copy}.embed_ema", shape, is_copy=index > 0, group="ema")
         elif name == DEPTH_POSITIONS:
             yield Weight(part, key, (1, *shape), name)
         else:

@@ -7,7 +7,7 @@ is in memory at a time. See `docs/vila_u.md`.
 import copy
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,8 @@ def plan_official(
     ids.setdefault("<image>", shapes[LLM].get("model.embed_tokens.weight", (0,))[0])
     config = model_config(jsons, shapes, ids, encoder_heads, any_vocabulary)
     vision = config.vision_config
-    weights = list(official_weights(full_shapes(config), vision.num_hidden_layers, vision.num_codebooks))
+    expected = official_weights(full_shapes(config), vision.num_hidden_layers, vision.num_codebooks)
+    weights = _without_absent_copies(list(expected), sources)
     _check_weights(weights, sources)
 
     vision.use_semantic_head, vision.use_text_tower = semantic_head, text_tower
@@ -205,6 +206,28 @@ def copy_small_files(folder: Path, target: Path) -> None:
                 shutil.copyfile(path, target / part / path.name)
 
 
+def _without_absent_copies(weights: list[Weight], sources: dict[str, WeightFiles]) -> list[Weight]:
+    """Of each tensor that the model has under several names, those that are there; the first of them is no copy.
+
+    The released folder has them all. `save_pretrained` of the authors' version of transformers writes one.
+    """
+
+    def is_there(weight: Weight) -> bool:
+        return weight.key in sources[weight.part].shapes
+
+    found = {weight.name for weight in weights if weight.name and is_there(weight)}
+    firsts = {weight.name for weight in weights if weight.name and not weight.is_copy and is_there(weight)}
+    present = []
+    for weight in weights:
+        if not is_there(weight) and (weight.is_copy or weight.name in found):
+            continue
+        if weight.is_copy and weight.name and weight.name not in firsts:
+            weight = replace(weight, is_copy=False)
+            firsts.add(weight.name)
+        present.append(weight)
+    return present
+
+
 def _check_weights(weights: list[Weight], sources: dict[str, WeightFiles]) -> None:
     for weight in weights:
         shape = sources[weight.part].shapes.get(weight.key)
@@ -227,7 +250,7 @@ def _check_copies(plan: Plan) -> None:
     """Reads two tensors at a time."""
     firsts = {weight.name: weight for weight in plan.weights if weight.name and not weight.is_copy}
     for weight in plan.weights:
-        if weight.is_copy and not torch.equal(plan.load(weight), plan.load(firsts[weight.name])):
+        if weight.is_copy and weight.name and not torch.equal(plan.load(weight), plan.load(firsts[weight.name])):
             raise ValueError(f"{weight} must equal {firsts[weight.name]}, being a copy of it, but does not.")
     if plan.load(firsts[CODEBOOK])[-1].any():
         logger.warning("the padding row of the codebook is not zero; it is left out, as no code ever names it.")

@@ -121,6 +121,34 @@ def test_round_trip(official, tmp_path, options):
         assert path.read_text() == (tmp_path / "again" / path.relative_to(official)).read_text()
 
 
+@pytest.mark.parametrize("kept", ["first", "last"])
+def test_saved_again_by_the_authors_code(official, copied, tmp_path, kept):
+    """`save_pretrained` of transformers 4.36 writes a tensor with several names under one of them."""
+
+    def write_once(tensors):
+        groups = [
+            [f"rqvaesiglip.{inner}logit_{name}" for inner in ("", "siglip_model.")] for name in ("scale", "bias")
+        ]
+        for name in ("weight", "cluster_size_ema", "embed_ema"):
+            places = [f"rqvaesiglip.quantizer.codebooks.{index}.{name}" for index in range(3)]
+            groups.append([place for place in places if place in tensors])
+        for group in groups:
+            assert len(group) > 1
+            for key in group[1:] if kept == "first" or "ema" in group[0] else group[:-1]:
+                del tensors[key]
+
+    edit_tensors(copied, TOWER_FILE, write_once)
+    convert_official(copied, tmp_path / "again", text_tower=True, keep_rest=True, **TOLD)
+    convert_official(official, tmp_path / "ours", text_tower=True, **TOLD)
+    again, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("again", "ours"))
+    assert again.keys() == ours.keys()
+    assert all(again[name].equal(tensor) for name, tensor in ours.items())
+    export_official(tmp_path / "again", tmp_path / "exported")
+    exported, released = (load_file(folder / TOWER_FILE) for folder in (tmp_path / "exported", official))
+    assert released.keys() - exported.keys() == {key for key in released if "ema" in key and ".0." not in key}
+    assert all(exported[key].equal(released[key]) for key in exported)
+
+
 def test_export_of_a_trained_model(official, tmp_path):
     """`save_pretrained` keeps no official files and the model no EMA: the first are asked for, the others reported."""
     convert_official(official, tmp_path / "ours", **TOLD)
