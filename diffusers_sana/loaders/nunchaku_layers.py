@@ -147,6 +147,8 @@ def read_svdq(
 ) -> UnpackedLayer:
     """A layer with 4-bit weights and activations, without the padding.
 
+    A file may leave out the low-rank branch, and the scales that NVFP4 has beside those of groups, as in Nunchaku.
+
     Args:
         source: where it is.
         prefix: its name there.
@@ -154,7 +156,7 @@ def read_svdq(
         names: keys that are not those of Nunchaku's files, such as `LITE_NAMES`.
 
     Raises:
-        ValueError: a missing tensor or one of another shape, naming it.
+        ValueError: a missing tensor, one of another shape, or one with weights in the padding, naming it.
     """
 
     def key(name: str) -> str:
@@ -165,19 +167,26 @@ def read_svdq(
     scales = source.take(key("wscales"))
     precision = precision_of(scales)
     source.take(key("wscales"), (wide // GROUP_SIZES[precision], high))
-    down = source.take(key("lora_down"))
-    rank = down.shape[-1]
-    source.take(key("lora_down"), (wide, rank))
+    smooth = packing.unpack_vector(source.take(key("smooth"), (wide,)))
+    down, up = source.get(key("lora_down")), source.get(key("lora_up"))
+    if down is None and up is None:
+        branch = smooth.new_zeros(0, wide), smooth.new_zeros(high, 0)
+    else:
+        rank = source.take(key("lora_down")).shape[-1]
+        branch = (
+            packing.unpack_down(source.take(key("lora_down"), (wide, rank))),
+            packing.unpack_up(source.take(key("lora_up"), (high, rank))),
+        )
     bias = source.get(key("bias"), (high,))
     layer = UnpackedLayer(
         codes,
         packing.unpack_scales(scales) if precision == "int4" else packing.unpack_micro_scales(scales),
         _row_scales(source, key, high) if precision == "nvfp4" else None,
-        packing.unpack_vector(source.take(key("smooth"), (wide,))),
-        packing.unpack_down(down),
-        packing.unpack_up(source.take(key("lora_up"), (high, rank))),
+        smooth,
+        *branch,
         None if bias is None else packing.unpack_vector(bias),
     )
+    _check_padding(layer, rows, columns, key("qweight"), source.origin)
     return layer.rows(slice(rows)).columns(columns)
 
 
@@ -262,10 +271,22 @@ def _bits(scales: Tensor) -> Tensor:
     return scales.view(torch.uint8) if scales.dtype == torch.float8_e4m3fn else scales
 
 
+def _check_padding(layer: UnpackedLayer, rows: int, columns: int, name: str, origin: str) -> None:
+    """That nothing is lost with the padding: a model of another width can have the same padded one."""
+    group_size = GROUP_SIZES[precision_of(layer.scales)]
+    has_sign = layer.row_scales is not None  # of a zero, too
+    used = (layer.codes & (7 if has_sign else 15)) != 0
+    used &= layer.scales.float().repeat_interleave(group_size, dim=1)[:, : used.shape[1]] != 0
+    if used[rows:].any() or used[:, columns:].any():
+        raise ValueError(
+            f"{name!r} must have the shape ({rows}, {columns}) before padding, got weights beyond that in {origin}. "
+            "The file is of a model of another width."
+        )
+
+
 def _row_scales(source: Source, key: Callable[[str], str], rows: int) -> Tensor:
-    """Product of the scale of the tensor and those of its rows; files have one or both."""
-    of_rows = source.get(key("wcscales"), (rows,))
-    of_tensor = source.take(key("wtscale")) if of_rows is None else source.get(key("wtscale"))
+    """Product of the scale of the tensor and those of its rows; what a file leaves out is 1."""
+    of_rows, of_tensor = source.get(key("wcscales"), (rows,)), source.get(key("wtscale"))
     scales = torch.ones(rows) if of_rows is None else packing.unpack_vector(of_rows).float()
     return scales if of_tensor is None else scales * of_tensor.float().reshape(1)
 

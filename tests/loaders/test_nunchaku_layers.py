@@ -7,7 +7,15 @@ import torch
 
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight
 from diffusers_sana.kernels.low_bit import decode_int4
-from diffusers_sana.loaders.nunchaku_layers import Source, UnpackedLayer, merge_columns, read_awq, without_shift
+from diffusers_sana.loaders.nunchaku_layers import (
+    Source,
+    UnpackedLayer,
+    merge_columns,
+    read_awq,
+    read_svdq,
+    without_shift,
+)
+from tests.loaders import nunchaku_files as files
 from tests.loaders import nunchaku_formulas as formulas
 from tests.numerics import assert_close_fp32
 
@@ -62,6 +70,31 @@ def test_shape_of_weight_only_scales():
     source = awq_source(torch.zeros(8, 128, dtype=torch.uint8), torch.ones(8, 1), torch.ones(8, 2))
     with pytest.raises(ValueError, match=r"'x.wscales' must have shape \(2, 8\), got \(1, 8\)"):
         read_awq(source, "x", 8, 128)
+
+
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+def test_what_a_file_may_leave_out(precision):
+    """The low-rank branch, and the scales that NVFP4 has beside those of groups."""
+    written = files.quantize(torch.randn(100, 200), None, precision)
+    optional = ("lora_down", "lora_up", "wtscale")
+    least = {f"x.{name}": value for name, value in written.tensors.items() if name not in optional}
+    unpacked = read_svdq(Source(least, "a file"), "x", 100, 200)
+    assert unpacked.down.shape == (0, 200)
+    scale = written.tensors.get("wtscale", torch.ones(1))
+    assert_close_fp32(matrix(unpacked) * scale.float(), written.residual.float())
+    with pytest.raises(ValueError, match=r"must have 'x.lora_up'"):
+        read_svdq(Source(least | {"x.lora_down": written.tensors["lora_down"]}, "a file"), "x", 100, 200)
+
+
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+def test_weights_in_the_padding(precision):
+    """Such as the channel 5632 of a file that is opened with 5631 channels."""
+    written = files.quantize(torch.randn(100, 200), None, precision)
+    source = Source({f"x.{name}": value for name, value in written.tensors.items()}, "a file")
+    for shape in ((99, 200), (100, 199)):
+        with pytest.raises(ValueError, match=r"'x.qweight' must have the shape .* before padding, got weights beyond"):
+            read_svdq(source, "x", *shape)
+    assert_close_fp32(matrix(read_svdq(source, "x", 100, 200)), written.matrix)
 
 
 @pytest.mark.parametrize("precision", ["int4", "nvfp4"])
