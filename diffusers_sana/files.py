@@ -100,6 +100,10 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
         raise
 
 
+class InUse(RuntimeError):
+    """Another process works on the same file or folder."""
+
+
 @contextmanager
 def locked(path: PathLike, activity: str) -> Iterator[None]:
     """Holds the lock file `path` for as long as the block runs. The system frees it when the process dies.
@@ -109,13 +113,13 @@ def locked(path: PathLike, activity: str) -> Iterator[None]:
         activity: what the holder does, for the message: "quantizes into 'out'".
 
     Raises:
-        RuntimeError: another process holds the lock.
+        InUse: another process holds the lock.
     """
     lock = FileLock(str(path))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RuntimeError(
+        raise InUse(
             f"Another process {activity}. Wait until it has ended, or choose another folder. (It holds {str(path)!r}.)"
         ) from None
     try:

@@ -5,6 +5,7 @@ import logging
 import sys
 
 from diffusers_sana.cli import chat, convert, demo, env, evaluate, generate, quantize
+from diffusers_sana.files import InUse
 
 
 COMMANDS = {
@@ -36,5 +37,5 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         args.run(args)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, InUse) as error:
         sys.exit(f"diffusers-sana: {error}")

@@ -9,6 +9,7 @@ from diffusers_sana import SanaPipeline, cli
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.kernels.dispatch import kernel_mode
 from diffusers_sana.quantizers.svdquant.quantize_model import quantized_layers
+from diffusers_sana.quantizers.svdquant.unfinished_run import UnfinishedRun
 from tests import tiny
 
 
@@ -31,6 +32,14 @@ def test_quantize(tmp_path, capsys):
 
     with pytest.raises(SystemExit, match="must be new or empty"):
         cli.main(["quantize", folder, "-o", str(out), *options])
+
+
+def test_two_commands_in_one_folder(tmp_path):
+    folder, out = str(tiny.write_official_folder(tmp_path / "official")), tmp_path / "out"
+    other = UnfinishedRun(out, {})
+    with pytest.raises(SystemExit, match=f"diffusers-sana: Another process quantizes into '{out}'. Wait"):
+        cli.main(["quantize", folder, "-o", str(out), "--rank", "4"])
+    other.close()
 
 
 def test_other_pipelines(tmp_path, capsys):
