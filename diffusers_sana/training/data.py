@@ -157,6 +157,7 @@ class BatchLoader:
         self.fingerprint = {
             "items": len(sizes),
             "sizes_of_items": digest([list(size) for size in sizes]),
+            "names": digest(getattr(dataset, "names", [])),
             "batch_size": batch_size,
             "seed": seed,
         }

@@ -3,17 +3,21 @@
 import json
 import os
 import pickle
+import random
 import signal
 from dataclasses import fields
+from itertools import islice
 
 import pytest
 import torch
 from accelerate import Accelerator
 from filelock import FileLock
 from torch import nn
+from torch.utils.data import Dataset
 
 from diffusers_sana.training import loop as loop_module
 from diffusers_sana.training.config import RunError, TrainingConfig, run_script
+from diffusers_sana.training.data import make_loader
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.run_folder import checkpoints
 from diffusers_sana.training.state_files import read_state, write_state
@@ -257,6 +261,45 @@ def test_every_option_of_the_scripts_says_whether_it_may_change():
     assert fixed[train_sana.SanaTrainingConfig] >= {"seed", "batch_size", "optimizer", "train_text_encoder"}
     for names in fixed.values():
         assert not names & {"max_steps", "max_minutes", "num_workers", "save_minutes", "learning_rate", "ema_decay"}
+
+
+class Numbers(Dataset):
+    """So many items of one size, each with a random number beside its own."""
+
+    def __init__(self, count):
+        self.sizes_of_items = [(1, 1)] * count
+
+    def __getitem__(self, index):
+        return {"number": index, "random": torch.rand(())}
+
+
+def test_other_data_are_refused(tmp_path):
+    _, _, run = start(tmp_path, max_steps=2)
+    run(make_loader(Numbers(6), 2, 0, 0))
+    _, _, run = start(tmp_path, resume=True)
+    with pytest.raises(ValueError, match="the data are not those that the run began with: `items`: 6 there, 7 now"):
+        run(make_loader(Numbers(7), 2, 0, 0))
+    renamed = Numbers(6)
+    renamed.names = list("abcdef")
+    with pytest.raises(ValueError, match="the data are not those that the run began with: `names`"):
+        run(make_loader(renamed, 2, 0, 0))
+    assert len(run(make_loader(Numbers(6), 2, 0, 0))) == 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_have_random_numbers_of_their_own(num_workers):
+    torch.manual_seed(5)
+    before = torch.get_rng_state(), random.getstate()
+    loader = make_loader(Numbers(5), 2, 0, num_workers)
+    whole = list(islice(iter(loader(0)), 7))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    torch.manual_seed(6)
+    rest = list(islice(iter(make_loader(Numbers(5), 2, 0, 0)(3)), 4))
+    assert [batch["number"] for batch in rest] == [batch["number"] for batch in whole[3:]]
+    assert all(torch.equal(a["random"], b["random"]) for a, b in zip(rest, whole[3:], strict=True))
+    values = [value.item() for batch in whole for value in batch["random"]]
+    assert len(set(values)) == len(values) > 10
 
 
 # Files
