@@ -45,10 +45,10 @@ def test_two_commands_in_one_folder(tmp_path):
 def test_other_pipelines(tmp_path, capsys):
     folder = tiny.write_official_folder(tmp_path / "other")
     index = json.loads((folder / "model_index.json").read_text())
-    index["_class_name"] = "SanaPAGPipeline"  # one that is not ours
+    index["_class_name"] = "SanaPAGPipeline"  # whose class is ours with this package imported
     (folder / "model_index.json").write_text(json.dumps(index))
     cli.main(["quantize", str(folder), "-o", str(tmp_path / "out"), "--rank", "4", "--dtype", "float32"])
-    assert "from diffusers import SanaPAGPipeline" in (tmp_path / "out" / "README.md").read_text()
+    assert "from diffusers_sana import SanaPAGPipeline" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
