@@ -4,8 +4,9 @@
     python -m tools.test_versions gpu-host           those of the GPU host: torch 2.11, triton 3.6; 5 GB of downloads
     python -m tools.test_versions gpu-host-overlay   the same with a newer transformers, which VILA-U needs
 
-An environment is made in build/envs/NAME from constraints-NAME.txt. "lowest" sees the packages of the interpreter that
-runs this, such as torch and pytest, behind its own. Counts and versions are written into a JSON file.
+An environment is made in build/envs/NAME from constraints-NAME.txt. Some hold only the packages of that file, in front
+of those of another environment: "lowest" sees torch and pytest of the interpreter that runs this. Counts and versions
+are written into a JSON file.
 """
 
 import argparse
@@ -50,39 +51,46 @@ class Environment:
     """Versions to test with.
 
     Attributes:
-        on_top: put only `PACKAGES` into the environment, in front of those of the running interpreter.
+        behind: the environment whose packages it sees behind its own, "this" for that of the running interpreter.
         skip: expression of pytest for what these versions do not support.
     """
 
-    on_top: bool = False
+    behind: str = ""
     skip: str = ""
 
 
 WITHOUT_VILA_U = "not vila_u and not VilaU and not vila-u"
 ENVIRONMENTS = {
-    "lowest": Environment(on_top=True, skip=WITHOUT_VILA_U),
+    "lowest": Environment(behind="this", skip=WITHOUT_VILA_U),
     "gpu-host": Environment(skip=WITHOUT_VILA_U),
-    "gpu-host-overlay": Environment(),
+    "gpu-host-overlay": Environment(behind="gpu-host"),
 }
 
 
-def make(name: str, folder: Path) -> Path:
+def make(name: str, envs: Path) -> Path:
     """The interpreter of the environment, which is made if its constraints have changed since."""
-    environment, constraints = ENVIRONMENTS[name], ROOT / f"constraints-{name}.txt"
+    behind, constraints = ENVIRONMENTS[name].behind, ROOT / f"constraints-{name}.txt"
+    folder = envs / name
     python, stamp = folder / "bin/python", folder / "constraints.txt"
+    if behind in ENVIRONMENTS:
+        make(behind, envs)
     if stamp.exists() and stamp.read_text() == constraints.read_text():
         return python
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-    packages, options = [*PACKAGES], ["--no-deps"]
-    if environment.on_top:
-        site = next(folder.glob("lib/python*/site-packages"))
-        (site / "behind.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    if behind:
+        back = Path(sysconfig.get_path("purelib")) if behind == "this" else _site_packages(envs / behind)
+        (_site_packages(folder) / "behind.pth").write_text(f"{back}\n")
+        packages = ["--no-deps", *(line for line in constraints.read_text().splitlines() if "==" in line)]
     else:
-        packages, options = [*PACKAGES, "torch", "triton", "numpy", "pillow", "filelock", *TEST_PACKAGES], []
+        packages = [*PACKAGES, "torch", "triton", "numpy", "pillow", "filelock", *TEST_PACKAGES]
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", constraints]
-    subprocess.run([*pip, *options, *packages], check=True)
+    subprocess.run([*pip, *packages], check=True)
     stamp.write_text(constraints.read_text())
     return python
+
+
+def _site_packages(environment: Path) -> Path:
+    return next(environment.resolve().glob("lib/python*/site-packages"))
 
 
 def run_group(python: Path, tests: list[str], skip: str, jobs: int, report: Path) -> dict[str, int]:
@@ -129,7 +137,7 @@ def main() -> None:
     arguments = parser.parse_args()
     failed = 0
     for name in arguments.names:
-        python = make(name, arguments.envs / name)
+        python = make(name, arguments.envs)
         if arguments.smoke:
             subprocess.run([python, "-W", "ignore", "-c", SMOKE], cwd=ROOT, env=environment_variables(), check=True)
             continue
