@@ -52,11 +52,14 @@ def test_attributes_that_the_hosts_look_for_are_listed():
     """A private attribute of ours with the name of one of the host's classes is one that the host reads or calls."""
     classes = set()
     for module in pkgutil.walk_packages(diffusers_sana.__path__, "diffusers_sana."):
-        if ".triton." in module.name or module.name.endswith("__main__"):
-            continue
-        if not HAS_VILA_U and "vila_u" in module.name:
-            continue
-        members = vars(importlib.import_module(module.name)).values()
+        if ".triton." in module.name or ".demo." in module.name or module.name.endswith("__main__"):
+            continue  # kernels; a page, which needs gradio
+        try:
+            members = vars(importlib.import_module(module.name)).values()
+        except _compat.MissingHostName:
+            if HAS_VILA_U:
+                raise
+            continue  # some module of VILA-U
         classes |= {item for item in members if inspect.isclass(item) and item.__module__.startswith("diffusers_sana")}
     made_by_hosts = {"_abc_impl", "_backward_cls"}
     for cls in classes:
