@@ -3,6 +3,7 @@
 from math import prod
 from pathlib import Path
 
+import diffusers
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
@@ -19,13 +20,14 @@ TASKS = {
     "SanaImg2ImgPipeline": "image-to-image",
     "SanaInpaintPipeline": "image-to-image",
 }
+BINNED_SAMPLE_SIZES = (16, 32, 64, 128)  # `sample_size` of the transformers for which diffusers has image sizes
 TEXT = """# {title}
 
 ```python
 {code}
 ```
 
-The code is in a package: `pip install {library}`.
+The code is in a package: `pip install {library}`.{plain_diffusers}
 
 | | |
 |---|---|
@@ -84,6 +86,7 @@ def write_model_card(
         title=title,
         code="\n".join(lines),
         library=library,
+        plain_diffusers=_plain_diffusers(folder, name, title) if is_pipeline and not is_lora else "",
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None),
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
@@ -100,6 +103,17 @@ def _class_name(folder: Path) -> str:
     raise ValueError(
         f"`folder` must hold what `save_pretrained` or `save_lora_weights` of diffusers wrote, but {folder} does not."
     )
+
+
+def _plain_diffusers(folder: Path, name: str, title: str) -> str:
+    """How to load a pipeline of ours without this package, "" where diffusers has no such class."""
+    config = folder / "transformer" / "config.json"
+    if not name.startswith("Sana") or not hasattr(diffusers, name) or not config.is_file():
+        return ""
+    text = f'\n\nPlain diffusers loads it too: `diffusers.{name}.from_pretrained("{title}")`'
+    if read_json(config).get("sample_size") not in BINNED_SAMPLE_SIZES:
+        text += ", called with\n`use_resolution_binning=False`, since its tables have no sizes for this model"
+    return f"{text}."
 
 
 def _parameters(folder: Path) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Cards of trained folders."""
 
+import json
+
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -38,6 +40,11 @@ def test_pipeline(tmp_path):
     count = sum(p.numel() for p in tiny.transformer().parameters()) / 1e6
     assert f"| transformer | {count:.3g} million parameters |" in card.text
     assert "| trained on | 7 pictures |" in card.text
+    # tests/pipelines/test_folders.py runs these lines in a process without this package.
+    assert 'Plain diffusers loads it too: `diffusers.SanaPipeline.from_pretrained("sana-cats")`.' in card.text
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    (folder / "transformer" / "config.json").write_text(json.dumps(config | {"sample_size": 4}))
+    assert "`use_resolution_binning=False`" in write_model_card(folder, base_model="someone/Sana").text
 
 
 def test_model(tmp_path):
@@ -45,6 +52,7 @@ def test_model(tmp_path):
     card = write_model_card(tmp_path, "me/cats-vae")
     assert code_of(card).splitlines()[-1] == 'model = AutoencoderDC.from_pretrained("me/cats-vae")'
     assert "base" not in card.content
+    assert "Plain diffusers" not in card.content
     assert "licen" not in card.content
     assert card.data.pipeline_tag is None
 
