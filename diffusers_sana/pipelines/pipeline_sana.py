@@ -28,8 +28,8 @@ class SanaPipeline(SanaPipelineBase):
 
     Args:
         tokenizer: Gemma's.
-        text_encoder: language model without a head, in bfloat16 or fp32; Gemma overflows fp16.
-        vae: deep compression autoencoder.
+        text_encoder: language model without a head, in bf16 or fp32: Gemma overflows fp16.
+        vae: deep compression autoencoder in bf16 or fp32.
         transformer: denoiser.
         scheduler: solver of the flow; any diffusers scheduler for flow prediction.
     """
@@ -89,7 +89,7 @@ class SanaPipeline(SanaPipelineBase):
                 returns replaces the tensors. `pipeline._interrupt = True` ends the loop. The texts are projected once
                 for all steps: a callback that changes weights or adapters must return `prompt_embeds` as well.
             callback_on_step_end_tensor_inputs: which of `latents`, `prompt_embeds`, `negative_prompt_embeds` it gets.
-            max_sequence_length: tokens a text.
+            max_sequence_length: tokens of a text; a warning tells what is left out of longer ones.
             complex_human_instruction: text, or its lines, put before each prompt; None for none.
 
         Returns:
@@ -104,6 +104,7 @@ class SanaPipeline(SanaPipelineBase):
         # 1. Sizes, and all that can be wrong
         check_options(
             guidance_scale=guidance_scale,
+            eta=eta,
             attention_kwargs=attention_kwargs,
             timesteps=timesteps,
             sigmas=sigmas,

@@ -17,13 +17,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
+from diffusers_sana.checks import check_integer
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.layers import scaled_adapters
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
 from diffusers_sana.pipelines.parts.component_loading import ComponentLoading
 from diffusers_sana.pipelines.parts.cuda_graphs import CudaGraphs
 from diffusers_sana.pipelines.parts.denoising_loop import TEXT_TENSORS, DenoisingLoop
-from diffusers_sana.pipelines.parts.input_checks import check_positive_integer, check_prompts
+from diffusers_sana.pipelines.parts.input_checks import check_prompts, check_texts
 from diffusers_sana.pipelines.parts.latent_coding import decode_latents
 from diffusers_sana.pipelines.parts.lora_loading import LoraLoading
 from diffusers_sana.pipelines.parts.prompt_encoding import clean_captions, encode_captions, join_instruction
@@ -35,8 +36,8 @@ class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, LoraL
 
     Args:
         tokenizer: Gemma's.
-        text_encoder: language model without a head, in bfloat16 or fp32; Gemma overflows fp16.
-        vae: deep compression autoencoder.
+        text_encoder: language model without a head, in bf16 or fp32: Gemma overflows fp16.
+        vae: deep compression autoencoder in bf16 or fp32.
         transformer: denoiser.
         scheduler: solver of the flow; any diffusers scheduler for flow prediction.
     """
@@ -146,8 +147,9 @@ class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, LoraL
         device = device or self._execution_device
         instruction = join_instruction(complex_human_instruction)
 
-        def encode(texts: Any, instruction: str) -> tuple[Tensor, Tensor]:
+        def encode(name: str, texts: Any, instruction: str) -> tuple[Tensor, Tensor]:
             texts = [texts] if isinstance(texts, str) else texts
+            check_texts(name, texts, texts)
             return encode_captions(
                 self.tokenizer,
                 self.text_encoder,
@@ -155,6 +157,7 @@ class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, LoraL
                 instruction,
                 max_sequence_length=max_sequence_length,
                 device=device,
+                name=name,
             )
 
         needs_negative = do_classifier_free_guidance and negative_prompt_embeds is None
@@ -165,9 +168,11 @@ class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, LoraL
             )
         with scaled_adapters(self.text_encoder, lora_scale):
             if prompt_embeds is None:
-                prompt_embeds, prompt_attention_mask = encode(prompt, instruction)
+                prompt_embeds, prompt_attention_mask = encode("prompt", prompt, instruction)
             if needs_negative:
-                negative_prompt_embeds, negative_prompt_attention_mask = encode(negative_prompt or "", "")
+                negative_prompt_embeds, negative_prompt_attention_mask = encode(
+                    "negative_prompt", negative_prompt or "", ""
+                )
                 if len(negative_prompt_embeds) == 1:
                     negative_prompt_embeds = negative_prompt_embeds.expand(len(prompt_embeds), -1, -1)
                     negative_prompt_attention_mask = negative_prompt_attention_mask.expand(len(prompt_embeds), -1)
@@ -268,8 +273,8 @@ class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, LoraL
         native_size = self.transformer.config.sample_size * self.vae_scale_factor
         height = native_size if height is None else height
         width = native_size if width is None else width
-        check_positive_integer("height", height)
-        check_positive_integer("width", width)
+        check_integer("height", height)
+        check_integer("width", width)
         requested = height, width
         return requested, bin_size(height, width, native_size) if use_resolution_binning else requested
 

@@ -36,8 +36,8 @@ class SanaControlNetPipeline(ControlNetConditioning, SanaPipelineBase):
 
     Args:
         tokenizer: Gemma's.
-        text_encoder: language model without a head, in bfloat16 or fp32; Gemma overflows fp16.
-        vae: deep compression autoencoder; encodes the control image too.
+        text_encoder: language model without a head, in bf16 or fp32: Gemma overflows fp16.
+        vae: deep compression autoencoder in bf16 or fp32; encodes the control image too.
         transformer: denoiser.
         controlnet: trained for this transformer.
         scheduler: solver of the flow; any diffusers scheduler for flow prediction.
@@ -117,6 +117,7 @@ class SanaControlNetPipeline(ControlNetConditioning, SanaPipelineBase):
         # 1. Sizes, and all that can be wrong
         check_options(
             guidance_scale=guidance_scale,
+            eta=eta,
             attention_kwargs=attention_kwargs,
             timesteps=timesteps,
             sigmas=sigmas,

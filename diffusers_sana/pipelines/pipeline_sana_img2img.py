@@ -13,7 +13,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from torch import Tensor
 
-from diffusers_sana.pipelines.parts.image_start import ImageStart, check_strength, mix_noise
+from diffusers_sana.pipelines.parts.image_start import ImageStart, check_strength_of_steps, mix_noise
 from diffusers_sana.pipelines.parts.input_checks import check_latents, check_options
 from diffusers_sana.pipelines.parts.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION
 from diffusers_sana.pipelines.pipeline_sana_base import SanaPipelineBase
@@ -27,8 +27,8 @@ class SanaImg2ImgPipeline(ImageStart, SanaPipelineBase):
 
     Args:
         tokenizer: Gemma's.
-        text_encoder: language model without a head, in bfloat16 or fp32; Gemma overflows fp16.
-        vae: deep compression autoencoder; encodes the image too.
+        text_encoder: language model without a head, in bf16 or fp32: Gemma overflows fp16.
+        vae: deep compression autoencoder in bf16 or fp32; encodes the image too.
         transformer: denoiser.
         scheduler: solver of the flow; any diffusers scheduler for flow prediction.
     """
@@ -92,6 +92,7 @@ class SanaImg2ImgPipeline(ImageStart, SanaPipelineBase):
         # 1. Images, sizes, and all that can be wrong
         check_options(
             guidance_scale=guidance_scale,
+            eta=eta,
             attention_kwargs=attention_kwargs,
             timesteps=timesteps,
             sigmas=sigmas,
@@ -101,7 +102,7 @@ class SanaImg2ImgPipeline(ImageStart, SanaPipelineBase):
             num_images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
         )
-        check_strength(strength, num_inference_steps, timesteps, sigmas)
+        check_strength_of_steps(strength, num_inference_steps, timesteps, sigmas)
         if latents is not None:
             check_latents(latents)
         images = self._read_image(image, height, width)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffusers_sana.images import check_masks
 from diffusers_sana.pipelines.parts.image_inputs import for_each_output, read_images
-from diffusers_sana.pipelines.parts.image_start import ImageStart, check_strength, mix_noise
+from diffusers_sana.pipelines.parts.image_start import ImageStart, check_strength_of_steps, mix_noise
 from diffusers_sana.pipelines.parts.inpaint_mask import fit_masks, mask_cells, masked_region, put_back
 from diffusers_sana.pipelines.parts.input_checks import check_latents, check_options
 from diffusers_sana.pipelines.parts.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION
@@ -34,8 +34,8 @@ class SanaInpaintPipeline(ImageStart, SanaPipelineBase):
 
     Args:
         tokenizer: Gemma's.
-        text_encoder: language model without a head, in bfloat16 or fp32; Gemma overflows fp16.
-        vae: deep compression autoencoder; encodes the image too.
+        text_encoder: language model without a head, in bf16 or fp32: Gemma overflows fp16.
+        vae: deep compression autoencoder in bf16 or fp32; encodes the image too.
         transformer: denoiser.
         scheduler: solver of the flow; any diffusers scheduler for flow prediction.
     """
@@ -104,6 +104,7 @@ class SanaInpaintPipeline(ImageStart, SanaPipelineBase):
         # 1. Images, masks, sizes, and all that can be wrong
         check_options(
             guidance_scale=guidance_scale,
+            eta=eta,
             attention_kwargs=attention_kwargs,
             timesteps=timesteps,
             sigmas=sigmas,
@@ -113,7 +114,7 @@ class SanaInpaintPipeline(ImageStart, SanaPipelineBase):
             num_images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
         )
-        check_strength(strength, num_inference_steps, timesteps, sigmas)
+        check_strength_of_steps(strength, num_inference_steps, timesteps, sigmas)
         if latents is not None:
             check_latents(latents)
         images, masks, rows, columns = self._read_masked(image, mask_image, height, width, padding_mask_crop)

@@ -30,8 +30,8 @@ class SanaPAGPipeline(PAGDenoisingLoop, SanaPipeline):
 
     Args:
         tokenizer: Gemma's.
-        text_encoder: language model without a head, in bfloat16 or fp32; Gemma overflows fp16.
-        vae: deep compression autoencoder.
+        text_encoder: language model without a head, in bf16 or fp32: Gemma overflows fp16.
+        vae: deep compression autoencoder in bf16 or fp32.
         transformer: denoiser.
         scheduler: solver of the flow; any diffusers scheduler for flow prediction.
         pag_applied_layers: as in `set_pag_applied_layers`.

@@ -25,8 +25,8 @@ class SanaSprintPipeline(TrigFlowBase):
 
     Args:
         tokenizer: Gemma's.
-        text_encoder: language model without a head, in bfloat16 or fp32; Gemma overflows fp16.
-        vae: deep compression autoencoder.
+        text_encoder: language model without a head, in bf16 or fp32: Gemma overflows fp16.
+        vae: deep compression autoencoder in bf16 or fp32.
         transformer: denoiser with a guidance embedding.
         scheduler: `diffusers.SCMScheduler`.
     """
@@ -85,9 +85,10 @@ class SanaSprintPipeline(TrigFlowBase):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Steps, sizes, and all that can be wrong
-        num_steps = self._check_schedule(num_inference_steps, timesteps)
+        num_steps = self._check_schedule(num_inference_steps, timesteps, max_timesteps, intermediate_timesteps)
         check_options(
             guidance_scale=guidance_scale,
+            eta=eta,
             attention_kwargs=attention_kwargs,
             timesteps=None,
             sigmas=None,

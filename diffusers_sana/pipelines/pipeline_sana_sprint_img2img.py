@@ -4,7 +4,6 @@ Legend: B outputs (prompts times images per prompt), N images given, C latent ch
 """
 
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 
 from diffusers_sana.images import to_rgb
 from diffusers_sana.pipelines.parts.image_inputs import for_each_output, read_images
-from diffusers_sana.pipelines.parts.input_checks import check_latents, check_options
+from diffusers_sana.pipelines.parts.input_checks import check_latents, check_options, check_strength
 from diffusers_sana.pipelines.parts.latent_coding import encode_images
 from diffusers_sana.pipelines.parts.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION
 from diffusers_sana.pipelines.parts.trigflow import TrigFlowBase
@@ -32,8 +31,8 @@ class SanaSprintImg2ImgPipeline(TrigFlowBase):
 
     Args:
         tokenizer: Gemma's.
-        text_encoder: language model without a head, in bfloat16 or fp32; Gemma overflows fp16.
-        vae: deep compression autoencoder; encodes the image too.
+        text_encoder: language model without a head, in bf16 or fp32: Gemma overflows fp16.
+        vae: deep compression autoencoder in bf16 or fp32; encodes the image too.
         transformer: denoiser with a guidance embedding.
         scheduler: `diffusers.SCMScheduler`.
     """
@@ -89,9 +88,10 @@ class SanaSprintImg2ImgPipeline(TrigFlowBase):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Steps, images, sizes, and all that can be wrong
-        num_steps = self._check_schedule(num_inference_steps, timesteps)
+        num_steps = self._check_schedule(num_inference_steps, timesteps, max_timesteps, intermediate_timesteps)
         check_options(
             guidance_scale=guidance_scale,
+            eta=eta,
             attention_kwargs=attention_kwargs,
             timesteps=None,
             sigmas=None,
@@ -180,8 +180,5 @@ class SanaSprintImg2ImgPipeline(TrigFlowBase):
 
 def _first_step(strength: float, num_steps: int) -> int:
     """How many steps `strength` leaves out."""
-    if not isinstance(strength, Real) or isinstance(strength, bool):
-        raise TypeError(f"`strength` must be a number, got {strength!r}.")
-    if not 0 < strength <= 1:
-        raise ValueError(f"`strength` must be above 0 and at most 1, got {strength}.")
+    check_strength(strength)
     return int(num_steps - num_steps * strength)

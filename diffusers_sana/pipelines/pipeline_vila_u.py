@@ -28,6 +28,7 @@ from diffusers_sana.models.vila_u.media_vila_u import is_video
 from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGeneration
 from diffusers_sana.models.vila_u.processing_vila_u import VilaUProcessor
 from diffusers_sana.pipelines.parts.folder_check import check_complete, check_processor, check_readable
+from diffusers_sana.pipelines.parts.input_checks import check_computed, check_texts
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -280,6 +281,7 @@ class VilaUPipeline(DiffusionPipeline):
         self._load_onto_device()
         # One at a time: a convolution may round otherwise in a batch, and equal codes shall be equal pictures.
         pixels = self.model.decode_image_tokens(codes.to(self._execution_device), chunk_size=1)
+        check_computed("model", "pixels", pixels, pixels.dtype)
         return self.processor.postprocess(pixels, output_type=output_type)
 
     @torch.no_grad()
@@ -351,7 +353,6 @@ def _user_message(image: Any, question: str, video: Any) -> list[dict[str, Any]]
 def _check_texts(name: str, texts: Any) -> None:
     """One text or a list of texts."""
     items = texts if isinstance(texts, list | tuple) else [texts]
-    if not all(isinstance(item, str) for item in items):
-        raise TypeError(f"`{name}` must be a string or a list of strings, got {texts!r}.")
+    check_texts(name, items, texts)
     if not items:
         raise ValueError(f"`{name}` must have at least one text, got an empty list.")

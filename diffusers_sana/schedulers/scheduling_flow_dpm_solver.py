@@ -5,7 +5,7 @@ Shape legend: B batch, `...` any further axes of the latents; n steps, numbered 
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +15,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from diffusers_sana.checks import check_flag, check_integer, check_number
 from diffusers_sana.kernels.guided_solver_step import guided_solver_step
 
+
+LARGEST_SHIFT = 1000.0  # above, noise levels are all 1 in fp32
+MOST_STEPS = 100_000
 
 # What a config of another scheduler may say about features that a flow has no use for, or that we do not have.
 _ALLOWED_IN_CONFIG: dict[str, tuple[Any, ...]] = {
@@ -82,7 +86,7 @@ class FlowDPMSolverScheduler(SchedulerMixin, ConfigMixin):
         beta_start: Only for `final_sigmas_type="sigma_min"`.
 
     Raises:
-        ValueError: for a value not listed above.
+        TypeError, ValueError: for a value not listed above.
     """
 
     _compatibles = ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"]
@@ -113,18 +117,24 @@ class FlowDPMSolverScheduler(SchedulerMixin, ConfigMixin):
         time_shift_type: str = "exponential",
         beta_start: float = 0.0001,
     ):
+        check_integer("num_train_timesteps", num_train_timesteps)
+        check_integer("solver_order", solver_order)
         _check_choice("solver_order", solver_order, (1, 2, 3))
         _check_choice("prediction_type", prediction_type, ("flow_prediction",))
         _check_choice("algorithm_type", algorithm_type, ("dpmsolver++", "sde-dpmsolver++", "adams_bashforth"))
         _check_choice("solver_type", solver_type, ("midpoint", "heun"))
+        flags = {"lower_order_final": lower_order_final, "euler_at_final": euler_at_final}
+        flags |= {"use_flow_sigmas": use_flow_sigmas, "use_dynamic_shifting": use_dynamic_shifting}
+        for name, value in flags.items():
+            check_flag(name, value)
         _check_choice("use_flow_sigmas", use_flow_sigmas, (True,))
         _check_choice("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
         if use_dynamic_shifting:
             _check_choice("time_shift_type", time_shift_type, ("exponential",))
         if algorithm_type == "sde-dpmsolver++":
             _check_choice("solver_order", solver_order, (1, 2), " with `algorithm_type='sde-dpmsolver++'`")
-        if not flow_shift > 0:
-            raise ValueError(f"`flow_shift` must be positive, got {flow_shift}. Sana uses 3.0.")
+        check_number("flow_shift", flow_shift, above=0, at_most=LARGEST_SHIFT)
+        check_number("beta_start", beta_start, above=0, at_most=1)
         # Other schedulers have other defaults, so all our values count as given when they read this config.
         self.register_to_config(_use_default_values=[])
 
@@ -212,11 +222,13 @@ class FlowDPMSolverScheduler(SchedulerMixin, ConfigMixin):
                 f"`mu` must be {'a number' if self.config.use_dynamic_shifting else 'None'} because "
                 f"`use_dynamic_shifting` is {self.config.use_dynamic_shifting}, got {mu}."
             )
-        shift = self.config.flow_shift if mu is None else math.exp(mu)
+        shift = self.config.flow_shift
+        if mu is not None:
+            check_number("mu", mu, at_least=-math.log(LARGEST_SHIFT), at_most=math.log(LARGEST_SHIFT))
+            shift = math.exp(mu)
 
         if num_inference_steps is not None:
-            if num_inference_steps < 1:
-                raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
+            check_integer("num_inference_steps", num_inference_steps, at_most=MOST_STEPS)
             self._set_schedule(_uniform_times(num_inference_steps, self.config.num_train_timesteps), shift, device)
         elif sigmas is not None:
             self._set_schedule(_checked_grid("sigmas", sigmas, upper=1.0), shift, device)
@@ -230,6 +242,11 @@ class FlowDPMSolverScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"The last noise level of the grid must be above the final one, {levels[-1]:.4g}, got "
                 f"{levels[-2]:.4g}. Take fewer steps or `final_sigmas_type='zero'`."
+            )
+        if any(level <= following for level, following in pairwise(levels)):
+            raise ValueError(
+                f"{self.num_inference_steps} noise levels with a shift of {shift:.4g} must differ in fp32. Take fewer"
+                " steps or a smaller `flow_shift`."
             )
         self._rules = [
             [self._rule(levels, index, order) for order in range(1, self._max_order(levels, index) + 1)]
@@ -292,10 +309,9 @@ class FlowDPMSolverScheduler(SchedulerMixin, ConfigMixin):
 
         Raises:
             TypeError: `guidance_scale` is not a number.
-            ValueError: `model_output` is not two batches of velocities of the samples; or as `step`.
+            ValueError: it is not finite; `model_output` is not two batches of velocities of the samples; or as `step`.
         """
-        if not isinstance(guidance_scale, Real):
-            raise TypeError(f"`guidance_scale` must be a number, got {guidance_scale!r}.")
+        check_number("guidance_scale", guidance_scale)
         expected = (2 * sample.shape[0], *sample.shape[1:])
         if model_output.shape != expected:
             raise ValueError(

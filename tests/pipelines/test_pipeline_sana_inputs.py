@@ -1,10 +1,12 @@
 """Wrong inputs end in an error that names the argument, before anything is computed."""
 
+import diffusers
 import pytest
 import torch
 
 import diffusers_sana
 from tests import tiny
+from tests.numerics import assert_close_fp32
 
 
 CAT = "a cat"
@@ -50,6 +52,15 @@ def checked(ours, monkeypatch):
         ({"prompt": CAT, "num_images_per_prompt": 0}, ValueError, "`num_images_per_prompt` must be at least 1"),
         ({"prompt": CAT, "num_images_per_prompt": None}, TypeError, "`num_images_per_prompt` must be an integer"),
         ({"prompt": CAT, "max_sequence_length": 0}, ValueError, "`max_sequence_length` must be at least 1"),
+        ({"prompt": "a \ud800"}, ValueError, "`prompt` must be text that UTF-8 can encode, .* at character 2"),
+        ({"prompt": [CAT, "\udfff"]}, ValueError, "`prompt` must be text that UTF-8 can encode"),
+        ({"prompt": CAT, "negative_prompt": "\ud800"}, ValueError, "`negative_prompt` must be text that UTF-8"),
+        (
+            {"prompt": CAT, "complex_human_instruction": "\ud800"},
+            ValueError,
+            "`complex_human_instruction` must be text",
+        ),
+        ({"prompt": CAT, "complex_human_instruction": 5}, TypeError, "`complex_human_instruction` must be"),
         ({"prompt": CAT, "guidance_scale": "4"}, TypeError, "`guidance_scale` must be a number"),
         ({"prompt": CAT, "attention_kwargs": 0.5}, TypeError, "`attention_kwargs` must be a dict"),
         ({"prompt": CAT, "output_type": "jpeg"}, ValueError, "`output_type` must be one of"),
@@ -171,3 +182,39 @@ def test_negative_embeds_are_needed_without_text_encoder(ours):
 def test_scheduler_without_sigmas(upstream):
     with pytest.raises(ValueError, match="does not support custom"):
         diffusers_sana.SanaPipeline(**upstream.components)(CAT, sigmas=[1.0])
+
+
+class TestLongPrompts:
+    WORDS = "a fox on the moon, " * 400
+
+    @pytest.fixture
+    def warnings(self, caplog, monkeypatch):
+        monkeypatch.setattr(diffusers.utils.logging.get_logger("diffusers"), "propagate", True)
+        monkeypatch.setattr(diffusers.utils.logging.get_logger("diffusers_sana"), "propagate", True)
+        return lambda: [record.message for record in caplog.records if "is longer than" in record.message]
+
+    @pytest.mark.parametrize("argument", ["prompt", "negative_prompt"])
+    def test_what_is_cut_is_said(self, ours, warnings, argument):
+        texts = {"prompt": CAT, argument: self.WORDS}
+        ours(**texts, num_inference_steps=1, output_type="latent")
+        (message,) = warnings()
+        assert f"`{argument}` is longer than 300 tokens (`max_sequence_length`)" in message
+        # 299 characters are seen, one a token but for a space, which joins the letter behind it.
+        assert "the moon" in message
+        assert "more characters" in message
+
+    def test_of_several_prompts(self, ours, warnings):
+        ours([CAT, "x" * 301, CAT], num_inference_steps=1, output_type="latent", max_sequence_length=300)
+        (message,) = warnings()
+        assert message.endswith("This is left out: 'xx'.")
+
+    def test_nothing_is_said_of_others(self, ours, warnings):
+        ours("x" * 298, num_inference_steps=1, output_type="latent")
+        assert warnings() == []
+
+    def test_features_are_those_of_diffusers(self, ours, upstream):
+        options = {"complex_human_instruction": ["Describe:", "Prompt: "], "device": torch.device("cpu")}
+        embeds, mask, _, _ = ours.encode_prompt(self.WORDS, False, **options)
+        wanted, wanted_mask, _, _ = upstream.encode_prompt(self.WORDS, False, **options)
+        assert torch.equal(mask, wanted_mask)
+        assert_close_fp32(embeds, wanted)

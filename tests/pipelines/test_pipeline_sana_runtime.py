@@ -152,12 +152,15 @@ def test_loop_does_not_synchronise(pipe, monkeypatch):
         steps.append(1)
         return forward(*args, **kwargs)
 
-    def decode(*args, **kwargs):
-        mode.active = False
-        return torch.zeros(1, 3, 32, 32)
+    step_guided = pipe.scheduler.step_guided
+
+    def last_call_ends_it(*args, **kwargs):
+        out = step_guided(*args, **kwargs)
+        mode.active = len(steps) < STEPS
+        return out
 
     monkeypatch.setattr(pipe.transformer, "forward", first_call_begins_the_loop)
-    monkeypatch.setattr(pipe, "_decode", decode)
+    monkeypatch.setattr(pipe.scheduler, "step_guided", last_call_ends_it)
     with mode:
         generate(pipe, output_type="pt")
     assert len(steps) == STEPS

@@ -1,6 +1,7 @@
 """What `FlowDPMSolverScheduler` loads, saves, and refuses to load."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ def test_from_config_overrides_before_it_refuses():
 
 
 def test_init_refuses():
-    with pytest.raises(ValueError, match="`flow_shift` must be positive, got 0"):
+    with pytest.raises(ValueError, match="`flow_shift` must be above 0, got 0"):
         FlowDPMSolverScheduler(flow_shift=0)
     with pytest.raises(ValueError, match="`time_shift_type` must be 'exponential'"):
         FlowDPMSolverScheduler(use_dynamic_shifting=True, time_shift_type="linear")
@@ -192,3 +193,47 @@ def test_diffusers_refuses_adams_bashforth(tmp_path):
     assert FlowDPMSolverScheduler.from_pretrained(tmp_path).config.algorithm_type == "adams_bashforth"
     with pytest.raises(NotImplementedError, match="adams_bashforth"):
         DPMSolverMultistepScheduler.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "message"),
+    [
+        ("num_train_timesteps", 0, ValueError, "must be at least 1, got 0"),
+        ("num_train_timesteps", "1000", TypeError, "must be an integer, got '1000'"),
+        ("num_train_timesteps", 1000.0, TypeError, "must be an integer"),
+        ("num_train_timesteps", 2**63, ValueError, "must be at most"),
+        ("solver_order", 2.0, TypeError, "must be an integer"),
+        ("solver_order", True, TypeError, "must be an integer"),
+        ("flow_shift", math.nan, ValueError, "must be finite, got nan"),
+        ("flow_shift", math.inf, ValueError, "must be finite"),
+        ("flow_shift", -1, ValueError, "must be above 0"),
+        ("flow_shift", 1e9, ValueError, "must be at most 1000"),
+        ("flow_shift", "3.0", TypeError, "must be a number, got '3.0'"),
+        ("flow_shift", None, TypeError, "must be a number"),
+        ("beta_start", math.nan, ValueError, "must be finite"),
+        ("beta_start", 0, ValueError, "must be above 0"),
+        ("use_dynamic_shifting", "no", TypeError, "must be True or False, got 'no'"),
+        ("use_dynamic_shifting", None, TypeError, "must be True or False"),
+        ("lower_order_final", 1, TypeError, "must be True or False"),
+        ("euler_at_final", [], TypeError, "must be True or False"),
+    ],
+)
+def test_values_that_cannot_be_meant(field, value, error, message):
+    with pytest.raises(error, match=f"`{field}` {message}"):
+        FlowDPMSolverScheduler.from_config({**OFFICIAL, field: value})
+
+
+@pytest.mark.parametrize("mu", [math.nan, math.inf, 1000.0, -1000.0])
+def test_shifts_that_cannot_be_meant(mu):
+    scheduler = FlowDPMSolverScheduler(use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match="`mu` must be"):
+        scheduler.set_timesteps(4, mu=mu)
+
+
+def test_levels_that_are_equal():
+    scheduler = FlowDPMSolverScheduler(flow_shift=1000.0, num_train_timesteps=100_000)
+    with pytest.raises(ValueError, match="noise levels with a shift of 1000 must differ in fp32"):
+        scheduler.set_timesteps(20_000)
+    with pytest.raises(ValueError, match="`num_inference_steps` must be at most 100000"):
+        scheduler.set_timesteps(2_000_000_000)
+    FlowDPMSolverScheduler(flow_shift=12.0).set_timesteps(1500)

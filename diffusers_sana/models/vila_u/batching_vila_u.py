@@ -102,7 +102,7 @@ def scales_of_samples(guidance_scale: float | Sequence[float] | Tensor, prompts:
     """Guidance scales `[N]` from one, or one for each prompt; on the CPU, as they decide how many rows there are.
 
     Raises:
-        ValueError: another shape.
+        ValueError: another shape, NaN or infinity.
     """
     scales = torch.as_tensor(guidance_scale, dtype=torch.float32).cpu()
     if scales.ndim > 1 or (scales.ndim and len(scales) != prompts):
@@ -110,6 +110,8 @@ def scales_of_samples(guidance_scale: float | Sequence[float] | Tensor, prompts:
             f"`guidance_scale` must be a number or one for each of {prompts} prompts, but has shape "
             f"{list(scales.shape)}"
         )
+    if not bool(scales.isfinite().all()):
+        raise ValueError(f"`guidance_scale` must be finite, but is {guidance_scale}")
     return scales.expand(prompts).repeat_interleave(samples_of_each)
 
 

@@ -297,7 +297,11 @@ class VilaUGenerationMixin(GenerationMixin):
         sampling: VisualSampling,
         compile_config: CompileConfig | None,
     ) -> Iterator[Tensor]:
-        """The loop: yields the codes `[N, D]` of cell after cell. Prompts and mask are `[R, P]`."""
+        """The loop: yields the codes `[N, D]` of cell after cell. Prompts and mask are `[R, P]`.
+
+        Raises:
+            ValueError: after the last cell, where logits were NaN or infinite.
+        """
         positions = mask.cumsum(-1) - 1
         hidden_states = self.model(
             input_ids=ids,
@@ -326,6 +330,11 @@ class VilaUGenerationMixin(GenerationMixin):
                 position = position + 1
                 codes, inputs = read_and_write(inputs, mask_seen, position, cache, cell_noise, scales, sampling)
             yield codes
+        if not bool(inputs.isfinite().all()):
+            raise ValueError(
+                f"the model gave NaN or infinite logits in {inputs.dtype}. If that is float16, load it in bfloat16;"
+                " else its weights are damaged, or `guidance_scale` is too large."
+            )
 
     def read_and_write_cell(
         self,
@@ -359,7 +368,8 @@ class VilaUGenerationMixin(GenerationMixin):
             sampling: how to choose.
 
         Returns:
-            Codes `[N, D]`, and what the language model is to read next, `[R, 1, H]`.
+            Codes `[N, D]`, and what the language model is to read next, `[R, 1, H]`; NaN after logits that were not
+            finite, so that one look at the end of the loop finds them.
         """
         cache = VilaUDepthCache(self.config.depth_config)
         inputs, codes, entries = hidden_states, [], 0.0
@@ -367,6 +377,7 @@ class VilaUGenerationMixin(GenerationMixin):
             logits = guide(self.depth_transformer.step(inputs, slot, cache), scales)
             codes.append(sampling.choose(logits, None if noise is None else noise[:, slot]))
             entries = entries + self.model.vision_tower.embed_code(codes[-1]).float()
+            entries = entries + 0 * logits.float().sum(-1, keepdim=True)
             inputs = (entries if scales is None else entries.repeat(2, 1)).to(hidden_states.dtype)
         return torch.stack(codes, 1), self.model.project(inputs)[:, None]
 

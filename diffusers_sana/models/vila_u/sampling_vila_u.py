@@ -7,6 +7,7 @@ ranks: a seed means about the same picture whatever top_k, precision or batch is
 Legend: N samples, K codebook entries, D codes a cell.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,9 +36,10 @@ class VisualSampling:
     top_p: float = 0.96
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(
-                f"`temperature` must be above 0, but is {self.temperature}; for the best use do_sample=False"
+                f"`temperature` must be above 0 and finite, but is {self.temperature}; for the best code use"
+                " do_sample=False"
             )
         if self.top_k < 0:
             raise ValueError(f"`top_k` must be 0 (all codes) or more, but is {self.top_k}")

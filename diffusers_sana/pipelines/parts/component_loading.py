@@ -1,6 +1,8 @@
 """Components of Sana pipelines: from folders that name diffusers' classes, and from other pipelines."""
 
 import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,13 +18,23 @@ from diffusers_sana.saving import check_saveable
 
 _OURS = {("diffusers", theirs): (PACKAGE, ours) for ours, theirs in UPSTREAM_NAMES.items()}
 
+# Activations of these exceed float16: the language model's hidden states, and up to 2.7e6 in the decoder of DC-AE.
+# bfloat16 has the range of float32; processors without it compute in float32 (`kernels/precision.py`).
+OVERFLOW_FLOAT16 = ("text_encoder", "vae")
+
 
 class ComponentLoading(DiffusionPipeline):
-    """Part of `SanaPipelineBase`: loads our classes in place of diffusers' and saves diffusers' names for ours."""
+    """Part of `SanaPipelineBase`: loads our classes in place of diffusers' and saves diffusers' names for ours.
+
+    Where float16 is asked for the whole pipeline, the components in `OVERFLOW_FLOAT16` get bfloat16.
+    """
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """Loads a pipeline from a folder or the Hub; all arguments are those of `DiffusionPipeline.from_pretrained`.
+
+        `dtype=torch.float16` leaves the text encoder and the autoencoder in bfloat16, because they overflow float16.
+        `dtype={"default": torch.float16, "vae": torch.float16}` and `pipe.vae.to(torch.float16)` are obeyed.
 
         Raises:
             OSError: naming the file of a local folder that is missing or damaged.
@@ -31,6 +43,7 @@ class ComponentLoading(DiffusionPipeline):
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir():
             check_complete(folder, private(cls, "_get_init_keys")(cls) - kwargs.keys())
+        kwargs |= {name: _dtypes(kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
         try:
             return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
         except (SafetensorError, ValueError):  # of JSON and of text encodings: kinds of ValueError
@@ -75,6 +88,32 @@ class ComponentLoading(DiffusionPipeline):
                 kwargs[name] = ("diffusers", UPSTREAM_NAMES[value[1]])
         super().register_to_config(**kwargs)
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Moves and casts the components as `DiffusionPipeline.to` does.
+
+        float16 leaves the text encoder and the autoencoder in bfloat16, because they overflow it.
+        `pipe.vae.to(torch.float16)` is obeyed.
+        """
+        if torch.float16 not in (*args, kwargs.get("dtype")):
+            return super().to(*args, **kwargs)
+        others = self.components.keys() - OVERFLOW_FLOAT16
+        with self._without(OVERFLOW_FLOAT16):
+            super().to(*args, **kwargs)
+        args = tuple(torch.bfloat16 if value is torch.float16 else value for value in args)
+        kwargs |= {"dtype": torch.bfloat16} if "dtype" in kwargs else {}
+        with self._without(others):
+            return super().to(*args, **kwargs)
+
+    @contextmanager
+    def _without(self, names: Collection[str]) -> Iterator[None]:
+        """For the time of the block, the components `names` are None; the config still has them."""
+        parts = {name: vars(self)[name] for name in names}
+        vars(self).update(dict.fromkeys(names))
+        try:
+            yield
+        finally:
+            vars(self).update(parts)
+
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
         """A pipeline of this class around the components of another, as they are: nothing is copied, moved or cast.
@@ -103,3 +142,11 @@ class ComponentLoading(DiffusionPipeline):
             made.register_to_config(_name_or_path=path)
         made.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
         return made if dtype is None else made.to(dtype=dtype)
+
+
+def _dtypes(dtype: Any) -> Any:
+    """The argument `dtype` of `from_pretrained`: where all components are to have float16, some get bfloat16."""
+    by_component = {"default": dtype} if dtype is torch.float16 else dtype
+    if isinstance(by_component, dict) and by_component.get("default") is torch.float16:
+        return dict.fromkeys(OVERFLOW_FLOAT16, torch.bfloat16) | by_component
+    return dtype

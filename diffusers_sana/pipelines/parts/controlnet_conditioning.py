@@ -4,7 +4,6 @@ Legend: P prompts, B images (prompts times images per prompt), C latent channels
 """
 
 from collections.abc import Callable, Iterator
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
+from diffusers_sana.checks import check_number
 from diffusers_sana.images import to_pixels, to_rgb
 from diffusers_sana.models.controlnets.wiring_sana import control, wiring_of
 from diffusers_sana.pipelines.parts.denoising_loop import TextInputs
@@ -64,8 +64,9 @@ class ControlNetConditioning:
             multiple = self.vae_scale_factor * self.transformer.config.patch_size
             for name, side in zip(("height", "width"), control_image.shape[-2:], strict=True):
                 check_size(f"{name}` of `control_image", side, multiple)
-        if not isinstance(scale, Real):
-            raise TypeError(f"`controlnet_conditioning_scale` must be one number, got {scale!r}.")
+        check_number("controlnet_conditioning_scale", scale)
+        check_number("control_guidance_start", control_guidance_start)
+        check_number("control_guidance_end", control_guidance_end)
         if not 0 <= control_guidance_start < control_guidance_end <= 1:
             raise ValueError(
                 "`control_guidance_start` and `control_guidance_end` must be shares of the steps, the first below the "
@@ -114,6 +115,8 @@ class ControlNetConditioning:
             control_image = control_image.expand(-1, 3, -1, -1)
         if control_image.shape[1] != 3:
             raise ValueError(f"`control_image` must be gray or RGB, got {control_image.shape[1]} channels.")
+        if not bool(control_image.isfinite().all()):
+            raise ValueError("`control_image` must be finite, but has NaN or infinite values.")
         latents = encode_images(self.vae, control_image.to(self._execution_device))
         return for_each_output("control_image", latents, num_prompts, num_images_per_prompt)
 

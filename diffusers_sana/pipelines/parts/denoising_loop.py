@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusers_sana.pipelines.parts.cuda_graphs import CudaGraphs, graphed
+from diffusers_sana.pipelines.parts.input_checks import check_computed
 from diffusers_sana.pipelines.parts.prompt_encoding import pad_text
 from diffusers_sana.pipelines.parts.step_caches import start_step_cache, step_context
 
@@ -82,6 +83,9 @@ class DenoisingLoop:
 
         Returns:
             `[B, C, h, w]`.
+
+        Raises:
+            ValueError: the latents are not finite at the end, or a callback returns tensors of other shapes.
         """
         predict = predict or self._predict
         self._num_timesteps = len(timesteps)
@@ -111,11 +115,17 @@ class DenoisingLoop:
                 if callback is not None:
                     seen = tensors | {"latents": latents}
                     replaced = callback(self, i, t, {name: seen[name] for name in callback_inputs}) or {}
+                    _check_replaced(replaced, seen)
                     latents = replaced.get("latents", latents)
                     tensors.update((name, value) for name, value in replaced.items() if name in tensors)
                     if "prompt_embeds" in replaced or "negative_prompt_embeds" in replaced:
                         text = None
                 progress_bar.update()
+        advice = (
+            "Its weights may be damaged, its LoRA or `guidance_scale` too large, or a callback may have returned such"
+            " values."
+        )
+        check_computed("transformer", "latents", latents, self.transformer.dtype, advice)
         return latents
 
     def _text_inputs(self, tensors: dict[str, Any]) -> TextInputs:
@@ -166,3 +176,13 @@ class DenoisingLoop:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + self.guidance_scale * (conditional - unconditional)
         return self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
+
+
+def _check_replaced(replaced: dict[str, Any], seen: dict[str, Any]) -> None:
+    """Raises where a callback has returned tensors for another number of images than it was given."""
+    for name, tensor in replaced.items():
+        if name in seen and len(tensor) != len(seen[name]):
+            raise ValueError(
+                f"`callback_on_step_end` must return as many rows of `{name}` as it gets, {len(seen[name])}, but"
+                f" returned {len(tensor)}. Every image must stay in the batch to the end."
+            )

@@ -7,13 +7,13 @@ Legend: B outputs, N images given, C latent channels, h w latent height and widt
 """
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
 from diffusers.pipelines.sana.pipeline_sana import retrieve_timesteps
 from torch import Tensor
 
+from diffusers_sana.checks import check_integer
 from diffusers_sana.pipelines.parts.image_inputs import (
     cover_images,
     fit_images,
@@ -21,20 +21,17 @@ from diffusers_sana.pipelines.parts.image_inputs import (
     read_images,
     trained_size,
 )
-from diffusers_sana.pipelines.parts.input_checks import check_latents, check_positive_integer
+from diffusers_sana.pipelines.parts.input_checks import check_latents, check_strength
 from diffusers_sana.pipelines.parts.latent_coding import encode_images
 from diffusers_sana.pipelines.parts.resolution import bin_size
 
 
-def check_strength(
+def check_strength_of_steps(
     strength: float, num_inference_steps: int, timesteps: list[int] | None, sigmas: list[float] | None
 ) -> None:
     """Raises where `strength` is not in (0, 1], or leaves less than one step of the schedule."""
     num_steps = next(len(grid) for grid in (timesteps, sigmas, range(num_inference_steps)) if grid is not None)
-    if not isinstance(strength, Real) or isinstance(strength, bool):
-        raise TypeError(f"`strength` must be a number, got {strength!r}.")
-    if not 0 < strength <= 1:
-        raise ValueError(f"`strength` must be above 0 and at most 1, got {strength}.")
+    check_strength(strength)
     if _steps_left(strength, num_steps) < 1:
         raise ValueError(
             f"`strength` times the number of steps must be at least 1, got {strength} * {num_steps}. Raise either."
@@ -64,7 +61,7 @@ class ImageStart:
             raise ValueError("`image` must be given, got None. Use SanaPipeline to draw without one.")
         for name, side in (("height", height), ("width", width)):
             if side is not None:
-                check_positive_integer(name, side)
+                check_integer(name, side)
         if self.is_latents(image):
             check_latents(image, "image")
             if (height, width) != (None, None):

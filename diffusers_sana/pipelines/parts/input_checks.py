@@ -1,30 +1,44 @@
-"""Checks of what is given to a Sana pipeline: each raises, naming the argument, before anything is computed."""
+"""Checks of what is given to a pipeline, each before anything is computed, and of what its models have computed."""
 
-from numbers import Integral, Real
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from diffusers_sana.pipelines.parts.prompt_encoding import check_embeds
+from diffusers_sana.checks import check_integer, check_number
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-def check_positive_integer(name: str, value: int) -> None:
-    """Raises where the argument `name` is not an integer, or below 1."""
-    if not isinstance(value, Integral):
-        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+def check_numbers(name: str, values: Sequence[float] | Tensor) -> Tensor:
+    """The argument `name` in fp64. Raises where it is not a list of numbers, or has NaN or infinite ones."""
+    try:
+        numbers = torch.as_tensor(values).cpu().double()  # not all devices have fp64
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"`{name}` must be a list of numbers, got {values!r}.") from None
+    if numbers.ndim != 1 or not bool(numbers.isfinite().all()):
+        raise ValueError(f"`{name}` must be a list of finite numbers, got {values!r}.")
+    return numbers
+
+
+def check_strength(strength: float) -> None:
+    """Raises where `strength` is not a number above 0 and at most 1."""
+    if not isinstance(strength, Real) or isinstance(strength, bool):
+        raise TypeError(f"`strength` must be a number, got {strength!r}.")
+    if not 0 < strength <= 1:
+        raise ValueError(f"`strength` must be above 0 and at most 1, got {strength}.")
 
 
 def check_options(
     *,
     guidance_scale: float,
+    eta: float,
     attention_kwargs: dict[str, Any] | None,
-    timesteps: list[int] | None,
-    sigmas: list[float] | None,
+    timesteps: Sequence[float] | None,
+    sigmas: Sequence[float] | None,
     output_type: str,
     has_vae: bool,
     **counts: int,
@@ -37,11 +51,16 @@ def check_options(
         the others: as in `SanaPipeline.__call__`.
     """
     for name, count in counts.items():
-        check_positive_integer(name, count)
-    if not isinstance(guidance_scale, Real):
-        raise TypeError(f"`guidance_scale` must be a number, got {guidance_scale!r}.")
+        check_integer(name, count)
+    check_number("guidance_scale", guidance_scale)
+    check_number("eta", eta)
     if not isinstance(attention_kwargs, dict | None):
         raise TypeError(f"`attention_kwargs` must be a dict such as {{'scale': 0.5}}, got {attention_kwargs!r}.")
+    if attention_kwargs and attention_kwargs.get("scale") is not None:
+        check_number("scale` of `attention_kwargs", attention_kwargs["scale"])
+    for name, grid in (("timesteps", timesteps), ("sigmas", sigmas)):
+        if grid is not None:
+            check_numbers(name, grid)
     if timesteps is not None and sigmas is not None:
         raise ValueError("`timesteps` and `sigmas` exclude each other; leave one out.")
     if output_type not in OUTPUT_TYPES:
@@ -56,6 +75,63 @@ def check_latents(latents: Tensor, name: str = "latents") -> None:
         raise TypeError(f"`{name}` must be a floating point tensor, got {getattr(latents, 'dtype', type(latents))}.")
     if latents.ndim != 4 or not bool(latents.isfinite().all()):
         raise ValueError(f"`{name}` must be finite and [images, channels, height, width], got {list(latents.shape)}.")
+
+
+def check_embeds(name: str, embeds: Tensor, mask: Tensor | None, mask_name: str, channels: int) -> None:
+    """Raises where text features given by the user cannot be used; reads them, so once per call.
+
+    Args:
+        name, embeds: argument, which must be finite `[B, L, channels]`.
+        mask_name, mask: argument, which must be `[B, L]`.
+        channels: text width of the denoiser.
+    """
+    if not isinstance(embeds, Tensor) or not embeds.is_floating_point():
+        raise TypeError(f"`{name}` must be a floating point tensor, got {getattr(embeds, 'dtype', type(embeds))}.")
+    if embeds.ndim != 3 or embeds.shape[-1] != channels:
+        raise ValueError(
+            f"`{name}` must have the shape [prompts, tokens, {channels}] (`caption_channels` of the transformer), got"
+            f" {list(embeds.shape)}."
+        )
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"`{mask_name}` must be given with `{name}`, as a tensor [prompts, tokens] that is 1 at tokens."
+        )
+    if mask.shape != embeds.shape[:2]:
+        raise ValueError(f"`{mask_name}` must have the shape {list(embeds.shape[:2])}, got {list(mask.shape)}.")
+    if not bool(embeds.isfinite().all()):
+        raise ValueError(f"`{name}` must be finite, but has NaN or infinite values. Run the text encoder in bfloat16.")
+
+
+def check_computed(part: str, what: str, values: Tensor, dtype: torch.dtype, advice: str = "") -> None:
+    """Raises where a model has computed NaN or infinite values. Reads the device: once a stage, never in a loop.
+
+    Args:
+        part: name of the component, `part`.
+        what: `values` are.
+        dtype: that the model computes in.
+        advice: what may be the cause besides weights and dtype.
+    """
+    if bool(values.isfinite().all()):
+        return
+    if dtype == torch.float16:
+        advice = f"float16 overflows; load it in bfloat16, or call `pipe.{part}.to(torch.bfloat16)`."
+    raise ValueError(
+        f"`{part}` gave NaN or infinite {what} in {dtype}. {advice or 'Its weights are damaged; load them again.'}"
+    )
+
+
+def check_texts(name: str, texts: Sequence[Any], given: Any) -> None:
+    """Raises where one of `texts`, which the argument `name` was `given`, is not text that UTF-8 can encode."""
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"`{name}` must be a string or a list of strings, got {given!r}.")
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"`{name}` must be text that UTF-8 can encode, but has the lone surrogate {text[error.start]!r} at"
+                f" character {error.start}. Remove it."
+            ) from None
 
 
 def check_prompts(
@@ -85,8 +161,7 @@ def check_prompts(
         raise ValueError("`negative_prompt` and `negative_prompt_embeds` exclude each other; leave one out.")
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         texts = text if isinstance(text, list) else ["" if text is None else text]
-        if not all(isinstance(item, str) for item in texts):
-            raise TypeError(f"`{name}` must be a string or a list of strings, got {text!r}.")
+        check_texts(name, texts, text)
     if isinstance(prompt, list) and not prompt:
         raise ValueError("`prompt` must have at least one text, got an empty list.")
     if prompt is not None and not can_encode:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.autoencoders.exact_tiling import tiles_shown_by
+from diffusers_sana.pipelines.parts.input_checks import check_computed
 
 
 logger = logging.get_logger(__name__)
@@ -36,6 +37,7 @@ def decode_latents(
 
     Raises:
         torch.OutOfMemoryError: even image by image and in tiles.
+        ValueError: the result is not finite.
     """
     latents = (latents / vae.config.scaling_factor).to(vae.dtype)
     size = max(latents.shape[-2:]) * scale_factor
@@ -44,7 +46,9 @@ def decode_latents(
         " (`enable_model_cpu_offload()`), or take the latents (`output_type='latent'`) and decode elsewhere."
     )
     with tiles_shown_by(progress_bar):
-        return _as_memory_allows(vae, size, lambda: vae.decode(latents, return_dict=False)[0], advice)
+        images = _as_memory_allows(vae, size, lambda: vae.decode(latents, return_dict=False)[0], advice)
+    check_computed("vae", "images", images, vae.dtype)
+    return images
 
 
 def encode_images(vae: Any, images: Tensor) -> Tensor:
@@ -59,6 +63,7 @@ def encode_images(vae: Any, images: Tensor) -> Tensor:
 
     Raises:
         torch.OutOfMemoryError: even image by image and in tiles.
+        ValueError: the result is not finite.
     """
     images = images.to(vae.dtype)
     advice = (
@@ -66,6 +71,7 @@ def encode_images(vae: Any, images: Tensor) -> Tensor:
         " (`enable_model_cpu_offload()`), or encode elsewhere and give the latents."
     )
     latents = _as_memory_allows(vae, max(images.shape[-2:]), lambda: vae.encode(images, return_dict=False)[0], advice)
+    check_computed("vae", "latents", latents, vae.dtype)
     return latents.float() * vae.config.scaling_factor
 
 

@@ -9,12 +9,13 @@ Legend: B images, C latent channels, h w latent height and width, L text tokens.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffusers_sana.checks import check_number
 from diffusers_sana.models.layers import hooks_of
 from diffusers_sana.models.transformers.attention_sana_pag import SanaPAGAttnProcessor
 from diffusers_sana.pipelines.parts.denoising_loop import DenoisingLoop
@@ -70,9 +71,8 @@ class PAGDenoisingLoop(DenoisingLoop):
     def _start_pag(self, pag_scale: float, pag_adaptive_scale: float, pag_applied_layers: PAGLayers | None) -> None:
         """Checks the arguments of a call, and sets what the properties tell of it."""
         for name, value in (("pag_scale", pag_scale), ("pag_adaptive_scale", pag_adaptive_scale)):
-            if not isinstance(value, Real):
-                raise TypeError(f"`{name}` must be a number, got {value!r}.")
-            if not value >= 0:
+            check_number(name, value)
+            if value < 0:
                 raise ValueError(f"`{name}` must not be negative, got {value}. 0 turns it off.")
         layers = self.pag_applied_layers if pag_applied_layers is None else _as_list(pag_applied_layers)
         self_attentions(self.transformer, layers)

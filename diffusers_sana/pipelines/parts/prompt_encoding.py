@@ -8,6 +8,8 @@ Legend: B prompts, L text tokens, C width of the language model.
 """
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers.pipelines.sana.pipeline_sana import SanaPipeline as UpstreamSanaPipeline
@@ -16,7 +18,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusers_sana._compat import private, upstream_instruction
+from diffusers_sana.pipelines.parts.input_checks import check_computed, check_texts
 from diffusers_sana.pipelines.parts.prefix_cache import hidden_states
+from diffusers_sana.pipelines.parts.prompt_length import beginning, warn_of_cut
 
 
 # The lines of the default instruction, as the installed diffusers has them.
@@ -39,14 +43,10 @@ def join_instruction(complex_human_instruction: str | Sequence[str] | None) -> s
     """The instruction as one text, from its lines or from the text itself; empty for none."""
     if not complex_human_instruction:
         return ""
-    if isinstance(complex_human_instruction, str):
-        return complex_human_instruction
-    if not all(isinstance(line, str) for line in complex_human_instruction):
-        raise TypeError(
-            "`complex_human_instruction` must be a string or a list of strings, or None for no instruction, got"
-            f" {complex_human_instruction!r}."
-        )
-    return "\n".join(complex_human_instruction)
+    given: Any = complex_human_instruction
+    lines = given if isinstance(given, list | tuple) else [given]
+    check_texts("complex_human_instruction", lines, given)
+    return "\n".join(lines)
 
 
 def encode_captions(
@@ -57,8 +57,9 @@ def encode_captions(
     *,
     max_sequence_length: int,
     device: torch.device,
+    name: str = "prompt",
 ) -> tuple[Tensor, Tensor]:
-    """Runs the language model.
+    """Runs the language model. Says what of a caption is cut off.
 
     Args:
         tokenizer: must begin every text with a special token.
@@ -67,6 +68,7 @@ def encode_captions(
         instruction: put before each caption.
         max_sequence_length: L of the result.
         device: where the language model runs.
+        name: of the argument that has the captions, for warnings.
 
     Returns:
         Features `[B, L, C]` in the dtype of the model, zero beyond the caption, and their mask `[B, L]`, 1 at tokens.
@@ -75,29 +77,30 @@ def encode_captions(
     # other; so the last token of the instruction alone is no part of what is before the caption.
     prefix = tokenizer.encode(instruction)[:-1] if instruction else []
     skipped = max(len(prefix) - 1, 0)
-    inputs = tokenizer(
-        [instruction + caption for caption in captions],
+    num_tokens = max_sequence_length + skipped
+    tokenize = partial(
+        tokenizer,
         padding="longest",  # the model is causal: padding to the right cannot change a token
         padding_side="right",
-        max_length=max_sequence_length + skipped,
+        max_length=num_tokens,
         truncation=True,
         return_tensors="pt",
+        return_offsets_mapping=tokenizer.is_fast,
     )
+    texts = [instruction + caption for caption in captions]
+    inputs = tokenize([beginning(tokenizer, tokenize, text, num_tokens) for text in texts])
     mask = inputs.attention_mask
     if not bool(mask.any(dim=-1).all()):
         raise ValueError(
             "`tokenizer` gives no token for an empty prompt; it must put a beginning-of-sequence token before each"
             " text, as Gemma's does."
         )
+    warn_of_cut(name, texts, inputs, max_sequence_length)
     first = inputs.input_ids[0, :1].tolist()
     embeds = hidden_states(text_encoder, inputs.input_ids, mask, prefix or first, device)
     mask = mask[:, [0, *range(1 + skipped, mask.shape[1])]].to(embeds.device)
     embeds = embeds.masked_fill(mask.unsqueeze(-1) == 0, 0)
-    if not bool(embeds.isfinite().all()):
-        raise ValueError(
-            f"`text_encoder` gave NaN or infinite features in {embeds.dtype}. Load it in bfloat16; Gemma overflows"
-            " fp16."
-        )
+    check_computed("text_encoder", "features", embeds, embeds.dtype)
     return pad_text(embeds, mask, max_sequence_length)
 
 
@@ -105,28 +108,3 @@ def pad_text(embeds: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]
     """Lengthens `[B, L, C]` features and their `[B, L]` mask to `length` tokens, with zeros."""
     missing = length - embeds.shape[1]
     return F.pad(embeds, (0, 0, 0, missing)), F.pad(mask, (0, missing))
-
-
-def check_embeds(name: str, embeds: Tensor, mask: Tensor | None, mask_name: str, channels: int) -> None:
-    """Raises where text features given by the user cannot be used; reads them, so once per call.
-
-    Args:
-        name, embeds: argument, which must be finite `[B, L, channels]`.
-        mask_name, mask: argument, which must be `[B, L]`.
-        channels: text width of the denoiser.
-    """
-    if not isinstance(embeds, Tensor) or not embeds.is_floating_point():
-        raise TypeError(f"`{name}` must be a floating point tensor, got {getattr(embeds, 'dtype', type(embeds))}.")
-    if embeds.ndim != 3 or embeds.shape[-1] != channels:
-        raise ValueError(
-            f"`{name}` must have the shape [prompts, tokens, {channels}] (`caption_channels` of the transformer), got"
-            f" {list(embeds.shape)}."
-        )
-    if not isinstance(mask, Tensor):
-        raise ValueError(
-            f"`{mask_name}` must be given with `{name}`, as a tensor [prompts, tokens] that is 1 at tokens."
-        )
-    if mask.shape != embeds.shape[:2]:
-        raise ValueError(f"`{mask_name}` must have the shape {list(embeds.shape[:2])}, got {list(mask.shape)}.")
-    if not bool(embeds.isfinite().all()):
-        raise ValueError(f"`{name}` must be finite, but has NaN or infinite values. Run the text encoder in bfloat16.")

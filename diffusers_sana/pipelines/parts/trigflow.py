@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_sana.checks import check_integer, check_number
 from diffusers_sana.pipelines.parts.denoising_loop import TextInputs
-from diffusers_sana.pipelines.parts.input_checks import check_positive_integer
+from diffusers_sana.pipelines.parts.input_checks import check_numbers
 from diffusers_sana.pipelines.pipeline_sana_base import SanaPipelineBase
 
 
@@ -57,7 +58,13 @@ class TrigFlowBase(SanaPipelineBase):
         )
         return embeds, mask
 
-    def _check_schedule(self, num_inference_steps: int, timesteps: Sequence[float] | None) -> int:
+    def _check_schedule(
+        self,
+        num_inference_steps: int,
+        timesteps: Sequence[float] | None,
+        max_timesteps: float | None,
+        intermediate_timesteps: float | None,
+    ) -> int:
         """The number of steps. Raises where model, scheduler and steps are not for SANA-Sprint."""
         if not self.transformer.config.get("guidance_embeds"):
             raise ValueError(
@@ -66,10 +73,13 @@ class TrigFlowBase(SanaPipelineBase):
             )
         if "sigma_data" not in self.scheduler.config:
             raise TypeError(f"`scheduler` must be an SCMScheduler, got {type(self.scheduler).__name__}.")
-        check_positive_integer("num_inference_steps", num_inference_steps)
+        check_integer("num_inference_steps", num_inference_steps)
+        for name, angle in (("max_timesteps", max_timesteps), ("intermediate_timesteps", intermediate_timesteps)):
+            if angle is not None:
+                check_number(name, angle)
         if timesteps is not None:
-            angles = torch.as_tensor(timesteps).cpu().double()  # not all devices have fp64
-            if angles.ndim != 1 or len(angles) < 2 or not bool((angles.diff() < 0).all()) or angles[-1] < 0:
+            angles = check_numbers("timesteps", timesteps)
+            if len(angles) < 2 or not bool((angles.diff() < 0).all()) or angles[-1] < 0:
                 raise ValueError(
                     "`timesteps` must be descending angles from π/2 to 0, one more than there are steps, such as"
                     f" [1.5683, 1.3, 0.0], got {timesteps!r}."
