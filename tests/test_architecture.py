@@ -14,7 +14,7 @@ ROOT = Path(diffusers_sana.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # Modules of the package's root that everything may import: they import nothing of ours but each other.
-COMMON = {"_compat", "checks", "files", "images", "saving"}
+COMMON = {"_compat", "checkpoint_files", "checks", "files", "images", "saving"}
 # Folder -> what else its files may import from this package. A folder's own files are always allowed.
 MAY_IMPORT = {
     "kernels": set(),

@@ -16,18 +16,18 @@ from accelerate.hooks import CpuOffload
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import has_file
 
 from diffusers_sana._compat import private
+from diffusers_sana.checkpoint_files import check_readable
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 from diffusers_sana.models.vila_u.media_vila_u import is_video
 from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGeneration
 from diffusers_sana.models.vila_u.processing_vila_u import VilaUProcessor
-from diffusers_sana.pipelines.parts.folder_check import check_complete, check_processor, check_readable
+from diffusers_sana.pipelines.parts.folder_check import check_complete, check_processor
 from diffusers_sana.pipelines.parts.input_checks import check_computed, check_texts
 
 
@@ -99,8 +99,10 @@ class VilaUPipeline(DiffusionPipeline):
             if is_pipeline:
                 return super().from_pretrained(path, **kwargs)
             return cls._from_transformers(path, of_hub, **{name: kwargs[name] for name in kwargs.keys() - of_hub})
-        except (SafetensorError, ValueError):  # of JSON and of text encodings: kinds of ValueError
-            check_readable(folder)  # where a file is damaged, raises with its name, which those errors lack
+        except (ImportError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            check_readable(folder)  # where a file is damaged, raises with its name, which most errors lack
             raise
 
     @classmethod

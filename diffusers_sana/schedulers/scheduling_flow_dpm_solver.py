@@ -4,8 +4,10 @@ Shape legend: B batch, `...` any further axes of the latents; n steps, numbered 
 """
 
 import math
+import os
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +17,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from diffusers_sana.checkpoint_files import named
 from diffusers_sana.checks import check_flag, check_integer, check_number
 from diffusers_sana.kernels.guided_solver_step import guided_solver_step
 
@@ -140,6 +143,23 @@ class FlowDPMSolverScheduler(SchedulerMixin, ConfigMixin):
 
         self.num_inference_steps = None
         self._set_schedule(_uniform_times(num_train_timesteps, num_train_timesteps), shift=flow_shift)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None = None,
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads the config of a folder or the Hub; arguments are those of `SchedulerMixin.from_pretrained`.
+
+        Raises:
+            OSError: there is no config, or a damaged one.
+            ValueError: naming the file and the field that cannot be meant.
+        """
+        with named(Path(str(pretrained_model_name_or_path), subfolder or "", cls.config_name)):
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder, return_unused_kwargs, **kwargs)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

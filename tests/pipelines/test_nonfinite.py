@@ -106,7 +106,7 @@ def test_callback(name):
     pipe = make(name, "fp32")
     for end, message in (
         (math.nan, "a callback may have returned"),
-        (0, "as many rows of `latents` as it gets, 2, but"),
+        (0, "a row of `latents` for each of 2 images, but returned 1"),
     ):
 
         def callback(pipe, step, timestep, tensors, end=end):

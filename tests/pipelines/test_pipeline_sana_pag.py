@@ -290,8 +290,8 @@ def test_every_argument_is_passed_on(shared, monkeypatch):
 def test_wrong_scales(shared, name):
     with pytest.raises(TypeError, match=f"`{name}` must be a number, got '3'"):
         generate(shared, **{name: "3"})
-    for value in (-1, float("nan")):
-        with pytest.raises(ValueError, match=f"`{name}` must not be negative"):
+    for value, message in ((-1, "not be negative"), (float("nan"), "be finite")):
+        with pytest.raises(ValueError, match=f"`{name}` must {message}"):
             generate(shared, **{name: value})
 
 

@@ -18,7 +18,6 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.activations import get_activation
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, EncoderOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,9 +34,10 @@ from diffusers_sana.models.autoencoders.exact_tiling import (
 )
 from diffusers_sana.models.autoencoders.official_dc import read_official_dc
 from diffusers_sana.models.autoencoders.resample import down_shortcut, interleave, interpolated_conv2d
-from diffusers_sana.models.autoencoders.stage_config import StageConfig, stage_configs
+from diffusers_sana.models.autoencoders.stage_config import StageConfig, check_fields, stage_configs
 from diffusers_sana.models.layers import Conv2d, Linear, PointwiseConv2d, gated_bottleneck, is_plain
 from diffusers_sana.models.single_file import FromOfficialFileMixin
+from diffusers_sana.models.strict_loading import StrictModelMixin
 
 
 DEFAULT_TILE_SIZE = 1024
@@ -387,7 +387,7 @@ class Decoder(nn.Module):
         return self.conv_out(self.conv_act(self.norm_out(hidden_states)))
 
 
-class AutoencoderDC(ModelMixin, AutoencoderMixin, ConfigMixin, FromOfficialFileMixin):
+class AutoencoderDC(StrictModelMixin, AutoencoderMixin, ConfigMixin, FromOfficialFileMixin):
     """Deep compression autoencoder (DC-AE, arXiv 2410.10733; DC-AE 1.5, arXiv 2508.00413).
 
     A drop-in for the diffusers class of this name: same config, state dict and calls. There is no sampling: `encode`
@@ -418,7 +418,7 @@ class AutoencoderDC(ModelMixin, AutoencoderMixin, ConfigMixin, FromOfficialFileM
         scaling_factor: 1 / root mean square of the latents of the training set.
 
     Raises:
-        ValueError: for names, lengths or widths that cannot build a model.
+        TypeError, ValueError: for names, numbers, lengths or widths that cannot build a model.
     """
 
     _supports_gradient_checkpointing = True
@@ -449,12 +449,7 @@ class AutoencoderDC(ModelMixin, AutoencoderMixin, ConfigMixin, FromOfficialFileM
         scaling_factor: float = 1.0,
     ) -> None:
         super().__init__()
-        if len(encoder_block_out_channels) != len(decoder_block_out_channels):
-            raise ValueError(
-                "`decoder_block_out_channels` must have as many stages as `encoder_block_out_channels`, "
-                f"{len(encoder_block_out_channels)}, got {len(decoder_block_out_channels)}. Otherwise images would "
-                "not come back in their size."
-            )
+        check_fields(self.config)
         self.encoder = Encoder(
             in_channels,
             latent_channels,

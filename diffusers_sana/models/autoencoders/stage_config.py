@@ -6,9 +6,16 @@ from typing import Any
 
 from diffusers.models.activations import ACT2CLS
 
+from diffusers_sana.checks import check_flag, check_integer, check_number
+
 
 BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")
 NORM_TYPES = ("rms_norm", "batch_norm")
+MOST_LAYERS = 1000  # of a stage; the authors' models have up to 12
+LARGEST_KERNEL = 255  # the authors' models have 5
+COUNTS = ("in_channels", "latent_channels", "attention_head_dim")
+NAMES = ("upsample_block_type", "downsample_block_type", "decoder_conv_act_fn")
+FLAGS = ("encoder_out_shortcut", "decoder_in_shortcut")
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,35 @@ class StageConfig:
     act_fn: str
 
 
+def check_fields(config: Mapping[str, Any]) -> None:
+    """Raises where a field of the config of `AutoencoderDC` that is no list of stages cannot be meant.
+
+    Raises:
+        TypeError, ValueError: naming the field.
+    """
+    for name in COUNTS:
+        check_integer(name, config[name])
+    for name in FLAGS:
+        check_flag(name, config[name])
+    for name in NAMES:
+        if not isinstance(config[name], str):
+            raise TypeError(f"`{name}` must be a name, got {config[name]!r}.")
+    check_number("scaling_factor", config["scaling_factor"], above=0)
+    counts = []
+    for half in ("encoder", "decoder"):
+        widths = config[f"{half}_block_out_channels"]
+        if not isinstance(widths, list | tuple) or not widths:
+            raise TypeError(
+                f"`{half}_block_out_channels` must be a list with the width of each stage, got {widths!r}."
+            )
+        counts.append(len(widths))
+    if counts[0] != counts[1]:
+        raise ValueError(
+            "`decoder_block_out_channels` must have as many stages as `encoder_block_out_channels`, "
+            f"{counts[0]}, got {counts[1]}. Otherwise images would not come back in their size."
+        )
+
+
 def stage_configs(half: str, config: Mapping[str, Any]) -> list[StageConfig]:
     """The stages of one half, counted from the pixels inwards.
 
@@ -31,7 +67,8 @@ def stage_configs(half: str, config: Mapping[str, Any]) -> list[StageConfig]:
         config: the config of `AutoencoderDC`.
 
     Raises:
-        ValueError: unknown names, lists of unequal length, or widths that do not fit each other.
+        TypeError: a field that is not made of lists.
+        ValueError: unknown names, numbers out of range, lists of unequal length, or widths that do not fit each other.
     """
     channels = config[f"{half}_block_out_channels"]
     fields = {
@@ -44,6 +81,8 @@ def stage_configs(half: str, config: Mapping[str, Any]) -> list[StageConfig]:
     }
     columns = []
     for name, value in fields.items():
+        if not isinstance(value, str | list | tuple):
+            raise TypeError(f"`{half}_{name}` must be a list with one entry for each stage, got {value!r}.")
         column = [value] * len(channels) if isinstance(value, str) else list(value)
         if len(column) != len(channels):
             raise ValueError(
@@ -51,8 +90,15 @@ def stage_configs(half: str, config: Mapping[str, Any]) -> list[StageConfig]:
                 f"`{half}_block_out_channels`, got {len(column)}: {value}."
             )
         columns.append(column)
+    for width, num_layers, kernel_sizes in zip(columns[1], columns[2], columns[3], strict=True):
+        check_integer(f"{half}_block_out_channels", width)
+        check_integer(f"{half}_layers_per_block", num_layers, at_least=0, at_most=MOST_LAYERS)
+        if not isinstance(kernel_sizes, list | tuple):
+            raise TypeError(f"`{half}_qkv_multiscales` must be a list of lists, got {kernel_sizes!r} in it.")
+        for size in kernel_sizes:
+            check_integer(f"{half}_qkv_multiscales", size, at_most=LARGEST_KERNEL)
     stages = [
-        StageConfig(block_type, width, num_layers, tuple(kernel_sizes), norm_type, act_fn.lower())
+        StageConfig(block_type, width, num_layers, tuple(kernel_sizes), norm_type, str(act_fn).lower())
         for block_type, width, num_layers, kernel_sizes, norm_type, act_fn in zip(*columns, strict=True)
     ]
     _check_stages(half, stages, config)
@@ -91,7 +137,7 @@ def _check_stages(half: str, stages: Sequence[StageConfig], config: Mapping[str,
 
 
 def _check_known(argument: str, name: str, known: Collection[str]) -> None:
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(f"`{argument}` must be one of {sorted(known)}, got {name!r}.")
 
 

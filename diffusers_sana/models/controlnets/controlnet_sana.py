@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from diffusers_sana.models.controlnets.wiring_sana import WIRINGS
 from diffusers_sana.models.layers import Linear, takes_adapter_scale
 from diffusers_sana.models.single_file import FromOfficialFileMixin
+from diffusers_sana.models.strict_loading import StrictModelMixin
 from diffusers_sana.models.transformers.attention_sana import SanaRMSNorm
+from diffusers_sana.models.transformers.config_sana import check_fields, check_widths
 from diffusers_sana.models.transformers.official_sana import CONTROLNET, read_official_sana
-from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTextMixin, check_widths
+from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTextMixin
 from diffusers_sana.models.transformers.transformer_sana import SanaPatchEmbed, SanaTransformerBlock
 
 
@@ -33,7 +35,7 @@ EXTENSIONS = {"qk_norm": None, "wiring": "diffusers"}
 
 
 class SanaControlNetModel(
-    SanaTextMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, FromOfficialFileMixin
+    SanaTextMixin, StrictModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, FromOfficialFileMixin
 ):
     """The ControlNet of Sana: its outputs are added to the stream of a `SanaTransformer2DModel`.
 
@@ -54,7 +56,8 @@ class SanaControlNetModel(
         the others: as in `SanaTransformer2DModel`.
 
     Raises:
-        ValueError: widths that do not fit together, or an unknown `qk_norm` or `wiring`.
+        TypeError, ValueError: a field that cannot be meant, widths that do not fit together, an unknown
+            `qk_norm` or `wiring`.
     """
 
     _read_official = staticmethod(partial(read_official_sana, class_name=CONTROLNET))
@@ -89,6 +92,7 @@ class SanaControlNetModel(
         wiring: str = "diffusers",
     ) -> None:
         super().__init__()
+        check_fields(self.config)
         dim = num_attention_heads * attention_head_dim
         of_the_text = check_widths(
             dim,

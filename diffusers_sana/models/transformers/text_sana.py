@@ -1,4 +1,4 @@
-"""How the models with Sana's blocks take in the text, and the widths that must fit for it.
+"""How the models with Sana's blocks take in the text.
 
 Legend: B batch, N image tokens, L text tokens, D inner width.
 """
@@ -61,49 +61,6 @@ def attendable_tokens(mask: Tensor) -> Tensor:
     """
     mask = mask.bool()
     return mask | ~mask.any(dim=1, keepdim=True)
-
-
-def check_widths(
-    dim: int,
-    num_cross_attention_heads: int | None,
-    cross_attention_head_dim: int | None,
-    cross_attention_dim: int | None,
-    qk_norm: str | None,
-    interpolation_scale: float | None,
-) -> tuple[int, int, int]:
-    """Raises a ValueError where the configuration of a model does not fit together; `dim` is D.
-
-    Returns:
-        Heads, head width and text width of the cross-attention, none of which is None.
-    """
-    if num_cross_attention_heads is None or cross_attention_head_dim is None or cross_attention_dim is None:
-        raise ValueError(
-            "`num_cross_attention_heads`, `cross_attention_head_dim` and `cross_attention_dim` must be given: "
-            f"every block attends to the text, got {num_cross_attention_heads}, {cross_attention_head_dim} and "
-            f"{cross_attention_dim}. Set `cross_attention_dim={dim}`."
-        )
-    if num_cross_attention_heads * cross_attention_head_dim != dim:
-        raise ValueError(
-            "`num_cross_attention_heads * cross_attention_head_dim` must be `num_attention_heads * "
-            f"attention_head_dim` = {dim}, got {num_cross_attention_heads} * {cross_attention_head_dim} = "
-            f"{num_cross_attention_heads * cross_attention_head_dim}. Change one of the two."
-        )
-    if cross_attention_dim != dim:
-        raise ValueError(
-            "`cross_attention_dim` must be `num_attention_heads * attention_head_dim` = "
-            f"{dim}, the width the text is projected to, got {cross_attention_dim}. Set it to {dim}."
-        )
-    if qk_norm not in (None, "rms_norm_across_heads"):
-        raise ValueError(
-            f'`qk_norm` must be None or "rms_norm_across_heads", got {qk_norm!r}. Norms of single heads do not '
-            "apply: queries and keys are normed before the heads are split."
-        )
-    if interpolation_scale is not None and dim % 4:
-        raise ValueError(
-            "`num_attention_heads * attention_head_dim` must be a multiple of 4 for a positional table, got "
-            f"{dim}. Change the heads, or set `interpolation_scale=None`."
-        )
-    return num_cross_attention_heads, cross_attention_head_dim, cross_attention_dim
 
 
 class SanaTextMixin:

@@ -19,7 +19,6 @@ from diffusers.models.embeddings import (
     get_timestep_embedding,
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,6 +34,7 @@ from diffusers_sana.models.layers import (
     takes_adapter_scale,
 )
 from diffusers_sana.models.single_file import FromOfficialFileMixin
+from diffusers_sana.models.strict_loading import StrictModelMixin
 from diffusers_sana.models.transformers.attention_sana import (
     SanaAttention,
     SanaAttnProcessor,
@@ -43,9 +43,10 @@ from diffusers_sana.models.transformers.attention_sana import (
     SanaTextState,
 )
 from diffusers_sana.models.transformers.cache_sana import SanaCacheMixin
+from diffusers_sana.models.transformers.config_sana import check_fields, check_widths
 from diffusers_sana.models.transformers.official_sana import TRANSFORMER, read_official_sana
 from diffusers_sana.models.transformers.sequence_parallel import SequenceParallelMixin, split_plan
-from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTextMixin, check_widths
+from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTextMixin
 
 
 class SanaModulatedNorm(nn.LayerNorm):
@@ -256,7 +257,7 @@ class SanaCombinedTimestepGuidanceEmbeddings(nn.Module):
 class SanaTransformer2DModel(
     SanaTextMixin,
     SequenceParallelMixin,
-    ModelMixin,
+    StrictModelMixin,
     AttentionMixin,
     ConfigMixin,
     PeftAdapterMixin,
@@ -288,7 +289,8 @@ class SanaTransformer2DModel(
         qk_norm: None, or "rms_norm_across_heads" (SANA-1.5, SANA-Sprint).
 
     Raises:
-        ValueError: widths that do not fit together, or an unknown `qk_norm`.
+        TypeError, ValueError: a field that cannot be meant, widths that do not fit together, an unknown
+            `qk_norm`.
     """
 
     _supports_gradient_checkpointing = True
@@ -327,6 +329,7 @@ class SanaTransformer2DModel(
         timestep_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        check_fields(self.config)
         dim = num_attention_heads * attention_head_dim
         of_the_text = check_widths(
             dim,

@@ -8,11 +8,11 @@ from typing import Any, Self
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from safetensors import SafetensorError
 
 from diffusers_sana._compat import private
 from diffusers_sana._entries import PACKAGE, UPSTREAM_NAMES
-from diffusers_sana.pipelines.parts.folder_check import check_complete, check_readable
+from diffusers_sana.checkpoint_files import check_readable
+from diffusers_sana.pipelines.parts.folder_check import check_complete
 from diffusers_sana.saving import check_saveable
 
 
@@ -46,8 +46,10 @@ class ComponentLoading(DiffusionPipeline):
         kwargs |= {name: _dtypes(kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
         try:
             return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
-        except (SafetensorError, ValueError):  # of JSON and of text encodings: kinds of ValueError
-            check_readable(folder)  # where a file is damaged, raises with its name, which those errors lack
+        except (ImportError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            check_readable(folder)  # where a file is damaged, raises with its name, which most errors lack
             raise
 
     @classmethod

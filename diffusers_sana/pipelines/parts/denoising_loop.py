@@ -179,10 +179,13 @@ class DenoisingLoop:
 
 
 def _check_replaced(replaced: dict[str, Any], seen: dict[str, Any]) -> None:
-    """Raises where a callback has returned tensors for another number of images than it was given."""
+    """Raises where a callback has returned tensors for another number of images than there are."""
+    count = len(seen["latents"])
     for name, tensor in replaced.items():
-        if name in seen and len(tensor) != len(seen[name]):
+        # The control image may come back as both halves of a guided batch, as diffusers has it.
+        is_right = len(tensor) == count or (name == "control_image" and len(tensor) > 0 == len(tensor) % count)
+        if name in seen and not is_right:
             raise ValueError(
-                f"`callback_on_step_end` must return as many rows of `{name}` as it gets, {len(seen[name])}, but"
-                f" returned {len(tensor)}. Every image must stay in the batch to the end."
+                f"`callback_on_step_end` must return a row of `{name}` for each of {count} images, but returned"
+                f" {len(tensor)}. Every image must stay in the batch to the end."
             )

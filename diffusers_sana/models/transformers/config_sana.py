@@ -1,0 +1,98 @@
+"""What the configs of the models with Sana's blocks may say; each error names the field, before memory is taken."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers_sana.checks import check_flag, check_integer, check_number
+
+
+MOST_LAYERS = 1000  # SANA-1.5 has 60
+COUNTS = (
+    "in_channels",
+    "out_channels",
+    "num_attention_heads",
+    "attention_head_dim",
+    "num_cross_attention_heads",
+    "cross_attention_head_dim",
+    "cross_attention_dim",
+    "caption_channels",
+    "sample_size",
+    "patch_size",
+)
+MAY_BE_NONE = ("out_channels", "num_cross_attention_heads", "cross_attention_head_dim", "cross_attention_dim")
+FLAGS = ("attention_bias", "norm_elementwise_affine", "guidance_embeds")
+
+
+def check_fields(config: Mapping[str, Any]) -> None:
+    """Raises where a field has a type or a value that cannot be meant.
+
+    Args:
+        config: of `SanaTransformer2DModel`, or of `SanaControlNetModel`, which has fewer fields.
+
+    Raises:
+        TypeError, ValueError: naming the field.
+    """
+    for name in COUNTS:
+        if config[name] is not None or name not in MAY_BE_NONE:
+            check_integer(name, config[name])
+    check_integer("num_layers", config["num_layers"], at_most=MOST_LAYERS)
+    for name in FLAGS:
+        if name in config:
+            check_flag(name, config[name])
+    check_number("mlp_ratio", config["mlp_ratio"], above=0)
+    check_number("dropout", config["dropout"], at_least=0, at_most=1)
+    check_number("norm_eps", config["norm_eps"], above=0, at_most=1)
+    for name in ("interpolation_scale", "timestep_scale"):
+        if config.get(name) is not None:
+            check_number(name, config[name], above=0)
+    if "guidance_embeds_scale" in config:
+        check_number("guidance_embeds_scale", config["guidance_embeds_scale"])
+    if config["patch_size"] > config["sample_size"]:
+        raise ValueError(
+            f"`patch_size` must be at most `sample_size`, got {config['patch_size']} and {config['sample_size']}."
+        )
+    if int(config["mlp_ratio"] * config["num_attention_heads"] * config["attention_head_dim"]) < 1:
+        raise ValueError(f"`mlp_ratio` must leave the feed-forward a channel, got {config['mlp_ratio']}.")
+
+
+def check_widths(
+    dim: int,
+    num_cross_attention_heads: int | None,
+    cross_attention_head_dim: int | None,
+    cross_attention_dim: int | None,
+    qk_norm: str | None,
+    interpolation_scale: float | None,
+) -> tuple[int, int, int]:
+    """Raises a ValueError where the configuration of a model does not fit together; `dim` is D.
+
+    Returns:
+        Heads, head width and text width of the cross-attention, none of which is None.
+    """
+    if num_cross_attention_heads is None or cross_attention_head_dim is None or cross_attention_dim is None:
+        raise ValueError(
+            "`num_cross_attention_heads`, `cross_attention_head_dim` and `cross_attention_dim` must be given: "
+            f"every block attends to the text, got {num_cross_attention_heads}, {cross_attention_head_dim} and "
+            f"{cross_attention_dim}. Set `cross_attention_dim={dim}`."
+        )
+    if num_cross_attention_heads * cross_attention_head_dim != dim:
+        raise ValueError(
+            "`num_cross_attention_heads * cross_attention_head_dim` must be `num_attention_heads * "
+            f"attention_head_dim` = {dim}, got {num_cross_attention_heads} * {cross_attention_head_dim} = "
+            f"{num_cross_attention_heads * cross_attention_head_dim}. Change one of the two."
+        )
+    if cross_attention_dim != dim:
+        raise ValueError(
+            "`cross_attention_dim` must be `num_attention_heads * attention_head_dim` = "
+            f"{dim}, the width the text is projected to, got {cross_attention_dim}. Set it to {dim}."
+        )
+    if qk_norm not in (None, "rms_norm_across_heads"):
+        raise ValueError(
+            f'`qk_norm` must be None or "rms_norm_across_heads", got {qk_norm!r}. Norms of single heads do not '
+            "apply: queries and keys are normed before the heads are split."
+        )
+    if interpolation_scale is not None and dim % 4:
+        raise ValueError(
+            "`num_attention_heads * attention_head_dim` must be a multiple of 4 for a positional table, got "
+            f"{dim}. Change the heads, or set `interpolation_scale=None`."
+        )
+    return num_cross_attention_heads, cross_attention_head_dim, cross_attention_dim
