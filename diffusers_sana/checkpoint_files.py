@@ -64,7 +64,10 @@ def read_shards(index: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         OSError: naming a file that is missing or damaged, or an index that does not say what is in the files.
     """
-    names = read_object(index).get("weight_map")
+    content = read_object(index)
+    if not isinstance(content.get("metadata"), dict):  # the hosts write into it
+        raise OSError(f"`metadata` of {index} must be an object. {AGAIN}")
+    names = content.get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
         raise OSError(f"`weight_map` of {index} must be an object that gives the file of each tensor. {AGAIN}")
     shapes = {}

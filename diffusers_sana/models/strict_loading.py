@@ -38,8 +38,8 @@ class StrictModelMixin(ModelMixin):
             loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         except (ImportError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception:
-            source.explain(cls, kwargs)
+        except Exception as error:
+            source.explain(cls, kwargs, error)
             raise
         model, info = loaded
         missing, beyond = set(info["missing_keys"]), beyond_the_blocks(model, info["unexpected_keys"])
@@ -72,8 +72,8 @@ class _Source:
         if self.index.is_file():
             read_shards(self.index)
 
-    def explain(self, model_cls: type[Any], kwargs: dict[str, Any]) -> None:
-        """Raises, with the name of the file, if a file of a local folder is why the model could not be loaded."""
+    def explain(self, model_cls: type[Any], kwargs: dict[str, Any], error: Exception) -> None:
+        """Raises, with the name of the file, if a file of a local folder is why loading ended with `error`."""
         config_file = self.folder / CONFIG_NAME
         if not config_file.is_file():
             return
@@ -81,7 +81,15 @@ class _Source:
         config = read_object(config_file)
         with named(config_file), init_empty_weights():
             model = model_cls.from_config(config, **{name: kwargs[name] for name in kwargs.keys() & config.keys()})
-        if config.get("quantization_config") or not self.weights.is_file():
+        if (quantization := config.get("quantization_config")) is not None:
+            with named(config_file):
+                if not isinstance(quantization, dict) or not isinstance(quantization.get("quant_method"), str):
+                    raise TypeError(
+                        f"`quantization_config` must be an object with `quant_method`, got {quantization!r}."
+                    )
+                if isinstance(error, AttributeError | KeyError | TypeError | ValueError):
+                    raise error
+        if quantization is not None or not self.weights.is_file():
             return
         shapes = read_shards(self.index) if self.weights == self.index else tensor_shapes(self.file)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -139,7 +139,9 @@ class TestShards:
         with pytest.raises(ValueError, match=rf"index.json lacks 1 tensors .* '{TENSORS[name][0]}'"):
             load(name, folder, **way)
 
-    @pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 3}}', "{", "\udc80"])
+    @pytest.mark.parametrize(
+        "content", ["[]", "{}", '{"metadata": {}}', '{"metadata": {}, "weight_map": {"a": 3}}', "{", "\udc80"]
+    )
     def test_damaged_index(self, name, folder, way, content):
         (folder / f"{WEIGHTS}.index.json").write_bytes(content.encode("utf-8", "surrogateescape"))
         with pytest.raises(OSError, match=r"index\.json"):
@@ -169,6 +171,16 @@ class TestDamage:
         (folder / "config.json").write_text(content)
         with pytest.raises(OSError, match=rf"config\.json {message}"):
             load(name, folder, **way)
+
+
+@pytest.mark.parametrize(
+    "value", [5, [], "int4", {}, {"quant_method": None}, {"quant_method": "svdquant", "rank": "x"}]
+)
+def test_quantization_that_cannot_be_meant(name, folder, value):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": value}))
+    with pytest.raises(ValueError, match=r"config\.json: "):
+        load(name, folder)
 
 
 def test_errors_about_arguments_stay(name, folder):

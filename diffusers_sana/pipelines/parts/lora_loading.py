@@ -1,5 +1,8 @@
 """LoRA files of many trainers, by the one call that diffusers has for its own."""
 
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,8 @@ from diffusers.utils import get_adapter_name
 from torch import Tensor
 from transformers.utils import cached_file
 
-from diffusers_sana.files import read_json
+from diffusers_sana.checkpoint_files import read_object, tensor_shapes
+from diffusers_sana.checks import check_number
 from diffusers_sana.models.transformers.lora_formats import check_lora_fits, convert_sana_lora
 
 
@@ -43,12 +47,24 @@ class LoraLoading(SanaLoraLoaderMixin):
 
         Raises:
             TypeError: an argument that nobody would obey.
-            ValueError: see `convert_sana_lora`.
-            OSError: there is no such file.
+            ValueError: naming the file, which has NaN or infinite numbers; or see `convert_sana_lora`.
+            OSError: there is no such file, or it is damaged.
         """
         source = pretrained_model_name_or_path_or_dict
         if unknown := sorted(kwargs.keys() - set(HUB_ARGUMENTS)):
             raise TypeError(f"`{unknown[0]}` is no argument of `load_lora_weights`. For files it has {HUB_ARGUMENTS}.")
+        with _named(source, weight_name, kwargs.get("subfolder")):
+            state_dict, metadata = cls._read_lora(source, weight_name, use_safetensors, kwargs)
+        return (state_dict, metadata) if return_lora_metadata else state_dict
+
+    @classmethod
+    def _read_lora(
+        cls,
+        source: str | Path | dict[str, Tensor],
+        weight_name: str | None,
+        use_safetensors: bool | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         from diffusers_sana._compat import fetch_state_dict  # here, so that a missing one costs LoRA files only
 
         hub = {name: kwargs.get(name) for name in HUB_ARGUMENTS}
@@ -61,11 +77,28 @@ class LoraLoading(SanaLoraLoaderMixin):
             **hub,
         )
         if not any("." in key for key in state_dict):  # nothing of a model: diffusers warns of it
-            return (state_dict, metadata) if return_lora_metadata else state_dict
+            return state_dict, metadata
         if metadata is None and not isinstance(source, dict) and next(iter(state_dict), "").startswith(PEFT_PREFIX):
             metadata = _peft_config(Path(source), hub)
-        state_dict, metadata = convert_sana_lora(state_dict, metadata)
-        return (state_dict, metadata) if return_lora_metadata else state_dict
+        _check_finite(state_dict, metadata)
+        return convert_sana_lora(state_dict, metadata)
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Puts a LoRA beside the layers of the transformer; the arguments are diffusers' and `lora_state_dict`'s.
+
+        Raises:
+            ValueError: naming the file and what does not fit the model; or see `lora_state_dict`.
+            OSError: there is no such file, or it is damaged.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        with _named(source, kwargs.get("weight_name"), kwargs.get("subfolder")):
+            super().load_lora_weights(source, adapter_name, hotswap, **kwargs)
 
     @classmethod
     def load_lora_into_transformer(
@@ -111,6 +144,7 @@ class LoraLoading(SanaLoraLoaderMixin):
         """
         from diffusers_sana.models.transformers.lora_layers import check_can_be_fused
 
+        check_number("lora_scale", lora_scale)
         for name in components or ():
             if isinstance(model := getattr(self, name, None), torch.nn.Module):
                 check_can_be_fused(model, adapter_names)
@@ -121,7 +155,44 @@ def _peft_config(source: Path, hub: dict[str, Any]) -> dict[str, Any] | None:
     """The config that PEFT wrote beside its file, if it is still there."""
     place = source.parent if source.is_file() else source
     path = cached_file(str(place), PEFT_CONFIG, **_given(hub), _raise_exceptions_for_missing_entries=False)
-    return None if path is None else read_json(Path(path))
+    return None if path is None else read_object(Path(path))
+
+
+@contextmanager
+def _named(source: Any, weight_name: str | None, subfolder: str | None) -> Iterator[None]:
+    """Puts the name of a LoRA's file before an error about what is in it.
+
+    Raises:
+        OSError: a file is damaged.
+        TypeError, ValueError: other errors, but for those of missing files and packages.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if isinstance(source, Mapping):
+            raise
+        path = Path(str(source))
+        folder = path / (subfolder or "")
+        for file in [path] if path.is_file() else sorted(folder.glob(weight_name or "*.safetensors")):
+            if file.suffix == ".safetensors":
+                tensor_shapes(file)
+        if isinstance(error, OSError) or str(source) in str(error):
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{source}: {error}") from error
+
+
+def _check_finite(state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any] | None) -> None:
+    """Raises ValueError, naming the key, where a tensor or a number of the metadata is not finite."""
+    for key, tensor in state_dict.items():
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            raise ValueError(f"{key!r} must be finite, but has NaN or infinite values. The training has failed.")
+    for name, value in (metadata or {}).items():
+        for number in value.values() if isinstance(value, Mapping) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{name!r} in the metadata must be finite, got {number}.")
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
