@@ -2,7 +2,7 @@
 
 import argparse
 
-from diffusers_sana.cli.common import add_device, check_there, checkpoint, find_device, find_pipeline_class
+from diffusers_sana.cli.common import add_device, check_there, checkpoint, find_device, find_pipeline_class, seed
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="Hub id or folder of VILA-U; default: the small bundled vila-u-emoji",
     )
     command.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
-    command.add_argument("--seed", type=int, help="draw an answer by chance; default: the most probable one")
+    command.add_argument("--seed", type=seed, help="draw an answer by chance; default: the most probable one")
     add_device(command)
 
 

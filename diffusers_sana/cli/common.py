@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from diffusers_sana.checks import check_integer
+
 
 def add_device(command: argparse.ArgumentParser, dtype: str = "float32") -> None:
     """`--device` and `--dtype`."""
@@ -43,3 +45,12 @@ def checkpoint(model: str) -> str:
     from diffusers_sana.checkpoints import BUNDLED
 
     return BUNDLED.get(model, model)
+
+
+def seed(text: str) -> int:
+    """The type of `--seed`: what torch's generators take, with room for the seeds after it."""
+    try:
+        check_integer("--seed", value := int(text), at_least=-(2**63), at_most=2**63 - 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer of 64 bits, got {text!r}") from None
+    return value

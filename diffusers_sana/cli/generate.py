@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from diffusers_sana.cli.common import add_device, checkpoint, find_device, find_pipeline_class
+from diffusers_sana.cli.common import add_device, checkpoint, find_device, find_pipeline_class, seed
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--guidance-scale", type=float, help="how strictly to follow the prompt; default: the model's"
     )
     command.add_argument("--num-images", type=int, default=1, help="pictures to draw")
-    command.add_argument("--seed", type=int, default=0, help="same seed, same picture")
+    command.add_argument("--seed", type=seed, default=0, help="same seed, same picture")
     add_device(command)
 
 

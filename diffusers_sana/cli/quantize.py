@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from diffusers_sana.cli.common import add_device, checkpoint, find_device, find_pipeline_class
+from diffusers_sana.cli.common import add_device, checkpoint, find_device, find_pipeline_class, seed
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gptq", action="store_true", help="smaller errors, slower; needs --prompts")
     command.add_argument("--components", nargs="+", default=["transformer"], help="models to quantize")
     command.add_argument("--steps", type=int, help="denoising steps of the calibration; default: the pipeline's")
-    command.add_argument("--seed", type=int, default=0, help="of the calibration")
+    command.add_argument("--seed", type=seed, default=0, help="of the calibration")
     add_device(command, dtype="bfloat16")
 
 

@@ -33,6 +33,7 @@ class StrictModelMixin(ModelMixin):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         source = _Source(str(pretrained_model_name_or_path), kwargs.get("subfolder"), kwargs.get("variant"))
+        default_dtype = torch.get_default_dtype()
         try:
             source.check_index()
             loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
@@ -41,6 +42,8 @@ class StrictModelMixin(ModelMixin):
         except Exception as error:
             source.explain(cls, kwargs, error)
             raise
+        finally:
+            torch.set_default_dtype(default_dtype)  # which diffusers changes, and leaves so after an error
         model, info = loaded
         missing, beyond = set(info["missing_keys"]), beyond_the_blocks(model, info["unexpected_keys"])
         if getattr(model, "hf_quantizer", None) is not None:

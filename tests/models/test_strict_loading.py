@@ -172,6 +172,13 @@ class TestDamage:
         with pytest.raises(OSError, match=rf"config\.json {message}"):
             load(name, folder, **way)
 
+    def test_error_leaves_the_default_dtype(self, name, folder, way):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "in_channels": -1}))
+        with pytest.raises(ValueError, match=r"config\.json: `in_channels` must be at least 1"):
+            load(name, folder, **way)
+        assert torch.get_default_dtype() == torch.float32
+
 
 @pytest.mark.parametrize(
     "value", [5, [], "int4", {}, {"quant_method": None}, {"quant_method": "svdquant", "rank": "x"}]

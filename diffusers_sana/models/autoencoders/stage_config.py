@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers.models.activations import ACT2CLS
 
-from diffusers_sana.checks import check_flag, check_integer, check_number
+from diffusers_sana.checks import LARGEST, check_flag, check_integer, check_number
 
 
 BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")
@@ -92,11 +92,11 @@ def stage_configs(half: str, config: Mapping[str, Any]) -> list[StageConfig]:
         columns.append(column)
     for width, num_layers, kernel_sizes in zip(columns[1], columns[2], columns[3], strict=True):
         check_integer(f"{half}_block_out_channels", width)
-        check_integer(f"{half}_layers_per_block", num_layers, at_least=0, at_most=MOST_LAYERS)
+        check_integer(f"{half}_layers_per_block", num_layers, at_least=-LARGEST, at_most=MOST_LAYERS)
         if not isinstance(kernel_sizes, list | tuple):
             raise TypeError(f"`{half}_qkv_multiscales` must be a list of lists, got {kernel_sizes!r} in it.")
         for size in kernel_sizes:
-            check_integer(f"{half}_qkv_multiscales", size, at_most=LARGEST_KERNEL)
+            check_integer(f"{half}_qkv_multiscales", size, at_least=-LARGEST, at_most=LARGEST_KERNEL)
     stages = [
         StageConfig(block_type, width, num_layers, tuple(kernel_sizes), norm_type, str(act_fn).lower())
         for block_type, width, num_layers, kernel_sizes, norm_type, act_fn in zip(*columns, strict=True)
