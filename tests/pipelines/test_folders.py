@@ -187,6 +187,13 @@ def test_save_and_load_is_exact(tmp_path, ours):
     assert_close_fp32(generate(first), generate(ours), tolerance=1e-6)
 
 
+def test_arguments_of_saving_reach_the_models(tmp_path, ours):
+    ours.save_pretrained(tmp_path, max_shard_size="20KB", variant="fp16")
+    assert len(list((tmp_path / "transformer").glob("*.fp16-0000*.safetensors"))) > 1
+    assert len(list((tmp_path / "vae").glob("*.fp16-0000*.safetensors"))) > 1
+    assert torch.equal(generate(load(tmp_path, variant="fp16")), generate(load(tmp_path, variant="fp16")))
+
+
 @pytest.mark.parametrize(
     "file",
     [

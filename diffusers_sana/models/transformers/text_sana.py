@@ -5,9 +5,11 @@ Legend: B batch, N image tokens, L text tokens, D inner width.
 
 import os
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, cast
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
@@ -72,6 +74,7 @@ class SanaTextMixin:
     config: Any
     training: bool
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look at the signature for what they may pass
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Writes a folder; the arguments are those of diffusers.
 

@@ -145,10 +145,11 @@ class LoraLoading(SanaLoraLoaderMixin):
         from diffusers_sana.models.transformers.lora_layers import check_can_be_fused
 
         check_number("lora_scale", lora_scale)
-        for name in components or ():
+        components = ["transformer"] if components is None else components
+        for name in components:
             if isinstance(model := getattr(self, name, None), torch.nn.Module):
                 check_can_be_fused(model, adapter_names)
-        super().fuse_lora(components or [], lora_scale, safe_fusing, adapter_names, **kwargs)
+        super().fuse_lora(components, lora_scale, safe_fusing, adapter_names, **kwargs)
 
 
 def _peft_config(source: Path, hub: dict[str, Any]) -> dict[str, Any] | None:
