@@ -124,7 +124,7 @@ def train(
     for frozen in (vae, text_encoder, teacher):
         if frozen is not None:
             frozen.to(device).eval().requires_grad_(False)
-    guide = ConditionedTransformer(teacher)
+    guide = ConditionedTransformer(teacher, dense_timesteps=True)
     transformer = make_student(teacher)
     if config.gradient_checkpointing:
         for part in (transformer, teacher):

@@ -6,22 +6,30 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from diffusers_sana.training.flow_matching import timesteps_of
+from diffusers_sana.training.flow_matching import TRAIN_TIMESTEPS, timesteps_of
 from diffusers_sana.training.prompt_conditioning import PromptTokens, drop_prompts, encode_tokens
 
 
 class ConditionedTransformer(nn.Module):
-    """One module for what trains, so that DDP and FSDP see one forward a step.
+    """One module for what trains, so that DDP and FSDP see one forward per step.
 
     Args:
         transformer: a SanaTransformer2DModel.
         text_encoder: a Gemma2Model that trains too; None when the vectors of a frozen encoder are given to `forward`.
+        dense_timesteps: tell the transformer 1000 sigma rather than floor(1000 sigma). For the teacher of a
+            distillation in continuous time (SANA-Sprint, arXiv 2503.09641), which is asked at all times in between.
     """
 
-    def __init__(self, transformer: ModelMixin, text_encoder: PreTrainedModel | None = None):
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        text_encoder: PreTrainedModel | None = None,
+        dense_timesteps: bool = False,
+    ):
         super().__init__()
         self.transformer = transformer
         self.text_encoder = text_encoder
+        self.dense_timesteps = dense_timesteps
 
     def forward(
         self,
@@ -44,5 +52,6 @@ class ConditionedTransformer(nn.Module):
             embeds, mask = cast(tuple[Tensor, Tensor], prompt)
         if dropped is not None:
             mask = drop_prompts(mask, dropped)
-        timestep = timesteps_of(sigmas) * self.transformer.config.timestep_scale
+        timesteps = sigmas * TRAIN_TIMESTEPS if self.dense_timesteps else timesteps_of(sigmas)
+        timestep = timesteps * self.transformer.config.timestep_scale
         return self.transformer(noisy_latents, embeds, timestep, encoder_attention_mask=mask, return_dict=False)[0]

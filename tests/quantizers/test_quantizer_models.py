@@ -51,15 +51,16 @@ def test_round_trip(family, precision, dtype, tmp_path):
     assert torch.equal(output(second, inputs, dtype), result)  # same seed, same bits
 
 
-def test_without_a_dtype_it_is_fp32(tmp_path):
-    """As with every model of diffusers; a folder in 16 bit then has the same numbers in more bits."""
+def test_a_16_bit_folder_in_fp32_has_the_same_numbers(tmp_path):
+    """Without a dtype it has that of the folder."""
     model, _ = tiny_models.sana()
     model.to(torch.bfloat16).save_pretrained(tmp_path / "original")
     config = SVDQuantConfig(rank=4, precision="nvfp4", compute_mode="w4a16")
     load = type(model).from_pretrained
     quantized = load(tmp_path / "original", quantization_config=config, torch_dtype=torch.bfloat16)
     quantized.save_pretrained(tmp_path / "quantized")
-    again = load(tmp_path / "quantized")
+    assert load(tmp_path / "quantized").dtype == torch.bfloat16
+    again = load(tmp_path / "quantized", torch_dtype=torch.float32)
     assert again.dtype == torch.float32
     for layer, other in zip(quantized_layers(quantized), quantized_layers(again), strict=True):
         assert other.wscales.dtype in (torch.float8_e4m3fn, torch.float32)
@@ -120,7 +121,7 @@ class TestPipelines:
         ("pipeline", "transformer"),
         [
             (diffusers_sana.SanaPipeline, diffusers_sana.SanaTransformer2DModel),
-            (DiffusionPipeline, diffusers.SanaTransformer2DModel),
+            (diffusers.SanaPipeline, diffusers.SanaTransformer2DModel),
         ],
     )
     def test_beside_quanto(self, folder, pipeline, transformer):

@@ -134,7 +134,7 @@ def test_guided_prediction_is_classifier_free_guidance():
     latents, noise, angles = latents.float(), noise.float(), angles.float()
     prompt = tuple(part.float() for part in prompt)
     teacher = make_teacher()
-    guide = ConditionedTransformer(teacher)
+    guide = ConditionedTransformer(teacher, dense_timesteps=True)
     noisy, guidance = mix(latents, noise, angles), torch.tensor([1.0, 4.0, 5.0])
 
     def velocity(scaled, sigmas):
