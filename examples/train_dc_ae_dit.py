@@ -69,10 +69,10 @@ class DiTTrainingConfig(ImageDataConfig):
     ema_decay: float = option(
         0.9999, "decay of the averaged weights that are saved; 0 saves the trained weights", changeable=True
     )
-    flow_shift: float = option(1.0, "shift of the noise shares", changeable=True)
-    logit_mean: float = option(0.0, "mean of the logit-normal noise shares before the shift", changeable=True)
+    flow_shift: float = option(1.0, "shift of the noise levels", changeable=True)
+    logit_mean: float = option(0.0, "mean of the logit-normal noise levels before the shift", changeable=True)
     logit_std: float = option(
-        1.0, "standard deviation of the logit-normal noise shares before the shift", changeable=True
+        1.0, "standard deviation of the logit-normal noise levels before the shift", changeable=True
     )
     class_dropout: float = option(0.1, "share of labels replaced by none, for guidance", changeable=True)
     gradient_checkpointing: bool = option(

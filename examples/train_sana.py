@@ -70,10 +70,10 @@ class SanaTrainingConfig(ImageDataConfig):
     weight_decay: float | None = option(0.0, "AdamW weight decay of matrices and kernels", changeable=True)
     warmup_steps: int = option(2000, "steps of linear warm-up", changeable=True)
     max_grad_norm: float = option(0.1, "clip the gradient norm; 0 does not clip", changeable=True)
-    flow_shift: float = option(3.0, "shift of the noise shares; 6 for 4096 pixels", changeable=True)
-    logit_mean: float = option(0.0, "mean of the logit-normal noise shares before the shift", changeable=True)
+    flow_shift: float = option(3.0, "shift of the noise levels; 6 for 4096 pixels", changeable=True)
+    logit_mean: float = option(0.0, "mean of the logit-normal noise levels before the shift", changeable=True)
     logit_std: float = option(
-        1.0, "standard deviation of the logit-normal noise shares before the shift", changeable=True
+        1.0, "standard deviation of the logit-normal noise levels before the shift", changeable=True
     )
     caption_dropout: float = option(0.1, "share of prompts replaced by the empty one, for guidance", changeable=True)
     max_sequence_length: int = option(300, "text vectors the transformer sees at most")

@@ -85,11 +85,11 @@ class LoraTrainingConfig(ImageDataConfig):
     betas: tuple[float, float] | None = option((0.9, 0.999), "AdamW betas", changeable=True)
     weight_decay: float | None = option(1e-4, "AdamW weight decay", changeable=True)
     flow_shift: float | None = option(
-        None, "shift of the noise shares; None: that of the pipeline's scheduler", changeable=True
+        None, "shift of the noise levels; None: that of the pipeline's scheduler", changeable=True
     )
-    logit_mean: float = option(0.0, "mean of the logit-normal noise shares before the shift", changeable=True)
+    logit_mean: float = option(0.0, "mean of the logit-normal noise levels before the shift", changeable=True)
     logit_std: float = option(
-        1.0, "standard deviation of the logit-normal noise shares before the shift", changeable=True
+        1.0, "standard deviation of the logit-normal noise levels before the shift", changeable=True
     )
     caption_dropout: float = option(0.0, "share of prompts replaced by the empty one", changeable=True)
     gradient_checkpointing: bool = option(
