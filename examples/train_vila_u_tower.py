@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, SiglipModel
 
 from diffusers_sana import VilaUVisionModel
 from diffusers_sana.files import read_json
-from diffusers_sana.loaders.siglip import load_siglip, tower_config_like
+from diffusers_sana.loaders.vila_u.siglip import load_siglip, tower_config_like
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUVisionConfig
 from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModelOutput
 from diffusers_sana.training.batches import Batches

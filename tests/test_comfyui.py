@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from diffusers_sana import SanaImg2ImgPipeline, SanaPipeline
 from tests import tiny
-from tests.loaders.lora_files import FORMATS, TRANSFORMER, random_lora
+from tests.loaders.lora.lora_files import FORMATS, TRANSFORMER, random_lora
 
 
 FOLDER = Path(__file__).parent.parent / "comfyui"

@@ -7,7 +7,7 @@ from peft import LoraConfig
 import diffusers_sana
 from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
 from tests import tiny
-from tests.loaders.lora_files import plain, random_lora
+from tests.loaders.lora.lora_files import plain, random_lora
 from tests.models.controlnets import tiny_controlnet
 
 

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     """Writes the authors' file of Sana, its ControlNet or DC-AE as a folder of diffusers."""
     import torch
 
-    from diffusers_sana.loaders.sana_official import convert_sana_file, plan_sana_file
+    from diffusers_sana.loaders.nvlabs.convert import convert_sana_file, plan_sana_file
 
     check_there("FILE", args.file)
     fields = dict(args.set)

@@ -1,11 +1,6 @@
-"""Checkpoints of other projects, read into this package's layers: dictionaries of tensors to dictionaries of tensors.
+"""Third-party checkpoints, read and written: one folder per origin.
 
-`nunchaku.py` and `nunchaku_lite.py` are what a user calls; `nunchaku_packing.py` knows the order in memory,
-`nunchaku_layers.py` a layer without that order, `nunchaku_flux.py` and `nunchaku_sana.py` the names.
-
-Sana and DC-AE: `sana_official.py` is what a user calls; the names are beside the models, for their `from_single_file`.
-
-VILA-U: `vila_u_official.py` and `vila_u_export.py` are what a user calls; `vila_u_names.py` knows the names,
-`vila_u_config.py` the configs, `weight_files.py` how to read and write tensors one by one.
-`vila_u_hub.py` makes a folder of ours a repository of the Hub.
+`nvlabs/`: original files of Sana, its ControlNets and DC-AE. `vila_u/`: the original VILA-U. `nunchaku/`: 4-bit files
+of Nunchaku and Nunchaku-Lite. `lora/`: LoRA files of all trainers. `single_file.py` and `weight_files.py` read files
+without running what is in them and without loading what nobody asked for.
 """

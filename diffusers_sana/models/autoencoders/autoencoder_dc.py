@@ -32,11 +32,10 @@ from diffusers_sana.models.autoencoders.exact_tiling import (
     encoder_shallow_end,
     map_tiles,
 )
-from diffusers_sana.models.autoencoders.official_dc import read_official_dc
 from diffusers_sana.models.autoencoders.resample import down_shortcut, interleave, interpolated_conv2d
 from diffusers_sana.models.autoencoders.stage_config import StageConfig, check_fields, stage_configs
 from diffusers_sana.models.layers import Conv2d, Linear, PointwiseConv2d, gated_bottleneck, is_plain
-from diffusers_sana.models.single_file import FromOfficialFileMixin
+from diffusers_sana.models.single_file import SingleFileMixin
 from diffusers_sana.models.strict_loading import StrictModelMixin
 
 
@@ -387,7 +386,7 @@ class Decoder(nn.Module):
         return self.conv_out(self.conv_act(self.norm_out(hidden_states)))
 
 
-class AutoencoderDC(StrictModelMixin, AutoencoderMixin, ConfigMixin, FromOfficialFileMixin):
+class AutoencoderDC(StrictModelMixin, AutoencoderMixin, ConfigMixin, SingleFileMixin):
     """Deep compression autoencoder (DC-AE, arXiv 2410.10733; DC-AE 1.5, arXiv 2508.00413).
 
     A drop-in for the diffusers class of this name: same config, state dict and calls. There is no sampling: `encode`
@@ -422,7 +421,6 @@ class AutoencoderDC(StrictModelMixin, AutoencoderMixin, ConfigMixin, FromOfficia
     """
 
     _supports_gradient_checkpointing = True
-    _read_official = staticmethod(read_official_dc)
     _group_offload_block_modules = ["encoder", "decoder"]
 
     @register_to_config

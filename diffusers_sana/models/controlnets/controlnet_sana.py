@@ -6,7 +6,6 @@ tokens, L text tokens, D inner width.
 
 import inspect
 import json
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -21,11 +20,10 @@ from torch import Tensor, nn
 
 from diffusers_sana.models.controlnets.wiring_sana import WIRINGS
 from diffusers_sana.models.layers import Linear, takes_adapter_scale
-from diffusers_sana.models.single_file import FromOfficialFileMixin
+from diffusers_sana.models.single_file import SingleFileMixin
 from diffusers_sana.models.strict_loading import StrictModelMixin
 from diffusers_sana.models.transformers.attention_sana import SanaRMSNorm
 from diffusers_sana.models.transformers.config_sana import check_fields, check_widths
-from diffusers_sana.models.transformers.official_sana import CONTROLNET, read_official_sana
 from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTextMixin
 from diffusers_sana.models.transformers.transformer_sana import SanaPatchEmbed, SanaTransformerBlock
 
@@ -35,7 +33,7 @@ EXTENSIONS = {"qk_norm": None, "wiring": "diffusers"}
 
 
 class SanaControlNetModel(
-    SanaTextMixin, StrictModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, FromOfficialFileMixin
+    SanaTextMixin, StrictModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, SingleFileMixin
 ):
     """The ControlNet of Sana: its outputs are added to the stream of a `SanaTransformer2DModel`.
 
@@ -60,7 +58,6 @@ class SanaControlNetModel(
             `qk_norm` or `wiring`.
     """
 
-    _read_official = staticmethod(partial(read_official_sana, class_name=CONTROLNET))
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SanaTransformerBlock", "SanaPatchEmbed"]  # type: ignore[assignment]
     _repeated_blocks = ["SanaTransformerBlock"]

@@ -5,7 +5,6 @@ tokens, L text tokens, D inner width, F feed-forward width.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from diffusers_sana.models.layers import (
     hooks_of,
     takes_adapter_scale,
 )
-from diffusers_sana.models.single_file import FromOfficialFileMixin
+from diffusers_sana.models.single_file import SingleFileMixin
 from diffusers_sana.models.strict_loading import StrictModelMixin
 from diffusers_sana.models.transformers.attention_sana import (
     SanaAttention,
@@ -44,7 +43,6 @@ from diffusers_sana.models.transformers.attention_sana import (
 )
 from diffusers_sana.models.transformers.cache_sana import SanaCacheMixin
 from diffusers_sana.models.transformers.config_sana import check_fields, check_widths
-from diffusers_sana.models.transformers.official_sana import TRANSFORMER, read_official_sana
 from diffusers_sana.models.transformers.sequence_parallel import SequenceParallelMixin, split_plan
 from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTextMixin
 
@@ -262,7 +260,7 @@ class SanaTransformer2DModel(
     ConfigMixin,
     PeftAdapterMixin,
     SanaCacheMixin,
-    FromOfficialFileMixin,
+    SingleFileMixin,
 ):
     """The denoiser of Sana (arXiv 2410.10629), SANA-1.5 (arXiv 2501.18427) and SANA-Sprint (arXiv 2503.09641).
 
@@ -301,7 +299,6 @@ class SanaTransformer2DModel(
     _group_offload_block_modules = ["caption_projection", "caption_norm"]
     # Rows of tokens go to the processes, and what becomes of them comes together at the end.
     _cp_plan = split_plan()  # type: ignore[assignment]
-    _read_official = staticmethod(partial(read_official_sana, class_name=TRANSFORMER))
 
     @register_to_config
     def __init__(

@@ -19,7 +19,7 @@ class NeverCopied:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Does nothing; `diffusers_sana.loaders.vila_u_hub.add_remote_code` makes a folder loadable that way."""
+        """Does nothing; `diffusers_sana.loaders.vila_u.hub.add_remote_code` makes a folder loadable that way."""
 
 
 def _require_at_least(config: PreTrainedConfig, least: int, *names: str) -> None:

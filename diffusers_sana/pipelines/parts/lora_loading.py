@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 
 from diffusers_sana.checkpoint_files import read_object, tensor_shapes
 from diffusers_sana.checks import check_number
-from diffusers_sana.models.transformers.lora_formats import check_lora_fits, convert_sana_lora
+from diffusers_sana.loaders.lora.formats import check_lora_fits, convert_sana_lora
 
 
 PEFT_CONFIG = "adapter_config.json"  # where PEFT keeps the scale of a LoRA

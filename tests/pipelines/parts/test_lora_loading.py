@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import diffusers_sana
 from diffusers_sana.models.transformers.lora_layers import check_can_be_fused
-from tests.loaders.lora_files import FORMATS, by_authors_names, pipeline, plain, random_lora, written
+from tests.loaders.lora.lora_files import FORMATS, by_authors_names, pipeline, plain, random_lora, written
 from tests.quantizers.lora_cases import quantized
 
 

@@ -1,0 +1,1 @@
+"""LoRA files of all trainers: `formats.py` reads them, `comfyui.py` writes for ComfyUI."""

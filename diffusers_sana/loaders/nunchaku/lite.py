@@ -1,0 +1,222 @@
+"""Nunchaku-Lite, the form of SVDQuant that diffusers loads by itself: read, and written for NVIDIA's other GPUs.
+
+A folder of a diffusers model whose `config.json` has `quant_method: "nunchaku_lite"` and lists the layers: `svdq_w4a4`
+(one format and one rank for all) and `awq_w4a16`. Layers have the model's own names; their tensors are packed as in
+`nunchaku_packing.py`, without room for padding.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusers_sana.files import read_json
+from diffusers_sana.kernels.low_bit import GROUP_SIZES, encode_weight, unpack_nibbles, weight_scales
+from diffusers_sana.loaders.nunchaku import packing
+from diffusers_sana.loaders.nunchaku.assemble import Conversion, empty_model, matrix_shape
+from diffusers_sana.loaders.nunchaku.layers import LITE_NAMES, Source, read_awq, read_svdq
+from diffusers_sana.loaders.nunchaku.load import DTYPES, assemble, read_safetensors
+from diffusers_sana.quantizers.svdquant.linear import SVDQuantConv2d, SVDQuantLayer
+
+
+WEIGHTS = "diffusion_pytorch_model"
+MAX_RANK = 1024
+
+
+def load_nunchaku_lite(
+    path_or_repo: str | Path,
+    subfolder: str = "",
+    model_cls: type | None = None,
+    torch_dtype: torch.dtype | None = None,
+    **hub: Any,
+) -> Any:
+    """A model from a Nunchaku-Lite folder, on the CPU, with this package's quantized layers.
+
+    Args:
+        path_or_repo: a folder or "owner/name" on the Hub.
+        subfolder: in it, such as "transformer".
+        model_cls: the class to build; by default the one of diffusers that the config names.
+        torch_dtype: of everything that is not packed: bfloat16, float16 or float32; by default the file's.
+        hub: for `huggingface_hub`, such as `revision` or `token`.
+
+    Returns:
+        A diffusers model in eval mode, which `save_pretrained` writes in this package's own format.
+
+    Raises:
+        ValueError: another format, a file that is cut short or of another model, naming the tensor.
+    """
+    if torch_dtype not in (None, *DTYPES):
+        raise ValueError(f"`torch_dtype` must be one of {DTYPES} or None, got {torch_dtype!r}.")
+    path = Path(path_or_repo)
+    if not path.is_dir():
+        patterns = [str(Path(subfolder, name)) for name in ("config.json", f"{WEIGHTS}*.safetensors")]
+        path = Path(snapshot_download(str(path_or_repo), allow_patterns=patterns, **hub))
+    path = path / subfolder
+    whole = path / f"{WEIGHTS}.safetensors"
+    files = [whole] if whole.is_file() else sorted(path.glob(f"{WEIGHTS}-*.safetensors"))
+    if not (path / "config.json").is_file() or not files:
+        raise ValueError(f"{path} must be a folder with config.json and {WEIGHTS}*.safetensors, but is not.")
+    config = read_json(path / "config.json")
+    quantization = config.pop("quantization_config", {})
+    if quantization.get("quant_method") != "nunchaku_lite":
+        raise ValueError(
+            f'`quant_method` in {path / "config.json"} must be "nunchaku_lite", got '
+            f"{quantization.get('quant_method')!r}. Load it with `from_pretrained`."
+        )
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= read_safetensors(file)[0]
+
+    def convert(source: Source, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> Conversion:
+        out = Conversion(dtype)
+        for name in (quantization.get("svdq_w4a4") or {}).get("targets", ()):
+            out.add(name, read_svdq(source, name, *matrix_shape(shapes, name), LITE_NAMES))
+        for name in (quantization.get("awq_w4a16") or {}).get("targets", ()):
+            out.add(name, read_awq(source, name, *matrix_shape(shapes, name)), weight_only=True)
+        if not out.layers:
+            raise ValueError(f"{source.origin} must list at least one layer in its config.json, but lists none.")
+        return out
+
+    model = empty_model(model_cls, config, config.get("_class_name", ""))
+    return assemble(model, convert, tensors, str(path), torch_dtype)
+
+
+def export_nunchaku_lite(
+    model: Any, folder: str | Path, requantize_weight_only: bool = False, max_shard_size: str = "10GB"
+) -> None:
+    """Writes a model quantized by this package as a folder that diffusers loads with its Nunchaku kernels.
+
+    Weights keep their bits. Layers with 16-bit activations, such as adaLN, have neither branch nor smoothing in that
+    format: where theirs do something, the layer is written as the 16-bit matrix that it stands for.
+
+    Args:
+        model: a diffusers model with `SVDQuantLinear` layers in bfloat16 or float16.
+        folder: where to; made if need be.
+        requantize_weight_only: round those 16-bit matrices to 4 bits instead: a quarter of the size, at about .1 of
+            relative error.
+        max_shard_size: the size beyond which weights go into several files.
+
+    Raises:
+        ValueError: what the format cannot express, naming the layer; before anything is written.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SVDQuantLayer)}
+    dtype, precision, rank = _check_model(model, layers)
+    state = dict(model.state_dict())
+    svdq, awq = [], []
+    for name, layer in layers.items():
+        bias = {} if layer.bias is None else {"bias": layer.bias.to(dtype)}
+        for part in layer.state_dict():
+            del state[f"{name}.{part}"]
+        if not layer.is_weight_only:
+            svdq.append(name)
+            bias = {key: packing.pack_vector(value) for key, value in bias.items()}
+            parts = _svdq_tensors(layer, rank, dtype)
+        elif _is_plain(layer):
+            awq.append(name)
+            parts = _awq_tensors(unpack_nibbles(layer.qweight, GROUP_SIZES["int4"]) ^ 8, layer.wscales)
+        elif requantize_weight_only and _fits_awq(layer):
+            awq.append(name)
+            weight = layer.dequantize(torch.float32)
+            scales, _ = weight_scales(weight, "int4", dtype)
+            codes = unpack_nibbles(encode_weight(weight, scales, None), GROUP_SIZES["int4"]) ^ 8
+            parts = _awq_tensors(codes, scales)
+        else:
+            parts = {"weight": layer.dequantize(dtype)}
+        state |= {f"{name}.{part}": tensor for part, tensor in (parts | bias).items()}
+    quantization: dict[str, Any] = {"quant_method": "nunchaku_lite", "compute_dtype": str(dtype).rpartition(".")[2]}
+    if svdq:
+        common = {"precision": precision, "group_size": GROUP_SIZES[precision]}
+        quantization["svdq_w4a4"] = {**common, "rank": rank, "targets": svdq}
+    if awq:
+        quantization["awq_w4a16"] = {"precision": "int4", "group_size": packing.AWQ_GROUP, "targets": awq}
+    if not svdq and not awq:
+        raise ValueError("no layer of the model can be written in 4 bits. Pass `requantize_weight_only=True`.")
+    config = json.loads(model.to_json_string())
+    config["quantization_config"] = quantization
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    pattern = f"{WEIGHTS}{{suffix}}.safetensors"
+    save_torch_state_dict(state, folder, filename_pattern=pattern, max_shard_size=max_shard_size)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_model(model: nn.Module, layers: Mapping[str, SVDQuantLayer]) -> tuple[torch.dtype, str, int]:
+    """The dtype, the format and the rank that all layers have in common."""
+    if not layers:
+        raise ValueError(f"`model` must have layers quantized by SVDQuant, {type(model).__name__} has none.")
+    if getattr(model, "peft_config", None):
+        raise ValueError("`model` must have no adapters, has some. Fuse or unload them first.")
+    convolutions = [name for name, layer in layers.items() if isinstance(layer, SVDQuantConv2d)]
+    if convolutions:
+        raise ValueError(
+            f"Nunchaku-Lite has linear layers only, `model` has {len(convolutions)} quantized convolutions, among "
+            f"them {convolutions[0]!r}. Quantize it with `modules_to_not_convert` naming them."
+        )
+    quantized = {name: layer for name, layer in layers.items() if not layer.is_weight_only}
+    for name, layer in quantized.items():
+        outputs, inputs = layer.qweight.shape[0], layer.smooth_factor.shape[0]
+        if outputs % packing.TILE or inputs % packing.TILE:
+            raise ValueError(
+                f"Nunchaku-Lite holds layers whose sides are multiples of {packing.TILE}, {name!r} is {outputs} x "
+                f"{inputs}. Quantize the model with `modules_to_not_convert` naming it."
+            )
+    precisions = {layer.precision for layer in quantized.values()} or {"int4"}
+    dtypes = {layer.proj_up.dtype for layer in layers.values()}
+    ranks = [layer.rank for layer in quantized.values()]
+    rank = max([1, *ranks])
+    rank += -rank % packing.RANK_TILE
+    for what, found, allowed in (
+        ("format", precisions, [{"int4"}, {"nvfp4"}]),
+        ("dtype", dtypes, [{torch.bfloat16}, {torch.float16}]),
+    ):
+        if found not in allowed:
+            raise ValueError(
+                f"the layers of `model` must have one {what} of {allowed}, got {sorted(map(str, found))}."
+            )
+    if rank > MAX_RANK:
+        raise ValueError(f"the ranks of `model` must be at most {MAX_RANK}, got {rank}.")
+    return dtypes.pop(), precisions.pop(), rank
+
+
+def _svdq_tensors(layer: SVDQuantLayer, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    missing = rank - layer.rank
+    tensors = {
+        "qweight": packing.pack_codes(unpack_nibbles(layer.qweight, GROUP_SIZES[layer.precision])),
+        "smooth_factor": packing.pack_vector(layer.smooth_factor.to(dtype)),
+        "proj_down": packing.pack_down(F.pad(layer.proj_down, (0, 0, 0, missing))),
+        "proj_up": packing.pack_up(F.pad(layer.proj_up, (0, missing))),
+    }
+    if layer.wtscale is None:
+        return tensors | {"wscales": packing.pack_scales(layer.wscales)}
+    return tensors | {
+        "wscales": packing.pack_micro_scales(layer.wscales),
+        "wcscales": packing.pack_vector(layer.wtscale.to(dtype)),
+        "wtscale": torch.ones(1, dtype=dtype),
+    }
+
+
+def _fits_awq(layer: SVDQuantLayer) -> bool:
+    return layer.smooth_factor.shape[0] % packing.AWQ_GROUP == layer.qweight.shape[0] % 4 == 0
+
+
+def _is_plain(layer: SVDQuantLayer) -> bool:
+    """Whether the codes and scales are the whole layer, so that `codes * scales + zeros` says it all."""
+    has_branch = bool(layer.proj_up.any()) and bool(layer.proj_down.any())
+    return _fits_awq(layer) and not has_branch and bool((layer.smooth_factor == 1).all())
+
+
+def _awq_tensors(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """With 8 for the zero point: of all it is the one by which no scale is rounded.
+
+    Args:
+        codes: `[N, K]`, 0..15, 8 of which stands for zero.
+        scales: `[N, K/64]`.
+    """
+    scales = scales.t()
+    return {"qweight": packing.pack_awq(codes), "wscales": scales, "wzeros": -8 * scales}

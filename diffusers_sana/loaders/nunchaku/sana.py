@@ -1,0 +1,82 @@
+"""The names, fusions and interleavings of Sana in Nunchaku's files."""
+
+from collections.abc import Mapping
+
+import torch
+from diffusers.utils import logging
+from torch import Tensor
+
+from diffusers_sana.loaders.nunchaku.assemble import Conversion, block_names, matrix_shape
+from diffusers_sana.loaders.nunchaku.layers import Source, read_svdq
+from diffusers_sana.loaders.nunchaku.packing import TILE
+
+
+logger = logging.get_logger(__name__)
+
+HEAD_DIM = 32  # the only one that Nunchaku's linear attention has
+PLAIN = {
+    "attn.out_proj": "attn1.to_out.0",
+    "cross_attn.q_linear": "attn2.to_q",
+    "cross_attn.out_proj": "attn2.to_out.0",
+    "ff.point_conv": "ff.conv_point",
+}
+WITHOUT_BIAS = "attn.out_proj"  # in Nunchaku's Sana, so that files may lack it; Sana itself has one
+
+
+def convert_sana(source: Source, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> Conversion:
+    """The blocks of a Sana file.
+
+    Args:
+        source: its tensors.
+        shapes: of the state dict of the 16-bit model.
+        dtype: of all floating-point tensors.
+
+    Raises:
+        ValueError: a missing tensor or one of another shape, naming it.
+    """
+    out = Conversion(dtype)
+    for block in block_names(shapes, "transformer_blocks"):
+        for key, name in PLAIN.items():
+            layer = read_svdq(source, f"{block}.{key}", *matrix_shape(shapes, f"{block}.{name}"))
+            if layer.bias is None and key == WITHOUT_BIAS:
+                logger.warning(
+                    f"{source.origin} has no bias for {block}.{key}, which Nunchaku never adds; it is zero."
+                )
+                layer.bias = layer.up.new_zeros(layer.up.shape[0])
+            out.add(f"{block}.{name}", layer)
+        _self_attention(source, shapes, block, out)
+        _text_projections(source, shapes, block, out)
+        _gated_convolution(source, shapes, block, out)
+    return out
+
+
+def _self_attention(source: Source, shapes: Mapping[str, torch.Size], block: str, out: Conversion) -> None:
+    """All queries, then key and value of one head after the other; queries, keys and values are padded each."""
+    rows, columns = matrix_shape(shapes, f"{block}.attn1.to_q")
+    high = -(-rows // TILE) * TILE
+    layer = read_svdq(source, f"{block}.attn.qkv_proj", 3 * high, columns)
+    keys, values = (high + torch.arange(2 * high).reshape(-1, 2, HEAD_DIM)).unbind(1)
+    for name, index in (("to_q", torch.arange(high)), ("to_k", keys.flatten()), ("to_v", values.flatten())):
+        out.add(f"{block}.attn1.{name}", layer.rows(index[:rows]))
+
+
+def _text_projections(source: Source, shapes: Mapping[str, torch.Size], block: str, out: Conversion) -> None:
+    for part in ("weight", "bias"):
+        key, value = f"{block}.attn2.to_k.{part}", f"{block}.attn2.to_v.{part}"
+        shape = (2 * shapes[key][0], *shapes[key][1:])
+        out.rest[key], out.rest[value] = source.take(f"{block}.cross_attn.kv_linear.{part}", shape).chunk(2)
+
+
+def _gated_convolution(source: Source, shapes: Mapping[str, torch.Size], block: str, out: Conversion) -> None:
+    """Channel i of the values lies at 2 i, channel i of the gates at 2 i + 1; they are padded together."""
+    rows, columns = matrix_shape(shapes, f"{block}.ff.conv_inverted")
+    high = -(-rows // TILE) * TILE
+    interleaved = torch.arange(high).reshape(-1, 2)[: rows // 2].t().flatten()
+    layer = read_svdq(source, f"{block}.ff.inverted_conv", high, columns)
+    out.add(f"{block}.ff.conv_inverted", layer.rows(interleaved))
+
+    def depthwise(part: str, *shape: int) -> Tensor:
+        return source.take(f"{block}.ff.depth_conv.{part}", (high, *shape))[interleaved]
+
+    out.rest[f"{block}.ff.conv_depth.weight"] = depthwise("weight", 3, 3, 1).permute(0, 3, 1, 2)
+    out.rest[f"{block}.ff.conv_depth.bias"] = depthwise("bias")

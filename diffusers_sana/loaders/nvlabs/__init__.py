@@ -1,0 +1,1 @@
+"""Original (NVlabs) files of Sana, its ControlNets and DC-AE."""

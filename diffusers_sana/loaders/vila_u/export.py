@@ -1,0 +1,92 @@
+"""A VILA-U of ours in the layout of the official checkpoint: the way back from `vila_u_official.py`."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffusers_sana.loaders.vila_u.convert import JSONS, OFFICIAL, REST, copy_small_files, full_shapes, read_json
+from diffusers_sana.loaders.vila_u.names import LLM, PARTS, Weight, official_weights, to_official
+from diffusers_sana.loaders.weight_files import MAX_SHARD_BYTES, WeightFiles, write_weights
+from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
+
+
+OFFICIAL_NORM_GROUPS = 32  # written into the official decoder
+
+
+def export_official(
+    folder: str | Path, target: str | Path, like: str | Path | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> list[str]:
+    """Writes a model of ours in the layout of the official checkpoint, for the official code.
+
+    Args:
+        folder: saved by `convert_official` or, after training, by `save_pretrained`.
+        target: a new folder.
+        like: the converted or official folder that the model was made from, for the small files; needed unless
+            `folder` has them itself.
+        max_shard_bytes: of a file of the language model.
+
+    Returns:
+        The keys of the vision tower that are not there, because `folder` has no such weights. The official code does
+        not use them; it makes them up at random.
+
+    Raises:
+        ValueError: a decoder that the official code cannot build, no small files, a weight that is missing or has no
+            place in the official checkpoint.
+        FileExistsError: `target` has files.
+    """
+    folder, target = Path(folder), Path(target)
+    if target.exists() and any(target.iterdir()):
+        raise FileExistsError(f"`target` must be a new folder, but {target} has files.")
+    small = _small_files(folder, like)
+    ours, config = WeightFiles(folder), VilaUConfig.from_pretrained(folder)
+    rest = WeightFiles(small, REST) if (small / REST).is_file() else None
+    vision = config.vision_config
+    if vision.decoder_norm_groups != OFFICIAL_NORM_GROUPS:
+        raise ValueError(
+            f"`decoder_norm_groups` must be {OFFICIAL_NORM_GROUPS}, the only number the official code knows, but is "
+            f"{vision.decoder_norm_groups} in {folder}."
+        )
+    weights = list(official_weights(full_shapes(config), vision.num_hidden_layers, vision.num_codebooks))
+    unknown = ours.shapes.keys() - {weight.name for weight in weights}
+    if unknown:
+        raise ValueError(f"{folder} must have no weights beyond those of the checkpoint, got {sorted(unknown)[0]!r}.")
+
+    def source(weight: Weight) -> tuple[WeightFiles, str] | None:
+        if weight.name in ours:
+            return ours, weight.name
+        return (rest, weight.key) if rest is not None and weight.key in rest else None
+
+    def load(weight: Weight) -> Tensor:
+        files, key = source(weight)
+        return to_official(weight.name, files.tensor(key)) if files is ours else files.tensor(key)
+
+    there = [weight for weight in weights if source(weight)]
+    lost = [weight for weight in weights if not source(weight)]
+    if needed := [weight.name for weight in lost if weight.group == "core"]:
+        raise ValueError(f"{folder} must have {needed[0]!r} and {len(needed) - 1} more weights, but has not.")
+    for part in PARTS:
+        of_part = {weight.key: weight for weight in there if weight.part == part}
+        sizes = []
+        for key, weight in of_part.items():
+            files, name = source(weight)
+            sizes.append((key, torch.Size(weight.shape).numel() * files.dtypes[name].itemsize))
+        # The official code reads the other two from one file each.
+        limit = max_shard_bytes if part == LLM else sum(size for _, size in sizes)
+        write_weights(target / part, sizes, lambda key, of_part=of_part: load(of_part[key]), limit)
+    copy_small_files(small, target)
+    return [weight.key for weight in lost]
+
+
+def _small_files(folder: Path, like: str | Path | None) -> Path:
+    """Where the official configs and the tokenizer are."""
+    places = [folder / OFFICIAL, *([Path(like) / OFFICIAL, Path(like)] if like is not None else [])]
+    small = next((place for place in places if place.is_dir()), None)
+    if small is None:
+        raise ValueError(
+            f"`like` must be the converted or official folder that the model was made from: {folder} has no folder "
+            f"{OFFICIAL!r} with the small official files, and `like` is {like!r}."
+        )
+    for name in JSONS:
+        read_json(small / name)
+    return small
