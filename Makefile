@@ -59,7 +59,7 @@ endif
 
 gpu-check: $(SETUP_UNLESS_PY)  ## on a GPU: every kernel against its reference, and what only a GPU can show
 	$(PY) -m pytest tests/kernels tests/test_gpu.py -n $(JOBS) --dist worksteal \
-		--ignore tests/kernels/test_compile_kernels.py --ignore tests/kernels/test_int8_linear_cpu.py
+		--ignore tests/kernels/test_compile_kernels.py --ignore tests/kernels/cpu/test_int8_linear.py
 
 gpu-bench: $(SETUP_UNLESS_PY)  ## on a GPU, in 10 minutes: kernels, steps, autoencoder, images, VILA-U; writes into RESULTS
 	$(PY) -m benchmarks.bench_gpu --results $(RESULTS)

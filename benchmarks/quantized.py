@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffusers_sana.quantizers.svdquant.calibrate import collect_statistics
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.linear import SVDQuantLayer
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
 from diffusers_sana.quantizers.svdquant.quantize_model import decompose_layers, options_for, quantize_layers
 from diffusers_sana.quantizers.svdquant.targets import find_targets, sibling_groups
 

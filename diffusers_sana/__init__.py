@@ -41,7 +41,7 @@ _EXPORTS = {
     "VilaUProcessor": "diffusers_sana.models.vila_u.processing_vila_u",
     "VilaUVisionModel": "diffusers_sana.models.vila_u.vision_vila_u",
     "cfg_parallel": "diffusers_sana.pipelines.parts.cfg_parallel",
-    "quantize": "diffusers_sana.quantizers.svdquant.quantize",
+    "quantize": "diffusers_sana.quantizers.svdquant.api",
     "set_compute_mode": "diffusers_sana.quantizers.svdquant.quantize_model",
 }
 
@@ -77,8 +77,8 @@ if TYPE_CHECKING:
         SanaSprintImg2ImgPipeline as SanaSprintImg2ImgPipeline,
     )
     from diffusers_sana.pipelines.pipeline_vila_u import VilaUPipeline as VilaUPipeline
+    from diffusers_sana.quantizers.svdquant.api import quantize as quantize
     from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig as SVDQuantConfig
-    from diffusers_sana.quantizers.svdquant.quantize import quantize as quantize
     from diffusers_sana.quantizers.svdquant.quantize_model import set_compute_mode as set_compute_mode
     from diffusers_sana.schedulers.scheduling_flow_dpm_solver import FlowDPMSolverScheduler as FlowDPMSolverScheduler
 

@@ -200,9 +200,9 @@ ENTRIES = (
             value=_svdquant(module, name),
         )
         for library, table, module, name in (
-            ("diffusers", "AUTO_QUANTIZER_MAPPING", "quantizer", "SVDQuantQuantizer"),
+            ("diffusers", "AUTO_QUANTIZER_MAPPING", "integrations.diffusers", "SVDQuantQuantizer"),
             ("diffusers", "AUTO_QUANTIZATION_CONFIG_MAPPING", "config", "SVDQuantConfig"),
-            ("transformers", "AUTO_QUANTIZER_MAPPING", "transformers_quantizer", "SVDQuantTransformersQuantizer"),
+            ("transformers", "AUTO_QUANTIZER_MAPPING", "integrations.transformers", "SVDQuantTransformersQuantizer"),
             ("transformers", "AUTO_QUANTIZATION_CONFIG_MAPPING", "config", "SVDQuantConfig"),
         )
     ),

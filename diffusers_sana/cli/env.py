@@ -24,9 +24,9 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from diffusers_sana import __version__
-    from diffusers_sana.kernels import int8_linear_cpu
+    from diffusers_sana.kernels.cpu import int8_linear
     from diffusers_sana.kernels.dispatch import ENVIRONMENT_VARIABLE, current_kernel_mode, kernel_mode, use_triton
-    from diffusers_sana.quantizers.svdquant.compute_mode import best_mode, why_best_mode
+    from diffusers_sana.quantizers.svdquant.layers.compute_mode import best_mode, why_best_mode
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{'diffusers_sana':15} {__version__}")
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{package:15} {installed}")
     print(f"{'python':15} {platform.python_version()} on {platform.platform()}")
 
-    cpu = torch.backends.cpu.get_cpu_capability() + (" with VNNI" if int8_linear_cpu.levels() == 127 else "")
+    cpu = torch.backends.cpu.get_cpu_capability() + (" with VNNI" if int8_linear.levels() == 127 else "")
     print(f"{'processor':15} {cpu}, {torch.get_num_threads()} threads{_memory()}")
     if device.type == "cuda":
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info())

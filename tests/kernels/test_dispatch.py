@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from diffusers_sana import _compat
-from diffusers_sana.kernels import dispatch, int8_linear_cpu, precision
+from diffusers_sana.kernels import dispatch, precision
+from diffusers_sana.kernels.cpu import int8_linear
 from diffusers_sana.kernels.linear import linear
-from diffusers_sana.quantizers.svdquant import randomized_svd
+from diffusers_sana.quantizers.svdquant.algorithm import randomized_svd
 
 
 def on(device: str, dtype=torch.float16):
@@ -67,9 +68,9 @@ def test_without_onednn(monkeypatch, dtype):
 
 def test_without_the_int8_product(monkeypatch):
     monkeypatch.setitem(torch.ops.__dict__, "onednn", NoOperators())
-    assert int8_linear_cpu.is_supported.__wrapped__() is False
+    assert int8_linear.is_supported.__wrapped__() is False
     monkeypatch.delattr(torch.cpu, "_is_vnni_supported")
-    assert int8_linear_cpu.levels.__wrapped__() == 63
+    assert int8_linear.levels.__wrapped__() == 63
 
 
 def test_arithmetic():

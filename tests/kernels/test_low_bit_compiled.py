@@ -10,8 +10,8 @@ import torch
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight
 from diffusers_sana.kernels.lowbit_linear import lowbit_linear
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank
-from diffusers_sana.quantizers.svdquant.decompose import Options, decompose
-from diffusers_sana.quantizers.svdquant.linear import SVDQuantLinear
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import Options, decompose
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLinear
 from tests.numerics import relative_error
 
 

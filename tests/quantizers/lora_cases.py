@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.linear import SVDQuantConv2d
+from diffusers_sana.quantizers.svdquant.integrations.diffusers import attach
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantConv2d
 from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers, quantized_layers
-from diffusers_sana.quantizers.svdquant.quantizer import attach
 
 
 RANK = 4

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import diffusers_sana
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import SAMPLE_ROWS
 from diffusers_sana.quantizers.svdquant.calibrate import collect_statistics, passes, statistics_bytes
-from diffusers_sana.quantizers.svdquant.decompose import SAMPLE_ROWS
 from tests.numerics import assert_close_fp32
 from tests.quantizers import tiny_models
 

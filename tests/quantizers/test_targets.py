@@ -10,8 +10,8 @@ from transformers import Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
 
 import diffusers_sana
 from diffusers_sana import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.linear import placeholder
-from diffusers_sana.quantizers.svdquant.loading import insert_placeholders
+from diffusers_sana.quantizers.svdquant.integrations.checkpoint import insert_placeholders
+from diffusers_sana.quantizers.svdquant.layers.linear import placeholder
 from diffusers_sana.quantizers.svdquant.targets import as_patterns, find_targets, sibling_groups, weight_shape
 from tests.quantizers import tiny_models
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from diffusers_sana.kernels.low_bit import precision_of
 from diffusers_sana.loaders.nunchaku.layers import Source, UnpackedLayer
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.decompose import QuantizedWeight
+from diffusers_sana.quantizers.svdquant.integrations.diffusers import attach
 from diffusers_sana.quantizers.svdquant.quantize_model import replace_layer
-from diffusers_sana.quantizers.svdquant.quantizer import attach
 from diffusers_sana.quantizers.svdquant.targets import as_patterns
 
 

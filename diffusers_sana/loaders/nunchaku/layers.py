@@ -20,7 +20,7 @@ from diffusers_sana.kernels.low_bit import (
     precision_of,
 )
 from diffusers_sana.loaders.nunchaku import packing
-from diffusers_sana.quantizers.svdquant.decompose import QuantizedWeight
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import QuantizedWeight
 
 
 SHIFT = 0.171875  # added to the output of GELU, so that 4-bit codes need no sign

@@ -21,7 +21,7 @@ from diffusers_sana.loaders.nunchaku import packing
 from diffusers_sana.loaders.nunchaku.assemble import Conversion, empty_model, matrix_shape
 from diffusers_sana.loaders.nunchaku.layers import LITE_NAMES, Source, read_awq, read_svdq
 from diffusers_sana.loaders.nunchaku.load import DTYPES, assemble, read_safetensors
-from diffusers_sana.quantizers.svdquant.linear import SVDQuantConv2d, SVDQuantLayer
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantConv2d, SVDQuantLayer
 
 
 WEIGHTS = "diffusion_pytorch_model"

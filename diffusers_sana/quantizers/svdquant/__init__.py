@@ -1,7 +1,7 @@
 """SVDQuant (arXiv 2411.05007): 4-bit weights beside a 16-bit low-rank branch, for any diffusers transformer.
 
-From the outside in: `quantizer.py` (diffusers) and `transformers_quantizer.py` plug into `from_pretrained`,
-`targets.py` says which layers, `decompose.py` makes the numbers, `linear.py` computes with them.
+From the outside in: `api.py` quantizes a pipeline in memory, `integrations/` plugs into `from_pretrained`,
+`targets.py` says which layers, `algorithm/` makes the numbers, `layers/` computes with them.
 """
 
 # The hosts of our entries (see `_registration.py`) come first: their import calls for the classes below, and could not

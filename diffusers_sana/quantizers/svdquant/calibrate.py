@@ -15,7 +15,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from diffusers_sana.quantizers.svdquant.decompose import SAMPLE_ROWS
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import SAMPLE_ROWS
 
 
 @dataclass

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import LayerReport, Options, QuantizedWeight, decompose
 from diffusers_sana.quantizers.svdquant.config import LAYOUT, SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.decompose import LayerReport, Options, QuantizedWeight, decompose
-from diffusers_sana.quantizers.svdquant.linear import SVDQuantLayer, quantized_layer
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer, quantized_layer
 from diffusers_sana.quantizers.svdquant.targets import as_patterns, find_targets, sibling_groups
 
 

@@ -9,8 +9,8 @@ from statistics import median
 from diffusers.utils import logging
 
 from diffusers_sana.kernels.low_bit import precision_of
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import LayerReport, QuantizedWeight
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.decompose import LayerReport, QuantizedWeight
 
 
 logger = logging.get_logger(__name__)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from diffusers_sana import files
 from diffusers_sana.files import atomic_write, differences, locked, read_json
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import LayerReport, QuantizedWeight
 from diffusers_sana.quantizers.svdquant.calibrate import Statistics
-from diffusers_sana.quantizers.svdquant.decompose import LayerReport, QuantizedWeight
 
 
 DIGESTED = 4096  # elements of each tensor that tell one model from another

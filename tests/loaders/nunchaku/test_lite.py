@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from diffusers_sana.loaders.nunchaku.lite import WEIGHTS, export_nunchaku_lite, load_nunchaku_lite
 from diffusers_sana.loaders.nunchaku.load import load_nunchaku
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.linear import SVDQuantLayer
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
 from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers
 from tests.loaders.nunchaku import nunchaku_files as files
 from tests.numerics import relative_error

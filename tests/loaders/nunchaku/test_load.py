@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffusers_sana.loaders.nunchaku.load import load_nunchaku
-from diffusers_sana.quantizers.svdquant.linear import SVDQuantConv2d, SVDQuantLayer
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantConv2d, SVDQuantLayer
 from tests.loaders.nunchaku import nunchaku_files as files
 from tests.numerics import assert_close_fp32, relative_error
 

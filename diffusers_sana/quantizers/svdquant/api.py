@@ -13,9 +13,10 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import LayerReport, QuantizedWeight
 from diffusers_sana.quantizers.svdquant.calibrate import Statistics, collect_statistics, passes, statistics_bytes
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.decompose import LayerReport, QuantizedWeight
+from diffusers_sana.quantizers.svdquant.integrations.diffusers import attach
 from diffusers_sana.quantizers.svdquant.model_card import model_card, save_card
 from diffusers_sana.quantizers.svdquant.quantize_model import (
     all_or_nothing,
@@ -26,7 +27,6 @@ from diffusers_sana.quantizers.svdquant.quantize_model import (
     options_for,
     replace_layers,
 )
-from diffusers_sana.quantizers.svdquant.quantizer import attach
 from diffusers_sana.quantizers.svdquant.report import LayerResult, QuantizationReport
 from diffusers_sana.quantizers.svdquant.targets import find_targets, sibling_groups
 from diffusers_sana.quantizers.svdquant.unfinished_run import UnfinishedRun, digest, settings_digest

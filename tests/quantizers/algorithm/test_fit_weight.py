@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight_reference
-from diffusers_sana.quantizers.svdquant import fit_weight as module
-from diffusers_sana.quantizers.svdquant.decompose import Options, decompose
-from diffusers_sana.quantizers.svdquant.randomized_svd import randomized_svd, weighted_svd
+from diffusers_sana.quantizers.svdquant.algorithm import fit_weight as module
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import Options, decompose
+from diffusers_sana.quantizers.svdquant.algorithm.randomized_svd import randomized_svd, weighted_svd
 from tests.numerics import assert_close_fp32, relative_error
 
 

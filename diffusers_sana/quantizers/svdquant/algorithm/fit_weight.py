@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from diffusers_sana.kernels.low_bit import decode_weight, encode_weight, pad_features, weight_scales
-from diffusers_sana.quantizers.svdquant.gptq import gptq_codes
-from diffusers_sana.quantizers.svdquant.randomized_svd import randomized_svd, weighted_svd
+from diffusers_sana.quantizers.svdquant.algorithm.gptq import gptq_codes
+from diffusers_sana.quantizers.svdquant.algorithm.randomized_svd import randomized_svd, weighted_svd
 
 
 @dataclass

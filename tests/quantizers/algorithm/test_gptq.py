@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from diffusers_sana.kernels.low_bit import decode_weight, encode_weight, group_scales, weight_scales
-from diffusers_sana.quantizers.svdquant.decompose import Options, decompose
-from diffusers_sana.quantizers.svdquant.gptq import DAMPING, gptq_codes
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import Options, decompose
+from diffusers_sana.quantizers.svdquant.algorithm.gptq import DAMPING, gptq_codes
 from tests.numerics import relative_error
 
 

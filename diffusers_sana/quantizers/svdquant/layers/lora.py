@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from diffusers_sana._compat import tree_map_only
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight
-from diffusers_sana.quantizers.svdquant.randomized_svd import low_rank_factors
+from diffusers_sana.quantizers.svdquant.algorithm.randomized_svd import low_rank_factors
 
 
 SAME = 0.05  # relative error up to which a change undoes an earlier one

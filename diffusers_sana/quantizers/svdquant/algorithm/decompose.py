@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusers_sana.kernels.low_bit import decode_e2m1, unpack_nibbles
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank_reference
-from diffusers_sana.quantizers.svdquant.fit_weight import Options, QuantizedWeight, decoded, fit_weight
+from diffusers_sana.quantizers.svdquant.algorithm.fit_weight import Options, QuantizedWeight, decoded, fit_weight
 
 
 SYNTHETIC_ROWS = 128

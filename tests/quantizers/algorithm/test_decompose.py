@@ -6,9 +6,9 @@ import torch
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight_reference
 from diffusers_sana.kernels.lowbit_linear import lowbit_linear_reference
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank_reference
-from diffusers_sana.quantizers.svdquant import decompose as module
-from diffusers_sana.quantizers.svdquant.decompose import Options, decompose
-from diffusers_sana.quantizers.svdquant.randomized_svd import randomized_svd
+from diffusers_sana.quantizers.svdquant.algorithm import decompose as module
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import Options, decompose
+from diffusers_sana.quantizers.svdquant.algorithm.randomized_svd import randomized_svd
 from tests.numerics import assert_close_fp32, relative_error
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_sana.quantizers.svdquant.randomized_svd import low_rank_factors
+from diffusers_sana.quantizers.svdquant.algorithm.randomized_svd import low_rank_factors
 from tests.numerics import relative_error
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from diffusers_sana.kernels import int8_linear_cpu as module
-from diffusers_sana.kernels.int8_linear_cpu import int8_linear_cpu, levels, prepare
+from diffusers_sana.kernels.cpu import int8_linear as module
+from diffusers_sana.kernels.cpu.int8_linear import int8_linear, levels, prepare
 from diffusers_sana.kernels.low_bit import encode_weight, pad_features, requantize_rows, weight_scales
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank_reference
 from tests.numerics import relative_error
@@ -36,7 +36,7 @@ def formula(x, qweight, wscales, wtscale, smooth, down, up, bias):
 
 
 def run(x, qweight, wscales, wtscale, smooth, down, up, bias):
-    return int8_linear_cpu(x, smooth, down, prepare(qweight, wscales, wtscale, up, bias))
+    return int8_linear(x, smooth, down, prepare(qweight, wscales, wtscale, up, bias))
 
 
 @pytest.mark.parametrize("precision", ["int4", "nvfp4"])
@@ -78,7 +78,7 @@ def test_the_largest_codes_do_not_overflow():
     wscales, _ = weight_scales(residual, "int4", torch.float32)
     ones = torch.ones(features)
     weight = prepare(encode_weight(residual, wscales, None), wscales, None, torch.zeros(8, 0), None)
-    out = int8_linear_cpu(torch.ones(4, features), ones, torch.zeros(0, features), weight)
+    out = int8_linear(torch.ones(4, features), ones, torch.zeros(0, features), weight)
     assert torch.allclose(out, torch.full((4, 8), float(features)), rtol=1e-3)
 
 

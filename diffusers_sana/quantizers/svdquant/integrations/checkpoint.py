@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.decompose import decompose
-from diffusers_sana.quantizers.svdquant.linear import SVDQuantLayer, placeholder
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer, placeholder
 from diffusers_sana.quantizers.svdquant.quantize_model import options_for, replace_layer
 from diffusers_sana.quantizers.svdquant.targets import find_targets, weight_shape
 

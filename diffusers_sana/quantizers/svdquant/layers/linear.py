@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_sana.kernels import int8_linear_cpu
+from diffusers_sana.kernels.cpu import int8_linear
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight
 from diffusers_sana.kernels.linear import PIECE, linear
 from diffusers_sana.kernels.low_bit import GROUP_SIZES, padded, precision_of
 from diffusers_sana.kernels.lowbit_linear import lowbit_linear
 from diffusers_sana.kernels.precision import arithmetic_dtype
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank
-from diffusers_sana.quantizers.svdquant.compute_mode import best_mode
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.config import COMPUTE_MODES
-from diffusers_sana.quantizers.svdquant.decompose import QuantizedWeight
-from diffusers_sana.quantizers.svdquant.lora import LowRankBranch, PlainConvolutions, lazy_weight
+from diffusers_sana.quantizers.svdquant.layers.compute_mode import best_mode
+from diffusers_sana.quantizers.svdquant.layers.lora import LowRankBranch, PlainConvolutions, lazy_weight
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -73,7 +73,7 @@ class SVDQuantLayer(LowRankBranch):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self.is_weight_only = is_weight_only
         self._change_ranks = []
-        self._prepared: tuple[tuple, int8_linear_cpu.PreparedWeight] | None = None
+        self._prepared: tuple[tuple, int8_linear.PreparedWeight] | None = None
         self.set_compute_mode(compute_mode)
 
     def set_compute_mode(self, compute_mode: str) -> None:
@@ -116,9 +116,9 @@ class SVDQuantLayer(LowRankBranch):
         on_cpu = tokens.device.type == "cpu"
         if mode == "w4a16" or (mode == "w4a8" and on_cpu and torch.compiler.is_compiling()):
             out = self._multiply_16_bit(tokens)
-        elif mode == "w4a8" and on_cpu and int8_linear_cpu.is_supported():
+        elif mode == "w4a8" and on_cpu and int8_linear.is_supported():
             prepared = self._prepare()
-            out = int8_linear_cpu.int8_linear_cpu(tokens, self.smooth_factor, self.proj_down, prepared)
+            out = int8_linear.int8_linear(tokens, self.smooth_factor, self.proj_down, prepared)
         else:
             activation_format = "int8" if mode == "w4a8" else self.precision
             codes, scales, low = quantize_lowrank(tokens, self.smooth_factor, self.proj_down, activation_format)
@@ -154,15 +154,15 @@ class SVDQuantLayer(LowRankBranch):
         """N."""
         return self.qweight.shape[0]
 
-    def _prepare(self) -> int8_linear_cpu.PreparedWeight:
-        """The 8-bit weight of `int8_linear_cpu`, made again when a parameter has changed."""
+    def _prepare(self) -> int8_linear.PreparedWeight:
+        """The 8-bit weight of `int8_linear`, made again when a parameter has changed."""
         parts = (self.qweight, self.wscales, self.wtscale, self.proj_up, self.bias)
         # Tensors made under `torch.inference_mode` count no versions; `_load_from_state_dict` covers their changes.
         key = tuple(
             (id(part), part.data_ptr(), part.is_inference() or part._version) for part in parts if part is not None
         )
         if self._prepared is None or self._prepared[0] != key:
-            self._prepared = key, int8_linear_cpu.prepare(*parts)
+            self._prepared = key, int8_linear.prepare(*parts)
         return self._prepared[1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -13,8 +13,8 @@ from torch import nn
 
 import diffusers_sana
 from diffusers_sana import SanaTransformer2DModel, SVDQuantConfig, set_compute_mode
+from diffusers_sana.quantizers.svdquant.integrations.diffusers import attach
 from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers, quantized_layers
-from diffusers_sana.quantizers.svdquant.quantizer import attach
 from tests.numerics import relative_error
 from tests.quantizers import tiny_models
 from tests.quantizers.tiny_models import output

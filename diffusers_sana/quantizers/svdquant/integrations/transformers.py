@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 from diffusers_sana._compat import ConversionOps
-from diffusers_sana.quantizers.svdquant import loading
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.decompose import QuantizedWeight
-from diffusers_sana.quantizers.svdquant.linear import SVDQuantLayer
+from diffusers_sana.quantizers.svdquant.integrations import checkpoint
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
 from diffusers_sana.quantizers.svdquant.quantize_model import recorded_config
 from diffusers_sana.quantizers.svdquant.targets import find_targets
 
@@ -34,13 +34,13 @@ class SVDQuantTransformersQuantizer(HfQuantizer):
         self.targets: dict[str, str] = {}  # on the fly: layers whose weight has not arrived yet
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
-        """Raises ValueError for what cannot be done; see `loading.check_request`."""
-        loading.check_request(self.quantization_config, self.pre_quantized, device_map)
+        """Raises ValueError for what cannot be done; see `checkpoint.check_request`."""
+        checkpoint.check_request(self.quantization_config, self.pre_quantized, device_map)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.pre_quantized:
-            loading.check_layout(self.quantization_config)
-            loading.insert_placeholders(model, self.quantization_config)
+            checkpoint.check_layout(self.quantization_config)
+            checkpoint.insert_placeholders(model, self.quantization_config)
             for name, module in model.named_modules():
                 if isinstance(module, SVDQuantLayer):
                     _skip_initialization(model, name)
@@ -50,7 +50,7 @@ class SVDQuantTransformersQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.targets:
-            raise loading.missing_tensors([f"{name}.weight" for name in self.targets])
+            raise checkpoint.missing_tensors([f"{name}.weight" for name in self.targets])
         missing = [
             f"{name}.{leaf}"
             for name, module in model.named_modules()
@@ -59,8 +59,8 @@ class SVDQuantTransformersQuantizer(HfQuantizer):
             if not getattr(parameter, "_is_hf_initialized", False)  # which transformers sets on what it loads
         ]
         if missing:
-            raise loading.missing_tensors(missing)
-        loading.check_layers(model)
+            raise checkpoint.missing_tensors(missing)
+        checkpoint.check_layers(model)
 
     def attach(self, model: Any) -> None:
         """What `from_pretrained` does to a quantized model, for one that was quantized in memory."""
@@ -74,7 +74,7 @@ class SVDQuantTransformersQuantizer(HfQuantizer):
         """Whether `QuantizeWeight` gets the tensor; of a quantized checkpoint, whether its shape is free."""
         name, _, leaf = param_name.rpartition(".")
         if self.pre_quantized:
-            return leaf in ("proj_down", "proj_up") and loading.layer_of(model, param_name)[0] is not None
+            return leaf in ("proj_down", "proj_up") and checkpoint.layer_of(model, param_name)[0] is not None
         return leaf == "weight" and name in self.targets
 
     def get_quantize_ops(self) -> "QuantizeWeight":
@@ -87,7 +87,7 @@ class SVDQuantTransformersQuantizer(HfQuantizer):
         if dtype is None or name.rpartition(".")[2] not in TENSORS:
             return super().get_new_dtype(converter, param, dtype)
         shape = tuple(param.get_shape() if hasattr(param, "get_shape") else param.shape)
-        loading.check_tensor(name, torch.empty(shape, dtype=dtype, device="meta"), shape, param[:0].dtype)
+        checkpoint.check_tensor(name, torch.empty(shape, dtype=dtype, device="meta"), shape, param[:0].dtype)
         return dtype
 
     @property
@@ -124,7 +124,7 @@ class QuantizeWeight(ConversionOps):
         weight = weight[0] if isinstance(weight, list) else weight
         name = full_layer_name.rpartition(".")[0]
         mode = self.quantizer.targets.pop(name)
-        layer = loading.quantize_weight(model, name, weight, mode, self.quantizer.quantization_config)
+        layer = checkpoint.quantize_weight(model, name, weight, mode, self.quantizer.quantization_config)
         kwargs["missing_keys"].discard(full_layer_name)
         _skip_initialization(model, name)
         for parameter in layer.parameters():

@@ -69,7 +69,7 @@ def prepare(
     )
 
 
-def int8_linear_cpu(hidden_states: Tensor, smooth_factor: Tensor, proj_down: Tensor, weight: PreparedWeight) -> Tensor:
+def int8_linear(hidden_states: Tensor, smooth_factor: Tensor, proj_down: Tensor, weight: PreparedWeight) -> Tensor:
     """The layer's output.
 
     Args:

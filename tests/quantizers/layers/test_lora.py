@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import diffusers_sana
-from diffusers_sana.quantizers.svdquant.linear import SVDQuantLayer
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
 from diffusers_sana.quantizers.svdquant.quantize_model import set_compute_mode
 from tests import tiny
 from tests.models.sana_transformers import tiny_inputs, tiny_model, to_dtype

@@ -11,8 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from transformers.quantizers.base import HfQuantizer
 
 from diffusers_sana import SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.integrations.diffusers import attach
 from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers, quantized_layers
-from diffusers_sana.quantizers.svdquant.quantizer import attach
 from tests import tiny
 from tests.numerics import relative_error
 

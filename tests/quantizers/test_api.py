@@ -10,9 +10,9 @@ from torch import nn
 
 import diffusers_sana
 from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
-from diffusers_sana.quantizers.svdquant import quantize as module
+from diffusers_sana.quantizers.svdquant import api as module
 from diffusers_sana.quantizers.svdquant import quantize_model, unfinished_run
-from diffusers_sana.quantizers.svdquant.linear import SVDQuantLayer
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
 from diffusers_sana.quantizers.svdquant.quantize_model import quantized_layers
 from diffusers_sana.quantizers.svdquant.unfinished_run import UnfinishedRun
 from tests import tiny

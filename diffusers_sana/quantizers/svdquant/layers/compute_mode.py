@@ -6,7 +6,7 @@ import torch
 from diffusers.utils import logging
 
 from diffusers_sana._compat import triton_refusal
-from diffusers_sana.kernels import int8_linear_cpu
+from diffusers_sana.kernels.cpu import int8_linear
 
 
 logger = logging.get_logger(__name__)
@@ -28,7 +28,7 @@ def why_best_mode(device: torch.device, precision: str) -> str:
 @cache
 def _best_mode(device_type: str, index: int | None, precision: str) -> tuple[str, str]:
     if device_type == "cpu":
-        mode, why = ("w4a8", "8-bit products") if int8_linear_cpu.is_supported() else ("w4a16", "no 8-bit products")
+        mode, why = ("w4a8", "8-bit products") if int8_linear.is_supported() else ("w4a16", "no 8-bit products")
     elif device_type != "cuda" or triton_refusal() is not None:
         mode, why = "w4a16", "no Triton kernels there"
     elif torch.version.hip is not None:

@@ -14,13 +14,13 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from diffusers_sana.quantizers.svdquant import loading
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.linear import SVDQuantLayer
-from diffusers_sana.quantizers.svdquant.lora import answer_for_weights
+from diffusers_sana.quantizers.svdquant.integrations import checkpoint
+from diffusers_sana.quantizers.svdquant.integrations.transformers import SVDQuantTransformersQuantizer
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
+from diffusers_sana.quantizers.svdquant.layers.lora import answer_for_weights
 from diffusers_sana.quantizers.svdquant.quantize_model import recorded_config
 from diffusers_sana.quantizers.svdquant.targets import find_targets
-from diffusers_sana.quantizers.svdquant.transformers_quantizer import SVDQuantTransformersQuantizer
 
 
 class SVDQuantQuantizer(DiffusersQuantizer):
@@ -40,12 +40,12 @@ class SVDQuantQuantizer(DiffusersQuantizer):
         self._bar: Any = None
 
     def validate_environment(self, torch_dtype: Any = None, device_map: Any = None, **kwargs: Any) -> None:
-        """Raises ValueError for what cannot be done; see `loading.check_request`."""
-        loading.check_request(self.quantization_config, self.pre_quantized, device_map)
-        if isinstance(torch_dtype, torch.dtype) and torch_dtype not in loading.FULL_DTYPES:
+        """Raises ValueError for what cannot be done; see `checkpoint.check_request`."""
+        checkpoint.check_request(self.quantization_config, self.pre_quantized, device_map)
+        if isinstance(torch_dtype, torch.dtype) and torch_dtype not in checkpoint.FULL_DTYPES:
             raise ValueError(
-                f"`torch_dtype` must be one of {loading.FULL_DTYPES}, that of scales, low-rank branch and layers that "
-                f"are not quantized, got {torch_dtype}."
+                f"`torch_dtype` must be one of {checkpoint.FULL_DTYPES}, that of scales, low-rank branch and layers "
+                f"that are not quantized, got {torch_dtype}."
             )
 
     def _process_model_before_weight_loading(
@@ -54,9 +54,9 @@ class SVDQuantQuantizer(DiffusersQuantizer):
         if state_dict is not None:  # `from_single_file`, which does not tell quantized files from others
             self.pre_quantized = any(name.endswith(".qweight") for name in state_dict)
         elif self.pre_quantized:
-            loading.check_layout(self.quantization_config)
+            checkpoint.check_layout(self.quantization_config)
         if self.pre_quantized:
-            loading.insert_placeholders(model, self.quantization_config)
+            checkpoint.insert_placeholders(model, self.quantization_config)
         else:
             self._targets = find_targets(model, self.quantization_config)
             self.quantization_config = recorded_config(self.quantization_config, model, self._targets)
@@ -67,8 +67,8 @@ class SVDQuantQuantizer(DiffusersQuantizer):
             self._bar.close()
             self._bar = None  # it cannot be copied with the model
         if self._targets:
-            raise loading.missing_tensors([f"{name}.weight" for name in self._targets])
-        loading.check_layers(model)
+            raise checkpoint.missing_tensors([f"{name}.weight" for name in self._targets])
+        checkpoint.check_layers(model)
         self._mark(model)
 
     def attach(self, model: Any) -> None:
@@ -87,7 +87,7 @@ class SVDQuantQuantizer(DiffusersQuantizer):
         self, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """For `save_pretrained`; raises ValueError for adapters beside the layers."""
-        loading.check_no_adapters(state_dict)
+        checkpoint.check_no_adapters(state_dict)
         return state_dict, {}
 
     def _mark(self, model: Any) -> None:
@@ -104,13 +104,13 @@ class SVDQuantQuantizer(DiffusersQuantizer):
     ) -> bool:
         """Whether the tensor goes to `create_quantized_param`."""
         if self.pre_quantized:
-            return loading.layer_of(model, param_name)[0] is not None
+            return checkpoint.layer_of(model, param_name)[0] is not None
         name, _, leaf = param_name.rpartition(".")
         return leaf == "weight" and name in self._targets
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
         """Raises ValueError for a shape that cannot be; called where it is not the expected one."""
-        loading.check_tensor(param_name, current_param, tuple(loaded_param.shape), loaded_param.dtype)
+        checkpoint.check_tensor(param_name, current_param, tuple(loaded_param.shape), loaded_param.dtype)
         return True
 
     def create_quantized_param(
@@ -124,23 +124,23 @@ class SVDQuantQuantizer(DiffusersQuantizer):
         **kwargs: Any,
     ) -> None:
         """Quantizes a weight, or puts a tensor of a quantized layer in its place."""
-        layer, leaf = loading.layer_of(model, param_name)
+        layer, leaf = checkpoint.layer_of(model, param_name)
         if layer is not None:
             # The dtype is that of the file; `param_value` may be cast already.
             shape, dtype = tuple(param_value.shape), state_dict[param_name].dtype
-            loading.check_tensor(param_name, getattr(layer, leaf), shape, dtype)
+            checkpoint.check_tensor(param_name, getattr(layer, leaf), shape, dtype)
             setattr(layer, leaf, nn.Parameter(param_value.to(target_device), requires_grad=False))
             return
         name = param_name.rpartition(".")[0]
         mode = self._targets.pop(name)
-        loading.quantize_weight(model, name, param_value.to(target_device), mode, self.quantization_config)
+        checkpoint.quantize_weight(model, name, param_value.to(target_device), mode, self.quantization_config)
         self._bar.update()
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Raises ValueError for parameters without a value: under quantization nobody would initialize them."""
         parameters = dict(model.named_parameters())
         if missing := [name for name in missing_keys if name in parameters]:
-            raise loading.missing_tensors(missing)
+            raise checkpoint.missing_tensors(missing)
         return missing_keys
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> Any:

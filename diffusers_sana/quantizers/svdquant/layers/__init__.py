@@ -1,0 +1,1 @@
+"""Quantized layers, and what adapters ask of them."""
