@@ -18,9 +18,10 @@ from diffusers_sana import (
     SanaPipeline,
     SanaSprintImg2ImgPipeline,
     SanaSprintPipeline,
+    checkpoint_path,
+    find_pipeline_class,
     quantize,
 )
-from diffusers_sana.cli.common import checkpoint, find_pipeline_class
 from diffusers_sana.files import digest
 
 
@@ -102,11 +103,11 @@ class SanaLoad:
     @classmethod
     def IS_CHANGED(cls, model: str, **others: Any) -> str:
         """Asked by ComfyUI before it uses an earlier result again."""
-        return state_of(str(checkpoint(model.strip())))
+        return state_of(str(checkpoint_path(model.strip())))
 
     def load(self, model: str, dtype: str, four_bit: bool, cpu_offload: bool) -> tuple[SanaModel]:
         """Raises a ValueError for a model that is no Sana."""
-        place = checkpoint(model.strip())
+        place = checkpoint_path(model.strip())
         pipeline_class = find_pipeline_class(place)
         if pipeline_class not in IMAGE_TO_IMAGE:
             raise ValueError(f"`model` must be a Sana or a SANA-Sprint, but {model!r} is a {pipeline_class.__name__}.")

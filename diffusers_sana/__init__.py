@@ -13,17 +13,17 @@ from diffusers_sana._registration import unregister as unregister
 
 __version__ = "0.1.0"
 
-# Public name -> module. The one list of what the package exports.
+# Public name -> module. The one list of what the package exports; type checkers read the same names below.
 _EXPORTS = {
     "AutoencoderDC": "diffusers_sana.models.autoencoders.autoencoder_dc",
-    "DiffusionPipeline": "diffusers",  # this and its like: diffusers looks for the bases of a class in its package
     "FlowDPMSolverScheduler": "diffusers_sana.schedulers.scheduling_flow_dpm_solver",
-    "ModelMixin": "diffusers",
-    "PreTrainedModel": "transformers",
-    "ProcessorMixin": "transformers",
+    "SANA_EMOJI": "diffusers_sana.checkpoints",
+    "SANA_EMOJI_EDGES": "diffusers_sana.checkpoints",
+    "SANA_EMOJI_PIXEL_ART": "diffusers_sana.checkpoints",
+    "SANA_EMOJI_SPRINT": "diffusers_sana.checkpoints",
     "SVDQuantConfig": "diffusers_sana.quantizers.svdquant.config",
-    "SanaControlNetModel": "diffusers_sana.models.controlnets.controlnet_sana",
     "SanaControlNetImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_controlnet_img2img",
+    "SanaControlNetModel": "diffusers_sana.models.controlnets.controlnet_sana",
     "SanaControlNetPipeline": "diffusers_sana.pipelines.pipeline_sana_controlnet",
     "SanaImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_img2img",
     "SanaInpaintPipeline": "diffusers_sana.pipelines.pipeline_sana_inpaint",
@@ -32,7 +32,7 @@ _EXPORTS = {
     "SanaSprintImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint_img2img",
     "SanaSprintPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint",
     "SanaTransformer2DModel": "diffusers_sana.models.transformers.transformer_sana",
-    "SchedulerMixin": "diffusers",
+    "VILA_U_EMOJI": "diffusers_sana.checkpoints",
     "VilaUConfig": "diffusers_sana.models.vila_u.configuration_vila_u",
     "VilaUForConditionalGeneration": "diffusers_sana.models.vila_u.modeling_vila_u",
     "VilaUImageProcessor": "diffusers_sana.models.vila_u.image_processing_vila_u",
@@ -41,17 +41,52 @@ _EXPORTS = {
     "VilaUProcessor": "diffusers_sana.models.vila_u.processing_vila_u",
     "VilaUVisionModel": "diffusers_sana.models.vila_u.vision_vila_u",
     "cfg_parallel": "diffusers_sana.pipelines.parts.cfg_parallel",
+    "checkpoint_path": "diffusers_sana.loading",
+    "convert": "diffusers_sana.loaders.nvlabs.convert",
+    "convert_sana_lora": "diffusers_sana.loaders.lora.formats",
+    "convert_vila_u": "diffusers_sana.loaders.vila_u.convert",
+    "export_nunchaku_lite": "diffusers_sana.loaders.nunchaku.lite",
+    "export_vila_u": "diffusers_sana.loaders.vila_u.export",
+    "find_pipeline_class": "diffusers_sana.loading",
+    "kernel_mode": "diffusers_sana.kernels.dispatch",
+    "load_nunchaku": "diffusers_sana.loaders.nunchaku.load",
+    "load_nunchaku_lite": "diffusers_sana.loaders.nunchaku.lite",
+    "lora_to_comfyui": "diffusers_sana.loaders.lora.comfyui",
+    "plan_conversion": "diffusers_sana.loaders.nvlabs.convert",
+    "plan_vila_u": "diffusers_sana.loaders.vila_u.convert",
     "quantize": "diffusers_sana.quantizers.svdquant.api",
     "set_compute_mode": "diffusers_sana.quantizers.svdquant.quantize_model",
 }
+# diffusers and transformers look for the base classes of a class in its package. They are not part of our API.
+_BASE_CLASSES = {
+    "DiffusionPipeline": "diffusers",
+    "ModelMixin": "diffusers",
+    "PreTrainedModel": "transformers",
+    "ProcessorMixin": "transformers",
+    "SchedulerMixin": "diffusers",
+}
+
+__all__ = ["register", "unregister", *_EXPORTS]
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline as DiffusionPipeline
-    from diffusers import ModelMixin as ModelMixin
-    from diffusers import SchedulerMixin as SchedulerMixin
-    from transformers import PreTrainedModel as PreTrainedModel
-    from transformers import ProcessorMixin as ProcessorMixin
-
+    from diffusers_sana.checkpoints import SANA_EMOJI as SANA_EMOJI
+    from diffusers_sana.checkpoints import SANA_EMOJI_EDGES as SANA_EMOJI_EDGES
+    from diffusers_sana.checkpoints import SANA_EMOJI_PIXEL_ART as SANA_EMOJI_PIXEL_ART
+    from diffusers_sana.checkpoints import SANA_EMOJI_SPRINT as SANA_EMOJI_SPRINT
+    from diffusers_sana.checkpoints import VILA_U_EMOJI as VILA_U_EMOJI
+    from diffusers_sana.kernels.dispatch import kernel_mode as kernel_mode
+    from diffusers_sana.loaders.lora.comfyui import lora_to_comfyui as lora_to_comfyui
+    from diffusers_sana.loaders.lora.formats import convert_sana_lora as convert_sana_lora
+    from diffusers_sana.loaders.nunchaku.lite import export_nunchaku_lite as export_nunchaku_lite
+    from diffusers_sana.loaders.nunchaku.lite import load_nunchaku_lite as load_nunchaku_lite
+    from diffusers_sana.loaders.nunchaku.load import load_nunchaku as load_nunchaku
+    from diffusers_sana.loaders.nvlabs.convert import convert as convert
+    from diffusers_sana.loaders.nvlabs.convert import plan_conversion as plan_conversion
+    from diffusers_sana.loaders.vila_u.convert import convert_vila_u as convert_vila_u
+    from diffusers_sana.loaders.vila_u.convert import plan_vila_u as plan_vila_u
+    from diffusers_sana.loaders.vila_u.export import export_vila_u as export_vila_u
+    from diffusers_sana.loading import checkpoint_path as checkpoint_path
+    from diffusers_sana.loading import find_pipeline_class as find_pipeline_class
     from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC as AutoencoderDC
     from diffusers_sana.models.controlnets.controlnet_sana import SanaControlNetModel as SanaControlNetModel
     from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel as SanaTransformer2DModel
@@ -84,13 +119,14 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    module = _EXPORTS.get(name) or _BASE_CLASSES.get(name)
+    if module is None:
         raise AttributeError(f"module 'diffusers_sana' has no attribute {name!r}; it has {sorted(_EXPORTS)}")
-    return getattr(import_module(_EXPORTS[name]), name)
+    return getattr(import_module(module), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS])
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
 
 
 register()

@@ -15,7 +15,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module, metadata
+from importlib import import_module
 from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any
@@ -316,6 +316,8 @@ def version_of(host: str) -> str:
     version = getattr(sys.modules.get(host), "__version__", None)
     if version is not None:
         return str(version)
+    from importlib import metadata  # takes longer than the rest of this package's import
+
     with suppress(metadata.PackageNotFoundError):
         return metadata.version(host)
     # Triton also comes under other names: pytorch-triton, triton-windows, ...

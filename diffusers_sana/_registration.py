@@ -17,11 +17,10 @@ import logging
 import sys
 from collections.abc import Hashable, Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from operator import attrgetter
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from diffusers_sana import _compat
 from diffusers_sana._entries import ENTRIES, GUEST_MODULES, PACKAGE, Entry
@@ -154,7 +153,8 @@ def _refuse(entry: Entry, message: str, once_for_feature: bool = False) -> None:
         logger.warning(message)
 
 
-class _HostFinder(MetaPathFinder):
+# Finder and loaders are not derived from `importlib.abc`, whose import takes longer than the rest of this package.
+class _HostFinder:
     """Finds the hosts by means of the other finders, and has the entries added once a host is loaded."""
 
     def find_spec(
@@ -168,15 +168,15 @@ class _HostFinder(MetaPathFinder):
             spec = find and find(fullname, path, target)
             if spec is not None:
                 if is_host and spec.loader is not None:
-                    spec.loader = _HostLoader(spec.loader)
+                    spec.loader = cast(Any, _HostLoader(spec.loader))
                 return spec
-        return ModuleSpec(fullname, _GuestLoader()) if fullname in GUEST_MODULES else None
+        return ModuleSpec(fullname, cast(Any, _GuestLoader())) if fullname in GUEST_MODULES else None
 
 
-class _HostLoader(Loader):
+class _HostLoader:
     """The loader of a host; afterwards adds our entries and leaves the module with its own loader."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Any) -> None:
         self._loader = loader
 
     def __getattr__(self, name: str) -> Any:
@@ -193,8 +193,11 @@ class _HostLoader(Loader):
         _add_all([entry for entry in ENTRIES if entry.trigger == module.__name__])
 
 
-class _GuestLoader(Loader):
+class _GuestLoader:
     """Makes a module of a host whose names are those of one of our modules."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None
 
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,18 @@ def test_exports_exist():
             with pytest.raises(_compat.MissingHostName, match=r"transformers>=5\.21"):
                 getattr(diffusers_sana, name)
         else:
-            assert getattr(diffusers_sana, name).__name__ == name
+            assert name.isupper() or getattr(diffusers_sana, name).__name__ == name
+
+
+def test_star_import_is_the_public_api():
+    """`dir()` and `import *` show what the package offers, and not the base classes that hosts look up in it."""
+    names: dict = {}
+    exec("from diffusers_sana import *", names)
+    exported = {name for name in names if not name.startswith("__")}
+    assert exported == set(diffusers_sana.__all__) == {*diffusers_sana._EXPORTS, "register", "unregister"}
+    assert {name for name in dir(diffusers_sana) if not name.startswith("__")} == exported
+    for name, host in diffusers_sana._BASE_CLASSES.items():
+        assert getattr(diffusers_sana, name) is getattr(import_module(host), name)
 
 
 def test_unknown_name():

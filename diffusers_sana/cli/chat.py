@@ -2,7 +2,8 @@
 
 import argparse
 
-from diffusers_sana.cli.common import add_device, check_there, checkpoint, find_device, find_pipeline_class, seed
+from diffusers_sana.cli.common import add_device, check_there, find_device, seed
+from diffusers_sana.loading import checkpoint_path, find_pipeline_class
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -11,7 +12,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("question", help="what to answer")
     command.add_argument(
         "--model",
-        type=checkpoint,
+        type=checkpoint_path,
         default="vila-u-emoji",
         help="Hub id or folder of VILA-U; default: the small bundled vila-u-emoji",
     )

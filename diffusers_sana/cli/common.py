@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from diffusers_sana.checks import check_integer
 
@@ -19,32 +18,11 @@ def check_there(name: str, place: str) -> None:
         raise OSError(f"{name} must be a file or an address, but there is no file {place}")
 
 
-def find_pipeline_class(model: str) -> Any:
-    """The class that the index of a pipeline names; ours in place of its namesake in diffusers."""
-    from diffusers import DiffusionPipeline
-    from transformers.utils.hub import has_file
-
-    from diffusers_sana import SanaPipeline, SanaSprintPipeline, VilaUPipeline
-
-    if has_file(model, "config.json") and not has_file(model, DiffusionPipeline.config_name):
-        return VilaUPipeline  # from a checkpoint of transformers; it says so where that is another model
-    name = DiffusionPipeline.load_config(model).get("_class_name")
-    ours = (SanaPipeline, SanaSprintPipeline, VilaUPipeline)
-    return next((cls for cls in ours if cls.__name__ == name), DiffusionPipeline)
-
-
 def find_device(args: argparse.Namespace) -> str:
     """The device asked for, or the one there is."""
     import torch
 
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def checkpoint(model: str) -> str:
-    """The path of a bundled checkpoint; any other name as it is."""
-    from diffusers_sana.checkpoints import BUNDLED
-
-    return BUNDLED.get(model, model)
 
 
 def seed(text: str) -> int:

@@ -48,14 +48,14 @@ def run(args: argparse.Namespace) -> None:
     """Writes the authors' file of Sana, its ControlNet or DC-AE as a folder of diffusers."""
     import torch
 
-    from diffusers_sana.loaders.nvlabs.convert import convert_sana_file, plan_sana_file
+    from diffusers_sana.loaders.nvlabs.convert import convert, plan_conversion
 
     check_there("FILE", args.file)
     fields = dict(args.set)
     if args.dry_run:
-        print(plan_sana_file(args.file, args.component, weights=args.weights, **fields))
+        print(plan_conversion(args.file, args.component, weights=args.weights, **fields))
         return
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    plan = convert_sana_file(args.file, args.out, args.base, args.component, dtype, args.weights, **fields)
+    plan = convert(args.file, args.out, args.base, args.component, dtype, args.weights, **fields)
     print(args.out.resolve())
     print(plan)

@@ -4,14 +4,15 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from diffusers_sana.cli.common import add_device, checkpoint, find_device, find_pipeline_class
+from diffusers_sana.cli.common import add_device, find_device
+from diffusers_sana.loading import checkpoint_path, find_pipeline_class
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of the command."""
     command.add_argument(
         "--model",
-        type=checkpoint,
+        type=checkpoint_path,
         default="sana-emoji",
         help="Hub id or folder of Sana or SANA-Sprint in 16 bit; default: the small bundled sana-emoji",
     )

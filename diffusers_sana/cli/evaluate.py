@@ -7,7 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffusers_sana.cli.common import add_device, checkpoint, find_device, find_pipeline_class
+from diffusers_sana.cli.common import add_device, find_device
+from diffusers_sana.loading import checkpoint_path, find_pipeline_class
 
 
 MEASURES = ("scenes", "clip", "psnr", "ssim", "lpips", "fid", "kid")
@@ -227,7 +228,7 @@ class Evaluation:
             folder,
             {
                 "model": model,
-                "model_files": model_identity(checkpoint(model)),
+                "model_files": model_identity(checkpoint_path(model)),
                 "quantize": quantize,
                 "dtype": self.args.dtype,
                 "options": options,
@@ -274,7 +275,7 @@ def _pipeline(model: str, quantize: str | None, dtype: str, device: str) -> Any:
     from diffusers_sana import SVDQuantConfig
     from diffusers_sana import quantize as quantize_pipeline
 
-    model = checkpoint(model)
+    model = checkpoint_path(model)
     pipe = find_pipeline_class(model).from_pretrained(model, torch_dtype=getattr(torch, dtype)).to(device)
     if quantize:
         quantize_pipeline(pipe, SVDQuantConfig(precision=quantize), progress=False)

@@ -5,7 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-from diffusers_sana.cli.common import add_device, checkpoint, find_device, find_pipeline_class, seed
+from diffusers_sana.cli.common import add_device, find_device, seed
+from diffusers_sana.loading import checkpoint_path, find_pipeline_class
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -13,7 +14,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompt", help="what to draw")
     command.add_argument(
         "--model",
-        type=checkpoint,
+        type=checkpoint_path,
         default="sana-emoji",
         help="Hub id or folder of Sana or VILA-U, or a bundled one: sana-emoji (the default), vila-u-emoji",
     )

@@ -3,12 +3,13 @@
 import argparse
 from pathlib import Path
 
-from diffusers_sana.cli.common import add_device, checkpoint, find_device, find_pipeline_class, seed
+from diffusers_sana.cli.common import add_device, find_device, seed
+from diffusers_sana.loading import checkpoint_path, find_pipeline_class
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    command.add_argument("model", type=checkpoint, help="Hub id or folder of a pipeline, or a bundled checkpoint")
+    command.add_argument("model", type=checkpoint_path, help="Hub id or folder of a pipeline, or a bundled checkpoint")
     command.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="new or empty folder to write")
     command.add_argument("--precision", default="int4", choices=("int4", "nvfp4"))
     command.add_argument("--rank", type=int, default=32, help="of the 16-bit branch")

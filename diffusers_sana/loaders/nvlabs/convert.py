@@ -67,7 +67,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan_sana_file(
+def plan_conversion(
     path: str | Path,
     component: str | None = None,
     torch_dtype: torch.dtype | None = None,
@@ -105,7 +105,7 @@ def plan_sana_file(
     return Plan(official, official.model(checkpoint, model_cls, torch_dtype), weights, others)
 
 
-def convert_sana_file(
+def convert(
     path: str | Path,
     target: str | Path,
     base: str | Path | None = None,
@@ -117,18 +117,18 @@ def convert_sana_file(
     """Writes the model, or a pipeline with it, where `from_pretrained` of diffusers and of this package loads it.
 
     Args:
-        path, component, torch_dtype, weights, fields: see `plan_sana_file`.
+        path, component, torch_dtype, weights, fields: see `plan_conversion`.
         target: a new folder.
         base: folder or Hub id of a pipeline that gives the other parts; None writes the model alone.
 
     Raises:
-        ValueError, TypeError: see `plan_sana_file`; a `base` that the model does not fit.
+        ValueError, TypeError: see `plan_conversion`; a `base` that the model does not fit.
         FileExistsError: `target` has files.
     """
     target = Path(target)
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"`target` must be a new folder, but {target} has files.")
-    plan = plan_sana_file(path, component, torch_dtype, weights, **fields)
+    plan = plan_conversion(path, component, torch_dtype, weights, **fields)
     folder = target
     if base is not None:
         _copy_base(plan, str(base), target)

@@ -95,7 +95,7 @@ class Plan:
         return "\n".join(f"{name}: {len(sizes)} tensors, {sum(sizes) / 1e9:.2f} GB" for name, sizes in groups.items())
 
 
-def plan_official(
+def plan_vila_u(
     folder: str | Path,
     semantic_head: bool = False,
     text_tower: bool = False,
@@ -137,7 +137,7 @@ def plan_official(
     return Plan(config, weights, left_out, sources, jsons)
 
 
-def convert_official(
+def convert_vila_u(
     folder: str | Path,
     target: str | Path,
     keep_rest: bool = False,
@@ -148,20 +148,20 @@ def convert_official(
     """Writes our folder: model, generation config, processor with tokenizer, and the small official files.
 
     Args:
-        folder, options: see `plan_official`.
+        folder, options: see `plan_vila_u`.
         target: a new folder.
-        keep_rest: also store what our model has no place for, in a file that only `export_official` reads.
+        keep_rest: also store what our model has no place for, in a file that only `export_vila_u` reads.
         tokenizer: in place of that of `llm`.
         max_shard_bytes: of a file; so much is in memory at a time.
 
     Raises:
-        ValueError: see `plan_official`; copies of one tensor that differ, a tokenizer with other ids.
+        ValueError: see `plan_vila_u`; copies of one tensor that differ, a tokenizer with other ids.
         FileExistsError: `target` has files.
     """
     folder, target = Path(folder), Path(target)
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"`target` must be a new folder, but {target} has files.")
-    plan = plan_official(folder, **options)
+    plan = plan_vila_u(folder, **options)
     processor = _processor(folder, plan, tokenizer)
     taken = plan.taken
     _check_copies(plan)

@@ -14,13 +14,13 @@ from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 OFFICIAL_NORM_GROUPS = 32  # written into the official decoder
 
 
-def export_official(
+def export_vila_u(
     folder: str | Path, target: str | Path, like: str | Path | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[str]:
     """Writes a model of ours in the layout of the official checkpoint, for the official code.
 
     Args:
-        folder: saved by `convert_official` or, after training, by `save_pretrained`.
+        folder: saved by `convert_vila_u` or, after training, by `save_pretrained`.
         target: a new folder.
         like: the converted or official folder that the model was made from, for the small files; needed unless
             `folder` has them itself.

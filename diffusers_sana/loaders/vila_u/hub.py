@@ -139,7 +139,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if kind != VilaUConfig.model_type:
         raise ValueError(
             f"`folder` must hold a model of type {VilaUConfig.model_type!r}, but that of {folder} is {kind!r}. "
-            "Convert an official checkpoint first: `diffusers_sana.loaders.vila_u.convert.convert_official`."
+            "Convert an official checkpoint first: `diffusers_sana.convert_vila_u`."
         )
     return config
 

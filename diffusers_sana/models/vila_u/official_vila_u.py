@@ -18,5 +18,5 @@ class VilaUOfficialConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "VilaUOfficialConfig":
         raise ValueError(
             "this is a checkpoint in the official layout of VILA-U, with three folders of weights. Convert it once "
-            "with `diffusers_sana.loaders.vila_u.convert.convert_official(folder, target)` and load `target`."
+            "with `diffusers_sana.convert_vila_u(folder, target)` and load `target`."
         )

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffusers_sana import AutoencoderDC, SanaControlNetModel, SanaTransformer2DModel, cli
-from diffusers_sana.loaders.nvlabs.convert import convert_sana_file, plan_sana_file
+from diffusers_sana.loaders.nvlabs.convert import convert, plan_conversion
 from diffusers_sana.loaders.nvlabs.load import read_official
 from tests import tiny
 from tests.loaders.nvlabs.official_files import SANA, assert_equal_weights, official_dc, official_sana
@@ -107,7 +107,7 @@ def test_a_controlnet_and_its_base_in_one_file(tmp_path):
     shared = {key for key in official_sana(base) if not key.startswith(("blocks.", "final_layer."))}
     path = write(tmp_path / "c.pth", {**official_sana(base), **branch})
 
-    plan = convert_sana_file(path, tmp_path / "controlnet", **HEADS)
+    plan = convert(path, tmp_path / "controlnet", **HEADS)
     assert "SanaControlNetModel: " in str(plan)
     assert f"left out: {len(official_sana(base)) - len(shared) + 2} tensors" in str(plan)
     assert "  wiring = 'nvlabs'" in str(plan)
@@ -116,7 +116,7 @@ def test_a_controlnet_and_its_base_in_one_file(tmp_path):
     assert_equal_weights(loaded, controlnet.state_dict())
     assert SanaControlNetModel.from_single_file(path, **HEADS).config["wiring"] == "nvlabs"
     assert SanaControlNetModel.from_single_file(path, wiring="diffusers", **HEADS).config["wiring"] == "diffusers"
-    plan = plan_sana_file(path, component="transformer", **HEADS)
+    plan = plan_conversion(path, component="transformer", **HEADS)
     assert plan.model.config.num_layers == 3
     assert_equal_weights(plan.model.transformer_blocks, base.transformer_blocks.state_dict())
 
@@ -128,7 +128,7 @@ def test_every_layout_of_the_autoencoder_is_recognised(name, tmp_path):
     if name in ("in", "lite", "1.5"):  # nothing in these files tells it
         config["attention_head_dim"] = model.config.attention_head_dim
     path = write(tmp_path / "ae.safetensors", official_dc(model))
-    plan = convert_sana_file(path, tmp_path / "vae", **config)
+    plan = convert(path, tmp_path / "vae", **config)
     assert plan.component == "vae"
     loaded = AutoencoderDC.from_pretrained(tmp_path / "vae")
     assert_equal_weights(loaded, model.state_dict())
@@ -190,13 +190,13 @@ def test_code_in_a_file_is_not_run(place, is_zip, tmp_path):
         with pytest.raises(
             ValueError, match=r"evil.pth' must hold nothing but tensors .* names \w+.mkdir, which could"
         ):
-            plan_sana_file(tmp_path / "evil.pth", weights=weights, **HEADS)
+            plan_conversion(tmp_path / "evil.pth", weights=weights, **HEADS)
     assert not (tmp_path / "made").exists()
 
 
 def test_a_file_of_another_model(tmp_path):
     with pytest.raises(ValueError, match="must be a file of Sana or DC-AE by the authors' names, but has 'a'"):
-        plan_sana_file(write(tmp_path / "a.pth", {"a": torch.zeros(1)}))
+        plan_conversion(write(tmp_path / "a.pth", {"a": torch.zeros(1)}))
 
 
 def trainer_file(path, model, average):
@@ -264,7 +264,7 @@ def test_odd_nesting_ends(tmp_path):
     for content in (itself, two, {"ema": itself}, deep, {0: {}}, {"state_dict": []}, [1], torch.zeros(1), {}):
         torch.save(content, tmp_path / "odd.pth")
         with pytest.raises(ValueError, match="must hold tensors by their names"):
-            plan_sana_file(tmp_path / "odd.pth")
+            plan_conversion(tmp_path / "odd.pth")
     with pytest.raises(ValueError, match="must hold tensors by their names"):
         SanaTransformer2DModel.from_single_file({"ema": itself}, weights="ema")
 
@@ -319,9 +319,9 @@ def test_a_pipeline_of_another_family(tmp_path):
     base = tiny.write_official_folder(tmp_path / "base", **SANA)
     sprint = write(tmp_path / "sprint.pth", official_sana(sana(**VARIANTS["sprint"])))
     with pytest.raises(ValueError, match="must have a transformer with guidance_embeds = True, as the file"):
-        convert_sana_file(sprint, tmp_path / "out", base, **HEADS)
+        convert(sprint, tmp_path / "out", base, **HEADS)
     controlnet = diffusers.SanaControlNetModel(**SANA)
     both = {**official_sana(sana()), **official_sana(controlnet, block="controlnet.{}.copied_block")}
     with pytest.raises(ValueError, match=r"`base` must be a pipeline with a 'controlnet', but .* Convert it alone"):
-        convert_sana_file(write(tmp_path / "c.pth", both), tmp_path / "out", base, **HEADS)
+        convert(write(tmp_path / "c.pth", both), tmp_path / "out", base, **HEADS)
     assert not (tmp_path / "out").exists()

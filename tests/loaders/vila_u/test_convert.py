@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffusers_sana.loaders.vila_u.convert import convert_official, full_shapes, plan_official
-from diffusers_sana.loaders.vila_u.export import export_official
+from diffusers_sana.loaders.vila_u.convert import convert_vila_u, full_shapes, plan_vila_u
+from diffusers_sana.loaders.vila_u.export import export_vila_u
 from diffusers_sana.loaders.vila_u.names import PARTS, official_weights
 from diffusers_sana.loaders.weight_files import WeightFiles
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
@@ -70,7 +70,7 @@ def test_keys_of_the_released_model():
 
 def test_plan_reads_no_weights(official, monkeypatch):
     monkeypatch.setattr(WeightFiles, "tensor", None)
-    plan = plan_official(official, **TOLD)
+    plan = plan_vila_u(official, **TOLD)
     assert {(item.part, item.key) for item in plan.weights} == {
         (part, key) for part in PARTS for key in plan.sources[part].shapes
     }
@@ -84,7 +84,7 @@ def test_plan_reads_no_weights(official, monkeypatch):
 
 
 def test_converted_folder(official, tmp_path):
-    convert_official(official, tmp_path / "ours", max_shard_bytes=300_000, **TOLD)
+    convert_vila_u(official, tmp_path / "ours", max_shard_bytes=300_000, **TOLD)
     assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 2
     model, report = VilaUForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values())
@@ -107,11 +107,11 @@ def test_converted_folder(official, tmp_path):
     "options", [{}, {"semantic_head": True}, {"text_tower": True}, {"semantic_head": True, "text_tower": True}]
 )
 def test_round_trip(official, tmp_path, options):
-    convert_official(official, tmp_path / "ours", keep_rest=True, **TOLD, **options)
+    convert_vila_u(official, tmp_path / "ours", keep_rest=True, **TOLD, **options)
     model = VilaUForConditionalGeneration.from_pretrained(tmp_path / "ours")
     assert (model.model.vision_tower.text_model is not None) == options.get("text_tower", False)
     assert (model.model.vision_tower.semantic_head is not None) == options.get("semantic_head", False)
-    assert export_official(tmp_path / "ours", tmp_path / "again") == []
+    assert export_vila_u(tmp_path / "ours", tmp_path / "again") == []
     for part in PARTS:
         before, after = WeightFiles(official / part), WeightFiles(tmp_path / "again" / part)
         assert before.shapes == after.shapes
@@ -138,12 +138,12 @@ def test_saved_again_by_the_authors_code(official, copied, tmp_path, kept):
                 del tensors[key]
 
     edit_tensors(copied, TOWER_FILE, write_once)
-    convert_official(copied, tmp_path / "again", text_tower=True, keep_rest=True, **TOLD)
-    convert_official(official, tmp_path / "ours", text_tower=True, **TOLD)
+    convert_vila_u(copied, tmp_path / "again", text_tower=True, keep_rest=True, **TOLD)
+    convert_vila_u(official, tmp_path / "ours", text_tower=True, **TOLD)
     again, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("again", "ours"))
     assert again.keys() == ours.keys()
     assert all(again[name].equal(tensor) for name, tensor in ours.items())
-    export_official(tmp_path / "again", tmp_path / "exported")
+    export_vila_u(tmp_path / "again", tmp_path / "exported")
     exported, released = (load_file(folder / TOWER_FILE) for folder in (tmp_path / "exported", official))
     assert released.keys() - exported.keys() == {key for key in released if "ema" in key and ".0." not in key}
     assert all(exported[key].equal(released[key]) for key in exported)
@@ -151,15 +151,15 @@ def test_saved_again_by_the_authors_code(official, copied, tmp_path, kept):
 
 def test_export_of_a_trained_model(official, tmp_path):
     """`save_pretrained` keeps no official files and the model no EMA: the first are asked for, the others reported."""
-    convert_official(official, tmp_path / "ours", **TOLD)
+    convert_vila_u(official, tmp_path / "ours", **TOLD)
     model = VilaUForConditionalGeneration.from_pretrained(tmp_path / "ours")
     with torch.no_grad():
         model.lm_head.weight.add_(1)
     model.save_pretrained(tmp_path / "trained")
     with pytest.raises(ValueError, match="`like` must be the converted or official folder"):
-        export_official(tmp_path / "trained", tmp_path / "again")
+        export_vila_u(tmp_path / "trained", tmp_path / "again")
     for like in (tmp_path / "ours", official):
-        lost = export_official(tmp_path / "trained", tmp_path / f"like_{like.name}", like=like)
+        lost = export_vila_u(tmp_path / "trained", tmp_path / f"like_{like.name}", like=like)
         assert len(lost) == 40 + 2 + 29 + 6  # text tower, its copies, semantic head, EMA
         assert not any("rqtransformer" in key or "decoder" in key for key in lost)
         weights = WeightFiles(tmp_path / f"like_{like.name}" / "llm")
@@ -174,7 +174,7 @@ def test_memory_is_bounded_by_the_shards(official, tmp_path, monkeypatch):
     monkeypatch.setattr(
         weight_files, "save_file", lambda tensors, path, **_: written.append(sum(t.nbytes for t in tensors.values()))
     )
-    plan = convert_official(official, tmp_path / "ours", max_shard_bytes=200_000, **TOLD)
+    plan = convert_vila_u(official, tmp_path / "ours", max_shard_bytes=200_000, **TOLD)
     assert max(written) <= 200_000
     codebook = plan.taken["model.vision_tower.quantizer.embedding.weight"]
     padding = codebook.shape[1] * 2
@@ -204,7 +204,7 @@ class TestRefused:
     def test_tensor(self, copied, edit, message):
         edit_tensors(copied, TOWER_FILE, edit)
         with pytest.raises(ValueError, match=message):
-            plan_official(copied, **TOLD)
+            plan_vila_u(copied, **TOLD)
 
     @pytest.mark.parametrize(
         "key", ["rqvaesiglip.quantizer.codebooks.2.weight", "rqvaesiglip.siglip_model.logit_bias"]
@@ -212,7 +212,7 @@ class TestRefused:
     def test_copies_that_differ(self, copied, tmp_path, key):
         edit_tensors(copied, TOWER_FILE, lambda t: t[key].view(-1)[0].add_(1))
         with pytest.raises(ValueError, match=rf"{key} must equal .*being a copy"):
-            convert_official(copied, tmp_path / "ours", **TOLD)
+            convert_vila_u(copied, tmp_path / "ours", **TOLD)
 
     def test_padding_row_is_a_warning(self, copied, tmp_path, caplog):
         def spoil(tensors):
@@ -221,7 +221,7 @@ class TestRefused:
 
         edit_tensors(copied, TOWER_FILE, spoil)
         with caplog.at_level(logging.WARNING, logger="diffusers_sana.loaders.vila_u.convert"):
-            convert_official(copied, tmp_path / "ours", **TOLD)
+            convert_vila_u(copied, tmp_path / "ours", **TOLD)
         assert "padding row" in caplog.text
 
     @pytest.mark.parametrize("file", [TOWER_FILE, "llm/model-00002-of-00002.safetensors"])
@@ -229,18 +229,18 @@ class TestRefused:
         content = (copied / file).read_bytes()
         (copied / file).write_bytes(content[:-100])
         with pytest.raises(ValueError, match=rf"{file} is not whole"):
-            plan_official(copied, **TOLD)
+            plan_vila_u(copied, **TOLD)
 
     def test_shard_not_there(self, copied):
         (copied / "llm/model-00001-of-00002.safetensors").unlink()
         with pytest.raises(ValueError, match=r"must have the file 'model-00001-of-00002\.safetensors'"):
-            plan_official(copied, **TOLD)
+            plan_vila_u(copied, **TOLD)
 
     def test_index_that_names_too_much(self, copied):
         file = "llm/model.safetensors.index.json"
         edit_json(copied, file, lambda c: c["weight_map"].update(more="model-00001-of-00002.safetensors"))
         with pytest.raises(ValueError, match="names 'more'"):
-            plan_official(copied, **TOLD)
+            plan_vila_u(copied, **TOLD)
 
     @pytest.mark.parametrize(
         ("file", "edit", "message"),
@@ -262,50 +262,50 @@ class TestRefused:
     def test_config(self, copied, file, edit, message):
         edit_json(copied, file, edit)
         with pytest.raises(ValueError, match=message):
-            plan_official(copied, **TOLD)
+            plan_vila_u(copied, **TOLD)
 
     def test_tokenizer_with_other_ids(self, copied, tmp_path):
         edit_json(copied, "llm/added_tokens.json", lambda c: c.update({"<vi_end>": 126, "<vi_start>": 127}))
         with pytest.raises(ValueError, match="must have the ids"):
-            convert_official(copied, tmp_path / "ours", **TOLD)
+            convert_vila_u(copied, tmp_path / "ours", **TOLD)
 
     def test_preprocessor_of_another_size(self, copied, tmp_path):
         edit_json(copied, "vision_tower/preprocessor_config.json", lambda c: c.update(size={"shortest_edge": 64}))
         with pytest.raises(ValueError, match="'size' must be 32"):
-            convert_official(copied, tmp_path / "ours", **TOLD)
+            convert_vila_u(copied, tmp_path / "ours", **TOLD)
 
     def test_json_not_there(self, copied):
         (copied / "vision_tower/config.json").unlink()
         with pytest.raises(ValueError, match=r"vision_tower/config.json must be there"):
-            plan_official(copied, **TOLD)
+            plan_vila_u(copied, **TOLD)
 
     def test_what_must_be_told(self, official, tmp_path):
         with pytest.raises(ValueError, match="the vocabulary must be 32004"):
-            plan_official(official, encoder_heads=4)
+            plan_vila_u(official, encoder_heads=4)
         other = replace(TINY, width=32)
         folder = write_checkpoint(tmp_path / "other", other)
         edit_json(folder, "vision_tower/config.json", lambda c: c["rqvaesiglip"].update(pretrained_model="mine"))
         with pytest.raises(ValueError, match="`encoder_heads` must be given"):
-            plan_official(folder, any_vocabulary=True)
+            plan_vila_u(folder, any_vocabulary=True)
 
     def test_target_with_files(self, official, tmp_path):
         (tmp_path / "file").write_text("")
-        for function in (convert_official, export_official):
+        for function in (convert_vila_u, export_vila_u):
             with pytest.raises(FileExistsError, match="must be a new folder"):
                 function(official, tmp_path)
 
     def test_export_without_a_weight(self, official, tmp_path):
-        convert_official(official, tmp_path / "ours", **TOLD)
+        convert_vila_u(official, tmp_path / "ours", **TOLD)
         edit_tensors(tmp_path / "ours", "model.safetensors", lambda t: t.pop("lm_head.weight"))
         with pytest.raises(ValueError, match=r"must have 'lm_head.weight' and 0 more"):
-            export_official(tmp_path / "ours", tmp_path / "again")
+            export_vila_u(tmp_path / "ours", tmp_path / "again")
         edit_tensors(tmp_path / "ours", "model.safetensors", lambda t: t.update(lora=torch.ones(1)))
         with pytest.raises(ValueError, match="no weights beyond those of the checkpoint, got 'lora'"):
-            export_official(tmp_path / "ours", tmp_path / "again")
+            export_vila_u(tmp_path / "ours", tmp_path / "again")
 
     def test_export_of_a_decoder_that_the_official_code_cannot_build(self, official, tmp_path):
-        convert_official(official, tmp_path / "ours", **TOLD)
+        convert_vila_u(official, tmp_path / "ours", **TOLD)
         file = tmp_path / "ours" / "config.json"
         file.write_text(file.read_text().replace('"decoder_norm_groups": 32', '"decoder_norm_groups": 8'))
         with pytest.raises(ValueError, match="`decoder_norm_groups` must be 32"):
-            export_official(tmp_path / "ours", tmp_path / "again")
+            export_vila_u(tmp_path / "ours", tmp_path / "again")

@@ -43,7 +43,7 @@ def test_parts(folder):
 
 def test_official_checkpoint_names_the_converter(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vila_u_llama"}))
-    with pytest.raises(ValueError, match="convert_official"):
+    with pytest.raises(ValueError, match="convert_vila_u"):
         AutoModelForMultimodalLM.from_pretrained(tmp_path)
 
 
