@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import RESULTS, alternating_times, environment, peak_memory, write_results
 from diffusers_sana import AutoencoderDC
-from diffusers_sana.training.flow_matching import (
+from diffusers_sana.training.objectives.flow_matching import (
     interpolate,
     sample_euler,
     sample_sigmas,

@@ -26,7 +26,7 @@ from benchmarks.quantized import ABLATIONS, PEERS, config_for, tensor_bytes, wit
 from diffusers_sana import SanaPipeline, quantize
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.quantizers.svdquant.quantize_model import set_compute_mode
-from diffusers_sana.training.perceptual import PerceptualLoss
+from diffusers_sana.training.objectives.perceptual import PerceptualLoss
 from examples.train_emoji.data import COLORS, COMMON_OBJECTS, STYLES, Scene, is_held_out
 from examples.train_emoji.evaluate import captioned_grid, held_out_scenes
 

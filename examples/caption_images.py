@@ -27,9 +27,9 @@ from diffusers_sana.checkpoints import BUNDLED
 from diffusers_sana.evaluation.clip import Clip
 from diffusers_sana.files import atomic_write, digest, locked, model_identity
 from diffusers_sana.images import read_image
-from diffusers_sana.training.caption_sampling import CAPTIONS_FILE, Caption, caption_line, read_captions
-from diffusers_sana.training.image_sources import FolderSource
-from diffusers_sana.training.metadata import inside
+from diffusers_sana.training.data.captions import CAPTIONS_FILE, Caption, caption_line, read_captions
+from diffusers_sana.training.data.metadata import inside
+from diffusers_sana.training.data.sources import FolderSource
 
 
 PROMPT = "Describe this image in one detailed paragraph."

@@ -22,23 +22,28 @@ from torch import Tensor, nn
 
 from diffusers_sana import AutoencoderDC
 from diffusers_sana.files import read_json
-from diffusers_sana.training.adaptation import get_phase, select_parameters, set_training_modes
-from diffusers_sana.training.adversarial import PatchDiscriminator, discriminator_loss, generator_loss
-from diffusers_sana.training.batches import Batches, iterate_batches
 from diffusers_sana.training.config import option, parse_config, run_script
-from diffusers_sana.training.data import load_images, make_loader
-from diffusers_sana.training.export import copy_with_weights
-from diffusers_sana.training.image_sources import ImageDataConfig
+from diffusers_sana.training.data.batches import Batches, iterate_batches, make_loader
+from diffusers_sana.training.data.images import load_images
+from diffusers_sana.training.data.sources import ImageDataConfig
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
+from diffusers_sana.training.objectives.adversarial import PatchDiscriminator, discriminator_loss, generator_loss
+from diffusers_sana.training.objectives.perceptual import PerceptualLoss
 from diffusers_sana.training.optimizers import make_adamw
-from diffusers_sana.training.perceptual import PerceptualLoss
 from diffusers_sana.training.plots import save_image_grid
-from diffusers_sana.training.structured_latents import draw_latent_prefix, mask_latents
+from diffusers_sana.training.recipes.dc_ae import (
+    draw_latent_prefix,
+    get_phase,
+    mask_latents,
+    select_parameters,
+    set_training_modes,
+)
+from diffusers_sana.training.state_files import copy_with_weights
 
 
 @dataclass(kw_only=True)
 class DCAETrainingConfig(ImageDataConfig):
-    """Settings of one phase; what is None comes from the phase's entry in `training.adaptation.PHASES`."""
+    """Settings of one phase; what is None comes from the phase's entry in `training.recipes.dc_ae.PHASES`."""
 
     output_dir: str = option("outputs/dc_ae", "folder for checkpoints, samples, log and result", changeable=True)
     model_config: str = option("", "config.json of a new AutoencoderDC (command line only)")

@@ -20,22 +20,22 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from diffusers_sana import AutoencoderDC
-from diffusers_sana.training.batches import Batches
 from diffusers_sana.training.config import check_choice, option, parse_config, run_script
-from diffusers_sana.training.data import Images, collate, load_images, make_loader
-from diffusers_sana.training.export import copy_with_weights
-from diffusers_sana.training.flow_matching import (
+from diffusers_sana.training.data.batches import Batches, collate, make_loader
+from diffusers_sana.training.data.images import Images, load_images
+from diffusers_sana.training.data.latent_cache import fill_cache, model_digest
+from diffusers_sana.training.data.sources import FolderSource, ImageDataConfig
+from diffusers_sana.training.loop import TrainingLoop, make_accelerator
+from diffusers_sana.training.objectives.flow_matching import (
     interpolate,
     sample_euler,
     sample_sigmas,
     timesteps_of,
     velocity_target,
 )
-from diffusers_sana.training.image_sources import FolderSource, ImageDataConfig
-from diffusers_sana.training.latent_cache import fill_cache, model_digest
-from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.plots import save_image_grid
+from diffusers_sana.training.state_files import copy_with_weights
 
 
 AUTOENCODERS = {"AutoencoderDC": AutoencoderDC, "AutoencoderKL": AutoencoderKL}

@@ -21,21 +21,25 @@ from torch import Tensor, nn
 
 from diffusers_sana import FlowDPMSolverScheduler, SanaPipeline, SanaTransformer2DModel
 from diffusers_sana.files import read_json
-from diffusers_sana.training.batches import Batches
-from diffusers_sana.training.buckets import bucket_sizes
-from diffusers_sana.training.caption_sampling import SampledCaptions, embeds_name
-from diffusers_sana.training.cascade import with_native_size
-from diffusers_sana.training.conditioned_transformer import ConditionedTransformer
 from diffusers_sana.training.config import option, parse_config, run_script
-from diffusers_sana.training.data import load_images, make_loader
-from diffusers_sana.training.export import copy_with_weights, sub_state
-from diffusers_sana.training.flow_matching import interpolate, sample_euler, sample_sigmas, velocity_target
-from diffusers_sana.training.image_sources import ImageDataConfig
-from diffusers_sana.training.latent_cache import fill_cache, model_digest, tokenizer_digest
+from diffusers_sana.training.data.batches import Batches, bucket_sizes, make_loader
+from diffusers_sana.training.data.captions import SampledCaptions, embeds_name
+from diffusers_sana.training.data.images import load_images
+from diffusers_sana.training.data.latent_cache import fill_cache, model_digest, tokenizer_digest
+from diffusers_sana.training.data.sources import ImageDataConfig
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
+from diffusers_sana.training.objectives.flow_matching import (
+    ConditionedTransformer,
+    interpolate,
+    sample_euler,
+    sample_sigmas,
+    velocity_target,
+)
 from diffusers_sana.training.optimizers import make_optimizer
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.prompt_conditioning import complex_human_instruction, encode_tokens, tokenize_prompts
+from diffusers_sana.training.recipes.sana import with_native_size
+from diffusers_sana.training.state_files import copy_with_weights, sub_state
 
 
 @dataclass(kw_only=True)

@@ -20,22 +20,20 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from diffusers_sana import SanaControlNetModel, SanaPipeline
+from diffusers_sana.images import sobel_edges
 from diffusers_sana.models.controlnets.wiring_sana import wiring_of
-from diffusers_sana.training.batches import Batches
-from diffusers_sana.training.buckets import bucket_sizes
 from diffusers_sana.training.config import option, parse_config, run_script
-from diffusers_sana.training.data import Images, load_images, load_pixels, make_loader
-from diffusers_sana.training.edges import sobel_edges
-from diffusers_sana.training.export import copy_with_weights
-from diffusers_sana.training.flow_matching import (
+from diffusers_sana.training.data.batches import Batches, bucket_sizes, make_loader
+from diffusers_sana.training.data.images import Images, load_images, load_pixels
+from diffusers_sana.training.data.sources import ImageDataConfig
+from diffusers_sana.training.loop import TrainingLoop, make_accelerator
+from diffusers_sana.training.objectives.flow_matching import (
     interpolate,
     sample_euler,
     sample_sigmas,
     timesteps_of,
     velocity_target,
 )
-from diffusers_sana.training.image_sources import ImageDataConfig
-from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.prompt_conditioning import (
@@ -44,6 +42,7 @@ from diffusers_sana.training.prompt_conditioning import (
     encode_tokens,
     tokenize_prompts,
 )
+from diffusers_sana.training.state_files import copy_with_weights
 
 
 Prompt = tuple[Tensor, Tensor]

@@ -27,20 +27,23 @@ from torch import Tensor, nn
 from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
 from diffusers_sana.files import atomic_write, model_identity
 from diffusers_sana.images import SUFFIXES
-from diffusers_sana.training.adapters import add_adapter
-from diffusers_sana.training.batches import Batches
-from diffusers_sana.training.buckets import bucket_sizes
-from diffusers_sana.training.conditioned_transformer import ConditionedTransformer
 from diffusers_sana.training.config import check_choice, option, parse_config, run_script
-from diffusers_sana.training.data import collate, load_images, make_loader
-from diffusers_sana.training.flow_matching import interpolate, sample_euler, sample_sigmas, velocity_target
-from diffusers_sana.training.image_sources import ImageDataConfig
-from diffusers_sana.training.instance_data import WithPrior, captioned_folder, with_prompt
-from diffusers_sana.training.latent_cache import fill_cache, model_digest, tokenizer_digest
+from diffusers_sana.training.data.batches import Batches, bucket_sizes, collate, make_loader
+from diffusers_sana.training.data.images import load_images
+from diffusers_sana.training.data.latent_cache import fill_cache, model_digest, tokenizer_digest
+from diffusers_sana.training.data.sources import ImageDataConfig
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
+from diffusers_sana.training.objectives.flow_matching import (
+    ConditionedTransformer,
+    interpolate,
+    sample_euler,
+    sample_sigmas,
+    velocity_target,
+)
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.prompt_conditioning import complex_human_instruction, encode_tokens, tokenize_prompts
+from diffusers_sana.training.recipes.lora import WithPrior, add_adapter, captioned_folder, with_prompt
 
 
 RECORD = "diffusers_sana"  # what a class image says of itself

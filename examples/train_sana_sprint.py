@@ -22,22 +22,21 @@ from torch import Tensor, nn
 from diffusers_sana import SanaPipeline, SanaSprintPipeline
 from diffusers_sana.kernels.dispatch import kernel_mode
 from diffusers_sana.training import trigflow
-from diffusers_sana.training.adversarial import discriminator_loss, generator_loss
-from diffusers_sana.training.batches import Batches
-from diffusers_sana.training.buckets import bucket_sizes
-from diffusers_sana.training.conditioned_transformer import ConditionedTransformer
 from diffusers_sana.training.config import option, parse_config, run_script
-from diffusers_sana.training.data import load_images, make_loader
-from diffusers_sana.training.export import copy_with_weights, sub_state
-from diffusers_sana.training.image_sources import ImageDataConfig
-from diffusers_sana.training.latent_adversarial import DiscriminatorHeads, default_blocks, teacher_features
-from diffusers_sana.training.latent_cache import fill_cache, model_digest, tokenizer_digest
+from diffusers_sana.training.data.batches import Batches, bucket_sizes, make_loader
+from diffusers_sana.training.data.images import load_images
+from diffusers_sana.training.data.latent_cache import fill_cache, model_digest, tokenizer_digest
+from diffusers_sana.training.data.sources import ImageDataConfig
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
-from diffusers_sana.training.optimizers import make_adamw
-from diffusers_sana.training.plots import save_image_grid
-from diffusers_sana.training.prompt_conditioning import complex_human_instruction, encode_tokens, tokenize_prompts
-from diffusers_sana.training.sprint_student import make_student
-from diffusers_sana.training.trigflow_distillation import (
+from diffusers_sana.training.objectives.adversarial import (
+    DiscriminatorHeads,
+    default_blocks,
+    discriminator_loss,
+    generator_loss,
+    teacher_features,
+)
+from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer
+from diffusers_sana.training.objectives.trigflow_distillation import (
     Prompt,
     TrigFlowStudent,
     consistency_tangent,
@@ -45,6 +44,11 @@ from diffusers_sana.training.trigflow_distillation import (
     guided_prediction,
     weighted_loss,
 )
+from diffusers_sana.training.optimizers import make_adamw
+from diffusers_sana.training.plots import save_image_grid
+from diffusers_sana.training.prompt_conditioning import complex_human_instruction, encode_tokens, tokenize_prompts
+from diffusers_sana.training.recipes.sprint import make_student
+from diffusers_sana.training.state_files import copy_with_weights, sub_state
 
 
 @dataclass(kw_only=True)

@@ -27,14 +27,13 @@ from transformers import AutoProcessor
 
 from diffusers_sana import VilaUForConditionalGeneration, VilaUProcessor
 from diffusers_sana.models.vila_u.loss_vila_u import find_targets
-from diffusers_sana.training.batches import Batches
-from diffusers_sana.training.chats import ChatCollator, ChatFolder, encode_pictures
 from diffusers_sana.training.config import TrainingConfig, option, parse_config, run_script
-from diffusers_sana.training.data import make_loader
-from diffusers_sana.training.export import copy_with_weights, sub_state
+from diffusers_sana.training.data.batches import Batches, make_loader
+from diffusers_sana.training.data.chats import ChatCollator, ChatFolder, encode_pictures
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.plots import save_image_grid
+from diffusers_sana.training.state_files import copy_with_weights, sub_state
 
 
 @dataclass(kw_only=True)

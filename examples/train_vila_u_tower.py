@@ -27,15 +27,15 @@ from diffusers_sana.files import read_json
 from diffusers_sana.loaders.vila_u.siglip import load_siglip, tower_config_like
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUVisionConfig
 from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModelOutput
-from diffusers_sana.training.batches import Batches
 from diffusers_sana.training.config import option, parse_config, run_script
-from diffusers_sana.training.data import load_images, make_loader
-from diffusers_sana.training.export import copy_with_weights, sub_state
-from diffusers_sana.training.image_sources import Captions, ImageDataConfig
+from diffusers_sana.training.data.batches import Batches, make_loader
+from diffusers_sana.training.data.images import load_images
+from diffusers_sana.training.data.sources import Captions, ImageDataConfig
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
+from diffusers_sana.training.objectives.perceptual import PerceptualLoss
 from diffusers_sana.training.optimizers import make_adamw
-from diffusers_sana.training.perceptual import PerceptualLoss
 from diffusers_sana.training.plots import save_image_grid
+from diffusers_sana.training.state_files import copy_with_weights, sub_state
 
 
 @dataclass(kw_only=True)

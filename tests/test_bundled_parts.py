@@ -12,7 +12,7 @@ from diffusers_sana import (
     SanaTransformer2DModel,
 )
 from diffusers_sana.checkpoints import SANA_EMOJI, SANA_EMOJI_EDGES, SANA_EMOJI_SPRINT
-from diffusers_sana.training.edges import sobel_edges
+from diffusers_sana.images import sobel_edges
 
 
 @pytest.fixture(scope="module")

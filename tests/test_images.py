@@ -16,8 +16,8 @@ from diffusers_sana.evaluation.pictures import to_tensor
 from diffusers_sana.models.vila_u.image_processing_vila_u import VilaUImageProcessor
 from diffusers_sana.pipelines.parts.image_inputs import read_images
 from diffusers_sana.pipelines.parts.inpaint_mask import fit_masks
-from diffusers_sana.training.buckets import nearest_size
-from diffusers_sana.training.data import ImageFolder, load_pixels
+from diffusers_sana.training.data.batches import nearest_size
+from diffusers_sana.training.data.images import ImageFolder, load_pixels
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)

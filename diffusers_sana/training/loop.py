@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from diffusers_sana._compat import private
 from diffusers_sana.files import differences, locked, read_json
-from diffusers_sana.training.batches import Batches, count_items, iterate_batches
 from diffusers_sana.training.config import RunError, TrainingConfig
+from diffusers_sana.training.data.batches import Batches, count_items, iterate_batches
 from diffusers_sana.training.plots import plot_losses
 from diffusers_sana.training.run_folder import (
     check_run_folder,
@@ -46,7 +46,6 @@ from diffusers_sana.training.run_folder import (
     replace_folder,
     restore_folder,
 )
-from diffusers_sana.training.schedules import budget_used, learning_rate_factor
 from diffusers_sana.training.state_files import (
     first_not_finite,
     gathered,
@@ -620,3 +619,17 @@ class TrainingLoop:
 
 def _numbered(name: str, index: int) -> str:
     return f"{name}.safetensors" if index == 0 else f"{name}_{index}.safetensors"
+
+
+def budget_used(step: int, minutes: float, max_steps: int, max_minutes: float | None) -> float:
+    """The larger fraction of the two budgets that is used up; 1 or more ends the run."""
+    by_steps = step / max_steps
+    return by_steps if max_minutes is None else max(by_steps, minutes / max_minutes)
+
+
+def learning_rate_factor(step: int, used: float, schedule: str, warmup_steps: int) -> float:
+    """What the peak learning rate is multiplied with at `step` (counted from 0), `used` of the budget gone."""
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    if schedule == "constant":
+        return warmup
+    return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, used)))

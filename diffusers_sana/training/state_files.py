@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 
 STRUCTURE = "structure"  # the key of the JSON in the metadata
@@ -224,3 +226,28 @@ def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
         if local.is_floating_point() and not bool(torch.isfinite(local).all()):
             return name
     return None
+
+
+def copy_with_weights(
+    model: ModelMixin | PreTrainedModel, state: Mapping[str, Tensor]
+) -> ModelMixin | PreTrainedModel:
+    """A plain model of the class and config of `model`, a diffusers or transformers one, that holds `state`.
+
+    It shares the tensors of `state`. Meant for saving: compilation, hooks and Accelerate's wrappers stay behind.
+    `state` is what `Accelerator.get_state_dict` gathers, or its part for one submodule.
+    """
+    model_class: Any = type(model)
+    with torch.device("meta"):  # no time for an initialisation that is thrown away
+        if isinstance(model, PreTrainedModel):
+            copy = model_class(model.config)
+        else:
+            # Without diffusers' note of which values were defaults, by which it would undo `register_to_config`.
+            config = {name: value for name, value in model.config.items() if name != "_use_default_values"}
+            copy = model_class.from_config(config)
+    copy.load_state_dict(state, assign=True)
+    return copy
+
+
+def sub_state(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries of a state dict under `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

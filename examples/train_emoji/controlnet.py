@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks.harness import environment
 from diffusers_sana import SanaControlNetModel, SanaControlNetPipeline, SanaPipeline
 from diffusers_sana.checkpoints import SANA_EMOJI
-from diffusers_sana.training.edges import sobel_edges
+from diffusers_sana.images import sobel_edges
 from diffusers_sana.training.plots import save_image_grid
 from examples import train_sana_controlnet
 

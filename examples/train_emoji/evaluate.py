@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from benchmarks.harness import device_name
 from diffusers_sana import SanaPipeline, __version__
 from diffusers_sana.checkpoints import SANA_EMOJI
-from diffusers_sana.training.perceptual import RandomFeatures
+from diffusers_sana.training.objectives.perceptual import RandomFeatures
 from diffusers_sana.training.plots import save_image_grid
 
 from .data import COLORS, COMMON_OBJECTS, POSITIONS, STYLES, EmojiArt, EmojiScenes, Scene, is_held_out

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import trange
 
 from diffusers_sana import VilaUVisionModel
-from diffusers_sana.training.chats import Chat, ChatCollator
+from diffusers_sana.training.data.chats import Chat, ChatCollator
 from examples.train_emoji.data import COLORS, STYLES, EmojiScenes, Scene, is_held_out, with_article
 
 

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from diffusers_sana import VilaUForConditionalGeneration, VilaUImageProcessor, VilaUProcessor, VilaUVisionModel
 from diffusers_sana.kernels.precision import arithmetic_dtype
-from diffusers_sana.training.chats import ChatCollator
+from diffusers_sana.training.data.chats import ChatCollator
 from examples import train_vila_u, train_vila_u_tower
 from examples.train_emoji.data import EmojiArt, EmojiScenes
 from examples.train_emoji.evaluate import held_out_scenes

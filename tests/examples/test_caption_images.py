@@ -21,7 +21,7 @@ from transformers import (
 
 from diffusers_sana import VilaUPipeline
 from diffusers_sana.images import read_image
-from diffusers_sana.training.caption_sampling import Caption, caption_line, read_captions
+from diffusers_sana.training.data.captions import Caption, caption_line, read_captions
 from examples import caption_images
 from examples.caption_images import CaptionFile, TransformersCaptioner, caption_with, load_captioner, main
 from tests.models.vila_u.tiny import tiny_model

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_sana.training.caption_sampling import Caption, caption_line
+from diffusers_sana.training.data.captions import Caption, caption_line
 from tests.examples.test_train_dc_ae_dit import write_classes
 from tests.examples.test_train_vila_u import chat_folder, trainable
 from tests.examples.test_train_vila_u_tower import tiny_tower

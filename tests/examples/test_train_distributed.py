@@ -13,7 +13,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 
 from diffusers_sana import VilaUForConditionalGeneration
-from diffusers_sana.training.chats import ChatCollator
+from diffusers_sana.training.data.chats import ChatCollator
 from examples import train_dc_ae, train_vila_u
 from tests.models.vila_u.tiny import CELLS, CODES, DEPTH, tiny_config
 from tests.models.vila_u.tiny_processor import tiny_processor

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_sana import SanaPipeline
-from diffusers_sana.training.caption_sampling import Caption, caption_line
+from diffusers_sana.training.data.captions import Caption, caption_line
 from diffusers_sana.training.state_files import read_state
 from examples.train_sana import SanaTrainingConfig, main, train
 from tests.training.tiny import (

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from diffusers_sana import SanaControlNetModel, SanaPipeline
 from diffusers_sana.checkpoints import SANA_EMOJI
-from diffusers_sana.training.edges import sobel_edges
+from diffusers_sana.images import sobel_edges
 from examples.train_emoji import controlnet as emoji
 from examples.train_emoji.data import EmojiScenes
 from examples.train_sana_controlnet import ControlNetTrainingConfig, main, train

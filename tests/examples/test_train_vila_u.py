@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from diffusers_sana import VilaUForConditionalGeneration
-from diffusers_sana.training.chats import ChatCollator, ChatFolder, encode_pictures, without_prompt
+from diffusers_sana.training.data.chats import ChatCollator, ChatFolder, encode_pictures, without_prompt
 from examples.train_vila_u import VilaUTrainingConfig, WithHiddenCells, main, train
 from tests.models.vila_u.tiny import CELLS, CODES, DEPTH, IMAGE, tiny_model
 from tests.models.vila_u.tiny_processor import tiny_processor

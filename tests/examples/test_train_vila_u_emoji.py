@@ -7,7 +7,7 @@ import torch
 
 from diffusers_sana import VilaUForConditionalGeneration
 from diffusers_sana.models.vila_u.prompts_vila_u import IMAGE, IMAGE_START, encode_piece, user_turn
-from diffusers_sana.training.chats import ChatCollator
+from diffusers_sana.training.data.chats import ChatCollator
 from examples.train_emoji.data import COMMON_OBJECTS, EmojiScenes, Scene, is_held_out
 from examples.train_emoji.evaluate import held_out_scenes
 from examples.train_vila_u_emoji import evaluate, run

@@ -10,12 +10,11 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from diffusers_sana.training.batches import iterate_batches
 from diffusers_sana.training.config import TrainingConfig, parse_config
-from diffusers_sana.training.loop import TrainingLoop
+from diffusers_sana.training.data.batches import iterate_batches
+from diffusers_sana.training.loop import TrainingLoop, budget_used, learning_rate_factor
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.run_folder import checkpoints
-from diffusers_sana.training.schedules import budget_used, learning_rate_factor
 
 
 def make_loop(config, save=lambda folder: folder.mkdir(), sample=lambda path: None, weight=0.0):

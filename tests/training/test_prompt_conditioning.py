@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers.pipelines.sana.pipeline_sana import SanaPipeline as DiffusersPipeline
 
-from diffusers_sana.training.conditioned_transformer import ConditionedTransformer
+from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer
 from diffusers_sana.training.prompt_conditioning import (
     complex_human_instruction,
     drop_prompts,

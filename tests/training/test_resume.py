@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from diffusers_sana.training import loop as loop_module
 from diffusers_sana.training.config import RunError, TrainingConfig, run_script
-from diffusers_sana.training.data import make_loader
+from diffusers_sana.training.data.batches import make_loader
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.run_folder import checkpoints
 from diffusers_sana.training.state_files import read_state, write_state

@@ -11,10 +11,16 @@ import diffusers_sana
 from diffusers_sana import SanaSprintPipeline, SanaTransformer2DModel
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.kernels.dispatch import kernel_mode
-from diffusers_sana.training.conditioned_transformer import ConditionedTransformer
-from diffusers_sana.training.flow_matching import interpolate, velocity_target
-from diffusers_sana.training.latent_adversarial import DiscriminatorHeads, default_blocks, teacher_features
-from diffusers_sana.training.sprint_student import DENSE_SCALE, make_student
+from diffusers_sana.training.objectives.adversarial import DiscriminatorHeads, default_blocks, teacher_features
+from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer, interpolate, velocity_target
+from diffusers_sana.training.objectives.trigflow_distillation import (
+    TrigFlowStudent,
+    consistency_tangent,
+    directional_derivative,
+    guided_prediction,
+    weighted_loss,
+)
+from diffusers_sana.training.recipes.sprint import DENSE_SCALE, make_student
 from diffusers_sana.training.trigflow import (
     MAX_ANGLE,
     STEP_ANGLES,
@@ -24,13 +30,6 @@ from diffusers_sana.training.trigflow import (
     mix,
     sample_angles,
     sample_consistency,
-)
-from diffusers_sana.training.trigflow_distillation import (
-    TrigFlowStudent,
-    consistency_tangent,
-    directional_derivative,
-    guided_prediction,
-    weighted_loss,
 )
 from tests import tiny
 from tests.numerics import assert_close_fp32, relative_error

@@ -7,7 +7,9 @@ The paper does not list the layers of phases 2 and 3, so the prefixes are settin
 
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
 
 from diffusers_sana.training.config import check_choice
 
@@ -68,3 +70,20 @@ def set_training_modes(model: nn.Module) -> None:
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             module.eval()
+
+
+def mask_latents(model: ModelMixin) -> None:
+    """Make an autoencoder's decoder multiply its latents with its new buffer `latent_mask`, all ones `[1, C, 1, 1]`.
+
+    The buffer stays outside the state dict; the saved model is an ordinary one.
+    """
+    mask = torch.ones(1, model.config.latent_channels, 1, 1)
+    model.decoder.register_buffer("latent_mask", mask, persistent=False)
+    model.decoder.register_forward_pre_hook(lambda decoder, arguments: (arguments[0] * decoder.latent_mask,))
+
+
+def draw_latent_prefix(mask: Tensor, step: int) -> None:
+    """Let `mask` keep the first c' channels, c' drawn uniformly from step, 2 step, ..., all channels."""
+    channels = mask.shape[1]
+    kept = min(step * int(torch.randint(1, -(-channels // step) + 1, ())), channels)
+    mask[:, :kept], mask[:, kept:] = 1, 0

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_sana.training.adaptation import PHASES, get_phase, select_parameters
 from diffusers_sana.training.optimizers import make_adamw
+from diffusers_sana.training.recipes.dc_ae import PHASES, get_phase, select_parameters
 from tests.training.tiny import tiny_autoencoder
 
 

@@ -137,7 +137,7 @@ def embeds_name(number: int) -> str:
 class SampledCaptions(Dataset):
     """Items of which each has, in each epoch, one of its captions, drawn by seed, epoch and index.
 
-    It is indexed by pairs (epoch, index); `training.data.make_loader` does so.
+    It is indexed by pairs (epoch, index); `training.data.batches.make_loader` does so.
 
     Args:
         items: map-style, with `sizes_of_items`. The `text` of an item is replaced; of text vectors named as by

@@ -13,7 +13,7 @@ from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embeddin
 from torch import Tensor, nn
 
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
-from diffusers_sana.training.flow_matching import TRAIN_TIMESTEPS
+from diffusers_sana.training.objectives.flow_matching import TRAIN_TIMESTEPS
 
 
 DENSE_SCALE = 1 / TRAIN_TIMESTEPS

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from diffusers_sana.pipelines.parts.resolution import ASPECT_RATIO_BINS
-from diffusers_sana.training.buckets import bucket_batches, bucket_sizes, nearest_size
-from diffusers_sana.training.data import ImageFolder, collate, load_pixels, make_loader
-from diffusers_sana.training.latent_cache import fill_cache, model_digest
+from diffusers_sana.training.data.batches import bucket_batches, bucket_sizes, collate, make_loader, nearest_size
+from diffusers_sana.training.data.images import ImageFolder, load_pixels
+from diffusers_sana.training.data.latent_cache import fill_cache, model_digest
 from tests.training.tiny import tiny_autoencoder, write_image_folder
 
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_sana.training.caption_sampling import read_captions
-from diffusers_sana.training.data import ImageFolder, load_images, make_loader
-from diffusers_sana.training.image_sources import FolderSource, HubSource, ImageDataConfig, TarSource, image_digest
-from diffusers_sana.training.instance_data import captioned_folder
+from diffusers_sana.training.data.batches import make_loader
+from diffusers_sana.training.data.captions import read_captions
+from diffusers_sana.training.data.images import ImageFolder, load_images
+from diffusers_sana.training.data.sources import FolderSource, HubSource, ImageDataConfig, TarSource, image_digest
+from diffusers_sana.training.recipes.lora import captioned_folder
 
 
 SIZES = [(32, 64), (64, 32)]

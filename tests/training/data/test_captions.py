@@ -6,7 +6,8 @@ from itertools import chain, islice
 import pytest
 import torch
 
-from diffusers_sana.training.caption_sampling import (
+from diffusers_sana.training.data.batches import make_loader
+from diffusers_sana.training.data.captions import (
     Caption,
     SampledCaptions,
     best_caption,
@@ -15,7 +16,7 @@ from diffusers_sana.training.caption_sampling import (
     embeds_name,
     read_captions,
 )
-from diffusers_sana.training.data import ImageFolder, make_loader
+from diffusers_sana.training.data.images import ImageFolder
 from tests.training.tiny import write_image_folder
 
 

@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusers_sana.training.conditioned_transformer import ConditionedTransformer
+from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer
 from diffusers_sana.training.prompt_conditioning import drop_prompts
 from diffusers_sana.training.trigflow import flow_to_trigflow
 

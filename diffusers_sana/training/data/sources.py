@@ -19,9 +19,9 @@ from typing import Any, BinaryIO, Literal, Protocol
 
 from diffusers_sana.files import digest, read_text
 from diffusers_sana.images import SUFFIXES
-from diffusers_sana.training.caption_sampling import CAPTIONS_FILE, Caption, best_caption, read_captions
 from diffusers_sana.training.config import TrainingConfig, option
-from diffusers_sana.training.metadata import (
+from diffusers_sana.training.data.captions import CAPTIONS_FILE, Caption, best_caption, read_captions
+from diffusers_sana.training.data.metadata import (
     CAPTION_SUFFIXES,
     METADATA_FILES,
     TEXT_COLUMNS,

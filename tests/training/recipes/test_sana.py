@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_sana.training.cascade import with_native_size
+from diffusers_sana.training.recipes.sana import with_native_size
 from tests.training.tiny import tiny_transformer
 
 

@@ -6,8 +6,8 @@ from diffusers import AutoencoderDC as DiffusersAutoencoderDC
 from diffusers import DPMSolverMultistepScheduler
 from torch import nn
 
-from diffusers_sana.training.adversarial import PatchDiscriminator, discriminator_loss, generator_loss
-from diffusers_sana.training.flow_matching import (
+from diffusers_sana.training.objectives.adversarial import PatchDiscriminator, discriminator_loss, generator_loss
+from diffusers_sana.training.objectives.flow_matching import (
     interpolate,
     sample_euler,
     sample_sigmas,
@@ -15,8 +15,8 @@ from diffusers_sana.training.flow_matching import (
     timesteps_of,
     velocity_target,
 )
-from diffusers_sana.training.perceptual import PerceptualLoss, RandomFeatures
-from diffusers_sana.training.structured_latents import draw_latent_prefix, mask_latents
+from diffusers_sana.training.objectives.perceptual import PerceptualLoss, RandomFeatures
+from diffusers_sana.training.recipes.dc_ae import draw_latent_prefix, mask_latents
 from tests.numerics import assert_close_fp32
 
 

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from diffusers_sana.files import atomic_write, digest, read_json_lines
 from diffusers_sana.models.vila_u.processing_vila_u import VilaUProcessor
 from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModel
-from diffusers_sana.training.image_sources import file_stamp
-from diffusers_sana.training.latent_cache import model_digest
-from diffusers_sana.training.metadata import inside
+from diffusers_sana.training.data.latent_cache import model_digest
+from diffusers_sana.training.data.metadata import inside
+from diffusers_sana.training.data.sources import file_stamp
 
 
 Chat = list[dict[str, Any]]
