@@ -27,7 +27,7 @@ from benchmarks.harness import RESULTS, alternate, copy_bandwidth, environment, 
 from benchmarks.isolated import run_isolated
 from benchmarks.kernel_benchmark import load, operations, run_on_gpu
 from benchmarks.models import AUTOENCODER, TRANSFORMERS, random_model, step_inputs, twins
-from diffusers_sana.pipelines.parts.cuda_graphs import CudaGraphs
+from diffusers_sana.pipelines.acceleration.cuda_graphs import CudaGraphs
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import Options, decompose
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.layers.linear import quantized_layer

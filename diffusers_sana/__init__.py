@@ -40,7 +40,7 @@ _EXPORTS = {
     "VilaUPipeline": "diffusers_sana.pipelines.pipeline_vila_u",
     "VilaUProcessor": "diffusers_sana.models.vila_u.processing_vila_u",
     "VilaUVisionModel": "diffusers_sana.models.vila_u.vision_vila_u",
-    "cfg_parallel": "diffusers_sana.pipelines.parts.cfg_parallel",
+    "cfg_parallel": "diffusers_sana.pipelines.acceleration.cfg_parallel",
     "checkpoint_path": "diffusers_sana.loading",
     "convert": "diffusers_sana.loaders.nvlabs.convert",
     "convert_sana_lora": "diffusers_sana.loaders.lora.formats",
@@ -98,7 +98,7 @@ if TYPE_CHECKING:
     from diffusers_sana.models.vila_u.modeling_vila_u import VilaUModel as VilaUModel
     from diffusers_sana.models.vila_u.processing_vila_u import VilaUProcessor as VilaUProcessor
     from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModel as VilaUVisionModel
-    from diffusers_sana.pipelines.parts.cfg_parallel import cfg_parallel as cfg_parallel
+    from diffusers_sana.pipelines.acceleration.cfg_parallel import cfg_parallel as cfg_parallel
     from diffusers_sana.pipelines.pipeline_sana import SanaPipeline as SanaPipeline
     from diffusers_sana.pipelines.pipeline_sana_controlnet import SanaControlNetPipeline as SanaControlNetPipeline
     from diffusers_sana.pipelines.pipeline_sana_controlnet_img2img import (

@@ -1,8 +1,13 @@
-"""Checks of single values: each raises, naming the argument or the field of a config."""
+"""Checks of arguments, fields of configs and computed values: each raises, naming what is wrong."""
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 LARGEST = 2**20  # far above any width, size or number of steps that is meant
@@ -37,3 +42,35 @@ def check_flag(name: str, value: Any) -> None:
     """Raises TypeError where `value` is neither True nor False."""
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+
+
+def check_computed(part: str, what: str, values: "torch.Tensor", dtype: "torch.dtype", advice: str = "") -> None:
+    """Raises where a model has computed NaN or infinite values. Reads the device: once a stage, never in a loop.
+
+    Args:
+        part: name of the component, `part`.
+        what: `values` are.
+        dtype: that the model computes in.
+        advice: what may be the cause besides weights and dtype.
+    """
+    if bool(values.isfinite().all()):
+        return
+    if str(dtype) == "torch.float16":
+        advice = f"float16 overflows; load it in bfloat16, or call `pipe.{part}.to(torch.bfloat16)`."
+    raise ValueError(
+        f"`{part}` gave NaN or infinite {what} in {dtype}. {advice or 'Its weights are damaged; load them again.'}"
+    )
+
+
+def check_texts(name: str, texts: Sequence[Any], given: Any) -> None:
+    """Raises where one of `texts`, which the argument `name` was `given`, is not text that UTF-8 can encode."""
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"`{name}` must be a string or a list of strings, got {given!r}.")
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"`{name}` must be text that UTF-8 can encode, but has the lone surrogate {text[error.start]!r} at"
+                f" character {error.start}. Remove it."
+            ) from None

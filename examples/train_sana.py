@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from diffusers_sana import FlowDPMSolverScheduler, SanaPipeline, SanaTransformer2DModel
 from diffusers_sana.files import read_json
+from diffusers_sana.prompts.training_prompts import complex_human_instruction, encode_tokens, tokenize_prompts
 from diffusers_sana.training.config import option, parse_config, run_script
 from diffusers_sana.training.data.batches import Batches, bucket_sizes, make_loader
 from diffusers_sana.training.data.captions import SampledCaptions, embeds_name
@@ -37,7 +38,6 @@ from diffusers_sana.training.objectives.flow_matching import (
 )
 from diffusers_sana.training.optimizers import make_optimizer
 from diffusers_sana.training.plots import save_image_grid
-from diffusers_sana.training.prompt_conditioning import complex_human_instruction, encode_tokens, tokenize_prompts
 from diffusers_sana.training.recipes.sana import with_native_size
 from diffusers_sana.training.state_files import copy_with_weights, sub_state
 

@@ -22,6 +22,12 @@ from torch.utils.data import Dataset
 from diffusers_sana import SanaControlNetModel, SanaPipeline
 from diffusers_sana.images import sobel_edges
 from diffusers_sana.models.controlnets.wiring_sana import wiring_of
+from diffusers_sana.prompts.training_prompts import (
+    complex_human_instruction,
+    drop_prompts,
+    encode_tokens,
+    tokenize_prompts,
+)
 from diffusers_sana.training.config import option, parse_config, run_script
 from diffusers_sana.training.data.batches import Batches, bucket_sizes, make_loader
 from diffusers_sana.training.data.images import Images, load_images, load_pixels
@@ -36,12 +42,6 @@ from diffusers_sana.training.objectives.flow_matching import (
 )
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.plots import save_image_grid
-from diffusers_sana.training.prompt_conditioning import (
-    complex_human_instruction,
-    drop_prompts,
-    encode_tokens,
-    tokenize_prompts,
-)
 from diffusers_sana.training.state_files import copy_with_weights
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
 from diffusers_sana.files import atomic_write, model_identity
 from diffusers_sana.images import SUFFIXES
+from diffusers_sana.prompts.training_prompts import complex_human_instruction, encode_tokens, tokenize_prompts
 from diffusers_sana.training.config import check_choice, option, parse_config, run_script
 from diffusers_sana.training.data.batches import Batches, bucket_sizes, collate, make_loader
 from diffusers_sana.training.data.images import load_images
@@ -42,7 +43,6 @@ from diffusers_sana.training.objectives.flow_matching import (
 )
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.plots import save_image_grid
-from diffusers_sana.training.prompt_conditioning import complex_human_instruction, encode_tokens, tokenize_prompts
 from diffusers_sana.training.recipes.lora import WithPrior, add_adapter, captioned_folder, with_prompt
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from diffusers_sana import SanaPipeline, SanaSprintPipeline
 from diffusers_sana.kernels.dispatch import kernel_mode
-from diffusers_sana.training import trigflow
+from diffusers_sana.prompts.training_prompts import complex_human_instruction, encode_tokens, tokenize_prompts
+from diffusers_sana.schedulers import trigflow
 from diffusers_sana.training.config import option, parse_config, run_script
 from diffusers_sana.training.data.batches import Batches, bucket_sizes, make_loader
 from diffusers_sana.training.data.images import load_images
@@ -46,7 +47,6 @@ from diffusers_sana.training.objectives.trigflow_distillation import (
 )
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.plots import save_image_grid
-from diffusers_sana.training.prompt_conditioning import complex_human_instruction, encode_tokens, tokenize_prompts
 from diffusers_sana.training.recipes.sprint import make_student
 from diffusers_sana.training.state_files import copy_with_weights, sub_state
 

@@ -14,8 +14,8 @@ from diffusers_sana import images
 from diffusers_sana.evaluation.measure import batches
 from diffusers_sana.evaluation.pictures import to_tensor
 from diffusers_sana.models.vila_u.image_processing_vila_u import VilaUImageProcessor
-from diffusers_sana.pipelines.parts.image_inputs import read_images
-from diffusers_sana.pipelines.parts.inpaint_mask import fit_masks
+from diffusers_sana.pipelines.conditioning import read_images
+from diffusers_sana.pipelines.inpainting import fit_masks
 from diffusers_sana.training.data.batches import nearest_size
 from diffusers_sana.training.data.images import ImageFolder, load_pixels
 

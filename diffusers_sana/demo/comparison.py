@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from diffusers_sana import quantize
-from diffusers_sana.pipelines.parts.resolution import ASPECT_RATIO_BINS
+from diffusers_sana.pipelines.resolution import ASPECT_RATIO_BINS
 
 
 @dataclass(frozen=True)

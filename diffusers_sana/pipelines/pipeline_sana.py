@@ -13,9 +13,9 @@ from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from diffusers.pipelines.sana.pipeline_sana import retrieve_timesteps
 from torch import Tensor
 
-from diffusers_sana.pipelines.parts.input_checks import check_latents, check_options
-from diffusers_sana.pipelines.parts.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION
 from diffusers_sana.pipelines.pipeline_sana_base import SanaPipelineBase
+from diffusers_sana.pipelines.request import check_latents, check_options
+from diffusers_sana.prompts.encoding import COMPLEX_HUMAN_INSTRUCTION
 
 
 class SanaPipeline(SanaPipelineBase):

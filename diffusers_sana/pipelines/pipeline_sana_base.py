@@ -17,18 +17,18 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
-from diffusers_sana.checks import check_integer
+from diffusers_sana.checks import check_integer, check_texts
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.layers import scaled_adapters
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
-from diffusers_sana.pipelines.parts.component_loading import ComponentLoading
-from diffusers_sana.pipelines.parts.cuda_graphs import CudaGraphs
-from diffusers_sana.pipelines.parts.denoising_loop import TEXT_TENSORS, DenoisingLoop
-from diffusers_sana.pipelines.parts.input_checks import check_prompts, check_texts
-from diffusers_sana.pipelines.parts.latent_coding import decode_latents
-from diffusers_sana.pipelines.parts.lora_loading import LoraLoading
-from diffusers_sana.pipelines.parts.prompt_encoding import clean_captions, encode_captions, join_instruction
-from diffusers_sana.pipelines.parts.resolution import bin_size, check_size, resize_and_crop
+from diffusers_sana.pipelines.acceleration.cuda_graphs import CudaGraphs
+from diffusers_sana.pipelines.decoding import decode_latents
+from diffusers_sana.pipelines.loading import ComponentLoading
+from diffusers_sana.pipelines.lora_loading import LoraLoading
+from diffusers_sana.pipelines.request import check_prompts
+from diffusers_sana.pipelines.resolution import bin_size, check_size, resize_and_crop
+from diffusers_sana.pipelines.sampling import TEXT_TENSORS, DenoisingLoop
+from diffusers_sana.prompts.encoding import clean_captions, encode_captions, join_instruction
 
 
 class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, LoraLoading):

@@ -22,10 +22,10 @@ from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.controlnets.controlnet_sana import SanaControlNetModel
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
-from diffusers_sana.pipelines.parts.controlnet_conditioning import ControlNetConditioning
-from diffusers_sana.pipelines.parts.input_checks import check_latents, check_options
-from diffusers_sana.pipelines.parts.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION
+from diffusers_sana.pipelines.controlnet_conditioning import ControlNetConditioning
 from diffusers_sana.pipelines.pipeline_sana_base import SanaPipelineBase
+from diffusers_sana.pipelines.request import check_latents, check_options
+from diffusers_sana.prompts.encoding import COMPLEX_HUMAN_INSTRUCTION
 
 
 class SanaControlNetPipeline(ControlNetConditioning, SanaPipelineBase):

@@ -17,7 +17,7 @@ from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.controlnets.controlnet_sana import SanaControlNetModel
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
-from diffusers_sana.pipelines.parts.controlnet_conditioning import ControlNetConditioning
+from diffusers_sana.pipelines.controlnet_conditioning import ControlNetConditioning
 from diffusers_sana.pipelines.pipeline_sana_img2img import SanaImg2ImgPipeline
 
 

@@ -13,10 +13,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from torch import Tensor
 
-from diffusers_sana.pipelines.parts.image_start import ImageStart, check_strength_of_steps, mix_noise
-from diffusers_sana.pipelines.parts.input_checks import check_latents, check_options
-from diffusers_sana.pipelines.parts.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION
+from diffusers_sana.pipelines.image_start import ImageStart, check_strength_of_steps, mix_noise
 from diffusers_sana.pipelines.pipeline_sana_base import SanaPipelineBase
+from diffusers_sana.pipelines.request import check_latents, check_options
+from diffusers_sana.prompts.encoding import COMPLEX_HUMAN_INSTRUCTION
 
 
 class SanaImg2ImgPipeline(ImageStart, SanaPipelineBase):

@@ -15,13 +15,13 @@ from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from torch import Tensor
 
 from diffusers_sana.images import check_masks
-from diffusers_sana.pipelines.parts.image_inputs import for_each_output, read_images
-from diffusers_sana.pipelines.parts.image_start import ImageStart, check_strength_of_steps, mix_noise
-from diffusers_sana.pipelines.parts.inpaint_mask import fit_masks, mask_cells, masked_region, put_back
-from diffusers_sana.pipelines.parts.input_checks import check_latents, check_options
-from diffusers_sana.pipelines.parts.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION
-from diffusers_sana.pipelines.parts.resolution import resize_and_crop
+from diffusers_sana.pipelines.conditioning import for_each_output, read_images
+from diffusers_sana.pipelines.image_start import ImageStart, check_strength_of_steps, mix_noise
+from diffusers_sana.pipelines.inpainting import fit_masks, mask_cells, masked_region, put_back
 from diffusers_sana.pipelines.pipeline_sana_base import SanaPipelineBase
+from diffusers_sana.pipelines.request import check_latents, check_options
+from diffusers_sana.pipelines.resolution import resize_and_crop
+from diffusers_sana.prompts.encoding import COMPLEX_HUMAN_INSTRUCTION
 
 
 class SanaInpaintPipeline(ImageStart, SanaPipelineBase):

@@ -17,9 +17,9 @@ from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
-from diffusers_sana.pipelines.parts.pag import DEFAULT_PAG_LAYERS, PAGDenoisingLoop, PAGLayers
-from diffusers_sana.pipelines.parts.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION
+from diffusers_sana.pipelines.perturbed_attention import DEFAULT_PAG_LAYERS, PAGDenoisingLoop, PAGLayers
 from diffusers_sana.pipelines.pipeline_sana import SanaPipeline
+from diffusers_sana.prompts.encoding import COMPLEX_HUMAN_INSTRUCTION
 
 
 class SanaPAGPipeline(PAGDenoisingLoop, SanaPipeline):

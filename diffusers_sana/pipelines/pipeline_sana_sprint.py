@@ -12,9 +12,9 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from torch import Tensor
 
-from diffusers_sana.pipelines.parts.input_checks import check_latents, check_options
-from diffusers_sana.pipelines.parts.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION
-from diffusers_sana.pipelines.parts.trigflow import TrigFlowBase
+from diffusers_sana.pipelines.pipeline_sana_sprint_base import TrigFlowBase
+from diffusers_sana.pipelines.request import check_latents, check_options
+from diffusers_sana.prompts.encoding import COMPLEX_HUMAN_INSTRUCTION
 
 
 class SanaSprintPipeline(TrigFlowBase):

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusers_sana.images import to_rgb
-from diffusers_sana.pipelines.parts.image_inputs import for_each_output, read_images
-from diffusers_sana.pipelines.parts.input_checks import check_latents, check_options, check_strength
-from diffusers_sana.pipelines.parts.latent_coding import encode_images
-from diffusers_sana.pipelines.parts.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION
-from diffusers_sana.pipelines.parts.trigflow import TrigFlowBase
+from diffusers_sana.pipelines.conditioning import for_each_output, read_images
+from diffusers_sana.pipelines.decoding import encode_images
+from diffusers_sana.pipelines.pipeline_sana_sprint_base import TrigFlowBase
+from diffusers_sana.pipelines.request import check_latents, check_options, check_strength
+from diffusers_sana.prompts.encoding import COMPLEX_HUMAN_INSTRUCTION
 
 
 class SanaSprintImg2ImgPipeline(TrigFlowBase):

@@ -23,12 +23,12 @@ from transformers.utils.hub import has_file
 
 from diffusers_sana._compat import private
 from diffusers_sana.checkpoint_files import check_readable
+from diffusers_sana.checks import check_computed, check_texts
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 from diffusers_sana.models.vila_u.media_vila_u import is_video
 from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGeneration
 from diffusers_sana.models.vila_u.processing_vila_u import VilaUProcessor
-from diffusers_sana.pipelines.parts.folder_check import check_complete, check_processor
-from diffusers_sana.pipelines.parts.input_checks import check_computed, check_texts
+from diffusers_sana.pipelines.folder_check import check_complete, check_processor
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -18,7 +18,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_sana import AutoencoderDC, SanaPipeline
-from diffusers_sana.training.prompt_conditioning import complex_human_instruction
+from diffusers_sana.prompts.training_prompts import complex_human_instruction
 from examples import train_dc_ae, train_sana
 
 from .data import COMMON_OBJECTS, EmojiArt, EmojiScenes, LatentScenes

@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.harness import environment
 from diffusers_sana import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel
 from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.schedulers.trigflow import STEP_ANGLES
 from diffusers_sana.training.plots import save_image_grid
-from diffusers_sana.training.trigflow import STEP_ANGLES
 from examples import train_sana_sprint
 
 from .data import COMMON_OBJECTS, EmojiArt, EmojiScenes, LatentScenes

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import diffusers_sana
 from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
 from diffusers_sana.checkpoints import SANA_EMOJI
-from diffusers_sana.training.prompt_conditioning import complex_human_instruction
+from diffusers_sana.prompts.training_prompts import complex_human_instruction
 from diffusers_sana.training.recipes.lora import WithPrior, captioned_folder
 from examples import train_sana_lora
 from examples.train_emoji import lora as emoji

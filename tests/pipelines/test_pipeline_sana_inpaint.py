@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import diffusers_sana
-from diffusers_sana.pipelines.parts.inpaint_mask import mask_cells, masked_region
+from diffusers_sana.pipelines.inpainting import mask_cells, masked_region
 from tests import tiny
 from tests.numerics import assert_close_fp32
 

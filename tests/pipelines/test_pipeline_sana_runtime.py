@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusers_sana
-from diffusers_sana.pipelines.parts import latent_coding
+from diffusers_sana.pipelines import decoding
 from tests import tiny
 from tests.numerics import assert_close_fp32
 
@@ -271,7 +271,7 @@ class TestDecoding:
     def test_tiles_large_images_only(self, pipe, monkeypatch):
         calls = self.tiled_calls(pipe, monkeypatch)
         plain = generate(pipe, output_type="pt")
-        monkeypatch.setattr(latent_coding, "TILING_SIZE", 32)
+        monkeypatch.setattr(decoding, "TILING_SIZE", 32)
         assert_close_fp32(generate(pipe, output_type="pt"), plain)
         assert calls == [(False, False), (True, False)]
         assert not pipe.vae.use_tiling

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 from diffusers_sana import AutoencoderDC, FlowDPMSolverScheduler, SanaPipeline, SanaTransformer2DModel
-from diffusers_sana.training.prompt_conditioning import complex_human_instruction
+from diffusers_sana.prompts.training_prompts import complex_human_instruction
 
 
 CAPTIONS = ["a red cat", "two dogs on a blue hill", "", "A green house "]

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from diffusers_sana.schedulers.trigflow import flow_to_trigflow
 from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer
-from diffusers_sana.training.trigflow import flow_to_trigflow
 
 
 class PatchDiscriminator(nn.Module):

@@ -15,9 +15,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffusers_sana.prompts.training_prompts import drop_prompts
+from diffusers_sana.schedulers.trigflow import flow_to_trigflow
 from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer
-from diffusers_sana.training.prompt_conditioning import drop_prompts
-from diffusers_sana.training.trigflow import flow_to_trigflow
 
 
 Prompt = tuple[Tensor, Tensor]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_sana.pipelines.parts.resolution import ASPECT_RATIO_BINS
+from diffusers_sana.pipelines.resolution import ASPECT_RATIO_BINS
 from diffusers_sana.training.data.batches import bucket_batches, bucket_sizes, collate, make_loader, nearest_size
 from diffusers_sana.training.data.images import ImageFolder, load_pixels
 from diffusers_sana.training.data.latent_cache import fill_cache, model_digest

@@ -11,6 +11,16 @@ import diffusers_sana
 from diffusers_sana import SanaSprintPipeline, SanaTransformer2DModel
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.kernels.dispatch import kernel_mode
+from diffusers_sana.schedulers.trigflow import (
+    MAX_ANGLE,
+    STEP_ANGLES,
+    angles_to_sigmas,
+    clean_latents,
+    flow_to_trigflow,
+    mix,
+    sample_angles,
+    sample_consistency,
+)
 from diffusers_sana.training.objectives.adversarial import DiscriminatorHeads, default_blocks, teacher_features
 from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer, interpolate, velocity_target
 from diffusers_sana.training.objectives.trigflow_distillation import (
@@ -21,16 +31,6 @@ from diffusers_sana.training.objectives.trigflow_distillation import (
     weighted_loss,
 )
 from diffusers_sana.training.recipes.sprint import DENSE_SCALE, make_student
-from diffusers_sana.training.trigflow import (
-    MAX_ANGLE,
-    STEP_ANGLES,
-    angles_to_sigmas,
-    clean_latents,
-    flow_to_trigflow,
-    mix,
-    sample_angles,
-    sample_consistency,
-)
 from tests import tiny
 from tests.numerics import assert_close_fp32, relative_error
 

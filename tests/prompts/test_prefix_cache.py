@@ -13,8 +13,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import Gemma2Config, Gemma2Model, MistralConfig, MistralModel
 
 import diffusers_sana
-from diffusers_sana.pipelines.parts import prefix_cache
-from diffusers_sana.pipelines.parts.prompt_encoding import COMPLEX_HUMAN_INSTRUCTION, encode_captions
+from diffusers_sana.prompts import prefix_cache
+from diffusers_sana.prompts.encoding import COMPLEX_HUMAN_INSTRUCTION, encode_captions
 from tests import tiny
 from tests.numerics import assert_close_fp32, assert_no_worse
 

@@ -11,9 +11,9 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor
 
+from diffusers_sana.checks import check_computed
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.autoencoders.exact_tiling import tiles_shown_by
-from diffusers_sana.pipelines.parts.input_checks import check_computed
 
 
 logger = logging.get_logger(__name__)

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer, GemmaTokenizer
 
 from diffusers_sana.checkpoints import SANA_EMOJI
-from diffusers_sana.pipelines.parts.prompt_length import beginning
+from diffusers_sana.prompts.tokenization import beginning
 from tests import tiny
 
 

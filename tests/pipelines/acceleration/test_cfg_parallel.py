@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import diffusers_sana
-from diffusers_sana.pipelines.parts.cfg_parallel import cfg_parallel
+from diffusers_sana.pipelines.acceleration.cfg_parallel import cfg_parallel
 from tests import tiny
 from tests.models.sana_transformers import tiny_inputs, tiny_model
 from tests.numerics import assert_close_fp32

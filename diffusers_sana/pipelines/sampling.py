@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_sana.pipelines.parts.cuda_graphs import CudaGraphs, graphed
-from diffusers_sana.pipelines.parts.input_checks import check_computed
-from diffusers_sana.pipelines.parts.prompt_encoding import pad_text
-from diffusers_sana.pipelines.parts.step_caches import start_step_cache, step_context
+from diffusers_sana.checks import check_computed
+from diffusers_sana.pipelines.acceleration.cuda_graphs import CudaGraphs, graphed
+from diffusers_sana.pipelines.acceleration.step_caches import start_step_cache, step_context
+from diffusers_sana.prompts.encoding import pad_text
 
 
 # What `encode_prompt` returns, in order.

@@ -1,4 +1,4 @@
-"""Checks of what is given to a pipeline, each before anything is computed, and of what its models have computed."""
+"""Checks of what is given to a pipeline, each before anything is computed."""
 
 from collections.abc import Sequence
 from numbers import Real
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_sana.checks import check_integer, check_number
+from diffusers_sana.checks import check_integer, check_number, check_texts
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -100,38 +100,6 @@ def check_embeds(name: str, embeds: Tensor, mask: Tensor | None, mask_name: str,
         raise ValueError(f"`{mask_name}` must have the shape {list(embeds.shape[:2])}, got {list(mask.shape)}.")
     if not bool(embeds.isfinite().all()):
         raise ValueError(f"`{name}` must be finite, but has NaN or infinite values. Run the text encoder in bfloat16.")
-
-
-def check_computed(part: str, what: str, values: Tensor, dtype: torch.dtype, advice: str = "") -> None:
-    """Raises where a model has computed NaN or infinite values. Reads the device: once a stage, never in a loop.
-
-    Args:
-        part: name of the component, `part`.
-        what: `values` are.
-        dtype: that the model computes in.
-        advice: what may be the cause besides weights and dtype.
-    """
-    if bool(values.isfinite().all()):
-        return
-    if dtype == torch.float16:
-        advice = f"float16 overflows; load it in bfloat16, or call `pipe.{part}.to(torch.bfloat16)`."
-    raise ValueError(
-        f"`{part}` gave NaN or infinite {what} in {dtype}. {advice or 'Its weights are damaged; load them again.'}"
-    )
-
-
-def check_texts(name: str, texts: Sequence[Any], given: Any) -> None:
-    """Raises where one of `texts`, which the argument `name` was `given`, is not text that UTF-8 can encode."""
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"`{name}` must be a string or a list of strings, got {given!r}.")
-    for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"`{name}` must be text that UTF-8 can encode, but has the lone surrogate {text[error.start]!r} at"
-                f" character {error.start}. Remove it."
-            ) from None
 
 
 def check_prompts(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusers_sana.images import to_pixels
-from diffusers_sana.pipelines.parts.resolution import ASPECT_RATIO_BINS, bin_size
+from diffusers_sana.pipelines.resolution import ASPECT_RATIO_BINS, bin_size
 
 
 logger = logging.get_logger(__name__)

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from diffusers_sana.pipelines.parts.image_inputs import (
+from diffusers_sana.pipelines.conditioning import (
     cover_images,
     fit_images,
     for_each_output,
     pad_to_ratio,
     trained_size,
 )
-from diffusers_sana.pipelines.parts.resolution import resize_and_crop
+from diffusers_sana.pipelines.resolution import resize_and_crop
 from tests.numerics import relative_error
 
 

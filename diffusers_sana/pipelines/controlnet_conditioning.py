@@ -15,10 +15,10 @@ from torch import Tensor
 from diffusers_sana.checks import check_number
 from diffusers_sana.images import to_pixels, to_rgb
 from diffusers_sana.models.controlnets.wiring_sana import control, wiring_of
-from diffusers_sana.pipelines.parts.denoising_loop import TextInputs
-from diffusers_sana.pipelines.parts.image_inputs import for_each_output
-from diffusers_sana.pipelines.parts.latent_coding import encode_images
-from diffusers_sana.pipelines.parts.resolution import check_size
+from diffusers_sana.pipelines.conditioning import for_each_output
+from diffusers_sana.pipelines.decoding import encode_images
+from diffusers_sana.pipelines.resolution import check_size
+from diffusers_sana.pipelines.sampling import TextInputs
 
 
 logger = logging.get_logger(__name__)

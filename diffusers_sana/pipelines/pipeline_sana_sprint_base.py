@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from diffusers_sana.checks import check_integer, check_number
-from diffusers_sana.pipelines.parts.denoising_loop import TextInputs
-from diffusers_sana.pipelines.parts.input_checks import check_numbers
 from diffusers_sana.pipelines.pipeline_sana_base import SanaPipelineBase
+from diffusers_sana.pipelines.request import check_numbers
+from diffusers_sana.pipelines.sampling import TextInputs
 
 
 class TrigFlowBase(SanaPipelineBase):

@@ -14,16 +14,16 @@ from diffusers.pipelines.sana.pipeline_sana import retrieve_timesteps
 from torch import Tensor
 
 from diffusers_sana.checks import check_integer
-from diffusers_sana.pipelines.parts.image_inputs import (
+from diffusers_sana.pipelines.conditioning import (
     cover_images,
     fit_images,
     for_each_output,
     read_images,
     trained_size,
 )
-from diffusers_sana.pipelines.parts.input_checks import check_latents, check_strength
-from diffusers_sana.pipelines.parts.latent_coding import encode_images
-from diffusers_sana.pipelines.parts.resolution import bin_size
+from diffusers_sana.pipelines.decoding import encode_images
+from diffusers_sana.pipelines.request import check_latents, check_strength
+from diffusers_sana.pipelines.resolution import bin_size
 
 
 def check_strength_of_steps(

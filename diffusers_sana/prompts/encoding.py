@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusers_sana._compat import private, upstream_instruction
-from diffusers_sana.pipelines.parts.input_checks import check_computed, check_texts
-from diffusers_sana.pipelines.parts.prefix_cache import hidden_states
-from diffusers_sana.pipelines.parts.prompt_length import beginning, warn_of_cut
+from diffusers_sana.checks import check_computed, check_texts
+from diffusers_sana.prompts.prefix_cache import hidden_states
+from diffusers_sana.prompts.tokenization import beginning, warn_of_cut
 
 
 # The lines of the default instruction, as the installed diffusers has them.

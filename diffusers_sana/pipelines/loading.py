@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers_sana._compat import private
 from diffusers_sana._entries import PACKAGE, UPSTREAM_NAMES
 from diffusers_sana.checkpoint_files import check_readable
-from diffusers_sana.pipelines.parts.folder_check import check_complete
+from diffusers_sana.pipelines.folder_check import check_complete
 from diffusers_sana.saving import check_saveable
 
 

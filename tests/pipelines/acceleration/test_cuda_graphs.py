@@ -8,8 +8,8 @@ import torch
 from diffusers.hooks import FirstBlockCacheConfig
 
 import diffusers_sana
-from diffusers_sana.pipelines.parts.cuda_graphs import CudaGraphs, _fingerprint, _flatten, _unflatten
-from diffusers_sana.pipelines.parts.pag import perturbed, self_attentions
+from diffusers_sana.pipelines.acceleration.cuda_graphs import CudaGraphs, _fingerprint, _flatten, _unflatten
+from diffusers_sana.pipelines.perturbed_attention import perturbed, self_attentions
 from tests import tiny
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusers_sana.images import MASK_THRESHOLD
-from diffusers_sana.pipelines.parts.image_inputs import cover_images, pad_to_ratio
+from diffusers_sana.pipelines.conditioning import cover_images, pad_to_ratio
 
 
 def masked_region(masks: Tensor, padding: int) -> tuple[slice, slice]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffusers_sana.checks import check_number
 from diffusers_sana.models.layers import hooks_of
 from diffusers_sana.models.transformers.attention_sana_pag import SanaPAGAttnProcessor
-from diffusers_sana.pipelines.parts.denoising_loop import DenoisingLoop
+from diffusers_sana.pipelines.sampling import DenoisingLoop
 
 
 # Spelt out as far as diffusers' check of arguments can follow.

@@ -5,13 +5,13 @@ import pytest
 import torch
 from diffusers.pipelines.sana.pipeline_sana import SanaPipeline as DiffusersPipeline
 
-from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer
-from diffusers_sana.training.prompt_conditioning import (
+from diffusers_sana.prompts.training_prompts import (
     complex_human_instruction,
     drop_prompts,
     encode_tokens,
     tokenize_prompts,
 )
+from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer
 from tests.numerics import assert_close_fp32
 from tests.training.tiny import CAPTIONS, tiny_autoencoder, tiny_text_encoder, tiny_tokenizer, tiny_transformer
 
