@@ -76,7 +76,7 @@ class Evaluation:
     def __init__(self, args: argparse.Namespace):
         from diffusers_sana import checkpoints, evaluation
         from diffusers_sana.evaluation.checks import read_checks
-        from diffusers_sana.evaluation.pictures import pictures_in
+        from diffusers_sana.evaluation.images import pictures_in
 
         self.args, self.device = args, find_device(args)
         prompts = args.prompts or ("emoji" if args.model in checkpoints.BUNDLED else "coco")
@@ -208,7 +208,7 @@ class Evaluation:
         }
 
     def _draw(self, model: str, quantize: str | None, folder: Path) -> list[Path]:
-        from diffusers_sana.evaluation.pictures import draw_missing
+        from diffusers_sana.evaluation.images import draw_missing
         from diffusers_sana.files import model_identity
 
         options = {"num_inference_steps": self.args.steps, "guidance_scale": self.args.guidance_scale}

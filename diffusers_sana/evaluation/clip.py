@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusers_sana.evaluation.pictures import to_images
+from diffusers_sana.evaluation.images import to_images
 
 
 class Clip:

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffusers_sana.evaluation.checks import Check
 from diffusers_sana.evaluation.clip import Clip
 from diffusers_sana.evaluation.observations import Detection, Observation
-from diffusers_sana.evaluation.pictures import to_images
+from diffusers_sana.evaluation.images import to_images
 
 
 # Berlin and Kay's basic colour terms; gray is left out, as in GenEval.

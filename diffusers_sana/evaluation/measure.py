@@ -16,7 +16,7 @@ from diffusers_sana.evaluation.checks import Check, judge
 from diffusers_sana.evaluation.distributions import frechet_inception_distance, kernel_inception_distance
 from diffusers_sana.evaluation.features import Features
 from diffusers_sana.evaluation.observations import Observation
-from diffusers_sana.evaluation.pictures import to_tensor
+from diffusers_sana.evaluation.images import to_tensor
 from diffusers_sana.images import read_image
 
 

@@ -10,7 +10,7 @@ from diffusers_sana import SanaPipeline, checkpoints
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.evaluation.checks import place, read_checks, relations
 from diffusers_sana.evaluation.emoji_probe import EmojiProbe
-from diffusers_sana.evaluation.pictures import to_tensor
+from diffusers_sana.evaluation.images import to_tensor
 
 
 FOLDER = Path(checkpoints.__file__).parent / "emoji-probe"

@@ -25,7 +25,7 @@ from transformers import (
 from diffusers_sana.evaluation.checks import Check, Wanted
 from diffusers_sana.evaluation.clip import Clip
 from diffusers_sana.evaluation.detector import COLORS, Detector
-from diffusers_sana.evaluation.pictures import to_images
+from diffusers_sana.evaluation.images import to_images
 
 
 WIDTHS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

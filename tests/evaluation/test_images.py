@@ -7,7 +7,7 @@ from PIL import Image
 from diffusers_sana.evaluation import measure
 from diffusers_sana.evaluation.checks import Check, Wanted
 from diffusers_sana.evaluation.observations import Detection, Observation
-from diffusers_sana.evaluation.pictures import draw_missing, pictures_in, to_images, to_tensor
+from diffusers_sana.evaluation.images import draw_missing, pictures_in, to_images, to_tensor
 from diffusers_sana.evaluation.similarity import psnr
 
 
