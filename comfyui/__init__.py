@@ -1,13 +1,14 @@
-"""Nodes of ComfyUI for Sana; see README.md beside this file.
+"""ComfyUI nodes for Sana; see README.md beside this file.
 
-What runs between them is a `SanaModel`: a loaded pipeline, which all share, and the LoRAs of one branch of the graph.
-A node changes nothing in a pipeline that another node, or a later run of the same graph, could notice.
+They pass on a `SanaModel`: a loaded pipeline, which all nodes share, and the LoRAs of one branch of the graph. A node
+changes nothing in a pipeline that another node, or a later run of the same graph, could notice.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
@@ -22,27 +23,24 @@ from diffusers_sana import (
     find_pipeline_class,
     quantize,
 )
-from diffusers_sana.files import digest
 
 
 try:
     from comfy.utils import ProgressBar
-except ImportError:  # the nodes are plain Python, also without ComfyUI
+except ImportError:  # without ComfyUI the nodes are plain Python
     ProgressBar = None
 
 DTYPES = ["bfloat16", "float32", "float16"]
-LARGEST_SEED = 2**64 - 1
-TEXT = ("STRING", {"multiline": True, "default": ""})
 IMAGE_TO_IMAGE = {SanaPipeline: SanaImg2ImgPipeline, SanaSprintPipeline: SanaSprintImg2ImgPipeline}
 
 
 @dataclass(frozen=True, eq=False)
 class SanaModel:
-    """A pipeline and what is to be in force when it generates.
+    """A pipeline, and the LoRAs to generate with.
 
     Attributes:
         pipe: shared by all nodes behind the one that loaded it.
-        loras: file -> strength.
+        loras: pairs of file and strength.
         branches: all models that share the pipeline, as long as ComfyUI keeps them.
     """
 
@@ -54,7 +52,7 @@ class SanaModel:
         self.branches.add(self)
 
     def prepare(self) -> None:
-        """Puts exactly `loras` in force. Files stay loaded while a branch uses them and they do not change."""
+        """Activates exactly `loras`. Files stay loaded while a branch uses them and they do not change."""
         used = {state_of(file) for model in self.branches for file, _ in model.loras}
         loaded = set(getattr(self.pipe.transformer, "peft_config", {}))
         if loaded and not loaded & used:
@@ -75,47 +73,52 @@ class SanaModel:
 
 
 def state_of(place: str) -> str:
-    """A name of a file or folder as it is now, from paths, sizes and times; of a Hub id, which stands for itself."""
+    """A digest of a file or folder as it is now, from paths, sizes and times; of a Hub id, only of the id."""
     path = Path(place)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()) if place else []
-    return digest(place, *([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files))
+    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.blake2b(repr((place, states)).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-class SanaLoad:
-    """Loads a pipeline of Sana or SANA-Sprint."""
+class Node:
+    """What ComfyUI reads of a node: category, outputs, the name of its function, and its inputs."""
 
     CATEGORY = "Sana"
-    RETURN_TYPES = ("SANA_MODEL",)
-    FUNCTION = "load"
+    RETURN_TYPES: tuple[str, ...] = ("SANA_MODEL",)
+    FUNCTION = "run"
+    INPUTS: ClassVar[dict[str, tuple]]
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """The inputs, as ComfyUI asks for them."""
-        return {
-            "required": {
-                "model": ("STRING", {"default": "sana-emoji", "tooltip": "folder, Hub id, or sana-emoji"}),
-                "dtype": (DTYPES, {"default": "bfloat16"}),
-                "four_bit": ("BOOLEAN", {"default": False, "tooltip": "quantize the transformer after loading"}),
-                "cpu_offload": ("BOOLEAN", {"default": False, "tooltip": "keep on the GPU only what runs"}),
-            }
-        }
+        """The inputs, in ComfyUI's form."""
+        return {"required": cls.INPUTS}
+
+
+class SanaLoad(Node):
+    """Loads a pipeline of Sana or SANA-Sprint."""
+
+    INPUTS = {
+        "model": ("STRING", {"default": "sana-emoji", "tooltip": "folder, Hub id, or sana-emoji"}),
+        "dtype": (DTYPES, {"default": "bfloat16"}),
+        "four_bit": ("BOOLEAN", {"default": False, "tooltip": "quantize the transformer after loading"}),
+        "cpu_offload": ("BOOLEAN", {"default": False, "tooltip": "keep on the GPU only what runs"}),
+    }
 
     @classmethod
     def IS_CHANGED(cls, model: str, **others: Any) -> str:
-        """Asked by ComfyUI before it uses an earlier result again."""
-        return state_of(str(checkpoint_path(model.strip())))
+        """ComfyUI compares the result before it uses an earlier output again."""
+        return state_of(checkpoint_path(model.strip()))
 
-    def load(self, model: str, dtype: str, four_bit: bool, cpu_offload: bool) -> tuple[SanaModel]:
-        """Raises a ValueError for a model that is no Sana."""
+    def run(self, model: str, dtype: str, four_bit: bool, cpu_offload: bool) -> tuple[SanaModel]:
+        """Raises a ValueError if the model is not a Sana."""
         place = checkpoint_path(model.strip())
-        pipeline_class = find_pipeline_class(place)
-        if pipeline_class not in IMAGE_TO_IMAGE:
-            raise ValueError(f"`model` must be a Sana or a SANA-Sprint, but {model!r} is a {pipeline_class.__name__}.")
-        pipe = pipeline_class.from_pretrained(place, torch_dtype=getattr(torch, dtype))
+        found = find_pipeline_class(place)
+        if found not in IMAGE_TO_IMAGE:
+            raise ValueError(f"`model` must be a Sana or a SANA-Sprint, but {model!r} is a {found.__name__}.")
+        pipe = found.from_pretrained(place, torch_dtype=getattr(torch, dtype))
         pipe.set_progress_bar_config(disable=ProgressBar is not None)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         if not cpu_offload:
-            pipe.to(device)
+            pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         if four_bit:
             quantize(pipe)
         if cpu_offload:
@@ -123,93 +126,77 @@ class SanaLoad:
         return (SanaModel(pipe),)
 
 
-class SanaLora:
+class SanaLora(Node):
     """Adds a LoRA, in the format of one of many trainers."""
 
-    CATEGORY = "Sana"
-    RETURN_TYPES = ("SANA_MODEL",)
-    FUNCTION = "add"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        """The inputs, as ComfyUI asks for them."""
-        return {
-            "required": {
-                "model": ("SANA_MODEL",),
-                "lora": ("STRING", {"default": "", "tooltip": "file, folder or Hub id"}),
-                "strength": ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}),
-            }
-        }
+    INPUTS = {
+        "model": ("SANA_MODEL",),
+        "lora": ("STRING", {"default": "", "tooltip": "file, folder or Hub id"}),
+        "strength": ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}),
+    }
 
     @classmethod
     def IS_CHANGED(cls, lora: str, **others: Any) -> str:
-        """Asked by ComfyUI before it uses an earlier result again."""
+        """ComfyUI compares the result before it uses an earlier output again."""
         return state_of(lora.strip())
 
-    def add(self, model: SanaModel, lora: str, strength: float) -> tuple[SanaModel]:
-        """The file is read when the model first generates with it, and again when it has changed."""
+    def run(self, model: SanaModel, lora: str, strength: float) -> tuple[SanaModel]:
+        """The file is read when the model first generates with it, and again after it has changed."""
         return (replace(model, loras=(*model.loras, (lora.strip(), strength))),)
 
 
-class SanaSample:
-    """Draws images of a prompt."""
+TEXT = ("STRING", {"multiline": True, "default": ""})
+SIZE = ("INT", {"default": 0, "min": 0, "max": 8192, "step": 32, "tooltip": "0: the size of the checkpoint"})
+SAMPLING = {
+    "model": ("SANA_MODEL",),
+    "prompt": TEXT,
+    "negative_prompt": TEXT,
+    "steps": ("INT", {"default": 20, "min": 1, "max": 200}),
+    "guidance_scale": ("FLOAT", {"default": 4.5, "min": 1.0, "max": 30.0, "step": 0.1}),
+    "seed": ("INT", {"default": 0, "min": 0, "max": 2**64 - 1}),
+}
 
-    CATEGORY = "Sana"
+
+class SanaSample(Node):
+    """Generates images from a prompt."""
+
     RETURN_TYPES = ("IMAGE",)
-    FUNCTION = "sample"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        """The inputs, as ComfyUI asks for them."""
-        native = {"default": 0, "min": 0, "max": 8192, "step": 32, "tooltip": "0: the size of the checkpoint"}
-        return {
-            "required": {
-                **_common_inputs(),
-                "width": ("INT", native),
-                "height": ("INT", native),
-                "batch_size": ("INT", {"default": 1, "min": 1, "max": 64}),
-            }
-        }
-
-    def sample(self, model: SanaModel, width: int, height: int, batch_size: int, **common: Any) -> tuple[Tensor]:
-        """Images `[B, H, W, 3]` in [0, 1]."""
-        return _drawn(
-            model, model.pipe, width=width or None, height=height or None, num_images_per_prompt=batch_size, **common
-        )
-
-
-class SanaImageToImage:
-    """Changes images."""
-
-    CATEGORY = "Sana"
-    RETURN_TYPES = ("IMAGE",)
-    FUNCTION = "change"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        """The inputs, as ComfyUI asks for them."""
-        strength = {"default": 0.6, "min": 0.05, "max": 1.0, "step": 0.05, "tooltip": "how far from the image"}
-        return {"required": {**_common_inputs(), "image": ("IMAGE",), "strength": ("FLOAT", strength)}}
-
-    def change(self, model: SanaModel, image: Tensor, strength: float, **common: Any) -> tuple[Tensor]:
-        """Images `[B, H, W, 3]` in [0, 1] of as many."""
-        pipe = IMAGE_TO_IMAGE[type(model.pipe)].from_pipe(model.pipe)
-        return _drawn(model, pipe, image=image[..., :3].movedim(-1, 1), strength=strength, **common)
-
-
-def _common_inputs() -> dict[str, Any]:
-    return {
-        "model": ("SANA_MODEL",),
-        "prompt": TEXT,
-        "negative_prompt": TEXT,
-        "steps": ("INT", {"default": 20, "min": 1, "max": 200}),
-        "guidance_scale": ("FLOAT", {"default": 4.5, "min": 1.0, "max": 30.0, "step": 0.1}),
-        "seed": ("INT", {"default": 0, "min": 0, "max": LARGEST_SEED}),
+    INPUTS = {
+        **SAMPLING,
+        "width": SIZE,
+        "height": SIZE,
+        "batch_size": ("INT", {"default": 1, "min": 1, "max": 64}),
     }
 
+    def run(self, model: SanaModel, width: int, height: int, batch_size: int, **sampling: Any) -> tuple[Tensor]:
+        """Images `[B, H, W, 3]` in [0, 1]."""
+        options = {"width": width or None, "height": height or None, "num_images_per_prompt": batch_size}
+        return generate(model, model.pipe, **options, **sampling)
 
-def _drawn(model: SanaModel, pipe: Any, negative_prompt: str, steps: int, seed: int, **options: Any) -> tuple[Tensor]:
-    """What a pipeline draws, `[B, H, W, 3]` in [0, 1] on the CPU."""
+
+class SanaImageToImage(Node):
+    """Changes images as a prompt says."""
+
+    RETURN_TYPES = ("IMAGE",)
+    INPUTS = {
+        **SAMPLING,
+        "image": ("IMAGE",),
+        "strength": (
+            "FLOAT",
+            {"default": 0.6, "min": 0.05, "max": 1.0, "step": 0.05, "tooltip": "how far from the image"},
+        ),
+    }
+
+    def run(self, model: SanaModel, image: Tensor, strength: float, **sampling: Any) -> tuple[Tensor]:
+        """As many images `[B, H, W, 3]` in [0, 1] as `image` has."""
+        pipe = IMAGE_TO_IMAGE[type(model.pipe)].from_pipe(model.pipe)
+        return generate(model, pipe, image=image[..., :3].movedim(-1, 1), strength=strength, **sampling)
+
+
+def generate(
+    model: SanaModel, pipe: Any, negative_prompt: str, steps: int, seed: int, **options: Any
+) -> tuple[Tensor]:
+    """The images of a pipeline, `[B, H, W, 3]` in [0, 1] on the CPU."""
     if not isinstance(pipe, SanaSprintPipeline | SanaSprintImg2ImgPipeline):
         options["negative_prompt"] = negative_prompt
     elif negative_prompt:
@@ -219,19 +206,20 @@ def _drawn(model: SanaModel, pipe: Any, negative_prompt: str, steps: int, seed: 
         num_inference_steps=steps,
         generator=torch.Generator().manual_seed(seed),  # of the CPU: the same noise on every device
         output_type="pt",
-        callback_on_step_end=_progress(steps),
+        callback_on_step_end=progress_callback(steps),
         **options,
     ).images
     return (images.movedim(1, -1).float().cpu(),)
 
 
-def _progress(steps: int) -> Callable[..., dict] | None:
+def progress_callback(steps: int) -> Callable[..., dict] | None:
+    """A callback of a pipeline that moves ComfyUI's progress bar; None without ComfyUI."""
     if ProgressBar is None:
         return None
     bar = ProgressBar(steps)
 
     def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
-        bar.update_absolute(step + 1)
+        bar.update_absolute(step + 1, pipe.num_timesteps)  # of image-to-image, fewer than `steps`
         return tensors
 
     return on_step_end
@@ -246,6 +234,6 @@ NODE_CLASS_MAPPINGS = {
 NODE_DISPLAY_NAME_MAPPINGS = {
     "SanaLoad": "Load Sana",
     "SanaLora": "Sana LoRA",
-    "SanaSample": "Draw with Sana",
+    "SanaSample": "Generate with Sana",
     "SanaImageToImage": "Change images with Sana",
 }

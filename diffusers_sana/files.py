@@ -1,7 +1,8 @@
 """Files on disk: text as people write it, writes that are complete or absent, folders that one process owns.
 
 Everything in the package that reads a text file, replaces a file, or takes a result on disk for finished uses these
-functions, so that encodings, kills, full disks and second processes are handled in one place.
+functions, so that encodings, kills, full disks and second processes are handled in one place. Its import
+is cheap: the command line reads files before it loads anything else.
 """
 
 import hashlib
@@ -14,11 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-from huggingface_hub import hf_hub_download
-
 
 PathLike = str | os.PathLike[str]
+IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def read_text(path: PathLike) -> str:
@@ -115,6 +114,8 @@ def locked(path: PathLike, activity: str) -> Iterator[None]:
     Raises:
         InUse: another process holds the lock.
     """
+    from filelock import FileLock, Timeout
+
     lock = FileLock(str(path))
     try:
         lock.acquire(timeout=0)
@@ -162,6 +163,8 @@ def model_identity(model: str, index: str = "model_index.json") -> str:
         return digest(
             [[path.relative_to(model).as_posix(), _outline(path)] for path in sorted(Path(model).rglob("*"))]
         )
+    from huggingface_hub import hf_hub_download
+
     return Path(hf_hub_download(model, index)).parent.name
 
 

@@ -27,7 +27,6 @@ from diffusers_sana.files import PathLike
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MASK_THRESHOLD = 0.5  # mask values from here on are to be repainted
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 TEXT_CHUNKS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # of PNG; they may hold EXIF data

@@ -1,5 +1,7 @@
 """What the name of a model stands for: a bundled checkpoint, a folder or a Hub id, and the pipeline that loads it."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from diffusers_sana.checkpoints import BUNDLED
@@ -10,21 +12,62 @@ def checkpoint_path(model: str) -> str:
     return BUNDLED.get(model, model)
 
 
-def find_pipeline_class(model: str) -> type[Any]:
-    """The pipeline class for a checkpoint: of this package where it has one, else diffusers' `DiffusionPipeline`.
+def pipeline_class_name(model: str) -> str:
+    """Name of the pipeline class that a checkpoint is for, from its index: reads no weights, imports nothing heavy.
 
     Args:
-        model: name of a bundled checkpoint, folder or Hub id. A transformers checkpoint without `model_index.json`
-            counts as VILA-U, whose pipeline raises if it is another model.
+        model: bundled name, folder, or id of a Hub repository.
+
+    Returns:
+        The class that `model_index.json` names. "VilaUPipeline" for a transformers checkpoint, which has no such file;
+        that pipeline raises if it is another model.
+
+    Raises:
+        OSError: there is no such model, or its index is damaged.
     """
-    from diffusers import DiffusionPipeline
-    from transformers.utils.hub import has_file
+    place = checkpoint_path(model)
+    index = _find(place, "model_index.json") or _find(place, "config.json")
+    if index is None:
+        raise OSError(f"{model} has neither a model_index.json nor a config.json; name the folder that has one")
+    if index.name == "config.json":
+        return "VilaUPipeline"
+    try:
+        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise OSError(f"{index} must be JSON with a `_class_name`; download it again ({error!r})") from error
 
-    from diffusers_sana import SanaPipeline, SanaSprintPipeline, VilaUPipeline
 
-    model = checkpoint_path(model)
-    if has_file(model, "config.json") and not has_file(model, DiffusionPipeline.config_name):
-        return VilaUPipeline
-    name = DiffusionPipeline.load_config(model).get("_class_name")
-    ours = (SanaPipeline, SanaSprintPipeline, VilaUPipeline)
-    return next((cls for cls in ours if cls.__name__ == name), DiffusionPipeline)
+def find_pipeline_class(model: str) -> type[Any]:
+    """The pipeline class for a checkpoint: ours for Sana, SANA-Sprint and VILA-U, else diffusers' `DiffusionPipeline`.
+
+    Args:
+        model: bundled name, folder, or id of a Hub repository.
+
+    Raises:
+        OSError: as `pipeline_class_name`.
+    """
+    name = pipeline_class_name(model)
+    if name not in ("SanaPipeline", "SanaSprintPipeline", "VilaUPipeline"):
+        from diffusers import DiffusionPipeline
+
+        return DiffusionPipeline
+    import diffusers_sana
+
+    return getattr(diffusers_sana, name)
+
+
+def _find(place: str, file: str) -> Path | None:
+    """A file of a folder or Hub repository, None if it has no such file."""
+    if Path(place).is_dir():
+        return path if (path := Path(place) / file).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(place, file))
+    except LocalEntryNotFoundError as error:
+        raise OSError(f"there is no folder {place}, and the Hub cannot be reached: {error}") from error
+    except EntryNotFoundError:
+        return None
+    except (HFValidationError, OSError) as error:
+        raise OSError(f"there is no folder {place}, and the Hub has no such repository: {error}") from error

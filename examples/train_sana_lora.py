@@ -25,8 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
-from diffusers_sana.files import atomic_write, model_identity
-from diffusers_sana.images import SUFFIXES
+from diffusers_sana.files import IMAGE_SUFFIXES, atomic_write, model_identity
 from diffusers_sana.prompts.training_prompts import complex_human_instruction, encode_tokens, tokenize_prompts
 from diffusers_sana.training.config import check_choice, option, parse_config, run_script
 from diffusers_sana.training.data.batches import Batches, bucket_sizes, collate, make_loader
@@ -220,7 +219,7 @@ def generate_class_images(pipe: Callable[..., Any], config: LoraTrainingConfig, 
     settings = {"prompt": config.class_prompt, "resolution": config.resolution, "dtype": config.mixed_precision}
     settings |= {"model": config.pretrained, "model_files": model_identity(config.pretrained), "seed": config.seed}
     record = json.dumps(settings, sort_keys=True)
-    found = {path: _record(path) for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES}
+    found = {path: _record(path) for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES}
     num_missing = config.num_class_images - sum(other is None for other in found.values())
     wanted = [folder / f"class_{index:05d}.png" for index in range(max(0, num_missing))]
     for path, other in found.items():

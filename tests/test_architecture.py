@@ -14,7 +14,7 @@ ROOT = Path(diffusers_sana.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # Modules of the package's root that everything may import: they import nothing of ours but each other.
-COMMON = {"_compat", "checkpoint_files", "checks", "files", "images", "saving"}
+COMMON = {"_compat", "arguments", "checkpoint_files", "checks", "files", "images", "saving"}
 # Folder -> what else its files may import from this package. A folder's own files are always allowed.
 MAY_IMPORT = {
     "kernels": set(),
@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "quantizers": {"kernels"},
     "loaders": {"kernels", "models", "quantizers"},
     "checkpoints": set(),
-    "evaluation": set(),
+    "evaluation": {"checkpoints", "loading", "quantizers"},
 }
 # Nothing in the package but these may import a pipeline: data flows from pipelines down.
 TOP_LEVEL = {"__init__.py", "_entries.py", "_registration.py", "loading.py", "cli", "demo"}

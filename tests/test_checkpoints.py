@@ -87,15 +87,15 @@ def test_command_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--height", "100"], "`height`"),
+        (["--height", "100"], "--height must"),
         (["--model", "no/such/folder/anywhere"], "no/such/folder"),
-        (["--steps", "0"], "num_inference_steps"),
+        (["--steps", "0"], "--steps: must be at least 1"),
     ],
 )
-def test_command_line_errors(arguments, message, tmp_path):
+def test_command_line_errors(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         cli.main(["generate", "a fox", "--out", str(tmp_path / "x.png"), *arguments])
-    assert message in str(error.value)
+    assert message in str(error.value) + capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
 
 

@@ -1,5 +1,6 @@
 """The nodes of `comfyui/`, run as ComfyUI runs them: by what they declare, and without ComfyUI."""
 
+import ast
 import importlib.util
 import inspect
 import os
@@ -190,8 +191,8 @@ def test_progress_bar_of_comfyui(monkeypatch, folder):
         def __init__(self, total):
             seen.append(total)
 
-        def update_absolute(self, value):
-            seen.append(value)
+        def update_absolute(self, value, total=None):
+            seen.append((value, total))
 
     utils = ModuleType("comfy.utils")
     utils.ProgressBar = ProgressBar
@@ -200,4 +201,15 @@ def test_progress_bar_of_comfyui(monkeypatch, folder):
     nodes = load_nodes("custom_nodes_sana_with_bar")
     model = call(nodes, "SanaLoad", model=str(folder), dtype="float32")
     call(nodes, "SanaSample", model=model, **SETTINGS)
-    assert seen == [2, 1, 2]
+    assert seen == [2, (1, 2), (2, 2)]
+    seen.clear()
+    settings = {**SETTINGS, "steps": 4}
+    call(nodes, "SanaImageToImage", model=model, image=torch.rand(1, 32, 32, 3), strength=0.5, **settings)
+    assert seen == [4, (1, 2), (2, 2)]  # half of the steps are enough for half of the noise
+
+
+def test_public_names_only():
+    """The nodes are an example of how to use the package."""
+    tree = ast.parse((FOLDER / "__init__.py").read_text(encoding="utf-8"))
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name for name in modules if "sana" in name} == {"diffusers_sana"}

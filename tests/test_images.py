@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from diffusers_sana import images
-from diffusers_sana.evaluation.measure import batches
 from diffusers_sana.evaluation.images import to_tensor
+from diffusers_sana.evaluation.measure import batches
 from diffusers_sana.models.vila_u.image_processing_vila_u import VilaUImageProcessor
 from diffusers_sana.pipelines.conditioning import read_images
 from diffusers_sana.pipelines.inpainting import fit_masks

@@ -1,15 +1,15 @@
-"""Small checkpoints that come with the package: ordinary folders beside this file."""
+"""Small checkpoints bundled with the package: ordinary folders beside this file."""
 
 from pathlib import Path
 
 
-# Draws what its prompt names among some 350 animals, foods, vehicles and the like; 128 px. See docs/checkpoints.md.
+# Generates images of some 350 animals, foods, vehicles and the like, 128 px. See docs/checkpoints.md.
 SANA_EMOJI = str(Path(__file__).parent / "sana-emoji")
 
-# Draws the same things, and says what is in a picture.
+# Generates the same things, and answers questions about images.
 VILA_U_EMOJI = str(Path(__file__).parent / "vila-u-emoji")
 
-# A LoRA for SANA_EMOJI: prompts that end in ", pixel art" are drawn in coarse blocks.
+# A LoRA for SANA_EMOJI: images of prompts that end in ", pixel art" are made of coarse blocks.
 SANA_EMOJI_PIXEL_ART = str(Path(__file__).parent / "sana-emoji-pixel-art")
 
 # A ControlNet for SANA_EMOJI that follows edges.
@@ -18,8 +18,8 @@ SANA_EMOJI_EDGES = str(Path(__file__).parent / "sana-emoji-edges")
 # Transformer and scheduler of a SANA-Sprint, distilled from SANA_EMOJI, whose other parts it shares.
 SANA_EMOJI_SPRINT = str(Path(__file__).parent / "sana-emoji-sprint")
 
-# The judge of `diffusers-sana evaluate sana-emoji`.
+# The classifier behind `diffusers-sana evaluate sana-emoji`.
 EMOJI_PROBE = str(Path(__file__).parent / "emoji-probe")
 
-# What the command line calls them.
+# Pipelines that a name stands for, on the command line and elsewhere.
 BUNDLED = {"sana-emoji": SANA_EMOJI, "vila-u-emoji": VILA_U_EMOJI}

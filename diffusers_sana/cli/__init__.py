@@ -1,41 +1,57 @@
-"""The command line: `diffusers-sana generate "a red apple on a blue background"` and the other commands."""
+"""The command line: `diffusers-sana generate "a red apple on a blue background"` and the other commands.
 
-import argparse
+Modules of commands import what is heavy inside `run`, after the arguments are checked: `--help` and errors of use come
+at once.
+"""
+
 import logging
+import re
 import sys
 
+from diffusers_sana.arguments import ArgumentParser
 from diffusers_sana.cli import chat, convert, demo, env, evaluate, generate, quantize
 from diffusers_sana.files import InUse
 
 
 COMMANDS = {
-    "generate": (generate, "write a picture of a prompt"),
-    "chat": (chat, "ask about a picture"),
+    "generate": (generate, "generate images from a prompt"),
+    "chat": (chat, "answer a question about an image"),
     "quantize": (quantize, "save a pipeline in 4 bits"),
-    "evaluate": (evaluate, "measure how good a model's pictures are"),
-    "convert": (convert, "read the authors' files"),
-    "demo": (demo, "serve a page to try it in"),
-    "env": (env, "say what will run on this machine"),
+    "evaluate": (evaluate, "measure the quality of a model's images"),
+    "convert": (convert, "convert original (NVlabs) checkpoints to diffusers folders"),
+    "demo": (demo, "serve a web page to try the models"),
+    "env": (env, "show what will run on this machine, and why"),
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> ArgumentParser:
     """All commands and their options."""
-    root = argparse.ArgumentParser(prog="diffusers-sana", description="Sana and its relatives, from the command line.")
+    root = ArgumentParser(prog="diffusers-sana", description="Sana, SVDQuant and VILA-U from the command line.")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
-    for name, (module, help) in COMMANDS.items():
-        command = commands.add_parser(name, help=help, description=module.run.__doc__)
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=module.run.__doc__)
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, command=command)
     return root
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a command; what a user can mend ends it with one line."""
+    """Runs a command. Errors that the user can fix end it with one line that names the option."""
     args = parser().parse_args(argv)
-    # Imported by diffusers where it is installed, it tells everybody of kernels that nothing here uses.
+    # If installed, it is imported by diffusers, and warns about kernels that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         args.run(args)
     except (ValueError, TypeError, OSError, InUse) as error:
-        sys.exit(f"diffusers-sana: {error}")
+        sys.exit(f"diffusers-sana: {_with_options(str(error), args.command)}")
+
+
+def _with_options(message: str, command: ArgumentParser) -> str:
+    """The message of a function, with the command's options in place of the function's arguments."""
+    options = set(re.findall(r"--[a-z-]+", command.format_help()))
+
+    def option(match: re.Match) -> str:
+        name = "--" + match[1].replace("_", "-")
+        return name if name in options else match[0]
+
+    return re.sub(r"`(\w+)`", option, message)

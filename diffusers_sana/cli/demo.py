@@ -1,11 +1,12 @@
-"""`diffusers-sana demo`: a page to try it in."""
+"""`diffusers-sana demo`: a web page to try the models."""
 
 import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from diffusers_sana.cli.common import add_device, find_device
-from diffusers_sana.loading import checkpoint_path, find_pipeline_class
+from diffusers_sana.arguments import add_device, find_device, integer
+from diffusers_sana.checkpoints import VILA_U_EMOJI
+from diffusers_sana.loading import checkpoint_path, find_pipeline_class, pipeline_class_name
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -14,28 +15,28 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--model",
         type=checkpoint_path,
         default="sana-emoji",
-        help="Hub id or folder of Sana or SANA-Sprint in 16 bit; default: the small bundled sana-emoji",
+        help="Hub id or folder of a Sana or SANA-Sprint, not quantized; default: the small bundled sana-emoji",
     )
-    command.add_argument("--port", type=int, help="of this machine; default: the first free one from 7860")
-    command.add_argument("--share", action="store_true", help="also an address for others, by Gradio's servers")
+    command.add_argument("--port", type=integer(at_most=65535), help="default: the first free one from 7860")
+    command.add_argument("--share", action="store_true", help="also serve a public address, through Gradio's servers")
     add_device(command, dtype="bfloat16")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serves a page that draws one seed in 16 and in 4 bit, and answers questions about pictures."""
+    """Serves a page that generates each image in 16 and in 4 bits, and answers questions about images."""
     if find_spec("gradio") is None:
         raise OSError("demo needs gradio, which is not installed: pip install 'diffusers_sana[demo]'")
+    if pipeline_class_name(args.model) not in ("SanaPipeline", "SanaSprintPipeline"):
+        raise ValueError(f"--model must be a Sana or a SANA-Sprint, which {args.model} is not; leave it out")
+
     import torch
 
-    from diffusers_sana import SanaPipeline, SanaSprintPipeline, VilaUPipeline
-    from diffusers_sana.checkpoints import VILA_U_EMOJI
+    from diffusers_sana import VilaUPipeline
     from diffusers_sana.demo.comparison import Comparison
     from diffusers_sana.demo.page import build_page, serve
 
-    pipeline_class, device = find_pipeline_class(args.model), find_device(args)
-    if pipeline_class not in (SanaPipeline, SanaSprintPipeline):
-        raise ValueError(f"--model must be a Sana or a SANA-Sprint, which {args.model} is not; leave it out")
-    pipe = pipeline_class.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(device)
+    device, dtype = find_device(args.device), getattr(torch, args.dtype)
+    pipe = find_pipeline_class(args.model).from_pretrained(args.model, torch_dtype=dtype).to(device)
     comparison = Comparison(pipe)
     print(comparison.report)
     answerer = VilaUPipeline.from_pretrained(VILA_U_EMOJI, torch_dtype=torch.float32).to(device)

@@ -1,13 +1,12 @@
-"""`diffusers-sana env`: say what will run on this machine."""
+"""`diffusers-sana env`: show what will run on this machine, and why."""
 
 import argparse
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 
 def _memory() -> str:
-    """Of the machine, where its system tells."""
+    """Size of the main memory, if the system reports it."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (AttributeError, ValueError, OSError):
@@ -16,11 +15,13 @@ def _memory() -> str:
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The command has none."""
+    """This command has no options."""
 
 
 def run(args: argparse.Namespace) -> None:
-    """Says what will run on this machine, and why."""
+    """Shows what will run on this machine, and why."""
+    from importlib.metadata import PackageNotFoundError, version
+
     import torch
 
     from diffusers_sana import __version__
@@ -49,12 +50,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"{'GPU':15} none that PyTorch can use")
 
     mode = current_kernel_mode()
-    runs, why = "PyTorch", "asked for by name" if mode == "torch" else "Triton needs a GPU"
+    runs, why = "PyTorch", "set by name" if mode == "torch" else "Triton needs a GPU"
     if mode != "torch" and device.type != "cpu":
         try:
             with kernel_mode("triton"):
                 use_triton("any", torch.empty(1, device=device))
-            runs, why = "Triton", "this GPU can"
+            runs, why = "Triton", "this GPU supports it"
         except RuntimeError as error:
             why = str(error)
     print(f"{'operations':15} {runs} in mode {mode!r} of {ENVIRONMENT_VARIABLE}: {why}")

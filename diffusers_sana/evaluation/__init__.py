@@ -1,4 +1,5 @@
-"""How good drawn pictures are: against their prompts, against other pictures, and as a set. See docs/evaluation.md.
+"""Quality of generated images: against their prompts, against other images, and as a set. See docs/evaluation.md.
 
-Nothing here loads a pipeline: functions take pictures `[N, 3, H, W]` in [0, 1].
+`run.evaluate` runs a whole evaluation of a pipeline. The measures themselves load no pipeline: they take images
+`[N, 3, H, W]` in [0, 1].
 """

@@ -1,4 +1,4 @@
-"""What a picture of a prompt must show, and whether it does, in the manner of GenEval (arXiv 2310.11513)."""
+"""What an image of a prompt must show, and whether it does, as in GenEval (arXiv 2310.11513)."""
 
 import json
 import math
@@ -11,10 +11,10 @@ from diffusers_sana.evaluation.observations import Detection, Observation
 from diffusers_sana.files import read_lines
 
 
-# Two boxes stand beside each other when their centres are further apart than this share of their summed sizes.
+# Two boxes are beside each other if their centers are further apart than this fraction of their summed sizes.
 OVERLAP = 0.1
-# A single object stands aside when its centre is further than this from the picture's, in fractions of the picture.
-ASIDE = 0.1
+# A single object is off-center if its center is further than this from the image's, in fractions of the image.
+OFF_CENTER = 0.1
 RELATIONS = ("left of", "right of", "above", "below")
 PLACES = ("left", "right", "top", "bottom")
 
@@ -25,10 +25,10 @@ class Wanted:
 
     Attributes:
         label: their class.
-        count: at least so many of them.
+        count: at least this many of them.
         color: of each.
         position: one of `RELATIONS`, and the index of the entry of `include` it relates to.
-        place: one of `PLACES`: where in the picture.
+        place: one of `PLACES`: where in the image.
     """
 
     label: str
@@ -40,14 +40,14 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Check:
-    """A prompt, the seed of its picture, and what the picture must show.
+    """A prompt, the seed of its image, and what the image must show.
 
     Attributes:
         tag: the kind of the prompt, such as "two_object".
         include: what must be there.
-        exclude: classes and the number of objects from which on there are too many.
-        total: number of all objects, where it matters.
-        background, style: as an `Observation` has them, where they matter.
+        exclude: classes, and the number of objects that is already too many.
+        total: number of all objects; None: any.
+        background, style: as in an `Observation`; None: any.
     """
 
     tag: str
@@ -61,20 +61,20 @@ class Check:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """All classes that must be looked for."""
+        """All classes to look for."""
         return tuple(dict.fromkeys([*(item.label for item in self.include), *(label for label, _ in self.exclude)]))
 
 
 def read_checks(path: Path) -> list[Check]:
-    """Reads a file of checks, one JSON object a line.
+    """Reads a file of checks, one JSON object per line.
 
     The fields are those of GenEval's `evaluation_metadata.jsonl`, which can be read as it is: `tag`, `prompt`,
-    `include` (a list of `class`, `count`, `color`, `position`) and `exclude` (of `class`, `count`). Beyond those:
-    `place` in `include`; `seed` (default: the number of the line, from 0), `total`, `background`, `style`.
+    `include` (a list of `class`, `count`, `color`, `position`) and `exclude` (a list of `class`, `count`). In
+    addition: `place` in `include`; `seed` (default: the line number, from 0), `total`, `background`, `style`.
 
     Raises:
-        OSError: if there is no such file.
-        ValueError: naming the line that is not a check.
+        OSError: there is no such file.
+        ValueError: a line is not a check; the message names it.
     """
     checks = []
     for number, line in read_lines(path):
@@ -110,8 +110,16 @@ def _read_check(row: dict[str, Any], number: int) -> Check:
     return Check(row["tag"], row["prompt"], row.get("seed", number), include, exclude, **extra)
 
 
+def check_detectable(checks: Sequence[Check], has_clip: bool) -> None:
+    """Raises a ValueError if checks ask for what an object detector, with or without CLIP, does not recognize."""
+    if not has_clip and any(item.color for check in checks for item in check.include):
+        raise ValueError("`clip` must be given, because checks ask for colors: pass a CLIP model")
+    if any(check.background or check.style for check in checks):
+        raise ValueError("checks for a detector must not ask for `background` or `style`; leave those out")
+
+
 def relations(first: Detection, second: Detection) -> set[str]:
-    """Which of `RELATIONS` hold of the first object towards the second; up to two, none where they overlap much."""
+    """Which of `RELATIONS` the first object has to the second: up to two, none if they overlap much."""
     offsets = []
     for axis in (0, 1):
         distance = first.center[axis] - second.center[axis]
@@ -126,22 +134,22 @@ def relations(first: Detection, second: Detection) -> set[str]:
 
 
 def place(detection: Detection) -> str:
-    """Which of `PLACES` the object stands at, or "" for the middle."""
+    """Which of `PLACES` the object is at, or "" for the center."""
     x, y = detection.center[0] - 0.5, detection.center[1] - 0.5
-    if max(abs(x), abs(y)) <= ASIDE:
+    if max(abs(x), abs(y)) <= OFF_CENTER:
         return ""
     if abs(x) >= abs(y):
         return "left" if x < 0 else "right"
     return "top" if y < 0 else "bottom"
 
 
-def judge(check: Check, observation: Observation) -> dict[str, bool]:
-    """What of the prompt the picture shows: one entry for each property that the check asks for.
+def verify(check: Check, observation: Observation) -> dict[str, bool]:
+    """Which properties of the prompt the image shows: one entry per property that the check asks for.
 
-    `object`: every class is there; `count`: in the right number; `color`, `position`: of each class, of as many
-    objects as asked for, the surest ones; `background` and `style`. A picture is right when all of them are.
+    `object`: every class is present; `count`: in the right number; `color`, `position`: hold for as many objects of
+    each class as asked for, those of the highest scores; `background` and `style`. An image is right if all are.
     """
-    found = {label: _surest(label, observation.objects) for label in check.labels}
+    found = {label: _by_score(label, observation.objects) for label in check.labels}
     chosen = [found[item.label][: item.count] for item in check.include]
     verdict = {"object": all(chosen)}
     if check.exclude or check.total is not None or any(item.count > 1 for item in check.include):
@@ -161,7 +169,7 @@ def judge(check: Check, observation: Observation) -> dict[str, bool]:
         )
     if any(item.position or item.place for item in check.include):
         verdict["position"] = all(
-            len(objects) == item.count and _stands(objects, item, chosen)
+            len(objects) == item.count and _is_placed(objects, item, chosen)
             for objects, item in zip(chosen, check.include, strict=True)
         )
     if check.background is not None:
@@ -171,11 +179,11 @@ def judge(check: Check, observation: Observation) -> dict[str, bool]:
     return verdict
 
 
-def _surest(label: str, objects: Sequence[Detection]) -> list[Detection]:
+def _by_score(label: str, objects: Sequence[Detection]) -> list[Detection]:
     return sorted((one for one in objects if one.label == label), key=lambda one: -one.score)
 
 
-def _stands(objects: list[Detection], item: Wanted, chosen: list[list[Detection]]) -> bool:
+def _is_placed(objects: list[Detection], item: Wanted, chosen: list[list[Detection]]) -> bool:
     if item.place and any(place(one) != item.place for one in objects):
         return False
     if item.position is None:

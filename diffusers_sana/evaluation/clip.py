@@ -1,6 +1,6 @@
-"""CLIP: how well a picture fits a text, and which of several texts fits best.
+"""CLIP: how well an image matches a text, and which of several texts matches best.
 
-Legend: N pictures, M texts, F features, H/W height and width.
+Legend: N images, M texts, F features, H/W height and width.
 """
 
 from typing import Any, cast
@@ -17,11 +17,11 @@ class Clip:
     """A `CLIPModel` of transformers with its processor.
 
     Args:
-        model: folder or Hub id, such as "openai/clip-vit-base-patch16", which most published scores are of.
+        model: folder or Hub id, such as "openai/clip-vit-base-patch16", which most published scores use.
         device: where it runs.
 
     Raises:
-        OSError: where there is no such model.
+        OSError: there is no such model.
     """
 
     def __init__(self, model: str, device: str = "cpu"):
@@ -29,31 +29,31 @@ class Clip:
 
         self.model = cast(Any, CLIPModel.from_pretrained(model)).to(device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.image_processor = CLIPImageProcessorPil.from_pretrained(model)  # of PIL: needs no torchvision
+        self.image_processor = CLIPImageProcessorPil.from_pretrained(model)  # based on PIL: needs no torchvision
 
     @torch.no_grad()
-    def image_features(self, pictures: list[Image.Image]) -> Tensor:
+    def image_features(self, images: list[Image.Image]) -> Tensor:
         """Unit vectors `[N, F]`."""
-        pixels = self.image_processor(pictures, return_tensors="pt")["pixel_values"].to(self.model.device)
+        pixels = self.image_processor(images, return_tensors="pt")["pixel_values"].to(self.model.device)
         return F.normalize(self.model.get_image_features(pixels).pooler_output)
 
     @torch.no_grad()
     def text_features(self, texts: list[str]) -> Tensor:
-        """Unit vectors `[M, F]`; longer texts are cut at what the model reads."""
+        """Unit vectors `[M, F]`; longer texts are truncated to the model's length."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=length)
         return F.normalize(self.model.get_text_features(**tokens.to(self.model.device)).pooler_output)
 
-    def features(self, pictures: Tensor) -> Tensor:
-        """Pictures `[N, 3, H, W]` in [0, 1] to `[N, F]`, for distances between sets of pictures."""
-        return self.image_features(to_images(pictures))
+    def features(self, images: Tensor) -> Tensor:
+        """Images `[N, 3, H, W]` in [0, 1] to `[N, F]`, for FID and KID."""
+        return self.image_features(to_images(images))
 
-    def scores(self, pictures: Tensor, texts: list[str]) -> Tensor:
-        """100 times the cosine of each picture and its own text, at least 0: `[N]` (CLIPScore, arXiv 2104.08718)."""
-        pairs = zip(pictures.split(16), (texts[i : i + 16] for i in range(0, len(texts), 16)), strict=True)
+    def scores(self, images: Tensor, texts: list[str]) -> Tensor:
+        """100 times the cosine of each image and its own text, at least 0: `[N]` (CLIPScore, arXiv 2104.08718)."""
+        pairs = zip(images.split(16), (texts[i : i + 16] for i in range(0, len(texts), 16)), strict=True)
         cosines = [(self.features(part) * self.text_features(lines)).sum(1) for part, lines in pairs]
         return 100 * torch.cat(cosines).clamp(min=0).cpu()
 
-    def choose(self, picture: Image.Image, texts: list[str]) -> int:
-        """Index of the text that fits a picture best."""
-        return int((self.text_features(texts) @ self.image_features([picture]).T).argmax())
+    def choose(self, image: Image.Image, texts: list[str]) -> int:
+        """Index of the text that matches an image best."""
+        return int((self.text_features(texts) @ self.image_features([image]).T).argmax())

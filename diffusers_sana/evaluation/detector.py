@@ -1,4 +1,4 @@
-"""Any object detector of transformers, with colours by CLIP, as the judge of pictures of real models."""
+"""Any object detector of transformers, with colors by CLIP, to check the images of full-size models."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from diffusers_sana.evaluation.checks import Check
+from diffusers_sana.evaluation.checks import Check, check_detectable
 from diffusers_sana.evaluation.clip import Clip
-from diffusers_sana.evaluation.observations import Detection, Observation
 from diffusers_sana.evaluation.images import to_images
+from diffusers_sana.evaluation.observations import Detection, Observation
 
 
-# Berlin and Kay's basic colour terms; gray is left out, as in GenEval.
+# Berlin and Kay's basic color terms; gray is left out, as in GenEval.
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
 
@@ -21,14 +21,14 @@ class Detector:
 
     Args:
         model: folder or Hub id of an object detection model, closed or zero-shot, of transformers.
-        clip: tells the colours of objects; only checks that ask for colours need it.
-        threshold: least score of what counts as found.
-        zero_shot_template: how a zero-shot model is asked for a class.
+        clip: names the colors of objects; only checks that ask for colors need it.
+        threshold: lowest score of an object that counts as found.
+        zero_shot_template: the query for a class, for zero-shot models.
         device: where it runs.
 
     Raises:
-        OSError: where there is no such model.
-        ValueError: where it is no detector.
+        OSError: there is no such model.
+        ValueError: the model is not a detector.
     """
 
     def __init__(
@@ -47,28 +47,25 @@ class Detector:
         if not self.zero_shot and config.model_type not in modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
             raise ValueError(
                 f"`model` must be an object detection model of transformers, {model} is a {config.model_type!r}; "
-                "take for example facebook/detr-resnet-101 or google/owlv2-base-patch16-ensemble"
+                "use for example facebook/detr-resnet-101 or google/owlv2-base-patch16-ensemble"
             )
         self.clip, self.threshold, self.template = clip, threshold, zero_shot_template
         self.find = _load(model, self.zero_shot, device)
 
     def check_labels(self, checks: list[Check]) -> None:
-        """Raises a ValueError where checks ask for classes or colours that cannot be told."""
-        if self.clip is None and any(item.color for check in checks for item in check.include):
-            raise ValueError("`clip` must be given, because checks ask for colours: pass a CLIP model")
-        if any(check.background or check.style for check in checks):
-            raise ValueError("`checks` must not ask a detector for `background` or `style`; leave those out")
+        """Raises a ValueError if checks ask for classes or colors that the models do not know."""
+        check_detectable(checks, has_clip=self.clip is not None)
         if not self.zero_shot:
             known = set(self.find.model.config.id2label.values())
             missing = sorted({label for check in checks for label in check.labels} - known)
             if missing:
                 raise ValueError(f"`checks` must ask for classes that the detector knows; it knows no {missing}")
 
-    def observe(self, pictures: Tensor, checks: Sequence[Check]) -> list[Observation]:
-        """What of its check's classes is in each picture of `[N, 3, H, W]` in [0, 1]; with colours if asked for."""
+    def observe(self, images: Tensor, checks: Sequence[Check]) -> list[Observation]:
+        """What of its check's classes is in each image of `[N, 3, H, W]` in [0, 1]; with colors if asked for."""
         return [
             Observation(tuple(self._described(image, row, check) for row in self._rows(image, check)))
-            for image, check in zip(to_images(pictures), checks, strict=True)
+            for image, check in zip(to_images(images), checks, strict=True)
         ]
 
     def _rows(self, image: Image.Image, check: Check) -> list[dict[str, Any]]:

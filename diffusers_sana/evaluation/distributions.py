@@ -1,6 +1,6 @@
-"""How far two sets of pictures are apart, as distributions of features: FID and KID.
+"""Distances between the distributions of two sets of images: FID and KID.
 
-Legend: N pictures, F features. Everything is computed in float64.
+Legend: N images, F features. Everything is computed in float64.
 """
 
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor
 def _check_features(features: Tensor, others: Tensor) -> None:
     for name, value in (("features", features), ("others", others)):
         if value.ndim != 2 or len(value) < 2:
-            raise ValueError(f"`{name}` must be [N, F] of at least two pictures, got {tuple(value.shape)}; draw more")
+            raise ValueError(
+                f"`{name}` must be [N, F] of at least two images, got {tuple(value.shape)}; generate more"
+            )
     if features.shape[1] != others.shape[1]:
         raise ValueError(
             f"`others` must have as many features as `features`, {features.shape[1]}, got {others.shape[1]}; "
-            "take both from one network"
+            "compute both with the same network"
         )
 
 
@@ -26,8 +28,8 @@ def _square_root(covariance: Tensor) -> Tensor:
 def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> float:
     """Fréchet distance of two Gaussians: |m - n|² + tr(A + B - 2 (A B)^½).
 
-    A B has the eigenvalues of the symmetric A^½ B A^½, whose square roots are summed: no root of an unsymmetric
-    matrix, no complex numbers, and singular covariances are no exception.
+    The trace of (A B)^½ is the sum of the square roots of the eigenvalues of A B, which are those of the symmetric
+    A^½ B A^½. So no nonsymmetric matrix is decomposed, no complex numbers occur, and covariances may be singular.
 
     Args:
         mean, other_mean: `[F]`.
@@ -44,13 +46,13 @@ def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other
 
 
 def frechet_inception_distance(features: Tensor, others: Tensor) -> float:
-    """FID (arXiv 1706.08500) of two sets of features `[N, F]`; their numbers may differ.
+    """FID (arXiv 1706.08500) of two sets of features `[N, F]`; their N may differ.
 
-    Its bias falls with N and depends on N: compare only figures of equal numbers of pictures. With fewer pictures
-    than features the covariances are singular, which is allowed.
+    Its bias depends on N and falls with it: compare only figures of equal numbers of images. With fewer images than
+    features the covariances are singular, which is allowed.
 
     Raises:
-        ValueError: for fewer than two pictures, or unequal F.
+        ValueError: for fewer than two images, or unequal F.
     """
     _check_features(features, others)
     features, others = features.double(), others.double()
@@ -63,16 +65,16 @@ def kernel_inception_distance(
     """KID (arXiv 1801.01401): squared MMD with the kernel (x·y / F + 1)³, unbiased; may come out below zero.
 
     Args:
-        features, others: `[N, F]`; their numbers may differ.
-        subsets: draws, without replacement, over which it is averaged.
-        subset_size: pictures of each set in a draw; at most what there is.
-        seed: of the draws.
+        features, others: `[N, F]`; their N may differ.
+        subsets: number of random subsets, sampled without replacement, over which it is averaged.
+        subset_size: images per subset and set; at most all there are.
+        seed: of the subsets.
 
     Returns:
-        The mean, and the standard deviation over the draws.
+        The mean and the standard deviation over the subsets.
 
     Raises:
-        ValueError: for fewer than two pictures, unequal F, or no subset.
+        ValueError: for fewer than two images, unequal F, or no subset.
     """
     _check_features(features, others)
     size = min(subset_size, len(features), len(others))
@@ -80,10 +82,10 @@ def kernel_inception_distance(
         raise ValueError(f"`subsets` must be at least 1 and `subset_size` 2, got {subsets} and {subset_size}")
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(rows: Tensor) -> Tensor:
+    def sample(rows: Tensor) -> Tensor:
         return rows[torch.randperm(len(rows), generator=generator)[:size].to(rows.device)].double()
 
-    values = torch.stack([_squared_mmd(draw(features), draw(others)) for _ in range(subsets)])
+    values = torch.stack([_squared_mmd(sample(features), sample(others)) for _ in range(subsets)])
     return float(values.mean()), float(values.std(correction=0))
 
 
@@ -91,8 +93,8 @@ def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / a.shape[1] + 1) ** 3
 
-    def mean_of_different(a: Tensor) -> Tensor:
-        of_all = kernel(a, a)
-        return (of_all.sum() - of_all.trace()) / (len(a) * (len(a) - 1))
+    def off_diagonal_mean(a: Tensor) -> Tensor:
+        values = kernel(a, a)
+        return (values.sum() - values.trace()) / (len(a) * (len(a) - 1))
 
-    return mean_of_different(x) + mean_of_different(y) - 2 * kernel(x, y).mean()
+    return off_diagonal_mean(x) + off_diagonal_mean(y) - 2 * kernel(x, y).mean()

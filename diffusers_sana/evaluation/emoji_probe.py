@@ -1,4 +1,4 @@
-"""A small network that says what an emoji picture shows: the judge of the bundled checkpoints.
+"""A small network that recognizes what an emoji image shows, to evaluate the bundled checkpoints.
 
 Legend: B batch, H/W height and width, F features.
 """
@@ -14,7 +14,7 @@ from diffusers_sana.evaluation.observations import Detection, Observation
 
 
 RESOLUTION = 128
-# Words of a prompt -> box of a single object so placed, as in `Detection`.
+# Place named in a prompt -> box of a single object at that place, as in `Detection`.
 PLACES = {
     "": (0.1, 0.1, 0.9, 0.9),
     "left": (0.04, 0.25, 0.54, 0.75),
@@ -22,7 +22,7 @@ PLACES = {
     "top": (0.25, 0.04, 0.75, 0.54),
     "bottom": (0.25, 0.46, 0.75, 0.96),
 }
-# Of two objects, the left one and the right one.
+# Boxes of two objects: the left one and the right one.
 PAIR = {"first": (0.025, 0.265, 0.495, 0.735), "second": (0.505, 0.265, 0.975, 0.735)}
 
 
@@ -32,18 +32,18 @@ def _block(in_channels: int, out_channels: int, kernel: int, stride: int) -> nn.
 
 
 class EmojiProbe(nn.Module, PyTorchModelHubMixin):
-    """Tells objects, their number, place, background colour and style of a picture of one emoji or two.
+    """Recognizes objects, number, place, background color and style in an image of one or two emoji.
 
-    Two maps of attention find the first object and the second, left to right; one layer names what either has found,
-    wherever it stands. `from_pretrained(folder)` and `save_pretrained(folder)` are those of `huggingface_hub`:
+    Two attention maps find the first and the second object, left to right; one layer classifies what either has found,
+    wherever it is. `from_pretrained(folder)` and `save_pretrained(folder)` are those of `huggingface_hub`:
     `config.json` and `model.safetensors`.
 
     Args:
-        objects: names of what it can tell apart.
-        colors: names of background colours.
+        objects: names of the objects it distinguishes.
+        colors: names of background colors.
         styles: names of styles.
-        object_features: length of the vector of one object.
-        layout_features: length of the vector of the rest.
+        object_features: number of features per object.
+        layout_features: number of features for everything else.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class EmojiProbe(nn.Module, PyTorchModelHubMixin):
             _block(64, 128, kernel=3, stride=2),
             _block(128, 128, kernel=3, stride=1),
         )
-        # Of what is at a place, what is in the picture, and where the place is.
+        # Input: features of a place, their mean over the image, and the coordinates of the place.
         self.attention = nn.Sequential(nn.Conv2d(128 + 128 + 2, 64, 1), nn.ReLU(), nn.Conv2d(64, 2, 1))
-        # Normalized, so that no feature outweighs the others in distances between sets of pictures.
+        # Normalized, so that no feature outweighs the others in FID and KID.
         self.object = nn.Sequential(nn.Linear(128, object_features), nn.BatchNorm1d(object_features, affine=False))
         self.layout = nn.Sequential(
             nn.AdaptiveAvgPool2d(4),
@@ -89,11 +89,11 @@ class EmojiProbe(nn.Module, PyTorchModelHubMixin):
             }
         )
 
-    def features(self, pictures: Tensor) -> Tensor:
-        """Pictures `[B, 3, H, W]` in [0, 1], of any size, to `[B, F]`: first object, second object, layout."""
-        if pictures.shape[-2:] != (RESOLUTION, RESOLUTION):
-            pictures = F.interpolate(pictures, (RESOLUTION, RESOLUTION), mode="bilinear", antialias=True)
-        cells = self.trunk(pictures * 2 - 1)
+    def features(self, images: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` in [0, 1], of any size, to `[B, F]`: first object, second object, layout."""
+        if images.shape[-2:] != (RESOLUTION, RESOLUTION):
+            images = F.interpolate(images, (RESOLUTION, RESOLUTION), mode="bilinear", antialias=True)
+        cells = self.trunk(images * 2 - 1)
         line = torch.linspace(-1, 1, cells.shape[-1], device=cells.device, dtype=cells.dtype)
         places = torch.stack(torch.meshgrid(line, line, indexing="ij")).expand(len(cells), -1, -1, -1)
         whole = cells.mean((2, 3), keepdim=True).expand_as(cells)
@@ -102,20 +102,20 @@ class EmojiProbe(nn.Module, PyTorchModelHubMixin):
         objects = self.object(found.flatten(0, 1)).chunk(2)
         return torch.cat([*objects, self.layout(cells)], dim=1)
 
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Pictures `[B, 3, H, W]` in [0, 1] to logits `[B, number of answers]` of each question."""
-        hidden = F.relu(self.features(pictures))
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images `[B, 3, H, W]` in [0, 1] to logits `[B, number of answers]` per question."""
+        hidden = F.relu(self.features(images))
         width = self.name_object.in_features
         first, second, layout = hidden.split([width, width, hidden.shape[1] - 2 * width], dim=1)
         named = {"first": self.name_object(first), "second": self.name_object(second)}
         return named | {question: layer(layout) for question, layer in self.name_layout.items()}
 
     @torch.no_grad()
-    def observe(self, pictures: Tensor) -> list[Observation]:
-        """What each of the pictures `[B, 3, H, W]` in [0, 1] shows: one object or two."""
-        found = {name: logits.softmax(-1).max(-1) for name, logits in self(pictures).items()}
+    def observe(self, images: Tensor) -> list[Observation]:
+        """What each of the images `[B, 3, H, W]` in [0, 1] shows: one object or two."""
+        found = {name: logits.softmax(-1).max(-1) for name, logits in self(images).items()}
         observations = []
-        for i in range(len(pictures)):
+        for i in range(len(images)):
             word = {name: self.answers[name][int(best.indices[i])] for name, best in found.items()}
             score = {name: float(best.values[i]) for name, best in found.items()}
             boxes = {"first": PLACES[word["place"]]} if word["number"] == "1" else PAIR

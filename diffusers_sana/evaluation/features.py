@@ -1,6 +1,6 @@
-"""Networks whose features FID and KID compare. Any function from pictures to features will do.
+"""Networks whose features FID and KID compare. Any function from images to features works.
 
-Legend: N pictures, H/W height and width, F features.
+Legend: N images, H/W height and width, F features.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,18 @@ from diffusers_sana.evaluation.optional import require
 
 
 Features = Callable[[Tensor], Tensor]
-"""Pictures `[N, 3, H, W]` in [0, 1] to features `[N, F]`."""
+"""Images `[N, 3, H, W]` in [0, 1] to features `[N, F]`."""
 
 
 def make_inception(weights: str | Path | None = None, device: str = "cpu") -> Features:
     """The 2048 features of published FID and KID figures: TensorFlow's Inception-v3, by `torch-fidelity`.
 
     Args:
-        weights: `pt_inception-2015-12-05-6726825d.pth` of torch-fidelity's releases; by default it downloads that.
+        weights: `pt_inception-2015-12-05-6726825d.pth` of torch-fidelity's releases; None: it downloads that file.
         device: where it runs.
 
     Raises:
-        ValueError: where torch-fidelity, or torchvision, which it needs, is not installed.
+        ValueError: torch-fidelity, or torchvision, which it needs, is not installed.
     """
     name = "torch_fidelity.feature_extractor_inceptionv3"
     module = require(name, "`features='inception'`", "choose other features")
@@ -32,7 +32,7 @@ def make_inception(weights: str | Path | None = None, device: str = "cpu") -> Fe
     network = module.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=path)
     network = network.to(device).eval()
 
-    def features(pictures: Tensor) -> Tensor:
-        return network((pictures * 255).round().to(device, torch.uint8))[0]
+    def features(images: Tensor) -> Tensor:
+        return network((images * 255).round().to(device, torch.uint8))[0]
 
     return features

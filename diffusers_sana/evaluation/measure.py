@@ -1,6 +1,6 @@
-"""Measures over files of pictures, a few in memory at a time.
+"""Measures over files of images, a few in memory at a time.
 
-Legend: N pictures, H/W height and width, F features.
+Legend: N images, H/W height and width, F features.
 """
 
 from collections import defaultdict
@@ -12,20 +12,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusers_sana.evaluation.checks import Check, judge
+from diffusers_sana.evaluation.checks import Check, verify
 from diffusers_sana.evaluation.distributions import frechet_inception_distance, kernel_inception_distance
 from diffusers_sana.evaluation.features import Features
-from diffusers_sana.evaluation.observations import Observation
 from diffusers_sana.evaluation.images import to_tensor
+from diffusers_sana.evaluation.observations import Observation
 from diffusers_sana.images import read_image
 
 
 Observe = Callable[[Tensor, Sequence[Check]], list[Observation]]
-"""Pictures `[N, 3, H, W]` in [0, 1] and their N checks to what is seen on them."""
+"""From images `[N, 3, H, W]` in [0, 1] and their N checks to what the images show."""
 
 
 def batches(paths: Sequence[Path], size: int = 16) -> Iterator[Tensor]:
-    """Pictures `[n, 3, H, W]` in [0, 1], in order; a batch ends early where the next picture has another size."""
+    """Images `[n, 3, H, W]` in [0, 1], in order; a batch ends early if the next image has another size."""
     batch: list[Image.Image] = []
     for path in paths:
         image = read_image(path)
@@ -40,31 +40,31 @@ def batches(paths: Sequence[Path], size: int = 16) -> Iterator[Tensor]:
 def collect_features(paths: Sequence[Path], network: Features) -> Tensor:
     """`[N, F]`, on the CPU."""
     with torch.no_grad():
-        return torch.cat([network(pictures).float().cpu() for pictures in batches(paths)])
+        return torch.cat([network(images).float().cpu() for images in batches(paths)])
 
 
-def judge_scenes(paths: Sequence[Path], checks: Sequence[Check], observe: Observe) -> dict[str, Any]:
-    """Shares of pictures that show what their prompts say.
+def check_scenes(paths: Sequence[Path], checks: Sequence[Check], observe: Observe) -> dict[str, Any]:
+    """Fractions of images that show what their prompts say.
 
     Returns:
-        `correct`: of pictures that are right in all; `by_tag`: the same of each kind of prompt; `by_property`: of
-        pictures right in this one, among those whose check asks for it; each with `of`, the number of pictures;
-        `verdicts`: picture by picture.
+        `correct`: the fraction of images that are right in every property; `by_tag`: the same per kind of prompt;
+        `by_property`: the fraction right in this property, of the images whose check asks for it; each with `of`,
+        the number of images; `verdicts`: the result per image.
     """
     verdicts: list[dict[str, bool]] = []
-    for pictures in batches(paths):
-        asked = checks[len(verdicts) : len(verdicts) + len(pictures)]
-        seen = observe(pictures, asked)
-        verdicts += [judge(check, observation) for check, observation in zip(asked, seen, strict=True)]
+    for images in batches(paths):
+        asked = checks[len(verdicts) : len(verdicts) + len(images)]
+        seen = observe(images, asked)
+        verdicts += [verify(check, observation) for check, observation in zip(asked, seen, strict=True)]
     tags, properties = defaultdict(list), defaultdict(list)
     for check, verdict in zip(checks, verdicts, strict=True):
         tags[check.tag].append(all(verdict.values()))
         for name, right in verdict.items():
             properties[name].append(right)
     return {
-        "correct": _share([all(verdict.values()) for verdict in verdicts]),
-        "by_tag": {tag: _share(rights) for tag, rights in tags.items()},
-        "by_property": {name: _share(rights) for name, rights in properties.items()},
+        "correct": _fraction([all(verdict.values()) for verdict in verdicts]),
+        "by_tag": {tag: _fraction(rights) for tag, rights in tags.items()},
+        "by_property": {name: _fraction(rights) for name, rights in properties.items()},
         "verdicts": [
             {"prompt": check.prompt, "seed": check.seed, **verdict}
             for check, verdict in zip(checks, verdicts, strict=True)
@@ -72,35 +72,35 @@ def judge_scenes(paths: Sequence[Path], checks: Sequence[Check], observe: Observ
     }
 
 
-def _share(rights: list[bool]) -> dict[str, float]:
+def _fraction(rights: list[bool]) -> dict[str, float]:
     return {"share": sum(rights) / len(rights), "of": len(rights)}
 
 
 def mean_clip_score(
     paths: Sequence[Path], texts: Sequence[str], scores: Callable[[Tensor, list[str]], Tensor]
 ) -> float:
-    """Mean of `Clip.scores` over pictures and their texts."""
+    """Mean of `Clip.scores` over images and their texts."""
     found: list[float] = []
-    for pictures in batches(paths):
-        found += scores(pictures, list(texts[len(found) : len(found) + len(pictures)])).tolist()
+    for images in batches(paths):
+        found += scores(images, list(texts[len(found) : len(found) + len(images)])).tolist()
     return sum(found) / len(found)
 
 
 def compare_pairs(
     paths: Sequence[Path], others: Sequence[Path], measures: dict[str, Callable[[Tensor, Tensor], Tensor]]
 ) -> dict[str, Any]:
-    """Mean of each measure over pairs of pictures.
+    """Mean of each measure over pairs of images.
 
     Returns:
-        A figure a measure; `pairs`; `equal_pairs`, which have no finite PSNR and are left out of its mean, None
-        where there are no others.
+        The mean of each measure; `pairs`; `equal_pairs`, which have no finite PSNR and are left out of its mean: None
+        if all pairs are equal.
     """
     columns: dict[str, list[float]] = {name: [] for name in measures}
     equal = 0
-    for picture, other in zip(batches(paths, 1), batches(others, 1), strict=True):
-        equal += torch.equal(picture, other)
+    for image, other in zip(batches(paths, 1), batches(others, 1), strict=True):
+        equal += torch.equal(image, other)
         for name, measure in measures.items():
-            columns[name].append(float(measure(picture, other)))
+            columns[name].append(float(measure(image, other)))
     finite = {name: [value for value in column if value != float("inf")] for name, column in columns.items()}
     means = {name: sum(column) / len(column) if column else None for name, column in finite.items()}
     return means | {"pairs": len(paths), "equal_pairs": equal}
@@ -112,7 +112,7 @@ def compare_sets(features: Tensor, others: Tensor, measures: Collection[str], se
     if "fid" in measures:
         result["fid"] = frechet_inception_distance(features, others)
     if "kid" in measures:
-        size = max(2, min(1000, min(len(features), len(others)) // 2))  # draws of all pictures would all be one
+        size = max(2, min(1000, min(len(features), len(others)) // 2))  # subsets of all images would all be equal
         result["kid"], result["kid_deviation"] = kernel_inception_distance(
             features, others, subset_size=size, seed=seed
         )

@@ -1,17 +1,17 @@
-"""What an observer has found in a picture: the common language of detectors, probes and checks."""
+"""What a detector or probe has found in an image, and what checks are made against."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One object of a picture.
+    """One object in an image.
 
     Attributes:
         label: its class.
-        score: how sure the observer is, in [0, 1].
-        box: left, top, right, bottom, as fractions of the picture's width and height.
-        color: its colour, where the observer was asked for it.
+        score: confidence, in [0, 1].
+        box: left, top, right, bottom, as fractions of the image's width and height.
+        color: its color; None if not asked for.
     """
 
     label: str
@@ -21,7 +21,7 @@ class Detection:
 
     @property
     def center(self) -> tuple[float, float]:
-        """Of the box: x to the right, y down, in [0, 1]."""
+        """Center of the box, x to the right and y down, in [0, 1]."""
         left, top, right, bottom = self.box
         return (left + right) / 2, (top + bottom) / 2
 
@@ -34,7 +34,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class Observation:
-    """All that was found in a picture; `background` and `style` are None where the observer cannot tell."""
+    """All that was found in an image; `background` and `style` are None if the network does not recognize them."""
 
     objects: tuple[Detection, ...]
     background: str | None = None

@@ -1,22 +1,41 @@
-"""Packages and weights that only some measures need."""
+"""Packages that only some measures need."""
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 
-def require(package: str, argument: str, without: str) -> ModuleType:
-    """Imports a package that is not among our dependencies.
+PIP_NAMES = {"skimage": "scikit-image", "torch_fidelity": "torch-fidelity"}
+
+
+def check_installed(package: str, argument: str) -> None:
+    """Raises a ValueError if a package is not installed, without importing it.
 
     Args:
-        package: name of the module, which is also what pip calls it up to the underscore.
-        argument: what asked for it, for the message.
+        package: name of the module.
+        argument: what needs it, for the message.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise _missing(package, argument, "leave it out")
+
+
+def require(package: str, argument: str, without: str) -> ModuleType:
+    """Imports a module of a package that is not among our dependencies.
+
+    Args:
+        package: name of the module.
+        argument: what needs it, for the message.
         without: what to do without it, for the message.
 
     Raises:
-        ValueError: where it, or something it needs, is not installed.
+        ValueError: it, or something it needs, is not installed.
     """
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        name = package.split(".")[0].replace("_", "-")
-        raise ValueError(f"{argument} needs a package: `pip install {name}`, or {without} ({error})") from error
+        raise _missing(package, argument, f"{without} ({error})") from error
+
+
+def _missing(package: str, argument: str, without: str) -> ValueError:
+    module = package.partition(".")[0]
+    return ValueError(f"{argument} needs a package: `pip install {PIP_NAMES.get(module, module)}`, or {without}")

@@ -1,4 +1,4 @@
-"""The figures of an evaluation as one JSON file and one page of Markdown."""
+"""The report of an evaluation as a JSON file and a Markdown page."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """A report as a page: a table of the models, one of their distance, and what it was measured with."""
+    """A report as a page: a table of the models, one per comparison, and the settings."""
     models = report["models"]
     rows: dict[str, dict[str, str]] = {}
     for name, figures in models.items():
@@ -34,21 +34,21 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _alone(figures: dict[str, Any]) -> dict[str, str]:
-    """Rows of one model."""
+    """Row label -> cell, of one model."""
     cells = {}
     if scenes := figures.get("scenes"):
-        cells["**all that the prompt says**"] = _percent(scenes["correct"])
-        cells |= {f"prompts of {tag}": _percent(share) for tag, share in scenes["by_tag"].items()}
-        cells |= {f"right {name}": _percent(share) for name, share in scenes["by_property"].items()}
+        cells["**everything the prompt asks for**"] = _percent(scenes["correct"])
+        cells |= {f"prompts of {tag}": _percent(fraction) for tag, fraction in scenes["by_tag"].items()}
+        cells |= {f"right {name}": _percent(fraction) for name, fraction in scenes["by_property"].items()}
     if "clip_score" in figures:
         cells["CLIP score"] = f"{figures['clip_score']:.2f}"
     if true := figures.get("true_pictures"):
-        cells |= {f"{label}, to true pictures": cell for label, cell in _measures(true).items()}
+        cells |= {f"{label}, to true images": cell for label, cell in _measures(true).items()}
     return cells
 
 
-def _percent(share: dict[str, float]) -> str:
-    return f"{100 * share['share']:.0f} % of {share['of']}"
+def _percent(fraction: dict[str, float]) -> str:
+    return f"{100 * fraction['share']:.0f} % of {fraction['of']}"
 
 
 def _measures(figures: dict[str, Any]) -> dict[str, str]:

@@ -1,13 +1,15 @@
 """`diffusers-sana evaluate`."""
 
 import json
+import re
 import sys
 
 import pytest
 from PIL import Image
 
 from diffusers_sana import cli
-from diffusers_sana.cli.evaluate import spread
+from diffusers_sana.evaluation.config import EvaluationConfig, spread
+from diffusers_sana.evaluation.run import evaluate as evaluate_in_python
 from tests import tiny
 
 
@@ -36,20 +38,43 @@ def test_with_nothing_else(drawn):
     assert sorted(path.name for path in (out / "pictures").glob("*.png")) == [f"0000{i}.png" for i in range(4)]
     page = (out / "report.md").read_text()
     assert "| right background |" in page
-    assert "FID, to true pictures" in page
+    assert "FID, to true images" in page
 
 
 def test_called_again_it_draws_nothing(drawn, monkeypatch, capsys):
     out, report = drawn
-    monkeypatch.setattr("diffusers_sana.cli.evaluate._pipeline", None)  # would fail
+    monkeypatch.setattr("diffusers_sana.evaluation.run.load_pipeline", None)  # would fail
     assert evaluate(out) == report
     assert str(out / "report.md") in capsys.readouterr().out
+
+
+def test_from_python(drawn, monkeypatch):
+    """The same report as from the command line."""
+    out, report = drawn
+    monkeypatch.setattr("diffusers_sana.evaluation.run.load_pipeline", None)
+    config = EvaluationConfig(model="sana-emoji", out=out, steps=2, limit=4, batch_size=4, dtype="float32")
+    assert json.loads(json.dumps(evaluate_in_python(config))) == report
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checks": ["speed"]}, "`checks` must be of scenes, clip"),
+        ({"limit": 0}, "`limit` must be at least 1, got 0"),
+        ({"features": "vgg"}, "`features` must be one of probe, inception, clip, got 'vgg'"),
+        ({"reference_model": "x", "against": "y"}, "`reference_model` and `against` must not both be given"),
+        ({"model": "no/such/folder", "prompts": "emoji"}, "no/such/folder"),
+    ],
+)
+def test_errors_in_python(options, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        EvaluationConfig(**{"model": "sana-emoji", **options})
 
 
 def test_against_a_folder(drawn, tmp_path, monkeypatch):
     """Of the same pictures: nothing differs."""
     out, _ = drawn
-    monkeypatch.setattr("diffusers_sana.cli.evaluate._pipeline", None)
+    monkeypatch.setattr("diffusers_sana.evaluation.run.load_pipeline", None)
     checks = ["--checks", "psnr", "ssim", "fid"]
     report = evaluate(out, "--against", str(out / "pictures"), *checks)
     (figures,) = report["against"].values()
@@ -57,7 +82,7 @@ def test_against_a_folder(drawn, tmp_path, monkeypatch):
     assert figures["ssim"] == pytest.approx(1)
     assert figures["fid"] == pytest.approx(0, abs=1e-6)
     Image.new("RGB", (128, 128)).save(tmp_path / "only.png")
-    with pytest.raises(SystemExit, match="--against must be a folder of as many pictures as there are prompts, 4"):
+    with pytest.raises(SystemExit, match="--against must be a folder of as many images as there are prompts, 4"):
         evaluate(out, "--against", str(tmp_path), *checks)
 
 
@@ -95,23 +120,24 @@ def test_other_prompts(folder, drawn, tmp_path):
     ("options", "message"),
     [
         ([], "--checks has nothing to measure with"),
-        (["--checks", "scenes"], "needs --detector MODEL"),
-        (["--checks", "clip"], "needs --clip MODEL"),
-        (["--checks", "psnr"], "need --reference-model MODEL or --against FOLDER"),
-        (["--checks", "kid", "--reference-model", "x"], "--checks kid needs --against FOLDER"),
-        (["--checks", "fid", "--features", "clip", "--reference-model", "x"], "--features clip needs --clip MODEL"),
+        (["--checks", "scenes"], "needs --detector"),
+        (["--checks", "clip"], "needs --clip"),
+        (["--checks", "psnr"], "need --reference-model or --against"),
+        (["--checks", "kid", "--reference-model", "x"], "--checks kid needs --against"),
+        (["--checks", "fid", "--features", "clip", "--reference-model", "x"], "--features clip needs --clip"),
         (["--checks", "fid", "--reference-model", "x"], "pip install torch-fidelity"),
         (["--checks", "lpips", "--reference-model", "x"], "pip install lpips"),
         (["--against", "no/such/folder"], "there is no folder no/such/folder"),
         (["--prompts", "no-such-file.jsonl"], r"no-such-file\.jsonl"),
-        (["--limit", "0", "--clip", "x"], "--limit must be at least 1"),
+        (["--limit", "0", "--clip", "x"], "--limit: must be at least 1"),
     ],
 )
-def test_errors_before_anything_is_drawn(folder, options, message, tmp_path, monkeypatch):
+def test_errors_before_anything_is_generated(folder, options, message, tmp_path, monkeypatch, capsys):
     for package in ("lpips", "torch_fidelity"):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit) as error:
         cli.main(["evaluate", folder, "--out", str(tmp_path / "out"), *options])
+    assert re.search(message, str(error.value) + capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 

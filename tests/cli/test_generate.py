@@ -20,9 +20,10 @@ def test_float16(tmp_path):
 
 
 @pytest.mark.parametrize("scale", ["nan", "inf"])
-def test_guidance_that_is_not_finite(tmp_path, scale):
-    with pytest.raises(SystemExit, match="diffusers-sana: `guidance_scale` must be finite, got"):
+def test_guidance_that_is_not_finite(tmp_path, capsys, scale):
+    with pytest.raises(SystemExit):
         generate(tmp_path, "--guidance-scale", scale)
+    assert f"argument --guidance-scale: must be finite, got {scale}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

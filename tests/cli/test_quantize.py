@@ -55,8 +55,8 @@ def test_other_pipelines(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["no/such/folder"], "no/such/folder"),
-        ([SANA_EMOJI, "--rank", "4000"], "`rank` must be at most"),
-        ([SANA_EMOJI, "--gptq"], "`gptq=True` needs calibration data"),
+        ([SANA_EMOJI, "--rank", "4000"], "--rank must be at most"),
+        ([SANA_EMOJI, "--gptq"], "--gptq needs calibration data"),
         ([SANA_EMOJI, "--prompts", "no-such-file.txt"], "no-such-file.txt"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_sana import evaluation
-from diffusers_sana.evaluation.checks import Check, Wanted, judge, place, read_checks, relations
+from diffusers_sana.evaluation.checks import Check, Wanted, place, read_checks, relations, verify
 from diffusers_sana.evaluation.observations import Detection, Observation
 
 
@@ -45,18 +45,18 @@ def test_place(x, y, expected):
 def test_two_objects():
     check = Check("two_object", "a cat and a dog", 0, (Wanted("cat"), Wanted("dog")))
     cat, dog = at("cat", 0.2, 0.5), at("dog", 0.8, 0.5)
-    assert judge(check, seen(cat, dog)) == {"object": True}
-    assert judge(check, seen(cat, at("bird", 0.8, 0.5))) == {"object": False}
-    assert judge(check, seen()) == {"object": False}
+    assert verify(check, seen(cat, dog)) == {"object": True}
+    assert verify(check, seen(cat, at("bird", 0.8, 0.5))) == {"object": False}
+    assert verify(check, seen()) == {"object": False}
 
 
 def test_counting():
     check = Check("counting", "two cats", 0, (Wanted("cat", 2),), exclude=(("cat", 3),))
     cats = [at("cat", 0.2 * i, 0.5) for i in range(1, 4)]
-    assert [judge(check, seen(*cats[:n]))["count"] for n in (0, 1, 2, 3)] == [False, False, True, False]
-    assert judge(check, seen(*cats, at("dog", 0.9, 0.9)))["object"]
+    assert [verify(check, seen(*cats[:n]))["count"] for n in (0, 1, 2, 3)] == [False, False, True, False]
+    assert verify(check, seen(*cats, at("dog", 0.9, 0.9)))["object"]
     one = Check("single", "a cat", 0, (Wanted("cat"),), total=1)
-    assert [judge(one, seen(*cats[:n]))["count"] for n in (1, 2)] == [True, False]
+    assert [verify(one, seen(*cats[:n]))["count"] for n in (1, 2)] == [True, False]
 
 
 def test_colors():
@@ -64,29 +64,29 @@ def test_colors():
         "color_attr", "a red cat and a blue dog", 0, (Wanted("cat", color="red"), Wanted("dog", color="blue"))
     )
     red, blue = at("cat", 0.2, 0.5, color="red"), at("dog", 0.8, 0.5, color="blue")
-    assert judge(check, seen(red, blue)) == {"object": True, "color": True}
-    assert judge(check, seen(replace(red, color="blue"), blue)) == {"object": True, "color": False}
-    assert judge(check, seen(red)) == {"object": False, "color": False}
+    assert verify(check, seen(red, blue)) == {"object": True, "color": True}
+    assert verify(check, seen(replace(red, color="blue"), blue)) == {"object": True, "color": False}
+    assert verify(check, seen(red)) == {"object": False, "color": False}
     # The surest cat is the one that must be red.
-    assert not judge(check, seen(red, blue, at("cat", 0.5, 0.5, score=0.95, color="green")))["color"]
-    assert judge(check, seen(red, blue, at("cat", 0.5, 0.5, score=0.5, color="green")))["color"]
+    assert not verify(check, seen(red, blue, at("cat", 0.5, 0.5, score=0.95, color="green")))["color"]
+    assert verify(check, seen(red, blue, at("cat", 0.5, 0.5, score=0.5, color="green")))["color"]
 
 
 def test_positions():
     check = Check("position", "a cat left of a dog", 0, (Wanted("dog"), Wanted("cat", position=("left of", 0))))
     dog = at("dog", 0.6, 0.5)
-    assert judge(check, seen(at("cat", 0.2, 0.5), dog)) == {"object": True, "position": True}
-    assert judge(check, seen(at("cat", 0.9, 0.5), dog)) == {"object": True, "position": False}
-    assert judge(check, seen(at("cat", 0.2, 0.5))) == {"object": False, "position": False}
+    assert verify(check, seen(at("cat", 0.2, 0.5), dog)) == {"object": True, "position": True}
+    assert verify(check, seen(at("cat", 0.9, 0.5), dog)) == {"object": True, "position": False}
+    assert verify(check, seen(at("cat", 0.2, 0.5))) == {"object": False, "position": False}
     aside = Check("position", "a cat on the left", 0, (Wanted("cat", place="left"),))
-    assert judge(aside, seen(at("cat", 0.2, 0.5)))["position"]
-    assert not judge(aside, seen(at("cat", 0.5, 0.5)))["position"]
+    assert verify(aside, seen(at("cat", 0.2, 0.5)))["position"]
+    assert not verify(aside, seen(at("cat", 0.5, 0.5)))["position"]
 
 
 def test_background_and_style():
     check = Check("single", "a flat cat on red", 0, (Wanted("cat"),), background="red", style="flat")
     cat = at("cat", 0.5, 0.5)
-    assert judge(check, seen(cat, background="red", style="3d")) == {
+    assert verify(check, seen(cat, background="red", style="3d")) == {
         "object": True,
         "background": True,
         "style": False,

@@ -6,8 +6,9 @@ from PIL import Image
 
 from diffusers_sana.evaluation import measure
 from diffusers_sana.evaluation.checks import Check, Wanted
+from diffusers_sana.evaluation.config import images_in
+from diffusers_sana.evaluation.images import generate_missing, to_images, to_tensor
 from diffusers_sana.evaluation.observations import Detection, Observation
-from diffusers_sana.evaluation.images import draw_missing, pictures_in, to_images, to_tensor
 from diffusers_sana.evaluation.similarity import psnr
 
 
@@ -29,24 +30,24 @@ class Artist:
 
 def test_goes_on_where_it_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        draw_missing(Artist(stop_after=1), PROMPTS, SEEDS, tmp_path, {"model": "m"}, batch_size=2)
-    assert [path.name for path in pictures_in(tmp_path)] == ["00000.png", "00001.png"]
+        generate_missing(Artist(stop_after=1), PROMPTS, SEEDS, tmp_path, {"model": "m"}, batch_size=2)
+    assert [path.name for path in images_in(tmp_path)] == ["00000.png", "00001.png"]
     artist = Artist()
-    paths = draw_missing(artist, PROMPTS, SEEDS, tmp_path, {"model": "m"}, batch_size=2)
+    paths = generate_missing(artist, PROMPTS, SEEDS, tmp_path, {"model": "m"}, batch_size=2)
     assert artist.calls == [["p2", "p3"], ["p4"]]
     assert [Image.open(path).getpixel((0, 0))[0] for path in paths] == [30, 40, 50, 60, 70]
     again = Artist()
-    assert draw_missing(again, PROMPTS, SEEDS, tmp_path, {"model": "m"}, batch_size=2) == paths
+    assert generate_missing(again, PROMPTS, SEEDS, tmp_path, {"model": "m"}, batch_size=2) == paths
     assert again.calls == []
 
 
 def test_a_missing_picture_is_drawn_in_its_old_batch(tmp_path):
     """What a model draws may depend on the batch, by rounding."""
-    paths = draw_missing(Artist(), PROMPTS, SEEDS, tmp_path, {}, batch_size=2)
+    paths = generate_missing(Artist(), PROMPTS, SEEDS, tmp_path, {}, batch_size=2)
     before = paths[1].read_bytes()
     paths[1].unlink()
     artist = Artist()
-    draw_missing(artist, PROMPTS, SEEDS, tmp_path, {}, batch_size=2)
+    generate_missing(artist, PROMPTS, SEEDS, tmp_path, {}, batch_size=2)
     assert artist.calls == [["p0", "p1"]]
     assert paths[1].read_bytes() == before
 
@@ -60,17 +61,17 @@ def test_half_an_image_is_none(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        draw_missing(lambda prompts, seeds: [Unlucky()] * len(seeds), PROMPTS, SEEDS, tmp_path, {})
+        generate_missing(lambda prompts, seeds: [Unlucky()] * len(seeds), PROMPTS, SEEDS, tmp_path, {})
     assert not list(tmp_path.glob("*.png"))
 
 
 def test_pictures_of_other_settings(tmp_path):
-    draw_missing(Artist(), PROMPTS, SEEDS, tmp_path / "a", {"model": "m"})
+    generate_missing(Artist(), PROMPTS, SEEDS, tmp_path / "a", {"model": "m"})
     with pytest.raises(ValueError, match="model, pictures differ; choose another folder"):
-        draw_missing(Artist(), PROMPTS[:3], SEEDS[:3], tmp_path / "a", {"model": "other"})
+        generate_missing(Artist(), PROMPTS[:3], SEEDS[:3], tmp_path / "a", {"model": "other"})
     Image.new("RGB", (4, 4)).save(tmp_path / "holiday.png")
     with pytest.raises(ValueError, match=r"has holiday\.png"):
-        draw_missing(Artist(), PROMPTS, SEEDS, tmp_path, {})
+        generate_missing(Artist(), PROMPTS, SEEDS, tmp_path, {})
 
 
 def test_tensors_and_images():
@@ -82,9 +83,9 @@ def test_tensors_and_images():
 
 def test_folders(tmp_path):
     with pytest.raises(OSError, match="there is no folder"):
-        pictures_in(tmp_path / "none")
+        images_in(tmp_path / "none")
     with pytest.raises(OSError, match="has none"):
-        pictures_in(tmp_path)
+        images_in(tmp_path)
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_batches_have_one_size(paths):
     assert [tuple(batch.shape) for batch in measure.batches(paths, 2)] == [(2, 3, 4, 4), (1, 3, 4, 4), (2, 3, 4, 6)]
 
 
-def test_judged_scenes(paths):
+def test_checked_scenes(paths):
     """Picture i is red to 40 i; the observer says fox from 80 on, and knows which check is asked."""
     tags = ["easy", "easy", "easy", "hard", "hard"]
     checks = [Check(tag, f"p{i}", i, (Wanted("fox"),), style=str(i % 2)) for i, tag in enumerate(tags)]
@@ -109,7 +110,7 @@ def test_judged_scenes(paths):
         labels = ["fox" if picture[0, 0, 0] > 0.3 else "cat" for picture in pictures]
         return [Observation((Detection(label, 1.0, (0, 0, 1, 1)),), style="1") for label in labels]
 
-    report = measure.judge_scenes(paths, checks, observe)
+    report = measure.check_scenes(paths, checks, observe)
     assert report["by_property"] == {"object": {"share": 0.6, "of": 5}, "style": {"share": 0.4, "of": 5}}
     assert report["correct"] == {"share": 0.2, "of": 5}
     assert report["by_tag"] == {"easy": {"share": 0.0, "of": 3}, "hard": {"share": 0.5, "of": 2}}
@@ -149,9 +150,9 @@ def test_an_image_whose_writing_is_cut_off_is_generated_again(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        draw_missing(lambda prompts, seeds: [Torn()] * len(prompts), PROMPTS, SEEDS, tmp_path, {})
+        generate_missing(lambda prompts, seeds: [Torn()] * len(prompts), PROMPTS, SEEDS, tmp_path, {})
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
     (tmp_path / ".0a1b2c.png").write_bytes(b"what a kill leaves")
-    paths = draw_missing(Artist(), PROMPTS, SEEDS, tmp_path, {})
-    assert pictures_in(tmp_path) == paths
+    paths = generate_missing(Artist(), PROMPTS, SEEDS, tmp_path, {})
+    assert images_in(tmp_path) == paths
     assert [Image.open(path).format for path in paths] == ["PNG"] * len(paths)

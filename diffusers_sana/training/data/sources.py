@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
-from diffusers_sana.files import digest, read_text
-from diffusers_sana.images import SUFFIXES
+from diffusers_sana.files import IMAGE_SUFFIXES, digest, read_text
 from diffusers_sana.training.config import TrainingConfig, option
 from diffusers_sana.training.data.captions import CAPTIONS_FILE, Caption, best_caption, read_captions
 from diffusers_sana.training.data.metadata import (
@@ -134,7 +133,7 @@ class FolderSource:
         self.captions: list[str] = []
         self._read: set[Path] = set()  # files of captions
         files = self._files(split)
-        self.images = [path for path in files if path.suffix.lower() in SUFFIXES]
+        self.images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
         metadata = [path for path in files if path.name in METADATA_FILES]
         if use_captions_file and self.root / CAPTIONS_FILE in files:
             self._take_choices()
@@ -146,7 +145,7 @@ class FolderSource:
             self.captions = [self._beside(path, set(files)) if captions != "ignored" else "" for path in self.paths]
         if not self.paths:
             raise ValueError(
-                f"`data` must be a folder with images ({', '.join(SUFFIXES)}), WebDataset tars or the name of a"
+                f"`data` must be a folder with images ({', '.join(IMAGE_SUFFIXES)}), WebDataset tars or the name of a"
                 f" dataset of the Hub, got {str(folder)!r}. Check the path."
             )
         self.names = [Path(os.path.relpath(path, self.root)).as_posix() for path in self.paths]
@@ -170,7 +169,7 @@ class FolderSource:
             if any(part.startswith((".", "__")) for part in parts) or not path.is_file():
                 continue
             if top in self._other_splits:
-                left_out += path.suffix.lower() in SUFFIXES
+                left_out += path.suffix.lower() in IMAGE_SUFFIXES
             else:
                 files.append(path)
         if left_out:
@@ -316,7 +315,7 @@ class TarSource:
         return f"{start}-{size}-{file_stamp(path)}"
 
     def _image(self, members: dict[str, tarfile.TarInfo], name: str) -> tarfile.TarInfo | None:
-        suffixes = [self.image_column] if self.image_column else [s for s in members if f".{s}" in SUFFIXES]
+        suffixes = [self.image_column] if self.image_column else [s for s in members if f".{s}" in IMAGE_SUFFIXES]
         if len(suffixes) > 1:
             raise ValueError(f"{name!r} must have one image, got {suffixes}. Choose one with `image_column`.")
         return members.get(suffixes[0]) if suffixes else None
@@ -424,7 +423,7 @@ def find_source(config: ImageDataConfig, captions: Captions = "expected") -> Ima
         ImportError, ValueError: those of the sources.
     """
     root = Path(config.data)
-    if any(path.suffix.lower() in SUFFIXES for path in root.rglob("*")):
+    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in root.rglob("*")):
         return FolderSource(root, config.data_split, config.caption_column, captions, config.allow_outside)
     if tars := _tars(config.data):
         if config.data_split != "train":

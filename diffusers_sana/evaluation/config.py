@@ -1,0 +1,192 @@
+"""What an evaluation measures, and with what; checked before torch is imported and before anything is generated."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from diffusers_sana.checkpoints import BUNDLED, EMOJI_PROBE
+from diffusers_sana.checks import check_integer, check_number
+from diffusers_sana.evaluation.checks import Check, check_detectable, read_checks
+from diffusers_sana.evaluation.optional import check_installed
+from diffusers_sana.files import IMAGE_SUFFIXES
+from diffusers_sana.loading import checkpoint_path, pipeline_class_name
+
+
+MEASURES = ("scenes", "clip", "psnr", "ssim", "lpips", "fid", "kid")
+OF_PAIRS, OF_SETS = ("psnr", "ssim", "lpips"), ("fid", "kid")
+FEATURES = ("probe", "inception", "clip")
+PROMPTS = {"emoji": Path(EMOJI_PROBE) / "checks.jsonl", "coco": Path(__file__).parent / "coco.jsonl"}
+# Measure or features -> the package it needs, which is not among our dependencies.
+PACKAGES = {"ssim": "skimage", "lpips": "lpips", "inception": "torch_fidelity"}
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """An evaluation of a pipeline.
+
+    Args:
+        model: Hub id or folder of a pipeline, or the name of a bundled checkpoint.
+        out: folder for the images and the report.
+        checks: what to measure, of `MEASURES`. None: all that the other options allow.
+        prompts: "emoji", "coco" or a file of checks (docs/evaluation.md). None: "emoji" for bundled models, else
+            "coco".
+        limit: use only so many of the prompts, evenly spread.
+        quantize: "int4" or "nvfp4" to quantize the model first.
+        steps, guidance_scale: None takes the pipeline's default.
+        batch_size: images generated at a time.
+        reference_model: generates the same prompts and seeds, to compare with.
+        against: folder of images to compare with; not together with `reference_model`.
+        detector: object detection model of transformers, for `scenes` of other prompts than "emoji".
+        threshold: least score of a detected object.
+        clip: CLIP model of transformers, for `clip` and for the colors of objects.
+        features: of `FEATURES`, for `fid` and `kid`. None: "probe" for emoji, else "inception".
+        inception: file with the weights of torch-fidelity's Inception. None: it downloads them.
+        device: None is the GPU, if there is one.
+        dtype: of the pipelines.
+
+    Raises:
+        ValueError: what is to be measured needs an argument or a package that is missing, or a value is out of range.
+        OSError: a file or model that is named does not exist.
+    """
+
+    model: str
+    out: Path = Path("outputs/evaluated")
+    checks: Sequence[str] | None = None
+    prompts: str | None = None
+    limit: int | None = None
+    quantize: str | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    batch_size: int = 8
+    reference_model: str | None = None
+    against: Path | None = None
+    detector: str | None = None
+    threshold: float = 0.3
+    clip: str | None = None
+    features: str | None = None
+    inception: Path | None = None
+    device: str | None = None
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "steps", "batch_size"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name))
+        if self.guidance_scale is not None:
+            check_number("guidance_scale", self.guidance_scale)
+        check_number("threshold", self.threshold, at_least=0, at_most=1)
+        if unknown := set(self.checks or ()) - set(MEASURES):
+            raise ValueError(f"`checks` must be of {', '.join(MEASURES)}, got {', '.join(sorted(unknown))}.")
+        if self.features not in (None, *FEATURES):
+            raise ValueError(f"`features` must be one of {', '.join(FEATURES)}, got {self.features!r}.")
+        if self.reference_model and self.against:
+            raise ValueError("`reference_model` and `against` must not both be given; leave one out.")
+        self._check_measures()
+        for model in (self.model, self.reference_model):
+            if model:
+                pipeline_class_name(model)
+
+    @property
+    def of_emoji(self) -> bool:
+        """Whether the prompts are those of the bundled models, which a bundled network checks."""
+        return self.prompt_set == "emoji"
+
+    @property
+    def prompt_set(self) -> str:
+        """`prompts`, or its default."""
+        return self.prompts or ("emoji" if checkpoint_path(self.model) in BUNDLED.values() else "coco")
+
+    @cached_property
+    def tasks(self) -> list[Check]:
+        """The prompts, their seeds, and what their images must show."""
+        return spread(read_checks(PROMPTS.get(self.prompt_set, Path(self.prompt_set))), self.limit)
+
+    @cached_property
+    def others(self) -> list[Path] | None:
+        """The images in `against`."""
+        return images_in(self.against) if self.against else None
+
+    @cached_property
+    def measures(self) -> tuple[str, ...]:
+        """`checks`, or all that the other arguments allow."""
+        if self.checks is not None:
+            return tuple(self.checks)
+        is_possible = {
+            "scenes": self.of_emoji or self.detector,
+            "clip": self.clip,
+            "psnr": self.reference_model,
+            "ssim": self.reference_model,
+            "fid": self.of_emoji or (self.features and (self.reference_model or self.against)),
+            "kid": self.of_emoji or (self.features and self.against),
+        }
+        return tuple(name for name in MEASURES if is_possible.get(name))
+
+    @property
+    def feature_network(self) -> str | None:
+        """The network behind `fid` and `kid`, None where neither is measured."""
+        if not set(OF_SETS) & set(self.measures):
+            return None
+        return self.features or ("probe" if self.of_emoji else "inception")
+
+    def _check_measures(self) -> None:
+        measures = set(self.measures)
+        if not measures:
+            raise ValueError(
+                "`checks` has nothing to measure with: pass `detector`, `clip`, `reference_model`, or `features` with "
+                "`against`; or `prompts` emoji for a model that generates emoji"
+            )
+        if measures & set(OF_PAIRS):
+            if not (self.reference_model or self.against):
+                raise ValueError(f"`checks` {' '.join(OF_PAIRS)} need `reference_model` or `against`")
+            if self.others is not None and len(self.others) != len(self.tasks):
+                raise ValueError(
+                    f"`against` must be a folder of as many images as there are prompts, {len(self.tasks)}, in their "
+                    f"order, for `checks` {' '.join(OF_PAIRS)}; {self.against} has {len(self.others)}"
+                )
+        if "fid" in measures and not (self.of_emoji or self.reference_model or self.against):
+            raise ValueError("`checks` fid needs `reference_model` or `against`")
+        if "kid" in measures and not (self.of_emoji or self.against):
+            raise ValueError(
+                "`checks` kid needs `against`: it is unbiased for independent sets, and the images of "
+                "`reference_model` have the same seeds"
+            )
+        if not self.clip and ("clip" in measures or self.feature_network == "clip"):
+            asked = "`checks` clip" if "clip" in measures else "`features` clip"
+            raise ValueError(f"{asked} needs `clip`: a folder or name such as openai/clip-vit-base-patch16")
+        if "scenes" in measures and not (self.of_emoji or self.detector):
+            raise ValueError(
+                "`checks` scenes needs `detector`, a folder or name such as facebook/detr-resnet-101, for prompts "
+                "other than `prompts` emoji"
+            )
+        for name in (*self.measures, self.feature_network):
+            if name in PACKAGES:
+                check_installed(PACKAGES[name], f"`{'features' if name in FEATURES else 'checks'}` {name}")
+        if "scenes" in measures and self.detector:
+            check_detectable(self.tasks, has_clip=self.clip is not None)
+        self.tasks, self.others  # noqa: B018, read now: a missing or damaged file is an error at once
+
+
+def spread(rows: Sequence[Row], limit: int | None) -> list[Row]:
+    """`limit` of the rows, at even distances; None: all."""
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    return [rows[i * len(rows) // limit] for i in range(limit)]
+
+
+def images_in(folder: Path) -> list[Path]:
+    """All image files of a folder, sorted by name; hidden ones, such as a kill leaves, are left out.
+
+    Raises:
+        OSError: where there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise OSError(f"`folder` must be a folder of images, but there is no folder {folder}")
+    found = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(path for path in found if not path.name.startswith("."))
+    if not paths:
+        raise OSError(f"`folder` must have images in it ({', '.join(IMAGE_SUFFIXES)}), but {folder} has none")
+    return paths

@@ -1,0 +1,193 @@
+"""A whole evaluation: generate images of fixed prompts and seeds, measure them, report the figures.
+
+    report = evaluate(EvaluationConfig(model="sana-emoji"))
+
+Legend: N images, H/W height and width, F features.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffusers_sana import SVDQuantConfig
+from diffusers_sana import quantize as quantize_pipeline
+from diffusers_sana.arguments import find_device
+from diffusers_sana.checkpoints import EMOJI_PROBE
+from diffusers_sana.evaluation import measure, similarity
+from diffusers_sana.evaluation.clip import Clip
+from diffusers_sana.evaluation.config import OF_SETS, EvaluationConfig
+from diffusers_sana.evaluation.detector import Detector
+from diffusers_sana.evaluation.emoji_probe import EmojiProbe
+from diffusers_sana.evaluation.features import Features, make_inception
+from diffusers_sana.evaluation.images import generate_missing
+from diffusers_sana.files import model_identity
+from diffusers_sana.loading import checkpoint_path, find_pipeline_class
+
+
+TRUE_FEATURES = Path(EMOJI_PROBE) / "reference.safetensors"  # of renderings of the emoji themselves
+PACKAGES = ("diffusers_sana", "torch", "diffusers", "transformers")
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What an evaluation measures with, loaded; each part is None or empty where nothing needs it.
+
+    Attributes:
+        observe: images and their checks to what is seen in the images.
+        clip: scores images against prompts, and names colors.
+        pairwise: name of a figure -> function of two sets of images.
+        features: network behind FID and KID.
+        true_features: `[N, F]` of true emoji, for `features`.
+    """
+
+    observe: measure.Observe | None
+    clip: Clip | None
+    pairwise: dict[str, Callable[[Tensor, Tensor], Tensor]]
+    features: Features | None
+    true_features: Tensor | None
+
+
+def evaluate(config: EvaluationConfig) -> dict[str, Any]:
+    """Generates the images that are missing in `config.out`, and measures all of them.
+
+    An evaluation that was stopped goes on where it was, in the same batches and so with the same bits.
+
+    Returns:
+        The report: `settings`, `versions`, `models` (figures of each model's images) and `against` (figures against
+        other images). `report.markdown` makes a page of it.
+
+    Raises:
+        ValueError: a network cannot measure what is asked for, or `config.out` holds images of other settings.
+        OSError: there is no such model.
+    """
+    networks = load_networks(config)  # whatever can be missing is missed before anything is generated
+    name = f"{config.model}, {config.quantize}" if config.quantize else config.model
+    paths = generate(config, config.model, config.quantize, config.out / "pictures")
+    generated, against = {name: paths}, {}
+    if config.reference_model:
+        reference = config.reference_model + (", reference" if config.reference_model == name else "")
+        generated[reference] = generate(config, config.reference_model, None, config.out / "reference")
+        # Without KID, which is unbiased for independent sets: these have the same seeds.
+        measures = set(config.measures) - {"kid"}
+        against[reference] = compare(networks, paths, generated[reference], measures)
+    if config.others is not None:
+        against[str(config.against)] = compare(networks, paths, config.others, set(config.measures))
+    return {
+        "settings": settings(config),
+        "versions": {package: version(package) for package in PACKAGES},
+        "models": {name: measure_alone(config, networks, paths) for name, paths in generated.items()},
+        "against": against,
+    }
+
+
+def load_networks(config: EvaluationConfig) -> Networks:
+    """The networks that the measures of `config` need."""
+    device = find_device(config.device)
+    clip = Clip(config.clip, device) if config.clip else None
+    probe = cache(lambda: EmojiProbe.from_pretrained(EMOJI_PROBE).eval())
+
+    observe: measure.Observe | None = None
+    if "scenes" in config.measures and config.detector:
+        detector = Detector(config.detector, clip, config.threshold, device=device)
+        detector.check_labels(config.tasks)
+        observe = detector.observe
+    elif "scenes" in config.measures:
+        observe = lambda images, checks: probe().observe(images)  # noqa: E731
+
+    make_features: dict[str, Callable[[], Features]] = {
+        "probe": lambda: probe().features,
+        "clip": lambda: clip.features,  # type: ignore[union-attr]  # the config asks for it
+        "inception": lambda: make_inception(config.inception, device),
+    }
+    make_pairwise: dict[str, tuple[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]]] = {
+        "psnr": ("psnr_db", lambda: similarity.psnr),
+        "ssim": ("ssim", lambda: similarity.ssim),
+        "lpips": ("lpips", lambda: similarity.make_lpips(device=device)),
+    }
+    network = config.feature_network
+    return Networks(
+        observe,
+        clip,
+        {label: make() for name, (label, make) in make_pairwise.items() if name in config.measures},
+        make_features[network]() if network else None,
+        load_file(TRUE_FEATURES)["features"] if network == "probe" and config.of_emoji else None,
+    )
+
+
+def generate(config: EvaluationConfig, model: str, quantize: str | None, folder: Path) -> list[Path]:
+    """The images of all prompts by one model, in `folder`; only those are generated that are not there."""
+    options = {"num_inference_steps": config.steps, "guidance_scale": config.guidance_scale}
+    options = {key: value for key, value in options.items() if value is not None}
+    load = cache(lambda: load_pipeline(model, quantize, config.dtype, find_device(config.device)))
+
+    def generate_batch(prompts: list[str], seeds: list[int]) -> Any:
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]  # same noise on every device
+        return load()(prompts, generator=generators, return_dict=False, **options)[0]
+
+    return generate_missing(
+        generate_batch,
+        [task.prompt for task in config.tasks],
+        [task.seed for task in config.tasks],
+        folder,
+        {
+            "model": model,
+            "model_files": model_identity(checkpoint_path(model)),
+            "quantize": quantize,
+            "dtype": config.dtype,
+            "options": options,
+        },
+        config.batch_size,
+        f"{model}, {quantize}" if quantize else model,
+    )
+
+
+def load_pipeline(model: str, quantize: str | None, dtype: str, device: str) -> Any:
+    """A pipeline on its device, quantized if asked for."""
+    pipe = (
+        find_pipeline_class(model)
+        .from_pretrained(checkpoint_path(model), torch_dtype=getattr(torch, dtype))
+        .to(device)
+    )
+    if quantize:
+        quantize_pipeline(pipe, SVDQuantConfig(precision=quantize), progress=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def measure_alone(config: EvaluationConfig, networks: Networks, paths: list[Path]) -> dict[str, Any]:
+    """Figures of one model's images."""
+    figures: dict[str, Any] = {}
+    if networks.observe:
+        figures["scenes"] = measure.check_scenes(paths, config.tasks, networks.observe)
+    if networks.clip and "clip" in config.measures:
+        prompts = [task.prompt for task in config.tasks]
+        figures["clip_score"] = measure.mean_clip_score(paths, prompts, networks.clip.scores)
+    if networks.features and networks.true_features is not None:
+        features = measure.collect_features(paths, networks.features)
+        figures["true_pictures"] = measure.compare_sets(features, networks.true_features, config.measures)
+    return figures
+
+
+def compare(networks: Networks, paths: list[Path], others: list[Path], measures: set[str]) -> dict[str, Any]:
+    """Figures of one model's images against other images."""
+    figures: dict[str, Any] = {}
+    if networks.pairwise:
+        figures |= measure.compare_pairs(paths, others, networks.pairwise)
+    if networks.features and measures & set(OF_SETS):
+        ours, theirs = (measure.collect_features(files, networks.features) for files in (paths, others))
+        figures |= measure.compare_sets(ours, theirs, measures)
+    return figures
+
+
+def settings(config: EvaluationConfig) -> dict[str, Any]:
+    """The arguments of an evaluation with their defaults filled in, for the report."""
+    filled = {"checks": list(config.measures), "prompts": config.prompt_set, "device": find_device(config.device)}
+    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    return {key: value for key, value in (arguments | filled).items() if value is not None}
