@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_sana.checks import LARGEST, check_integer, check_number
+from diffusers_sana.files import InUse
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -85,6 +86,14 @@ def find_device(name: str | None) -> str:
     import torch
 
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs the `main` of a script. Errors that the user can fix end it with one line in place of a traceback."""
+    try:
+        main()
+    except (ValueError, TypeError, OSError, InUse) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
 def _type(name: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -1,12 +1,11 @@
-"""Draws a picture for each line of a text file, on as many devices as there are.
+"""Generate an image for each line of a text file, on as many devices as there are.
 
-    accelerate launch --num_processes 2 examples/generate_many.py --prompts prompts.txt --out pictures
+    accelerate launch --num_processes 2 examples/generate_many.py --prompts prompts.txt --out images
 
-On CPUs, where Accelerate launches one process only, use `torchrun --nproc_per_node 2` in its place.
+On CPUs, where Accelerate launches only one process, use `torchrun --nproc_per_node 2` instead.
 
-Image i is of line i and of seed `--seed` + i, whatever the number of processes. Images that are there already are left
-alone, so a run that was stopped goes on where it was. Each PNG says of which prompt, seed and settings it is; a folder
-with images of other settings is refused.
+Image i is of line i and of seed `--seed` + i, whatever the number of processes. Images that exist are kept, so run it
+again to continue. Each PNG records its prompt, seed and settings; a folder with images of other settings is refused.
 """
 
 import argparse
@@ -17,26 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import tqdm
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffusers_sana import SanaPipeline
+from diffusers_sana.arguments import ArgumentParser, add_dtype, integer, number, run_script, seed
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.files import atomic_write, differences, locked, model_identity, read_lines
+from diffusers_sana.loading import checkpoint_path, pipeline_class_name
 
 
 @dataclass(frozen=True)
 class Task:
-    """One picture to draw.
+    """One image to generate.
 
     Attributes:
-        prompt: what it is of.
+        prompt: what it shows.
         seed: of its noise.
-        path: where it goes.
-        settings: all else that the image depends on, in JSON.
+        path: where it is written.
+        settings: everything else that the image depends on, in JSON.
     """
 
     prompt: str
@@ -45,7 +42,7 @@ class Task:
     settings: str = "{}"
 
     def is_done(self) -> bool:
-        """Whether the image is there, of this prompt and seed.
+        """Whether the image exists, with this prompt and seed.
 
         Raises:
             ValueError: there is one of other settings, or of another program, which is not to be overwritten.
@@ -62,7 +59,7 @@ class Task:
         return (info.get("prompt"), info.get("seed")) == (self.prompt, str(self.seed))
 
     def save(self, image: Image.Image) -> None:
-        """Writes the image, whole or not at all."""
+        """Writes the image, completely or not at all."""
         info = PngInfo()
         info.add_itxt("prompt", self.prompt)
         info.add_text("seed", str(self.seed))
@@ -72,13 +69,13 @@ class Task:
 
 
 def read_tasks(prompts: Path, out: Path, seed: int, settings: Mapping[str, Any] | None = None) -> list[Task]:
-    """A task for each line that is not empty; its number is that of the line, from 0.
+    """A task for each line that is not empty; its number is the line's, from 0.
 
     Args:
         prompts: a text file in UTF-8.
         out: folder of the images.
         seed: of the first line.
-        settings: all else that the images depend on, in JSON's values.
+        settings: everything else that the images depend on, as JSON values.
     """
     recorded = json.dumps(settings or {}, sort_keys=True)
     return [
@@ -94,58 +91,89 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def batches(tasks: Sequence[Task], batch_size: int) -> list[Sequence[Task]]:
-    """The batches in which something is to be done.
+    """The batches in which something is missing.
 
-    Cut before anything is left out or shared, and drawn whole: pictures of one batch have been computed together, and
-    other company would round them otherwise.
+    Batches are cut before anything is left out or distributed, and generated whole: the images of a batch are computed
+    together, and in other batches they would round differently.
     """
     cut = [tasks[start : start + batch_size] for start in range(0, len(tasks), batch_size)]
     return [batch for batch in cut if not all(task.is_done() for task in batch)]
 
 
-def draw(pipe: Any, tasks: Sequence[Task], **options: Any) -> list[Image.Image]:
-    """The pictures of one batch; `options` are further arguments of the pipeline."""
+def generate(pipe: Any, tasks: Sequence[Task], **options: Any) -> list[Image.Image]:
+    """The images of one batch; `options` are further arguments of the pipeline."""
+    import torch
+
     generators = [torch.Generator().manual_seed(task.seed) for task in tasks]  # on the CPU: the same on every device
     return pipe([task.prompt for task in tasks], generator=generators, **options).images
 
 
-def draw_all(pipe: Any, tasks: Sequence[Task], batch_size: int, **options: Any) -> Iterator[Path]:
-    """Draws this process's share, and yields the path of each picture when it is written."""
+def generate_all(pipe: Any, tasks: Sequence[Task], batch_size: int, **options: Any) -> Iterator[Path]:
+    """Generates this process's part, and yields the path of each image when it is written."""
+    from accelerate import PartialState
+    from accelerate.utils import tqdm
+
     state = PartialState()
     todo = batches(tasks, batch_size)
-    state.wait_for_everyone()  # all must have looked before anybody writes
+    state.wait_for_everyone()  # all must have looked before anyone writes
     for batch in tqdm(todo[state.process_index :: state.num_processes], unit="batch"):
-        for task, image in zip(batch, draw(pipe, batch, **options), strict=True):
+        for task, image in zip(batch, generate(pipe, batch, **options), strict=True):
             if not task.is_done():
                 task.save(image)
                 yield task.path
 
 
+def add_model_arguments(parser: ArgumentParser, batch_size: int) -> None:
+    """The options of a pipeline that generates from many prompts, shared with the examples for Ray."""
+    parser.add_argument("--model", type=checkpoint_path, default=SANA_EMOJI, help="Hub id or folder; default: bundled")
+    parser.add_argument("--batch-size", type=integer(), default=batch_size, help="images generated at a time, at most")
+    parser.add_argument("--steps", type=integer(), default=20, help="denoising steps")
+    parser.add_argument("--guidance-scale", type=number(), default=4.5, help="weight of the prompt")
+    add_dtype(parser)
+
+
+def add_prompt_arguments(parser: ArgumentParser) -> None:
+    """The options of a file of prompts and a folder of images."""
+    parser.add_argument("--prompts", type=Path, required=True, help="text file, one prompt per line")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the images")
+    parser.add_argument("--seed", type=seed, default=0, help="of the first line")
+    add_model_arguments(parser, batch_size=1)
+
+
+def prepare(args: argparse.Namespace) -> tuple[list[Task], dict[str, Any]]:
+    """The tasks, and the arguments of the pipeline.
+
+    Raises:
+        OSError: there is no such model or file of prompts.
+    """
+    pipeline_class_name(args.model)
+    tasks = read_tasks(args.prompts, args.out, args.seed, settings_of(args))
+    args.out.mkdir(parents=True, exist_ok=True)
+    return tasks, {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--prompts", type=Path, required=True, help="text file, one prompt a line")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--model", default=SANA_EMOJI, help="Hub id or folder; default: the bundled checkpoint")
-    parser.add_argument("--batch_size", type=int, default=1, help="pictures drawn at a time")
-    parser.add_argument("--seed", type=int, default=0, help="of the first line")
-    parser.add_argument("--steps", type=int, default=20, help="evaluations of the transformer")
-    parser.add_argument("--guidance_scale", type=float, default=4.5, help="how strictly to follow the prompts")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    """The command line: a file of prompts and a folder."""
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_prompt_arguments(parser)
     args = parser.parse_args()
+    tasks, options = prepare(args)
+
+    import torch
+    from accelerate import PartialState
+
+    from diffusers_sana import SanaPipeline
 
     state = PartialState(cpu=not torch.accelerator.is_available())
-    args.out.mkdir(parents=True, exist_ok=True)
-    tasks = read_tasks(args.prompts, args.out, args.seed, settings_of(args))
     pipe = SanaPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(state.device)
     pipe.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     lock = locked(args.out / ".lock", f"generates into {str(args.out)!r}") if state.is_main_process else nullcontext()
     with lock:
-        num_drawn = sum(1 for _ in draw_all(pipe, tasks, args.batch_size, **options))
+        count = sum(1 for _ in generate_all(pipe, tasks, args.batch_size, **options))
         state.wait_for_everyone()
-    print(f"process {state.process_index}: drew {num_drawn} of {len(tasks)} pictures")
+    print(f"process {state.process_index}: generated {count} of {len(tasks)} images")
     state.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

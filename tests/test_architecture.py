@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "schedulers": {"kernels"},
     "prompts": set(),
     "pipelines": {"kernels", "loaders", "models", "prompts", "schedulers", "_entries"},
-    "training": {"models", "prompts", "schedulers"},
+    "training": {"evaluation", "models", "pipelines", "prompts", "schedulers", "loading"},
     "quantizers": {"kernels"},
     "loaders": {"kernels", "models", "quantizers"},
     "checkpoints": set(),

@@ -85,6 +85,7 @@ class EvaluationConfig:
             raise ValueError(f"`features` must be one of {', '.join(FEATURES)}, got {self.features!r}.")
         if self.reference_model and self.against:
             raise ValueError("`reference_model` and `against` must not both be given; leave one out.")
+        self.tasks, self.others  # noqa: B018, read now: a missing or damaged file is an error at once
         self._check_measures()
         for model in (self.model, self.reference_model):
             if model:
@@ -167,7 +168,6 @@ class EvaluationConfig:
                 check_installed(PACKAGES[name], f"`{'features' if name in FEATURES else 'checks'}` {name}")
         if "scenes" in measures and self.detector:
             check_detectable(self.tasks, has_clip=self.clip is not None)
-        self.tasks, self.others  # noqa: B018, read now: a missing or damaged file is an error at once
 
 
 def spread(rows: Sequence[Row], limit: int | None) -> list[Row]:

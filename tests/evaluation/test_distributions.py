@@ -80,7 +80,7 @@ def test_kid_draws_by_seed():
 
 @pytest.mark.parametrize("distance", [frechet_inception_distance, kernel_inception_distance])
 def test_errors(distance):
-    with pytest.raises(ValueError, match=r"`others` must be .* of at least two pictures, got \(1, 4\)"):
+    with pytest.raises(ValueError, match=r"`others` must be .* of at least two images, got \(1, 4\)"):
         distance(torch.randn(3, 4), torch.randn(1, 4))
     with pytest.raises(ValueError, match="as many features as `features`, 4, got 5"):
         distance(torch.randn(3, 4), torch.randn(3, 5))

@@ -28,7 +28,7 @@ def test_ssim():
 
 @pytest.mark.parametrize("measure", [psnr, ssim])
 def test_unequal_sizes(measure):
-    with pytest.raises(ValueError, match=r"`targets` must have the shape of `pictures`, \(1, 3, 8, 8\), got"):
+    with pytest.raises(ValueError, match=r"`targets` must have the shape of `images`, \(1, 3, 8, 8\), got"):
         measure(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 9))
 
 

@@ -22,8 +22,14 @@ from transformers import (
 from diffusers_sana import VilaUPipeline
 from diffusers_sana.images import read_image
 from diffusers_sana.training.data.captions import Caption, caption_line, read_captions
-from examples import caption_images
-from examples.caption_images import CaptionFile, TransformersCaptioner, caption_with, load_captioner, main
+from diffusers_sana.training.recipes import captions as recipe
+from diffusers_sana.training.recipes.captions import (
+    CaptionFile,
+    TransformersCaptioner,
+    caption_with,
+    load_captioner,
+)
+from examples.caption_images import main
 from tests.models.vila_u.tiny import tiny_model
 from tests.models.vila_u.tiny_processor import tiny_processor, tiny_tokenizer
 from tests.training.tiny import write_image_folder
@@ -112,7 +118,7 @@ def test_a_stopped_run_goes_on_where_it_was(pictures):
     with open(pictures / "captions.jsonl", "a") as file:
         file.write('{"file_name": "2.png", "captions": [{"mod')  # the kill came within a line
     file = CaptionFile(pictures)
-    assert file.lacking(NAMES, "m") == NAMES[2:]
+    assert file.missing(NAMES, "m") == NAMES[2:]
     caption_with(file, NAMES, "m", lambda images: seen.extend(images) or numbers(images), batch_size=2)
     assert len(seen) == 5
     found = read_captions(pictures / "captions.jsonl")
@@ -157,7 +163,7 @@ def test_vila_u_captions_from_either_folder(tmp_path, pictures):
 
 
 def test_main_captions_scores_and_skips(pictures, llava_folder, clip_folder, monkeypatch):
-    arguments = ["--data", str(pictures), "--max_new_tokens", "3", "--batch_size", "2"]
+    arguments = ["--data", str(pictures), "--max-new-tokens", "3", "--batch-size", "2"]
     main([*arguments, "--models", llava_folder])
     first = read_captions(pictures / "captions.jsonl")
     lines = (pictures / "metadata.jsonl").read_text().splitlines()
@@ -167,9 +173,9 @@ def test_main_captions_scores_and_skips(pictures, llava_folder, clip_folder, mon
         assert said.get("original", "") == originals[name]  # "2.png" has none
         assert llava_folder in said
         assert all(caption.clip_score is None for caption in captions)
-    monkeypatch.setattr(caption_images, "load_captioner", None)  # nothing is left to caption
+    monkeypatch.setattr(recipe, "load_captioner", None)  # nothing is left to caption
     main([*arguments, "--models", llava_folder, "--clip", clip_folder])
-    clip, scored = caption_images.Clip(clip_folder), read_captions(pictures / "captions.jsonl")
+    clip, scored = recipe.Clip(clip_folder), read_captions(pictures / "captions.jsonl")
     assert scored.keys() == first.keys() == set(NAMES)
     for name, captions in scored.items():
         image = clip.image_features([read_image(pictures / name)])
@@ -185,7 +191,7 @@ def test_captions_are_of_their_image_prompt_and_model(pictures, llava_folder, cl
     def load(*_):
         return lambda images: [asked.append(1) or f"caption {len(asked)}" for _ in images]
 
-    monkeypatch.setattr(caption_images, "load_captioner", load)
+    monkeypatch.setattr(recipe, "load_captioner", load)
 
     def run(*options):
         asked.clear()
@@ -196,15 +202,15 @@ def test_captions_are_of_their_image_prompt_and_model(pictures, llava_folder, cl
     assert run() == 0
     Image.new("RGB", (40, 40), "red").save(pictures / "0.png")
     assert run("--clip", clip_folder) == 1
-    assert run("--prompt", "Which colours?") == 5
+    assert run("--prompt", "Which colors?") == 5
     captions = read_captions(pictures / "captions.jsonl")["1.png"]
     assert [caption.clip_score is None for caption in captions if caption.model == llava_folder] == [True]
     with open(pictures / "captions.jsonl", "a") as file:  # of another program
         file.write(caption_line("1.png", [Caption(llava_folder, "as it was")]))
-    assert run("--prompt", "Which colours?") == 0
+    assert run("--prompt", "Which colors?") == 0
     lines = (pictures / "metadata.jsonl").read_text()
     (pictures / "metadata.jsonl").write_text(lines.replace("two dogs", "two cats"))
-    run("--prompt", "Which colours?")
+    run("--prompt", "Which colors?")
     found = read_captions(pictures / "captions.jsonl")["1.png"]
     assert {c.text for c in found} == {"as it was", "two cats on a blue hill"}
 

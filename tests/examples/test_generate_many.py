@@ -9,7 +9,7 @@ from PIL import Image
 from diffusers_sana import SanaPipeline
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.files import model_identity
-from examples.generate_many import Task, batches, draw_all, read_tasks, settings_of
+from examples.generate_many import Task, batches, generate_all, read_tasks, settings_of
 from tests.two_processes import ROOT, run_in_two
 
 
@@ -30,10 +30,10 @@ def test_pictures_do_not_depend_on_the_number_of_processes(tmp_path, prompts):
     pipe.set_progress_bar_config(disable=True)
     settings = settings_of(SimpleNamespace(model=SANA_EMOJI, steps=1, guidance_scale=4.5, dtype="float32"))
     tasks = read_tasks(prompts, one, 7, settings)
-    assert len(list(draw_all(pipe, tasks, batch_size=2, num_inference_steps=1))) == 4
-    options = ["--prompts", prompts, "--out", two, "--steps", "1", "--batch_size", "2", "--seed", "7"]
+    assert len(list(generate_all(pipe, tasks, batch_size=2, num_inference_steps=1))) == 4
+    options = ["--prompts", prompts, "--out", two, "--steps", "1", "--batch-size", "2", "--seed", "7"]
     told = run_in_two(ROOT / "examples" / "generate_many.py", *options)
-    assert told == [f"process {rank}: drew 2 of 4 pictures\n" for rank in (0, 1)]
+    assert told == [f"process {rank}: generated 2 of 4 images\n" for rank in (0, 1)]
     names = ["000000.png", "000002.png", "000003.png", "000004.png"]
     for folder in (one, two):
         assert sorted(path.name for path in folder.glob("*.png")) == names

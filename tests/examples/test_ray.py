@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffusers_sana import SanaPipeline
 from diffusers_sana.checkpoints import SANA_EMOJI
-from examples.generate_many import draw, read_tasks
+from examples.generate_many import generate, read_tasks
 from tests.two_processes import ROOT
 
 
@@ -55,18 +55,21 @@ def difference(image, other):
 
 
 def test_data(tmp_path, pipe):
-    from examples.ray_data import draw_all
+    from examples.ray_data import generate_all
 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\na fox\n")
     tasks = read_tasks(prompts, tmp_path, seed=5)
-    drawn = draw_all(tasks, batch_size=2, num_inference_steps=STEPS)
+    drawn = generate_all(tasks, batch_size=2, num_inference_steps=STEPS)
     assert sorted(drawn) == [str(task.path) for task in tasks]
-    expected = [*draw(pipe, tasks[:2], num_inference_steps=STEPS), *draw(pipe, tasks[2:], num_inference_steps=STEPS)]
+    expected = [
+        *generate(pipe, tasks[:2], num_inference_steps=STEPS),
+        *generate(pipe, tasks[2:], num_inference_steps=STEPS),
+    ]
     for task, image in zip(tasks, expected, strict=True):
         assert task.is_done()
         assert difference(Image.open(task.path), image) == 0
-    assert draw_all(tasks, batch_size=2, num_inference_steps=STEPS) == []
+    assert generate_all(tasks, batch_size=2, num_inference_steps=STEPS) == []
 
 
 def test_serve(pipe):
