@@ -1,4 +1,4 @@
-"""Writes the tables of the pages in docs/ from the committed results.
+"""Writes the tables of README.md and of the pages in docs/ from the committed results.
 
     python -m benchmarks.tables
 
@@ -16,6 +16,7 @@ from benchmarks.harness import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = (
+    DOCS.parent / "README.md",
     DOCS / "performance.md",
     DOCS / "quantization.md",
     DOCS / "vila_u.md",
@@ -30,6 +31,64 @@ def render(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
+def headline() -> str:
+    """The most important figures, one per row, each with the file that it comes from."""
+
+    def read(name: str) -> dict[str, Any]:
+        return json.loads((RESULTS / "cpu" / f"{name}.json").read_text(encoding="utf-8"))
+
+    pipeline, models, quantized = read("pipeline"), read("models")["cases"], read("quantized")
+    quality, sprint = read("quantization_quality")["variants"], read("emoji_sprint")
+
+    def seconds(case: dict[str, float], ours: str = "diffusers_sana", theirs: str = "diffusers") -> list[str]:
+        return [f"{case[ours]:.2f} s", f"{theirs} {case[theirs]:.2f} s"]
+
+    def right(name: str) -> str:
+        return f"{100 * sprint[name]['object_top1']:.0f} %"
+
+    step, decode = models["sana-0.6b step 1024px fp32"], models["dc-ae decode 512px fp32"]
+    blocks, sizes = quantized["steps"]["512px"]["seconds"], quantized["whole"]
+    psnr = {name: f"{variant['psnr_db']:.1f} dB" for name, variant in quality.items() if "psnr_db" in variant}
+    peers = ", ".join(f"{peer} {psnr[f'{peer} w4a16']}" for peer in ("sdnq int4 + svd", "quanto int4"))
+    rows = [
+        ["image of the bundled Sana, 128 px, 20 steps, fp32", *seconds(pipeline["median_seconds"]), "pipeline"],
+        ["guided step of Sana-0.6B, 1024 px, fp32", *seconds(step["seconds"]), "models"],
+        [
+            "memory of that step, beyond the weights",
+            f"{step['peak_mib']['diffusers_sana']:.0f} MiB",
+            f"diffusers {step['peak_mib']['diffusers']:.0f} MiB",
+            "models",
+        ],
+        ["DC-AE decoding, 512 px, fp32", *seconds(decode["seconds"]), "models"],
+        [
+            "guided step of 8 blocks of Sana-0.6B, 512 px, 4 bits",
+            *seconds(blocks, "diffusers_sana int4 w4a8", "diffusers fp32"),
+            "quantized",
+        ],
+        [
+            "weights of the Sana-0.6B transformer, 4 bits",
+            f"{sizes['int4']['bytes'] / 1e6:.0f} MB",
+            f"bf16 {sizes['bf16_bytes'] / 1e6:.0f} MB",
+            "quantized",
+        ],
+        [
+            "PSNR of 4-bit images to bf16, bundled Sana, no calibration",
+            psnr["int4 svdquant, no prompts w4a16"],
+            peers,
+            "quantization_quality",
+        ],
+        [
+            "prompted object recognized, 52 held-out prompts, bundled Sprint, 1 step",
+            right("student_1_steps"),
+            f"its teacher, 4 steps: {right('teacher_4_steps')}, 20 steps: {right('teacher_20_steps')}",
+            "emoji_sprint",
+        ],
+    ]
+    for row in rows:
+        row[-1] = f"[{row[-1]}.json](benchmarks/results/cpu/{row[-1]}.json)"
+    return render(["on a CPU", "diffusers_sana", "compared with", "device, versions, command"], rows)
+
+
 def models_cpu() -> str:
     """Seconds, speed-up and memory of the models on the CPU."""
     report = json.loads((RESULTS / "cpu" / "models.json").read_text(encoding="utf-8"))
@@ -40,7 +99,7 @@ def models_cpu() -> str:
         seconds, memory = case["seconds"], case["peak_mib"]
         rows.append(
             [
-                name,
+                name.replace("picture", "image"),
                 f"{seconds['diffusers']:.1f}",
                 f"{seconds['diffusers_sana']:.1f}",
                 f"**{case['speedup']:.2f}x**{spread}",
@@ -241,6 +300,7 @@ def dc_ae_dit() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "headline": headline,
     "models_cpu": models_cpu,
     "kernels_compiled": kernels_compiled,
     "quantization_quality": quantization_quality,
@@ -255,7 +315,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(page: str) -> str:
-    """`page` with every table made anew."""
+    """`page` with every table rendered again."""
 
     def fill(match: re.Match) -> str:
         return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"

@@ -1,20 +1,17 @@
-"""Changes a picture and repaints a part of it with the bundled checkpoint, on a CPU.
+"""Change an image, and repaint a part of it, with the bundled checkpoint, on a CPU.
 
     python examples/img2img_inpaint.py --out img2img_inpaint.png
 
-Upper row, image to image: the picture, and "a green apple" from it at growing strength; at 1 it leaves no trace.
-Lower row, inpainting: the picture, the mask, "a lemon" under it; the same with pixels around it as the autoencoder has
-them; and half of the picture under another mask.
+Upper row, image to image: the image, and "a green apple" from it at growing strength; at 1 nothing of it is left.
+Lower row, inpainting: the image, the mask, "a lemon" under it; the same with the pixels around it as the autoencoder
+returns them; and half of the image under another mask.
 """
 
-import argparse
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw
 
-from diffusers_sana import SanaImg2ImgPipeline, SanaInpaintPipeline, SanaPipeline
-from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.arguments import ArgumentParser
 
 
 SIDE, GAP = 128, 4
@@ -22,14 +19,18 @@ STRENGTHS = (0.2, 0.4, 0.6, 1.0)
 
 
 def mask(box: tuple[int, int, int, int]) -> Image.Image:
-    """White in `box` (left, top, right, bottom), in pixels: what is to be repainted."""
+    """White in `box` (left, top, right, bottom), in pixels: the part to repaint."""
     image = Image.new("L", (SIDE, SIDE))
     ImageDraw.Draw(image).rectangle(box, fill=255)
     return image
 
 
-def draw() -> list[list[Image.Image]]:
-    """The rows of the picture."""
+def generate() -> list[list[Image.Image]]:
+    """The rows of images."""
+    import torch
+
+    from diffusers_sana import SANA_EMOJI, SanaImg2ImgPipeline, SanaInpaintPipeline, SanaPipeline
+
     pipe = SanaPipeline.from_pretrained(SANA_EMOJI)
     img2img = SanaImg2ImgPipeline.from_pipe(pipe)
     inpaint = SanaInpaintPipeline.from_pipe(pipe)
@@ -49,7 +50,7 @@ def draw() -> list[list[Image.Image]]:
 
 
 def sheet(rows: list[list[Image.Image]]) -> Image.Image:
-    """The rows as one picture."""
+    """The rows as one image."""
     step = SIDE + GAP
     whole = Image.new("RGB", (len(rows[0]) * step - GAP, len(rows) * step - GAP), "white")
     for y, row in enumerate(rows):
@@ -59,10 +60,11 @@ def sheet(rows: list[list[Image.Image]]) -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("img2img_inpaint.png"), help="where the picture goes")
+    """The command line: where to write the image."""
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("img2img_inpaint.png"), help="the file to write")
     out = parser.parse_args().out
-    sheet(draw()).save(out, optimize=True)
+    sheet(generate()).save(out, optimize=True)
     print(out)
 
 

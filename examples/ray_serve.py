@@ -1,15 +1,14 @@
-"""Serves images over HTTP with Ray Serve; requests that arrive together are generated as one batch.
+"""Serve images over HTTP with Ray Serve; requests that arrive together are generated as one batch.
 
-    python -m examples.ray_serve --replicas 1 --gpus_per_replica 1
+    python -m examples.ray_serve --replicas 1 --gpus-per-replica 1
     curl -d '{"prompt": "a red apple on a blue background", "seed": 1}' localhost:8000 -o apple.png
 
 A request is a JSON object with `prompt` and optionally `negative_prompt` and `seed`. The answer is a PNG; 400 with the
 reason for a bad request; 413 for a body above 64 KiB; 503 while the queue is full. A request that fails inside the
-pipeline gets a 500 of its own, and the others of its batch get their images. Equal requests give equal images up to
-rounding, which the other images of a batch can change.
+pipeline gets a 500, and the others of its batch get their images. Equal requests give equal images up to rounding,
+which depends on the other images of the batch.
 """
 
-import argparse
 import asyncio
 import io
 import json
@@ -17,14 +16,13 @@ import logging
 from dataclasses import dataclass, fields
 from typing import Any
 
-import ray
-import torch
-from ray import serve
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from diffusers_sana import SanaPipeline
+from diffusers_sana.arguments import ArgumentParser, integer, number, run_script
 from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.loading import pipeline_class_name
+from examples.generate_many import add_model_arguments
 
 
 logger = logging.getLogger("ray.serve")
@@ -75,7 +73,6 @@ async def read_request(request: Request) -> ImageRequest | Response:
         return PlainTextResponse("the JSON is nested too deeply\n", status_code=400)
 
 
-@serve.deployment
 class ImageGenerator:
     """A replica with a pipeline.
 
@@ -83,29 +80,36 @@ class ImageGenerator:
         model: Hub id or folder.
         dtype: name of the weights' dtype.
         batch_size: images per batch, at most.
-        wait: seconds that a request waits for others.
+        wait: seconds to wait for further requests of a batch.
         options: further arguments of the pipeline.
     """
 
     def __init__(self, model: str, dtype: str, batch_size: int, wait: float, options: dict[str, Any]) -> None:
+        import ray
+        import torch
+        from ray import serve
+
+        from diffusers_sana import SanaPipeline
+
         device = "cuda" if ray.get_gpu_ids() else "cpu"
-        self.pipe = SanaPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
+        self.pipe = SanaPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype)).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.options = options
-        self.generate.set_max_batch_size(batch_size)
-        self.generate.set_batch_wait_timeout_s(wait)
+        # Called with one request, it waits for others, and returns the answer to that one.
+        self.generate = serve.batch(max_batch_size=batch_size, batch_wait_timeout_s=wait)(self.generate_batch)
 
     async def __call__(self, request: Request) -> Response:
         """Answers one request."""
         wanted = await read_request(request)
         return wanted if isinstance(wanted, Response) else await self.generate(wanted)
 
-    @serve.batch
-    async def generate(self, requests: list[ImageRequest]) -> list[Response]:
-        """Answers in the order of the requests. In a thread, so that the next batch can gather meanwhile."""
+    async def generate_batch(self, requests: list[ImageRequest]) -> list[Response]:
+        """Answers in the order of the requests; in a thread, so that the next batch can gather in the meantime."""
         return await asyncio.to_thread(self._generate, requests)
 
     def _generate(self, requests: list[ImageRequest]) -> list[Response]:
+        import torch
+
         try:
             images = self.pipe(
                 [request.prompt for request in requests],
@@ -114,7 +118,7 @@ class ImageGenerator:
                 **self.options,
             ).images
         except Exception as error:
-            if len(requests) > 1:  # only the request that is at fault fails
+            if len(requests) > 1:  # only the faulty request fails
                 return [self._generate([request])[0] for request in requests]
             logger.exception("a request failed")
             return [PlainTextResponse(f"{error}\n", status_code=500)]
@@ -133,16 +137,19 @@ def application(
     gpus_per_replica: float = 0,
     max_queue: int = 100,
     **options: Any,
-) -> serve.Application:
-    """What `serve.run` runs.
+) -> Any:
+    """The `Application` for `serve.run`.
 
     Args:
         model, dtype, batch_size, wait, options: as in `ImageGenerator`.
         replicas: pipelines that run at the same time.
         gpus_per_replica: 0 runs on CPUs.
-        max_queue: requests that wait, beyond those at work; further ones are answered with 503.
+        max_queue: waiting requests, at most; further ones get a 503.
     """
-    deployment = ImageGenerator.options(
+    from ray import serve
+
+    deployment = serve.deployment(
+        ImageGenerator,
         num_replicas=replicas,
         ray_actor_options={"num_gpus": gpus_per_replica},
         max_ongoing_requests=2 * batch_size,  # one batch runs while the next gathers
@@ -152,18 +159,19 @@ def application(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default=SANA_EMOJI, help="Hub id or folder; default: the bundled checkpoint")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--batch_size", type=int, default=4, help="images per batch, at most")
-    parser.add_argument("--wait", type=float, default=0.05, help="seconds that a request waits for others")
-    parser.add_argument("--replicas", type=int, default=1, help="pipelines that run at the same time")
-    parser.add_argument("--gpus_per_replica", type=float, default=0, help="0 runs on CPUs")
-    parser.add_argument("--max_queue", type=int, default=100, help="requests that wait, at most; others get a 503")
-    parser.add_argument("--steps", type=int, default=20, help="evaluations of the transformer")
+    """The command line: a model and where to serve it."""
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_model_arguments(parser, batch_size=4)
+    parser.add_argument("--wait", type=number(at_least=0), default=0.05, help="seconds to wait for a batch to fill")
+    parser.add_argument("--replicas", type=integer(), default=1, help="pipelines that run at the same time")
+    parser.add_argument("--gpus-per-replica", type=number(at_least=0), default=0, help="0 runs on CPUs")
+    parser.add_argument("--max-queue", type=integer(), default=100, help="waiting requests, at most; others get a 503")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen at")
+    parser.add_argument("--port", type=integer(at_most=65535), default=8000, help="port to listen at")
     args = parser.parse_args()
+    pipeline_class_name(args.model)  # an error at once if there is no such model
+
+    from ray import serve
 
     serve.start(http_options={"host": args.host, "port": args.port})
     app = application(
@@ -175,9 +183,10 @@ def main() -> None:
         args.gpus_per_replica,
         args.max_queue,
         num_inference_steps=args.steps,
+        guidance_scale=args.guidance_scale,
     )
     serve.run(app, blocking=True)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -130,7 +130,7 @@ def test_a_request_that_fails_in_the_pipeline_fails_alone():
                 raise ValueError("cannot generate this")
             return SimpleNamespace(images=[Image.new("RGB", (8, 8)) for _ in prompts])
 
-    generator = object.__new__(ImageGenerator.func_or_class)
+    generator = object.__new__(ImageGenerator)
     generator.pipe, generator.options = Pipe(), {}
     answers = generator._generate([ImageRequest(prompt) for prompt in ("a cat", "bad", "a dog")])
     assert [answer.status_code for answer in answers] == [200, 500, 200]
