@@ -1,1 +1,1 @@
-"""The page behind `diffusers-sana demo`. It uses the package as its users do: by its public names."""
+"""The web page of `diffusers-sana demo`, built on the public names of the package."""

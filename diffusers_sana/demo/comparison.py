@@ -1,4 +1,4 @@
-"""One pipeline twice, as it is and with its transformer in 4 bits, for the same seeds."""
+"""A pipeline as it is and with its transformer in 4 bits, for the same seeds."""
 
 import inspect
 import time
@@ -16,13 +16,13 @@ from diffusers_sana.pipelines.resolution import ASPECT_RATIO_BINS
 
 @dataclass(frozen=True)
 class Generated:
-    """An image and what it took.
+    """An image, its time and its memory.
 
     Attributes:
         precision: of the transformer, such as "16 bit".
         image: the image.
         seconds: from prompt to image.
-        megabytes: of the transformer's weights, 10^6 bytes.
+        megabytes: of the transformer's weights, in 10^6 bytes.
     """
 
     precision: str
@@ -32,13 +32,13 @@ class Generated:
 
 
 class Comparison:
-    """A pipeline of Sana and its copy in 4 bits. They share all but the transformer.
+    """A Sana pipeline and its 4-bit copy, which share everything but the transformer.
 
     Args:
         pipe: `SanaPipeline` or `SanaSprintPipeline`, on its device and not quantized.
 
     Raises:
-        ValueError: the transformer is quantized already.
+        ValueError: the transformer is already quantized.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -46,16 +46,16 @@ class Comparison:
         self.report = quantize(transformer, progress=False)
         quantized = type(pipe)(**{**pipe.components, "transformer": transformer})
         self.pipes: dict[str, Any] = {f"{torch.finfo(pipe.dtype).bits} bit": pipe, "4 bit": quantized}
-        for each in self.pipes.values():
-            each.set_progress_bar_config(disable=True)
-            each("", num_inference_steps=1)  # so that the first image takes no longer than the next
+        for precision_pipe in self.pipes.values():
+            precision_pipe.set_progress_bar_config(disable=True)
+            precision_pipe("", num_inference_steps=1)  # warm-up: the first image takes no longer than the next
 
         parameters = inspect.signature(type(pipe).__call__).parameters
         self.default_steps: int = parameters["num_inference_steps"].default
         self.default_guidance: float = parameters["guidance_scale"].default
-        native = pipe.transformer.config.sample_size * pipe.vae_scale_factor
-        table = ASPECT_RATIO_BINS.get(native, {"1.0": (native, native)})
-        # Height and width in pixels of what the checkpoint was trained on, the native size first.
+        default_size = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+        table = ASPECT_RATIO_BINS.get(default_size, {"1.0": (default_size, default_size)})
+        # Heights and widths in pixels that the checkpoint was trained on, the square one first.
         self.sizes = sorted(
             {(int(h), int(w)) for h, w in table.values()}, key=lambda size: (abs(size[0] - size[1]), size)
         )
@@ -74,13 +74,13 @@ class Comparison:
         Args:
             prompt: what to generate.
             seed: of the noise, which is sampled on the CPU: the same on every device.
-            steps: evaluations of the transformer.
+            steps: denoising steps.
             guidance: weight of the prompt.
             size: height and width, one of `sizes`.
-            on_step: called with the precision and the number of steps done.
+            on_step: called with the precision and the number of finished steps.
 
         Raises:
-            TypeError, ValueError: those of the pipeline, before anything is computed.
+            TypeError, ValueError: as the pipeline, before anything is computed.
         """
         results = []
         for precision, pipe in self.pipes.items():

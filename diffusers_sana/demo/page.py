@@ -1,4 +1,4 @@
-"""The page: a tab that generates and a tab that answers. Nothing in it comes from another server."""
+"""The page: a tab that generates images and a tab that answers questions. It loads nothing from other servers."""
 
 from pathlib import Path
 from typing import Any
@@ -26,34 +26,34 @@ PROMPTS = [
     "a penguin on a pink background",
 ]
 QUESTIONS = ["What is this?", "Which colour is the background?", "Describe the picture."]
-PROGRESS = gr.Progress()  # a default of this type has Gradio pass the progress of each call
+PROGRESS = gr.Progress()  # as a default value it makes Gradio pass the progress of each call
 LARGEST_SEED = 2**32 - 1
-# A shared page has one device for all its visitors. These bounds keep one of them from occupying it for long.
+# The visitors of a shared page share one device. These limits keep one of them from occupying it for long.
 MOST_STEPS = 100
 MOST_CHARACTERS = 2000
 MOST_WAITING = 20
 MOST_UPLOADED = "20mb"
-MOST_PIXELS = 25_000_000  # of an uploaded image; a small file can hold a very large one
+MOST_PIXELS = 25_000_000  # of an uploaded image; a small file can contain a very large image
 
 
 def build_page(comparison: Comparison, answerer: Any, title: str) -> gr.Blocks:
-    """The page, not yet served.
+    """Builds the page; `serve` serves it.
 
     Args:
         comparison: generates the images.
         answerer: a `VilaUPipeline`.
-        title: of the model that generates.
+        title: name of the generating model.
     """
 
     def generate(prompt: str, seed: int, steps: int, guidance: float, size: int, progress: Any = PROGRESS) -> tuple:
-        """Generates an image of a prompt in 16 and in 4 bit."""
+        """Generates an image in 16 and in 4 bits."""
         _check_text("prompt", prompt)
         if seed is None or not 0 <= seed <= LARGEST_SEED:
             raise _message(f"The seed must be a number from 0 to {LARGEST_SEED}, but is {seed}.")
         if steps is None or not 1 <= steps <= MOST_STEPS:
             raise _message(f"Steps must be from 1 to {MOST_STEPS}, but are {steps}.")
         if size is None:
-            raise _message("There is no size. Choose one.")
+            raise _message("No size is chosen. Choose one.")
 
         def on_step(precision: str, done: int) -> None:
             progress((done, steps), desc=precision, unit="steps")
@@ -65,7 +65,7 @@ def build_page(comparison: Comparison, answerer: Any, title: str) -> gr.Blocks:
         return tuple(result.image for result in results), _figures(results)
 
     def pass_on(images: tuple[Image.Image | None, ...] | None) -> tuple:
-        """Takes the first image to the other tab."""
+        """Passes the first image to the other tab."""
         if images is None or images[0] is None:
             raise _message("There is no image yet. Generate one first.")
         return images[0], gr.Tabs(selected="ask")
@@ -81,7 +81,7 @@ def build_page(comparison: Comparison, answerer: Any, title: str) -> gr.Blocks:
                 raise _message(f"The image must have at most {MOST_PIXELS} pixels, but has {width} x {height}.")
             return answerer.chat(read_image(path), question)
         except (OSError, TypeError, ValueError) as error:
-            raise _message(str(error).replace(path, Path(path).name)) from error  # not the server's folders
+            raise _message(str(error).replace(path, Path(path).name)) from error  # without the server's folders
 
     sizes = [(f"{width} x {height}", i) for i, (height, width) in enumerate(comparison.sizes)]
     with gr.Blocks(title="diffusers_sana", analytics_enabled=False) as page:
@@ -102,7 +102,7 @@ def build_page(comparison: Comparison, answerer: Any, title: str) -> gr.Blocks:
                 with gr.Column(scale=6):
                     slider = gr.ImageSlider(
                         type="pil",
-                        format="png",  # without loss: equal pictures are equal files
+                        format="png",  # lossless: equal images are equal files
                         label=" | ".join(comparison.pipes),
                         height=440,
                         interactive=False,
@@ -112,7 +112,7 @@ def build_page(comparison: Comparison, answerer: Any, title: str) -> gr.Blocks:
                     pass_button = gr.Button("Ask about this image", size="sm", elem_id="pass")
             with gr.Tab("Ask", id="ask"), gr.Row():
                 with gr.Column(scale=5):
-                    # As a path, so that nothing is decoded before `read_image` has looked at its size.
+                    # As a path, so that nothing is decoded before `image_size` has read its size.
                     image = gr.Image(
                         type="filepath",
                         image_mode=None,
@@ -127,7 +127,7 @@ def build_page(comparison: Comparison, answerer: Any, title: str) -> gr.Blocks:
                     answer = gr.Textbox(label="Answer", interactive=False, elem_id="answer")
                     gr.Examples([[text] for text in QUESTIONS], question, label="Questions to try")
 
-        # One at a time: both want the whole device.
+        # One at a time: both need the whole device.
         turns = {"concurrency_id": "device", "concurrency_limit": 1}
         inputs = [prompt, seed, steps, guidance, size]
         gr.on(
@@ -150,7 +150,7 @@ def serve(page: gr.Blocks, port: int | None = None, share: bool = False) -> None
     Args:
         page: from `build_page`.
         port: of this machine; None for the first free one from 7860.
-        share: also serve it on an address that anyone can reach, by Gradio's servers.
+        share: also serve it at a public address, through Gradio's servers.
     """
     page.launch(
         server_port=port,
@@ -174,11 +174,11 @@ def _check_text(name: str, text: Any) -> None:
 
 
 def _message(text: str) -> gr.Error:
-    """Shown in a corner of the page; nothing in the terminal, as it is nothing that went wrong there."""
+    """An error shown in a corner of the page, and not in the terminal."""
     return gr.Error(text, print_exception=False)
 
 
 def _figures(results: list[Generated]) -> str:
-    """Under each side of the slider, what the image there took."""
+    """The time and memory of each image, for under the slider."""
     cells = (f"<div><b>{r.precision}</b><br>{r.seconds:.2f} s, {r.megabytes:.1f} MB</div>" for r in results)
     return f'<div class="figures">{"".join(cells)}</div>'

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from diffusers_sana.checkpoints import SANA_EMOJI, VILA_U_EMOJI
+from tests.two_processes import ROOT
 
 
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "huggingface_hub")
@@ -24,13 +25,18 @@ print(json.dumps([said, [name for name in {HEAVY} if name in sys.modules]]))
 """
 
 
-def run(*arguments: str):
-    """What the command line printed, said at its end, and imported; and the seconds of CPU time of the process."""
+def timed(*command: str):
+    """A finished process, and the seconds of CPU time that it took."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def run(*arguments: str):
+    """What the command line printed, and imported of `HEAVY`; and the seconds of CPU time."""
+    done, seconds = timed("-c", RUN, *arguments)
     said, imported = json.loads(done.stdout.splitlines()[-1])
-    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     return done.stdout + done.stderr + str(said), imported, seconds
 
 
@@ -67,3 +73,28 @@ def test_errors_of_use(arguments, message):
     assert message in printed
     assert imported == []
     assert seconds < 1
+
+
+PROMPTS = ["--prompts", "none.txt", "--out", "none"]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("generate_many", [*PROMPTS], "none.txt"),
+        ("generate_many", [*PROMPTS, "--batch_size", "0"], "argument --batch-size: must be at least 1, got 0"),
+        ("ray_data", [*PROMPTS, "--gpus_per_actor", "-1"], "argument --gpus-per-actor: must be at least 0, got -1"),
+        ("ray_serve", ["--max_queue", "0"], "argument --max-queue: must be at least 1, got 0"),
+        ("ray_serve", ["--model", "no/such/folder"], "no/such/folder"),
+        ("caption_images", ["--data", "none"], "--data must be a folder of images, but there is no folder none"),
+        ("img2img_inpaint", ["--strength"], "unrecognized arguments: --strength"),
+    ],
+)
+def test_errors_of_use_of_the_examples(script, arguments, message):
+    if script == "ray_serve":
+        pytest.importorskip("starlette")
+    done, seconds = timed("-m", f"examples.{script}", *arguments)
+    assert done.returncode
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert seconds < 1  # the import of torch alone takes longer
