@@ -28,10 +28,10 @@ from benchmarks.isolated import run_isolated
 from benchmarks.kernel_benchmark import load, operations, run_on_gpu
 from benchmarks.models import AUTOENCODER, TRANSFORMERS, random_model, step_inputs, twins
 from diffusers_sana.pipelines.acceleration.cuda_graphs import CudaGraphs
-from diffusers_sana.quantizers.svdquant.algorithm.decompose import Options, decompose
-from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
+from diffusers_sana.quantizers.svdquant.api import quantize
+from diffusers_sana.quantizers.svdquant.config import LayerConfig, SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.layers.linear import quantized_layer
-from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers
 
 
 STEPS = 20
@@ -82,7 +82,7 @@ def quantized_step(model: str, size: int, precision: str) -> Report:
         functions["bf16"] = step(ours)
         for mode in ("w4a4", "w4a8", "w4a16"):
             quantized = copy.deepcopy(ours)
-            quantize_layers(quantized, SVDQuantConfig(precision, smoothing="none", compute_mode=mode), progress=False)
+            quantize(quantized, SVDQuantConfig(precision, smoothing="none", compute_mode=mode), progress=False)
             functions[mode] = step(quantized)
         seconds = alternate(functions, rounds=5, warmup=2)
     return {"seconds": seconds, "faster_than_bf16": {name: seconds["bf16"] / value for name, value in seconds.items()}}
@@ -91,7 +91,7 @@ def quantized_step(model: str, size: int, precision: str) -> Report:
 def quantized_linear(tokens: int, in_features: int, out_features: int, precision: str) -> Report:
     """One layer in every mode against the vendor's bf16 product."""
     dense = nn.Linear(in_features, out_features, device="cuda", dtype=torch.bfloat16)
-    options = Options(precision=precision, smoothing="none")
+    options = LayerConfig(precision=precision, smoothing="none")
     layer = quantized_layer(dense, decompose([dense.weight.detach()], options)[0][0])
     x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
 

@@ -39,8 +39,8 @@ from benchmarks.quantized import (
     tensor_bytes,
     with_peer,
 )
+from diffusers_sana.quantizers.svdquant.api import quantize, set_compute_mode
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers, set_compute_mode
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,7 +93,7 @@ def errors() -> dict[str, Any]:
         if calibrated:
             quantize_on(model, config_for(name, precision), partial(model, **inputs(1)))
         else:
-            quantize_layers(model, config_for(name, precision), progress=False)
+            quantize(model, config_for(name, precision), progress=False)
         for mode in MODES:
             set_compute_mode(model, mode)
             case = f"{precision} {name}, {'calibrated' if calibrated else 'no data'}, {mode}"
@@ -118,7 +118,7 @@ def step_case(size: int, num_layers: int, rounds: int) -> dict[str, Any]:
     single_model = copy.deepcopy(theirs).float()
     quantized = {mode: copy.deepcopy(ours) for mode in ("w4a8", "w4a16")}
     for mode, model in quantized.items():
-        quantize_layers(model, SVDQuantConfig(smoothing="none"), progress=False)  # as fast as with smoothing
+        quantize(model, SVDQuantConfig(smoothing="none"), progress=False)  # as fast as with smoothing
         set_compute_mode(model, mode)
 
     def our_step(model: Any) -> Callable[[], Any]:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
 from diffusers_sana.quantizers.svdquant.calibrate import collect_statistics
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
-from diffusers_sana.quantizers.svdquant.quantize_model import decompose_layers, options_for, quantize_layers
-from diffusers_sana.quantizers.svdquant.targets import find_targets, sibling_groups
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer, replace_layer
+from diffusers_sana.quantizers.svdquant.targets import find_targets, layer_groups
 
 
 # Each adds one thing to the one before; "naive" is plain rounding in groups.
@@ -31,16 +31,15 @@ def config_for(ablation: str, precision: str = "int4", **changes: Any) -> SVDQua
 
 def quantize_on(model: nn.Module, config: SVDQuantConfig, run: Callable[[], Any]) -> None:
     """Quantizes a model that has no pipeline, calibrated by what `run` puts through it."""
-    targets = find_targets(model, config)
-    groups = {names[0]: names for names in sibling_groups(targets)}
-    layers = {name: model.get_submodule(name) for name in groups}
-    with_hessian = [name for name in layers if options_for(config, targets[name]).uses_hessian]
+    groups = layer_groups("model", model, find_targets(model, config))
+    layers = {group.names[0]: group.layers[0] for group in groups}
+    with_hessian = [group.names[0] for group in groups if config.for_layer(group.mode).uses_hessian]
     statistics = collect_statistics(run, layers, layers, with_hessian)
-    finished: dict[str, Any] = {}
-    for first, names in groups.items():
-        results = decompose_layers(model, names, targets[first], config, statistics.pop(first).tensors())
-        finished |= dict(zip(names, results, strict=True))
-    quantize_layers(model, config, finished, progress=False)
+    for group in groups:
+        inputs = statistics.pop(group.names[0]).tensors()
+        weights, _ = decompose(group.weights, config.for_layer(group.mode), **inputs)
+        for name, weight in zip(group.names, weights, strict=True):
+            replace_layer(model, name, weight, group.mode, config.compute_mode)
 
 
 def add_outliers(model: nn.Module, share: float = 0.01, low: float = 10.0, high: float = 30.0, seed: int = 0) -> None:
@@ -72,7 +71,7 @@ def resident_bytes(model: nn.Module) -> int:
     """Bytes with what our layers keep beside their parameters: the 8-bit copies of w4a8 on a CPU."""
     extra = 0
     for module in model.modules():
-        if isinstance(module, SVDQuantLayer) and module._prepared is not None:
+        if isinstance(module, SVDQuantLayer) and module._int8_weight is not None:
             extra += 2 * module.qweight.numel()
     return tensor_bytes(model) + extra
 

@@ -25,7 +25,7 @@ from benchmarks.harness import RESULTS, environment, write_results
 from benchmarks.quantized import ABLATIONS, PEERS, config_for, tensor_bytes, with_peer
 from diffusers_sana import SanaPipeline, quantize
 from diffusers_sana.checkpoints import SANA_EMOJI
-from diffusers_sana.quantizers.svdquant.quantize_model import set_compute_mode
+from diffusers_sana.quantizers.svdquant.api import set_compute_mode
 from diffusers_sana.training.objectives.perceptual import PerceptualLoss
 from examples.train_emoji.data import COLORS, COMMON_OBJECTS, STYLES, Scene, is_held_out
 from examples.train_emoji.evaluate import captioned_grid, held_out_scenes

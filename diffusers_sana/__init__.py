@@ -55,7 +55,7 @@ _EXPORTS = {
     "plan_conversion": "diffusers_sana.loaders.nvlabs.convert",
     "plan_vila_u": "diffusers_sana.loaders.vila_u.convert",
     "quantize": "diffusers_sana.quantizers.svdquant.api",
-    "set_compute_mode": "diffusers_sana.quantizers.svdquant.quantize_model",
+    "set_compute_mode": "diffusers_sana.quantizers.svdquant.api",
 }
 # diffusers and transformers look for the base classes of a class in its package. They are not part of our API.
 _BASE_CLASSES = {
@@ -113,8 +113,8 @@ if TYPE_CHECKING:
     )
     from diffusers_sana.pipelines.pipeline_vila_u import VilaUPipeline as VilaUPipeline
     from diffusers_sana.quantizers.svdquant.api import quantize as quantize
+    from diffusers_sana.quantizers.svdquant.api import set_compute_mode as set_compute_mode
     from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig as SVDQuantConfig
-    from diffusers_sana.quantizers.svdquant.quantize_model import set_compute_mode as set_compute_mode
     from diffusers_sana.schedulers.scheduling_flow_dpm_solver import FlowDPMSolverScheduler as FlowDPMSolverScheduler
 
 

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     from diffusers_sana import __version__
     from diffusers_sana.kernels.cpu import int8_linear
     from diffusers_sana.kernels.dispatch import ENVIRONMENT_VARIABLE, current_kernel_mode, kernel_mode, use_triton
-    from diffusers_sana.quantizers.svdquant.layers.compute_mode import best_mode, why_best_mode
+    from diffusers_sana.quantizers.svdquant.layers.compute_mode import best_mode, best_mode_reason
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{'diffusers_sana':15} {__version__}")
@@ -60,4 +60,4 @@ def run(args: argparse.Namespace) -> None:
             why = str(error)
     print(f"{'operations':15} {runs} in mode {mode!r} of {ENVIRONMENT_VARIABLE}: {why}")
     for precision in ("int4", "nvfp4"):
-        print(f"{precision + ' layers':15} {best_mode(device, precision)}: {why_best_mode(device, precision)}")
+        print(f"{precision + ' layers':15} {best_mode(device, precision)}: {best_mode_reason(device, precision)}")

@@ -1,14 +1,18 @@
 """Which implementation of an operation runs: the Triton kernel or the PyTorch reference.
 
 The mode is `auto` (the kernel wherever it can run), `triton` (the kernel, or an error that says why not) or `torch`
-(the reference). It comes from the environment variable `DIFFUSERS_SANA_KERNELS`, or from `kernel_mode` for a block of
+(the reference). It is set by the environment variable `DIFFUSERS_SANA_KERNELS`, or by `kernel_mode` for a block of
 code.
+
+Kernels are operators of PyTorch (`triton_operator`), so `torch.compile` keeps whole graphs.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -24,9 +28,9 @@ MODES = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)  # the oldest NVIDIA architecture that the kernels are compiled for in the tests
 
-# Asked once: `torch.compile` traces what depends on it, and could not trace the question.
+# Evaluated once, because `torch.compile` cannot trace the check.
 _TRITON_REFUSAL = triton_refusal()
-# The interpreter runs kernels on CPU tensors, slowly: for tests, hence only when asked for by name.
+# The interpreter runs kernels on CPU tensors, slowly: for tests, hence only in mode "triton".
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -40,7 +44,7 @@ _mode = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), f"the environment
 
 
 def current_kernel_mode() -> str:
-    """The mode in force: "auto", "triton" or "torch"."""
+    """The current mode: "auto", "triton" or "torch"."""
     return _mode
 
 
@@ -62,20 +66,20 @@ def kernel_mode(mode: str) -> Iterator[None]:
         _mode = previous
 
 
-def use_triton(operation: str, *tensors: Tensor | None, unless: str | None = None) -> bool:
-    """Whether `operation` is to run its Triton kernel on these tensors.
+def use_triton(operation: str, *tensors: Tensor | None, unsupported: str | None = None) -> bool:
+    """Whether `operation` runs its Triton kernel on these tensors.
 
     Args:
         operation: name for messages.
         tensors: all tensor arguments.
-        unless: why the kernel cannot take these shapes, or None if it can.
+        unsupported: why the kernel does not support these arguments, or None if it does.
 
     Raises:
         RuntimeError: in mode "triton", if the kernel cannot run, with the reason.
     """
     if _mode == "torch":
         return False
-    reason = unless or _refusal([tensor for tensor in tensors if tensor is not None])
+    reason = unsupported or _unsupported_tensors([tensor for tensor in tensors if tensor is not None])
     if reason is None:
         return True
     if _mode == "triton":
@@ -83,11 +87,12 @@ def use_triton(operation: str, *tensors: Tensor | None, unless: str | None = Non
             f"The kernel mode is 'triton' but `{operation}` cannot run its kernel: {reason}. Set the mode to 'auto'."
         )
     if not torch.compiler.is_compiling():
-        _say_once(operation, reason)
+        _log_once(operation, reason)
     return False
 
 
-def _refusal(tensors: list[Tensor]) -> str | None:
+def _unsupported_tensors(tensors: list[Tensor]) -> str | None:
+    """Why no kernel supports tensors of these devices and dtypes, or None if all do."""
     device = tensors[0].device
     if _TRITON_REFUSAL is not None:
         return _TRITON_REFUSAL
@@ -100,7 +105,7 @@ def _refusal(tensors: list[Tensor]) -> str | None:
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
             return f"the GPU's compute capability is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
     elif device.type == "meta":
-        if _mode != "triton":  # there the operators tell shapes, which counts the memory that a GPU would need
+        if _mode != "triton":  # where the operators compute shapes, to measure the memory that a GPU would need
             return "the tensors have no data"
     elif device.type != "xpu":
         return f"there is no Triton for device {device.type!r}"
@@ -111,5 +116,59 @@ def _refusal(tensors: list[Tensor]) -> str | None:
 
 
 @cache
-def _say_once(operation: str, reason: str) -> None:
+def _log_once(operation: str, reason: str) -> None:
     logger.info(f"`{operation}` runs its PyTorch reference: {reason}.")
+
+
+def unsupported_modulation(hidden_states: Tensor, *modulation: Tensor) -> str | None:
+    """Why a kernel does not support these shapes, or None for `[B, N, C]` with modulations `[B or 1, 1, C]`."""
+    if hidden_states.ndim == 3 and hidden_states.numel() > 0:
+        batch, _, channels = hidden_states.shape
+        if all(tensor.shape in ((batch, 1, channels), (1, 1, channels)) for tensor in modulation):
+            return None
+    shapes = [list(tensor.shape) for tensor in modulation]
+    return f"it takes [B, N, C] with a modulation [B or 1, 1, C], got {list(hidden_states.shape)} with {shapes}"
+
+
+_NAMESPACE = "diffusers_sana"
+_LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
+
+
+def triton_operator(
+    schema: str, autograd: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a Triton launcher as an operator of PyTorch; decorates the function that gives its empty outputs.
+
+    The launcher is the function with the name of the operator in the file of `kernels/triton` with the name of the
+    decorated function's file. It is imported at the first call. `torch.compile` and the meta device call the decorated
+    function instead. Registered through `torch.library.Library`, whose operators cost less time per call than those of
+    `torch.library.custom_op`.
+
+    Args:
+        schema: such as "rms_norm_forward(Tensor hidden_states, float eps) -> Tensor".
+        autograd: `setup_context` and `backward` of `torch.library.register_autograd`; None: an error in the backward
+            pass.
+
+    Returns:
+        A decorator that returns the operator, which takes positional arguments in the order of the schema.
+    """
+    name = schema.partition("(")[0]
+
+    def no_backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"the kernel `{name}` has no backward pass. Set the kernel mode to 'torch'.")
+
+    def register(empty_outputs: Callable[..., Any]) -> Callable[..., Any]:
+        module = f"diffusers_sana.kernels.triton.{empty_outputs.__module__.rpartition('.')[2]}"
+
+        def launch(*arguments: Any) -> Any:
+            return getattr(import_module(module), name)(*arguments)
+
+        qualified_name = f"{_NAMESPACE}::{name}"
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
+        torch.library.register_fake(qualified_name, empty_outputs, lib=_LIBRARY)
+        setup_context, backward = autograd or (None, no_backward)
+        torch.library.register_autograd(qualified_name, backward, setup_context=setup_context, lib=_LIBRARY)
+        return getattr(getattr(torch.ops, _NAMESPACE), name).default
+
+    return register

@@ -4,7 +4,7 @@
     out = y[:F] * silu(y[F:])
 
 Channels-last. Everything is computed in fp32 and rounded once at the end. The SiLU of the input is part of the
-operation, so that the 2F channels are never written in between.
+operation, so the intermediate 2F channels are never written to memory.
 
 Legend: B batch, h, w height and width, F channels of the output, half of the input's.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusers_sana.kernels.dispatch import use_triton
+from diffusers_sana.kernels.dispatch import triton_operator, use_triton
 
 
 def glu_depthwise_conv(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -30,7 +30,7 @@ def glu_depthwise_conv(hidden_states: Tensor, weight: Tensor, bias: Tensor | Non
         `[B, h, w, F]` in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: the channels are odd, or the weight has not their number.
+        ValueError: an odd number of channels, or a weight for another number.
     """
     channels = hidden_states.shape[-1]
     if channels % 2 or weight.shape != (channels, 1, 3, 3):
@@ -44,7 +44,7 @@ def glu_depthwise_conv(hidden_states: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def glu_depthwise_conv_reference(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The formula in PyTorch; float64 inputs give the gold standard."""
+    """The formula in PyTorch; float64 inputs give the reference result."""
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     out = F.silu(hidden_states.to(dtype), inplace=dtype != hidden_states.dtype)
     # A permuted view: the convolution sees an image in `channels_last` and returns one.
@@ -59,33 +59,6 @@ def glu_depthwise_conv_reference(hidden_states: Tensor, weight: Tensor, bias: Te
     return F.silu(out[..., features:]).mul_(out[..., :features]).to(hidden_states.dtype)
 
 
-@torch.library.custom_op("diffusers_sana::glu_depthwise_conv", mutates_args=())
-def _glu_depthwise_conv_triton(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from diffusers_sana.kernels.triton.glu_depthwise_conv import glu_depthwise_conv_forward
-
-    return glu_depthwise_conv_forward(hidden_states, weight, bias)
-
-
-@_glu_depthwise_conv_triton.register_fake
-def _(hidden_states: Tensor, weight: Tensor, bias: Any) -> Tensor:
-    return hidden_states.new_empty((*hidden_states.shape[:-1], hidden_states.shape[-1] // 2))
-
-
-@torch.library.custom_op("diffusers_sana::glu_depthwise_conv_backward", mutates_args=())
-def _glu_depthwise_conv_backward_triton(
-    grad: Tensor, hidden_states: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    from diffusers_sana.kernels.triton.glu_depthwise_conv import glu_depthwise_conv_backward
-
-    return glu_depthwise_conv_backward(grad, hidden_states, weight, bias)
-
-
-@_glu_depthwise_conv_backward_triton.register_fake
-def _(grad: Tensor, hidden_states: Tensor, weight: Tensor, bias: Any) -> tuple[Tensor, Tensor]:
-    grad_parameters = hidden_states.new_empty((10, hidden_states.shape[-1]), dtype=torch.float32)
-    return hidden_states.new_empty(hidden_states.shape), grad_parameters
-
-
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -97,4 +70,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return grad_input, grad_weight, None if bias is None else grad_parameters[9].to(bias.dtype)
 
 
-_glu_depthwise_conv_triton.register_autograd(_backward, setup_context=_setup_context)
+@triton_operator(
+    "glu_depthwise_conv_forward(Tensor hidden_states, Tensor weight, Tensor? bias) -> Tensor",
+    autograd=(_setup_context, _backward),
+)
+def _glu_depthwise_conv_triton(hidden_states: Tensor, *_: Any) -> Tensor:
+    return hidden_states.new_empty((*hidden_states.shape[:-1], hidden_states.shape[-1] // 2))
+
+
+@triton_operator(
+    "glu_depthwise_conv_backward(Tensor grad, Tensor hidden_states, Tensor weight, Tensor? bias) -> (Tensor, Tensor)"
+)
+def _glu_depthwise_conv_backward_triton(grad: Tensor, hidden_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    grad_parameters = hidden_states.new_empty((10, hidden_states.shape[-1]), dtype=torch.float32)
+    return hidden_states.new_empty(hidden_states.shape), grad_parameters

@@ -10,11 +10,12 @@ Legend: B images, `...` any further axes.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusers_sana.kernels.dispatch import use_triton
+from diffusers_sana.kernels.dispatch import triton_operator, use_triton
 
 
 MAX_HISTORY = 2
@@ -45,11 +46,11 @@ def guided_solver_step(
         prediction_weights: of the new prediction and of those in `history`.
 
     Returns:
-        The next sample and the new prediction, both `[B, ...]` in the dtype of `sample` and in memory of their own.
+        The next sample and the new prediction, both `[B, ...]` in the dtype of `sample`, as new tensors.
     """
     tensors = (model_output, sample, *history)
-    unless = _refusal(model_output, sample, history, guided=guidance_scale is not None)
-    if use_triton("guided_solver_step", *tensors, unless=unless):
+    reason = _unsupported_reason(model_output, sample, history, has_guidance=guidance_scale is not None)
+    if use_triton("guided_solver_step", *tensors, unsupported=reason):
         return _guided_solver_step_triton(
             model_output, sample, list(history), guidance_scale, sigma, sample_weight, list(prediction_weights)
         )
@@ -65,16 +66,10 @@ def guided_solver_step(
 
 
 def guided_solver_step_reference(
-    model_output: Tensor,
-    sample: Tensor,
-    history: Sequence[Tensor],
-    *,
-    guidance_scale: float | None,
-    sigma: float | None,
-    sample_weight: float,
-    prediction_weights: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    """The formula in PyTorch; float64 inputs give the gold standard."""
+    model_output: Tensor, sample: Tensor, history: Sequence[Tensor],
+    *, guidance_scale: float | None, sigma: float | None, sample_weight: float, prediction_weights: Sequence[float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The formula in PyTorch; float64 inputs give the reference result."""
     velocity = model_output
     if guidance_scale is not None:
         unconditional, conditional = model_output.to(sample.dtype).chunk(2)
@@ -82,7 +77,7 @@ def guided_solver_step_reference(
     if sigma is not None:
         prediction = torch.add(sample, velocity, alpha=-sigma)
     else:
-        # A copy of what the model owns, because compiled models write their next output into the same memory.
+        # A copy, because compiled models write their next output into the same memory.
         prediction = velocity.to(sample.dtype, copy=velocity is model_output)
     prev_sample = sample * sample_weight
     for weight, summand in zip(prediction_weights, (prediction, *history), strict=True):
@@ -90,45 +85,25 @@ def guided_solver_step_reference(
     return prev_sample, prediction
 
 
-def _refusal(model_output: Tensor, sample: Tensor, history: Sequence[Tensor], guided: bool) -> str | None:
+def _unsupported_reason(
+    model_output: Tensor, sample: Tensor, history: Sequence[Tensor], has_guidance: bool
+) -> str | None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (model_output, sample, *history)):
         return "an input requires a gradient"
     if any(tensor.dtype != torch.float32 for tensor in (sample, *history)):
         return f"the sample and earlier predictions must be fp32, got {[t.dtype for t in (sample, *history)]}"
     if len(history) > MAX_HISTORY:
         return f"more than {MAX_HISTORY} earlier predictions, {len(history)}"
-    expected = (sample.shape[0] * (2 if guided else 1), *sample.shape[1:]) if sample.ndim else ()
+    expected = (sample.shape[0] * (2 if has_guidance else 1), *sample.shape[1:]) if sample.ndim else ()
     if sample.numel() == 0 or model_output.shape != expected or any(t.shape != sample.shape for t in history):
         shapes = [list(tensor.shape) for tensor in (model_output, *history)]
         return f"model output and earlier predictions do not fit the sample {list(sample.shape)}: {shapes}"
     return None
 
 
-@torch.library.custom_op("diffusers_sana::guided_solver_step", mutates_args=())
-def _guided_solver_step_triton(
-    model_output: Tensor,
-    sample: Tensor,
-    history: list[Tensor],
-    guidance_scale: float | None,
-    sigma: float | None,
-    sample_weight: float,
-    prediction_weights: list[float],
-) -> tuple[Tensor, Tensor]:
-    from diffusers_sana.kernels.triton.guided_solver_step import guided_solver_step_forward
-
-    return guided_solver_step_forward(
-        model_output, sample, history, guidance_scale, sigma, sample_weight, prediction_weights
-    )
-
-
-@_guided_solver_step_triton.register_fake
-def _(
-    model_output: Tensor,
-    sample: Tensor,
-    history: list[Tensor],
-    guidance_scale: float | None,
-    sigma: float | None,
-    sample_weight: float,
-    prediction_weights: list[float],
-) -> tuple[Tensor, Tensor]:
+@triton_operator(
+    "guided_solver_step_forward(Tensor model_output, Tensor sample, Tensor[] history, float? guidance_scale, "
+    "float? sigma, float sample_weight, float[] prediction_weights) -> (Tensor, Tensor)"
+)
+def _guided_solver_step_triton(model_output: Tensor, sample: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return sample.new_empty(sample.shape), sample.new_empty(sample.shape)

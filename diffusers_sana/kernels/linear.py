@@ -1,16 +1,14 @@
 """Matrix product and convolution with a bias, in the arithmetic that the device is fast at.
 
-On GPUs, and on processors with instructions for the dtype, these are PyTorch's functions. On other processors half
-precision is computed in fp32 (see `precision.py`), and the weight is converted in pieces that stay in the cache.
+On GPUs, and on processors with instructions for the dtype, these are the functions of PyTorch. On other processors
+half precision is computed in fp32 (see `precision.py`), and the weight is converted in pieces that stay in the cache.
 """
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffusers_sana.kernels.cpu.blocked import linear_in_pieces
 from diffusers_sana.kernels.precision import arithmetic_dtype, is_inference
-
-
-PIECE = 2**20  # elements of the weight converted at a time: 4 MiB of fp32
 
 
 def linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,19 +23,12 @@ def linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         `[..., N]` in the dtype of `hidden_states`.
     """
     dtype = arithmetic_dtype(hidden_states)
-    if dtype == hidden_states.dtype or weight.dtype != hidden_states.dtype:  # PyTorch's error tells of mixed dtypes
+    if dtype == hidden_states.dtype or weight.dtype != hidden_states.dtype:  # PyTorch raises for mixed dtypes
         return F.linear(hidden_states, weight, bias)
-    inputs = hidden_states.to(dtype)
+    if hidden_states.device.type == "cpu" and is_inference(hidden_states, weight, bias):
+        return linear_in_pieces(hidden_states, lambda rows: weight[rows].to(dtype), weight.shape[0], bias)
     bias = None if bias is None else bias.to(dtype)
-    if hidden_states.device.type != "cpu" or not is_inference(hidden_states, weight, bias):
-        return F.linear(inputs, weight.to(dtype), bias).to(hidden_states.dtype)
-
-    out = hidden_states.new_empty(*hidden_states.shape[:-1], weight.shape[0])
-    rows = max(PIECE // weight.shape[1], 16)
-    for start in range(0, weight.shape[0], rows):
-        piece = slice(start, start + rows)
-        out[..., piece] = F.linear(inputs, weight[piece].to(dtype), None if bias is None else bias[piece])
-    return out
+    return F.linear(hidden_states.to(dtype), weight.to(dtype), bias).to(hidden_states.dtype)
 
 
 def conv2d(

@@ -1,11 +1,11 @@
 """The 4-bit number formats of SVDQuant: codes, scales, packing (arXiv 2411.05007; NVFP4: OCP e2m1 with e4m3 scales).
 
-    int4    codes -7..7 (two's complement), one scale for 64 neighbours along K
-    nvfp4   codes of {0, .5, 1, 1.5, 2, 3, 4, 6} and a sign bit, one e4m3 scale for 16 neighbours, one scale a row
+    int4    codes -7..7 (two's complement), one scale per 64 neighbours along K
+    nvfp4   codes of {0, .5, 1, 1.5, 2, 3, 4, 6} and a sign bit, one e4m3 scale per 16 neighbours, one scale per row
 
-Two codes share a byte, planar within their group of G: byte j holds element j in its low half and element j + G/2 in
-its high half, so that unpacking is two contiguous halves and needs no interleaving. K is padded with zero codes to
-a multiple of 64.
+Two 4-bit values share a byte, planar within their group of G: byte j holds element j in its low half and element j +
+G/2 in its high half, so unpacking gives two contiguous halves without interleaving. K is padded with zero codes to a
+multiple of 64.
 
 Legend: N output features, K input features, Kp = K padded, G group size, R rows of anything.
 """
@@ -23,12 +23,12 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def precision_of(wscales: Tensor) -> str:
-    """The format that a layer's scales belong to: e4m3 scales are NVFP4's."""
+    """The format of a layer, known by its scales: NVFP4 has e4m3 scales."""
     return "nvfp4" if wscales.dtype == torch.float8_e4m3fn else "int4"
 
 
 def padded(features: int) -> int:
-    """K rounded up to what the packed formats hold."""
+    """K rounded up to a multiple of `K_MULTIPLE`."""
     return -(-features // K_MULTIPLE) * K_MULTIPLE
 
 
@@ -75,21 +75,21 @@ def decode_e2m1(nibbles: Tensor) -> Tensor:
 
 
 def nonzero(scale: Tensor) -> Tensor:
-    """A scale to divide by: groups that are zero throughout have scale 0, and any other keeps their codes 0."""
+    """A scale to divide by: 1 in place of the scale 0 of groups of zeros, whose codes stay 0."""
     return torch.where(scale == 0, 1.0, scale)
 
 
 def weight_scales(weight: Tensor, precision: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Scales that let every group reach its largest magnitude.
+    """Scales by which the largest magnitude of each group is representable.
 
     Args:
         weight: `[N, Kp]`, fp32.
         precision: "int4" or "nvfp4".
-        dtype: in which scales are stored; codes are made for the rounded scale.
+        dtype: in which scales are stored.
 
     Returns:
-        `wscales` `[N, Kp/G]`, in `dtype` or e4m3, and for nvfp4 `wtscale` `[N]`: powers of two, so that no dtype
-        rounds them, that put the row's largest group scale at the top of e4m3.
+        `wscales` `[N, Kp/G]`, in `dtype` or e4m3, and for nvfp4 `wtscale` `[N]`: powers of two, which every
+        dtype represents exactly, by which the largest group scale of the row is at the top of e4m3.
     """
     amax = weight.unflatten(-1, (-1, GROUP_SIZES[precision])).abs().amax(-1)
     scales = amax / MAX_CODES[precision]
@@ -115,7 +115,7 @@ def encode_weight(weight: Tensor, wscales: Tensor, wtscale: Tensor | None) -> Te
 
 
 def decode_weight(qweight: Tensor, wscales: Tensor, wtscale: Tensor | None) -> Tensor:
-    """Packed codes `[N, Kp/2]` to the numbers they stand for, fp32 `[N, Kp]`."""
+    """Packed codes `[N, Kp/2]` to numbers, fp32 `[N, Kp]`."""
     group_size = GROUP_SIZES[precision_of(wscales)]
     nibbles = unpack_nibbles(qweight, group_size)
     codes = decode_e2m1(nibbles) if wtscale is not None else decode_int4(nibbles)
@@ -124,9 +124,9 @@ def decode_weight(qweight: Tensor, wscales: Tensor, wtscale: Tensor | None) -> T
 
 
 def row_scales(wscales: Tensor, wtscale: Tensor | None, levels: int) -> Tensor:
-    """Per-row scales `[N]`, fp32, with which a 4-bit weight becomes an integer of -levels..levels.
+    """Per-row scales `[N]`, fp32, that convert a 4-bit weight to integers of -levels..levels.
 
-    No weight is larger than its group scale times the largest code, so the scales alone decide.
+    They depend on the group scales only: no weight is larger than its group scale times the largest code.
     """
     precision = precision_of(wscales)
     return group_scales(wscales, wtscale).amax(-1) * (MAX_CODES[precision] / levels)
@@ -135,9 +135,9 @@ def row_scales(wscales: Tensor, wtscale: Tensor | None, levels: int) -> Tensor:
 def requantize_rows(
     qweight: Tensor, wscales: Tensor, wtscale: Tensor | None, levels: int = 127
 ) -> tuple[Tensor, Tensor]:
-    """A 4-bit weight as int8 with one scale a row: codes `[N, Kp]` of -levels..levels and scales `[N]`, fp32.
+    """A 4-bit weight as int8 with one scale per row: codes `[N, Kp]` of -levels..levels and scales `[N]`, fp32.
 
-    Adds .8 % of error to the 11 % of 4-bit rounding (with 63 levels 1.6 %), both in quadrature.
+    Adds an error of .8 % (with 63 levels 1.6 %) in quadrature to the 11 % of 4-bit rounding.
     """
     precision = precision_of(wscales)
     group_size = GROUP_SIZES[precision]

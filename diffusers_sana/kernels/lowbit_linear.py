@@ -5,15 +5,17 @@
 The first product depends on the format of the codes (see `quantize_lowrank.py`):
 
     int4, nvfp4   group scales on both sides (w4a4)
-    int8          the weight becomes int8 with one scale a row, so that one integer product runs over all of K (w4a8)
+    int8          the weight is converted to int8 with one scale per row, so one integer product runs over K (w4a8)
 
 Legend: M tokens, K input features, Kp = K padded, N output features, r rank.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from diffusers_sana.kernels.dispatch import use_triton
+from diffusers_sana.kernels.dispatch import triton_operator, use_triton
 from diffusers_sana.kernels.low_bit import (
     GROUP_SIZES,
     decode_e2m1,
@@ -43,13 +45,13 @@ def lowbit_linear(
         qweight, wscales, wtscale: the residual, as in `low_bit.py`; `[N, Kp/2]`, `[N, Kp/G]`, `[N]` or None.
         proj_up: `[N, r]`; its dtype is the output's.
         bias: `[N]`.
-        activation_format: what `quantize_lowrank` was asked for: "int8" or the weight's own format.
+        activation_format: of `quantize_lowrank`: "int8" or the format of the weight.
 
     Returns:
         `[M, N]` in the dtype of `proj_up`.
 
     Raises:
-        ValueError: codes whose format does not go with the weight's.
+        ValueError: another format.
     """
     precision = precision_of(wscales)
     if activation_format not in ("int8", precision):
@@ -57,27 +59,19 @@ def lowbit_linear(
             f"`activation_format` must be 'int8' or the weight's own format {precision!r}, got {activation_format!r}. "
             "Quantize the input for this weight."
         )
-    unless = "there are no tokens" if codes.numel() == 0 else None
-    if use_triton("lowbit_linear", low, proj_up, bias, unless=unless):
-        return _lowbit_linear_triton(codes, scales, low, qweight, wscales, wtscale, proj_up, bias, activation_format)
+    reason = "there are no tokens" if codes.numel() == 0 else None
     arguments = (codes, scales, low, qweight, wscales, wtscale, proj_up, bias)
+    if use_triton("lowbit_linear", low, proj_up, bias, unsupported=reason):
+        return _lowbit_linear_triton(*arguments, activation_format)
     return lowbit_linear_reference(*arguments, activation_format=activation_format)
 
 
 def lowbit_linear_reference(
-    codes: Tensor,
-    scales: Tensor,
-    low: Tensor,
-    qweight: Tensor,
-    wscales: Tensor,
-    wtscale: Tensor | None,
-    proj_up: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation_format: str,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """The formulas in PyTorch; `dtype=torch.float64` gives the gold standard."""
+    codes: Tensor, scales: Tensor, low: Tensor,
+    qweight: Tensor, wscales: Tensor, wtscale: Tensor | None, proj_up: Tensor, bias: Tensor | None = None,
+    *, activation_format: str, dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """The formulas in PyTorch; `dtype=torch.float64` gives the reference result."""
     if activation_format == "int8":
         weight, rows = requantize_rows(qweight, wscales, wtscale)
         out = (codes.to(dtype) @ weight.to(dtype).t()) * scales.to(dtype) * rows.to(dtype)
@@ -91,33 +85,10 @@ def lowbit_linear_reference(
     return out if dtype == torch.float64 else out.to(proj_up.dtype)
 
 
-@torch.library.custom_op("diffusers_sana::lowbit_linear", mutates_args=())
-def _lowbit_linear_triton(
-    codes: Tensor,
-    scales: Tensor,
-    low: Tensor,
-    qweight: Tensor,
-    wscales: Tensor,
-    wtscale: Tensor | None,
-    proj_up: Tensor,
-    bias: Tensor | None,
-    activation_format: str,
-) -> Tensor:
-    from diffusers_sana.kernels.triton.lowbit_linear import lowbit_linear_forward
-
-    return lowbit_linear_forward(codes, scales, low, qweight, wscales, wtscale, proj_up, bias, activation_format)
-
-
-@_lowbit_linear_triton.register_fake
-def _(
-    codes: Tensor,
-    scales: Tensor,
-    low: Tensor,
-    qweight: Tensor,
-    wscales: Tensor,
-    wtscale: Tensor | None,
-    proj_up: Tensor,
-    bias: Tensor | None,
-    activation_format: str,
-) -> Tensor:
+@triton_operator(
+    "lowbit_linear_forward(Tensor codes, Tensor scales, Tensor low, Tensor qweight, Tensor wscales, Tensor? wtscale, "
+    "Tensor proj_up, Tensor? bias, str activation_format) -> Tensor"
+)
+def _lowbit_linear_triton(codes: Tensor, scales: Tensor, low: Tensor, qweight: Tensor, *parts: Any) -> Tensor:
+    _, _, proj_up, *_ = parts
     return proj_up.new_empty((codes.shape[0], qweight.shape[0]))

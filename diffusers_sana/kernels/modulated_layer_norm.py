@@ -1,4 +1,4 @@
-"""Layer norm without parameters, then the affine modulation of adaLN (DiT, arXiv 2212.09748).
+"""Layer norm without parameters, followed by the affine modulation of adaLN (DiT, arXiv 2212.09748).
 
     out = (x - mean(x)) / sqrt(var(x) + eps) * (1 + scale) + shift
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusers_sana.kernels.dispatch import use_triton
+from diffusers_sana.kernels.dispatch import triton_operator, unsupported_modulation, use_triton
 
 
 MAX_CHANNELS = 4096  # a row, its gradient and the modulation must fit into the registers of one program
@@ -24,16 +24,16 @@ def modulated_layer_norm(hidden_states: Tensor, scale: Tensor, shift: Tensor, *,
 
     Args:
         hidden_states: `[B, N, C]`.
-        scale, shift: `[B or 1, 1, C]`, which may be views; other shapes that broadcast run the reference.
+        scale, shift: `[B or 1, 1, C]`, which may be views; other broadcastable shapes run the reference.
 
     Returns:
         `[B, N, C]` in the dtype of `hidden_states`.
     """
     channels = hidden_states.shape[-1]
-    unless = modulation_refusal(hidden_states, scale, shift)
-    if unless is None and channels > MAX_CHANNELS:
-        unless = f"more than {MAX_CHANNELS} channels, {channels}"
-    if use_triton("modulated_layer_norm", hidden_states, scale, shift, unless=unless):
+    reason = unsupported_modulation(hidden_states, scale, shift)
+    if reason is None and channels > MAX_CHANNELS:
+        reason = f"more than {MAX_CHANNELS} channels, {channels}"
+    if use_triton("modulated_layer_norm", hidden_states, scale, shift, unsupported=reason):
         return _modulated_layer_norm_triton(hidden_states, scale, shift, eps)
     return modulated_layer_norm_reference(hidden_states, scale, shift, eps=eps)
 
@@ -41,48 +41,10 @@ def modulated_layer_norm(hidden_states: Tensor, scale: Tensor, shift: Tensor, *,
 def modulated_layer_norm_reference(
     hidden_states: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6
 ) -> Tensor:
-    """The formula in PyTorch; float64 inputs give the gold standard."""
+    """The formula in PyTorch; float64 inputs give the reference result."""
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     out = F.layer_norm(hidden_states.to(dtype), hidden_states.shape[-1:], eps=eps)
     return torch.addcmul(shift.to(dtype), out, 1 + scale.to(dtype)).to(hidden_states.dtype)
-
-
-def modulation_refusal(hidden_states: Tensor, *modulation: Tensor) -> str | None:
-    """Why kernels cannot take tensors that are not `[B or 1, 1, C]` beside `hidden_states` `[B, N, C]`, or None."""
-    if hidden_states.ndim == 3 and hidden_states.numel() > 0:
-        batch, _, channels = hidden_states.shape
-        if all(tensor.shape in ((batch, 1, channels), (1, 1, channels)) for tensor in modulation):
-            return None
-    shapes = [list(tensor.shape) for tensor in modulation]
-    return f"it takes [B, N, C] with a modulation [B or 1, 1, C], got {list(hidden_states.shape)} with {shapes}"
-
-
-@torch.library.custom_op("diffusers_sana::modulated_layer_norm", mutates_args=())
-def _modulated_layer_norm_triton(hidden_states: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    from diffusers_sana.kernels.triton.modulated_layer_norm import modulated_layer_norm_forward
-
-    return modulated_layer_norm_forward(hidden_states, scale, shift, eps)
-
-
-@_modulated_layer_norm_triton.register_fake
-def _(hidden_states: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    return hidden_states.new_empty(hidden_states.shape)
-
-
-@torch.library.custom_op("diffusers_sana::modulated_layer_norm_backward", mutates_args=())
-def _modulated_layer_norm_backward_triton(
-    grad: Tensor, hidden_states: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    from diffusers_sana.kernels.triton.modulated_layer_norm import modulated_layer_norm_backward
-
-    return modulated_layer_norm_backward(grad, hidden_states, scale, eps)
-
-
-@_modulated_layer_norm_backward_triton.register_fake
-def _(grad: Tensor, hidden_states: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    batch, _, channels = hidden_states.shape
-    grad_modulation = hidden_states.new_empty((2, batch, 1, channels), dtype=torch.float32)
-    return hidden_states.new_empty(hidden_states.shape), grad_modulation
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -100,4 +62,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return grad_input, scale, shift, None
 
 
-_modulated_layer_norm_triton.register_autograd(_backward, setup_context=_setup_context)
+@triton_operator(
+    "modulated_layer_norm_forward(Tensor hidden_states, Tensor scale, Tensor shift, float eps) -> Tensor",
+    autograd=(_setup_context, _backward),
+)
+def _modulated_layer_norm_triton(hidden_states: Tensor, *_: Any) -> Tensor:
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+@triton_operator(
+    "modulated_layer_norm_backward(Tensor grad, Tensor hidden_states, Tensor scale, float eps) -> (Tensor, Tensor)"
+)
+def _modulated_layer_norm_backward_triton(grad: Tensor, hidden_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, _tokens, channels = hidden_states.shape
+    grad_modulation = hidden_states.new_empty((2, batch, 1, channels), dtype=torch.float32)
+    return hidden_states.new_empty(hidden_states.shape), grad_modulation

@@ -1,11 +1,11 @@
-"""Depthwise k x k convolution, then a matrix for each group of channels: a further scale of DC-AE's attention tokens.
+"""Depthwise k x k convolution, then a matrix per group of channels: a further scale of the attention tokens of DC-AE.
 
     d = depthwise_conv(x),  zero padding k // 2
     out[g] = W[g] d[g],     g the groups of G channels
 
 Channels-last. Computed in fp32 and rounded once at the end (EfficientViT, arXiv 2205.14756).
 
-Legend: B batch, h, w height and width, C channels, G channels of a group.
+Legend: B batch, h, w height and width, C channels, G channels per group.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from diffusers_sana.kernels.dispatch import use_triton
+from diffusers_sana.kernels.dispatch import triton_operator, use_triton
 
 
-GROUP_SIZES = (16, 32, 64)  # sides of a matrix that tensor cores take and registers hold
+GROUP_SIZES = (16, 32, 64)  # sides of a matrix that tensor cores support and that fit into registers
 MAX_KERNEL_SIZE = 5  # all taps of a thread's channels are in registers
 
 
@@ -48,12 +48,12 @@ def multiscale_projection(hidden_states: Tensor, depthwise_weight: Tensor, point
             f"`pointwise_weight` must be [C, G, 1, 1] with G a divisor of C = {channels}, got "
             f"{tuple(pointwise_weight.shape)}."
         )
-    unless = None
+    reason = None
     if group_size not in GROUP_SIZES:
-        unless = f"groups of {group_size} channels, not one of {GROUP_SIZES}"
+        reason = f"groups of {group_size} channels, not one of {GROUP_SIZES}"
     elif kernel_size > MAX_KERNEL_SIZE:
-        unless = f"a kernel size above {MAX_KERNEL_SIZE}, {kernel_size}"
-    if use_triton("multiscale_projection", hidden_states, depthwise_weight, pointwise_weight, unless=unless):
+        reason = f"a kernel size above {MAX_KERNEL_SIZE}, {kernel_size}"
+    if use_triton("multiscale_projection", hidden_states, depthwise_weight, pointwise_weight, unsupported=reason):
         return _multiscale_projection_triton(hidden_states, depthwise_weight, pointwise_weight)
     return multiscale_projection_reference(hidden_states, depthwise_weight, pointwise_weight)
 
@@ -61,7 +61,7 @@ def multiscale_projection(hidden_states: Tensor, depthwise_weight: Tensor, point
 def multiscale_projection_reference(
     hidden_states: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor
 ) -> Tensor:
-    """The formula in PyTorch; float64 inputs give the gold standard."""
+    """The formula in PyTorch; float64 inputs give the reference result."""
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     channels, group_size = pointwise_weight.shape[:2]
     # A permuted view: the convolutions see an image in `channels_last` and return one.
@@ -75,36 +75,10 @@ def multiscale_projection_reference(
     return out.movedim(1, -1).to(hidden_states.dtype, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("diffusers_sana::multiscale_projection", mutates_args=())
-def _multiscale_projection_triton(hidden_states: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor) -> Tensor:
-    from diffusers_sana.kernels.triton.multiscale_projection import multiscale_projection_forward
-
-    return multiscale_projection_forward(hidden_states, depthwise_weight, pointwise_weight)
-
-
-@_multiscale_projection_triton.register_fake
-def _(hidden_states: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor) -> Tensor:
-    return hidden_states.new_empty(hidden_states.shape)
-
-
-@torch.library.custom_op("diffusers_sana::multiscale_projection_backward", mutates_args=())
-def _multiscale_projection_backward_triton(
-    grad: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, dtype: torch.dtype
-) -> Tensor:
-    from diffusers_sana.kernels.triton.multiscale_projection import multiscale_projection_backward
-
-    return multiscale_projection_backward(grad, depthwise_weight, pointwise_weight, dtype)
-
-
-@_multiscale_projection_backward_triton.register_fake
-def _(grad: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return grad.new_empty(grad.shape, dtype=dtype)
-
-
 def _grad_weights(
     grad: Tensor, hidden_states: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of both weights by the formula in PyTorch, for only the training of autoencoders asks for them."""
+    """Gradients of both weights in PyTorch, because only the training of autoencoders needs them."""
     dtype = torch.promote_types(grad.dtype, torch.float32)
     groups = grad.shape[-1] // pointwise_weight.shape[1]
     pixels, grad = hidden_states.to(dtype).movedim(-1, 1), grad.to(dtype).movedim(-1, 1)
@@ -131,4 +105,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return grad_input, grad_depthwise, grad_pointwise
 
 
-_multiscale_projection_triton.register_autograd(_backward, setup_context=_setup_context)
+@triton_operator(
+    "multiscale_projection_forward(Tensor hidden_states, Tensor depthwise_weight, Tensor pointwise_weight) -> Tensor",
+    autograd=(_setup_context, _backward),
+)
+def _multiscale_projection_triton(hidden_states: Tensor, *_: Any) -> Tensor:
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+@triton_operator(
+    "multiscale_projection_backward(Tensor grad, Tensor depthwise_weight, Tensor pointwise_weight, ScalarType dtype)"
+    " -> Tensor"
+)
+def _multiscale_projection_backward_triton(grad: Tensor, *weights_and_dtype: Any) -> Tensor:
+    return grad.new_empty(grad.shape, dtype=weights_and_dtype[-1])

@@ -1,11 +1,12 @@
-"""The dtype that a device computes in, where it is not the dtype that a tensor is stored in.
+"""The dtype in which a device computes, where it differs from the dtype in which a tensor is stored.
 
-Processors without instructions for half precision run its matrix products and convolutions element by element, six
-times slower than fp32 (AVX2) or worse. There our operations convert to fp32, compute, and round once at the end:
-faster, and closer to fp32. Weights stay half precision in memory; only the piece at work is converted.
+Processors without half-precision instructions compute half-precision matrix products and convolutions element by
+element, six times slower than fp32 (AVX2) or worse. There our operations convert to fp32, compute, and round once at
+the end, which is faster and more accurate. Weights stay in half precision in memory; they are converted piece by
+piece.
 
-The GPUs of Apple silicon ("mps") have no faster units for half precision, and Sana's products give grey images there
-in fp16, so they are computed in fp32 too.
+The GPUs of Apple silicon ("mps") are not faster in half precision, and Sana generates gray images there in fp16, so
+they compute in fp32 too.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,7 @@ from torch import Tensor
 from diffusers_sana._compat import onednn_computes
 
 
-# Asked once and here, where it cannot fail: `torch.compile` traces the look-up, and could not trace the question.
+# Evaluated once, because `torch.compile` can trace the lookup, but not the check.
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = {
     "cpu": {dtype: dtype if onednn_computes(dtype) else torch.float32 for dtype in _HALF},
@@ -37,7 +38,7 @@ def _has_autocast(device_type: str) -> bool:
         return False
 
 
-# Asked once: torch 2.11 cannot trace the question.
+# Evaluated once, because torch 2.11 cannot trace the check.
 _AUTOCAST_DEVICES = frozenset(
     filter(_has_autocast, ("cpu", "cuda", "hpu", "maia", "mps", "mtia", "npu", "xla", "xpu"))
 )
@@ -49,7 +50,7 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 
 
 def is_inference(*tensors: Tensor | None) -> bool:
-    """Whether no gradient is asked for and the code runs eagerly, so that temporaries may be overwritten."""
+    """Whether no gradient is required and the code runs eagerly, so that temporaries may be overwritten."""
     if torch.compiler.is_compiling():
         return False
     return not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -1,13 +1,13 @@
-"""Activation quantization and the low-rank down projection of SVDQuant, from one reading of the input.
+"""Activation quantization and low-rank down projection of SVDQuant, in one pass over the input.
 
     low = x @ proj_down.T                      (the 16-bit branch: raw x)
     codes, scales = quantize(x / smooth)       (the low-bit branch)
 
-(SVDQuant, arXiv 2411.05007, section 4.2 and equation 6.) Three formats of the codes:
+(SVDQuant, arXiv 2411.05007, section 4.2 and equation 6.) Three formats of the quantized values (codes):
 
-    int4    integers -7..7 in int8, a scale for 64 neighbours: amax / 7
-    nvfp4   packed e2m1, an e4m3 scale for 16 neighbours: amax / 6
-    int8    integers -127..127, a scale a token: amax / 127
+    int4    integers -7..7 in int8, one scale per 64 neighbours: amax / 7
+    nvfp4   packed e2m1, one e4m3 scale per 16 neighbours: amax / 6
+    int8    integers -127..127, one scale per token: amax / 127
 
 Legend: M tokens, K input features, Kp = K padded to a multiple of 64 with zeros, r rank.
 """
@@ -15,7 +15,7 @@ Legend: M tokens, K input features, Kp = K padded to a multiple of 64 with zeros
 import torch
 from torch import Tensor
 
-from diffusers_sana.kernels.dispatch import use_triton
+from diffusers_sana.kernels.dispatch import triton_operator, use_triton
 from diffusers_sana.kernels.low_bit import (
     E4M3_MAX,
     GROUP_SIZES,
@@ -52,8 +52,8 @@ def quantize_lowrank(
     """
     if activation_format not in FORMATS:
         raise ValueError(f"`activation_format` must be one of {FORMATS}, got {activation_format!r}.")
-    unless = "there are no tokens" if hidden_states.numel() == 0 else None
-    if use_triton("quantize_lowrank", hidden_states, smooth_factor, proj_down, unless=unless):
+    reason = "there are no tokens" if hidden_states.numel() == 0 else None
+    if use_triton("quantize_lowrank", hidden_states, smooth_factor, proj_down, unsupported=reason):
         return _quantize_lowrank_triton(hidden_states, smooth_factor, proj_down, activation_format)
     return quantize_lowrank_reference(hidden_states, smooth_factor, proj_down, activation_format)
 
@@ -61,7 +61,7 @@ def quantize_lowrank(
 def quantize_lowrank_reference(
     hidden_states: Tensor, smooth_factor: Tensor, proj_down: Tensor, activation_format: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The formulas in PyTorch; this defines which code a number gets."""
+    """The formulas in PyTorch; defines which code each number gets."""
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     low = hidden_states.to(dtype) @ proj_down.to(dtype).t()
     smoothed = pad_features(hidden_states.float() / smooth_factor.float())
@@ -78,24 +78,8 @@ def quantize_lowrank_reference(
     return pack_nibbles(nibbles, group_size), scales, low
 
 
-@torch.library.custom_op("diffusers_sana::quantize_lowrank", mutates_args=())
-def _quantize_lowrank_triton(
-    hidden_states: Tensor, smooth_factor: Tensor, proj_down: Tensor, activation_format: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    from diffusers_sana.kernels.triton.quantize_lowrank import quantize_lowrank_forward
-
-    return quantize_lowrank_forward(hidden_states, smooth_factor, proj_down, activation_format)
-
-
-@_quantize_lowrank_triton.register_fake
-def _(
-    hidden_states: Tensor, smooth_factor: Tensor, proj_down: Tensor, activation_format: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_outputs(hidden_states, proj_down.shape[0], activation_format)
-
-
 def empty_outputs(hidden_states: Tensor, rank: int, activation_format: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for codes, scales and low."""
+    """Uninitialized codes, scales and low."""
     tokens, features = hidden_states.shape[0], padded(hidden_states.shape[1])
     shapes = {
         "int8": ((tokens, features), torch.int8, (tokens, 1), torch.float32),
@@ -108,3 +92,13 @@ def empty_outputs(hidden_states: Tensor, rank: int, activation_format: str) -> t
         hidden_states.new_empty(scales_shape, dtype=scales_dtype),
         hidden_states.new_empty((tokens, rank), dtype=torch.float32),
     )
+
+
+@triton_operator(
+    "quantize_lowrank_forward(Tensor hidden_states, Tensor smooth_factor, Tensor proj_down, str activation_format)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def _quantize_lowrank_triton(
+    hidden_states: Tensor, smooth_factor: Tensor, proj_down: Tensor, activation_format: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_outputs(hidden_states, proj_down.shape[0], activation_format)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusers_sana.kernels.dispatch import use_triton
+from diffusers_sana.kernels.dispatch import triton_operator, use_triton
 from diffusers_sana.kernels.precision import without_autocast
 
 
-MAX_HEAD_DIM = 64  # the state of a head must fit beside a block of rows into one program
+MAX_HEAD_DIM = 64  # one program holds the state of a head and a block of rows
+ReduceState = Callable[[Tensor], Tensor]
 
 
 def relu_linear_attention(
@@ -29,21 +30,21 @@ def relu_linear_attention(
     value: Tensor,
     *,
     eps: float = 1e-15,
-    reduce_state: Callable[[Tensor], Tensor] | None = None,
+    reduce_state: ReduceState | None = None,
 ) -> Tensor:
     """Unmasked linear attention with the feature map `relu`.
 
     Args:
         query, key, value: `[B, N, H, D]`, any strides and floating dtype; `key` and `value` may have another N.
         eps: added to the denominator, in fp32 (1e-15 is zero in fp16).
-        reduce_state: for keys and values that several processes hold a part of: gets the states `[B, H, D + 1, D]` of
-            these, in fp32 and to be overwritten, and returns those of all. Has no gradient.
+        reduce_state: for keys and values that are distributed over processes: takes the states `[B, H, D + 1, D]` of
+            this process, in fp32, which it may overwrite, and returns those of all. Has no gradient.
 
     Returns:
         `[B, N, H, D]` in the dtype of `value`, contiguous. Zero where no key and query share a positive entry.
     """
-    unless = _refusal(query, key, value)
-    if use_triton("relu_linear_attention", query, key, value, unless=unless):
+    reason = _unsupported_reason(query, key, value)
+    if use_triton("relu_linear_attention", query, key, value, unsupported=reason):
         if reduce_state is None:
             return _relu_linear_attention_triton(query, key, value, eps)[0]
         state = reduce_state(_relu_linear_attention_state_triton(key, value))
@@ -51,8 +52,8 @@ def relu_linear_attention(
     return relu_linear_attention_reference(query, key, value, eps=eps, reduce_state=reduce_state)
 
 
-def _refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Why the kernel cannot take these shapes, or None if it can."""
+def _unsupported_reason(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why the kernel does not support these shapes, or None if it does."""
     batch, _, heads, head_dim = query.shape
     if key.shape != value.shape or (key.shape[0], *key.shape[2:]) != (batch, heads, head_dim):
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
@@ -60,21 +61,16 @@ def _refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
             f"query, key and value must agree in batch, heads and head_dim, and key and value in tokens, got {shapes}"
         )
     if head_dim > MAX_HEAD_DIM:
-        return f"more than {MAX_HEAD_DIM} channels a head, {head_dim}"
+        return f"more than {MAX_HEAD_DIM} channels per head, {head_dim}"
     if query.numel() == 0 or key.numel() == 0:
         return "a tensor is empty"
     return None
 
 
 def relu_linear_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    eps: float = 1e-15,
-    reduce_state: Callable[[Tensor], Tensor] | None = None,
+    query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e-15, reduce_state: ReduceState | None = None
 ) -> Tensor:
-    """The formula in PyTorch; float64 inputs give the gold standard."""
+    """The formula in PyTorch; float64 inputs give the reference result."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     query = F.relu(query).to(dtype).transpose(1, 2)  # [B, H, N, D]
     key = F.relu(key).to(dtype).transpose(1, 2)
@@ -85,64 +81,8 @@ def relu_linear_attention_reference(
             state, key_sum = reduce_state(torch.cat([state, key_sum], dim=-2)).tensor_split([-1], dim=-2)
         numerator = torch.matmul(query, state.transpose(-1, -2))
         denominator = torch.matmul(query, key_sum.transpose(-1, -2))
-    # Written as [B, N, H, D] at once, so that the caller merges heads without a copy.
+    # Contiguous as [B, N, H, D], so that the caller merges heads without a copy.
     return (numerator / (denominator + eps)).transpose(1, 2).to(value.dtype).contiguous()
-
-
-@torch.library.custom_op("diffusers_sana::relu_linear_attention", mutates_args=())
-def _relu_linear_attention_triton(query: Tensor, key: Tensor, value: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Output, and the states that the backward pass needs."""
-    from diffusers_sana.kernels.triton.relu_linear_attention import relu_linear_attention_forward
-
-    return relu_linear_attention_forward(query, key, value, eps)
-
-
-@_relu_linear_attention_triton.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    batch, _, heads, head_dim = query.shape
-    state = query.new_empty((batch, heads, head_dim + 1, head_dim), dtype=torch.float32)
-    return query.new_empty(query.shape, dtype=value.dtype), state
-
-
-@torch.library.custom_op("diffusers_sana::relu_linear_attention_state", mutates_args=())
-def _relu_linear_attention_state_triton(key: Tensor, value: Tensor) -> Tensor:
-    from diffusers_sana.kernels.triton.relu_linear_attention import relu_linear_attention_state
-
-    return relu_linear_attention_state(key, value).sum(dim=0)
-
-
-@_relu_linear_attention_state_triton.register_fake
-def _(key: Tensor, value: Tensor) -> Tensor:
-    batch, _, heads, head_dim = key.shape
-    return key.new_empty((batch, heads, head_dim + 1, head_dim), dtype=torch.float32)
-
-
-@torch.library.custom_op("diffusers_sana::relu_linear_attention_apply", mutates_args=())
-def _relu_linear_attention_apply_triton(query: Tensor, state: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
-    from diffusers_sana.kernels.triton.relu_linear_attention import relu_linear_attention_apply
-
-    return relu_linear_attention_apply(query, state[None], dtype, eps)[0]
-
-
-@_relu_linear_attention_apply_triton.register_fake
-def _(query: Tensor, state: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
-    return query.new_empty(query.shape, dtype=dtype)
-
-
-@torch.library.custom_op("diffusers_sana::relu_linear_attention_backward", mutates_args=())
-def _relu_linear_attention_backward_triton(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, state: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    from diffusers_sana.kernels.triton.relu_linear_attention import relu_linear_attention_backward
-
-    return relu_linear_attention_backward(grad, query, key, value, state, eps)
-
-
-@_relu_linear_attention_backward_triton.register_fake
-def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, state: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -155,4 +95,34 @@ def _backward(ctx: Any, grad: Tensor, grad_state: Any) -> tuple:
     return *_relu_linear_attention_backward_triton(grad, *ctx.saved_tensors, ctx.eps), None
 
 
-_relu_linear_attention_triton.register_autograd(_backward, setup_context=_setup_context)
+def _empty_state(key: Tensor) -> Tensor:
+    batch, _, heads, head_dim = key.shape
+    return key.new_empty((batch, heads, head_dim + 1, head_dim), dtype=torch.float32)
+
+
+# Returns the output and the states, which the backward pass needs.
+@triton_operator(
+    "relu_linear_attention_forward(Tensor query, Tensor key, Tensor value, float eps) -> (Tensor, Tensor)",
+    autograd=(_setup_context, _backward),
+)
+def _relu_linear_attention_triton(query: Tensor, key: Tensor, value: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape, dtype=value.dtype), _empty_state(query)
+
+
+@triton_operator("relu_linear_attention_state(Tensor key, Tensor value) -> Tensor")
+def _relu_linear_attention_state_triton(key: Tensor, value: Tensor) -> Tensor:
+    return _empty_state(key)
+
+
+@triton_operator("relu_linear_attention_apply(Tensor query, Tensor state, ScalarType dtype, float eps) -> Tensor")
+def _relu_linear_attention_apply_triton(query: Tensor, state: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+    return query.new_empty(query.shape, dtype=dtype)
+
+
+@triton_operator(
+    "relu_linear_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor state, float eps)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def _relu_linear_attention_backward_triton(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    query, key, value, _, _ = inputs
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)

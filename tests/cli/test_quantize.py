@@ -8,7 +8,7 @@ import torch
 from diffusers_sana import SanaPipeline, cli
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.kernels.dispatch import kernel_mode
-from diffusers_sana.quantizers.svdquant.quantize_model import quantized_layers
+from diffusers_sana.quantizers.svdquant.layers.linear import quantized_layers
 from diffusers_sana.quantizers.svdquant.unfinished_run import UnfinishedRun
 from tests import tiny
 

@@ -69,7 +69,7 @@ def test_kernel_with_mixed_dtypes_and_slices():
 
 def test_kernel_refuses_float64():
     given = tensors(4, 64, 2, "int4")
-    with kernel_mode("triton"), pytest.raises(RuntimeError, match=r"the result is to be torch\.float64"):
+    with kernel_mode("triton"), pytest.raises(RuntimeError, match=r"the dtype of the result is torch\.float64"):
         dequantize_weight(**given, dtype=torch.float64)
 
 

@@ -21,7 +21,7 @@ def on(device: str, dtype=torch.float16):
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    dispatch._say_once.cache_clear()
+    dispatch._log_once.cache_clear()
     return on("cuda")
 
 

@@ -10,7 +10,8 @@ import torch
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight
 from diffusers_sana.kernels.lowbit_linear import lowbit_linear
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank
-from diffusers_sana.quantizers.svdquant.algorithm.decompose import Options, decompose
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
+from diffusers_sana.quantizers.svdquant.config import LayerConfig
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLinear
 from tests.numerics import relative_error
 
@@ -20,7 +21,7 @@ OUTPUTS, TOKENS = 32, 5
 
 
 def quantized_layer(precision: str, mode: str, rank: int = 4) -> SVDQuantLinear:
-    (weight,), _ = decompose([torch.randn(OUTPUTS, FEATURES)], Options(precision, rank, smoothing="none"))
+    (weight,), _ = decompose([torch.randn(OUTPUTS, FEATURES)], LayerConfig(precision, rank, smoothing="none"))
     return SVDQuantLinear(weight, torch.randn(OUTPUTS), mode)
 
 

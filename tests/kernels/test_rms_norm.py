@@ -34,7 +34,7 @@ def test_equals_the_formula(shape, options):
 @pytest.mark.parametrize("channels", [64, 100])
 def test_blocks_of_rows(channels, monkeypatch):
     """On CPUs rows are taken in blocks, each with its rows of the residual; the last block is a part of one."""
-    monkeypatch.setattr("diffusers_sana.kernels.rms_norm.CPU_BLOCK", 8 * channels)
+    monkeypatch.setattr("diffusers_sana.kernels.cpu.blocked.ROW_BLOCK", 8 * channels)
     x, residual = torch.randn(3, 9, channels), torch.randn(3, 9, channels)  # 27 rows
     weight, bias = torch.randn(channels), torch.randn(channels)
     with torch.no_grad():

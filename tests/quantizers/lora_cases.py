@@ -6,10 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from diffusers_sana.quantizers.svdquant.api import quantize
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.integrations.diffusers import attach
-from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantConv2d
-from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers, quantized_layers
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantConv2d, quantized_layers
 
 
 RANK = 4
@@ -18,7 +17,7 @@ RANK = 4
 def quantized(model: nn.Module, **options) -> nn.Module:
     """The model itself, its layers replaced; w4a16, so that nothing but the weight differs from a dense layer."""
     config = SVDQuantConfig(**{"rank": RANK, "compute_mode": "w4a16", "smoothing": "none", **options})
-    attach(model, quantize_layers(model, config, progress=False)[0])
+    quantize(model, config, progress=False)
     return model
 
 

@@ -1,6 +1,8 @@
 """`quantize`: the same arguments give the same bits, also after an interruption and in several passes."""
 
 import json
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ from torch import nn
 
 import diffusers_sana
 from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
+from diffusers_sana.kernels import low_bit
 from diffusers_sana.quantizers.svdquant import api as module
-from diffusers_sana.quantizers.svdquant import quantize_model, unfinished_run
-from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
-from diffusers_sana.quantizers.svdquant.quantize_model import quantized_layers
+from diffusers_sana.quantizers.svdquant import unfinished_run
+from diffusers_sana.quantizers.svdquant.algorithm import gptq
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer, quantized_layers
 from diffusers_sana.quantizers.svdquant.unfinished_run import UnfinishedRun
 from tests import tiny
 
@@ -108,8 +111,8 @@ def test_prompts_change_the_result_and_repeat():
 
 def test_passes_make_no_difference(pipe, monkeypatch):
     runs = []
-    run_pipeline = module._draw
-    monkeypatch.setattr(module, "_draw", lambda *args: (runs.append(1), run_pipeline(*args)))
+    run_pipeline = module.run_pipeline
+    monkeypatch.setattr(module, "run_pipeline", lambda *args: (runs.append(1), run_pipeline(*args)))
     quantize(pipe, GPTQ, **PROMPTS)
     assert len(runs) == 1
     in_passes = tiny.pipeline(diffusers_sana)
@@ -132,7 +135,7 @@ def test_interrupted_and_continued(pipe, out, arguments, monkeypatch):
     assert not out.exists()
     again = tiny.pipeline(diffusers_sana)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_draw", lambda *args: pytest.fail("the pipeline need not run again"))
+        patch.setattr(module, "run_pipeline", lambda *args: pytest.fail("the pipeline need not run again"))
         assert quantize(again, config, **arguments) == report
     assert_same_bits(again, expected)
     assert_same_bits(SanaPipeline.from_pretrained(out), expected)
@@ -141,15 +144,15 @@ def test_interrupted_and_continued(pipe, out, arguments, monkeypatch):
 def test_interrupted_without_a_folder(pipe, monkeypatch):
     """While layers are fitted, and while they are replaced."""
     before, modules = draw(pipe), list(pipe.transformer.modules())
-    for name, calls in (("decompose_layers", 3), ("replace_layer", 7)):
-        original, left = getattr(quantize_model, name), [calls]
+    for name, calls in (("decompose", 3), ("replace_layer", 7)):
+        original, left = getattr(module, name), [calls]
 
-        def dying(*args, original=original, left=left):
+        def dying(*args, original=original, left=left, **kwargs):
             left[0] -= 1
-            return original(*args) if left[0] else 1 / 0
+            return original(*args, **kwargs) if left[0] else 1 / 0
 
         with monkeypatch.context() as patch:
-            patch.setattr(quantize_model, name, dying)
+            patch.setattr(module, name, dying)
             with pytest.raises(ZeroDivisionError):
                 quantize(pipe, CONFIG, progress=False)
         assert all(one is other for one, other in zip(pipe.transformer.modules(), modules, strict=True))
@@ -290,6 +293,26 @@ def test_bad_models(pipe):
     offloaded = tiny.transformer(diffusers_sana).to("meta")
     with pytest.raises(ValueError, match="must be in memory"):
         quantize(offloaded, CONFIG, progress=False)
+
+
+@pytest.mark.parametrize(("config", "arguments"), [(CONFIG, {}), (GPTQ, PROMPTS)], ids=["plain", "calibrated"])
+def test_at_most_four_files_between_the_call_and_the_rounding(pipe, config, arguments, monkeypatch):
+    """Package files on the call stack from `quantize` to the function that rounds to codes, both included."""
+    package = Path(diffusers_sana.__file__).parent
+    stacks = set()
+
+    def encode_int4(scaled):
+        files = [Path(frame.filename) for frame in traceback.extract_stack()]
+        files = [file for file in files[files.index(Path(module.__file__)) :] if package in file.parents]
+        stacks.add(frozenset([*files, Path(low_bit.__file__)]))
+        return low_bit_encode(scaled)
+
+    low_bit_encode = low_bit.encode_int4
+    for user in (low_bit, gptq):
+        monkeypatch.setattr(user, "encode_int4", encode_int4)
+    quantize(pipe, config, **{"progress": False, **arguments})
+    assert stacks
+    assert max(len(files) for files in stacks) <= 4, stacks
 
 
 def test_bars_of_the_pipeline_come_back(pipe):

@@ -7,7 +7,7 @@ from torch import nn
 
 import diffusers_sana
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import SAMPLE_ROWS
-from diffusers_sana.quantizers.svdquant.calibrate import collect_statistics, passes, statistics_bytes
+from diffusers_sana.quantizers.svdquant.calibrate import collect_statistics, split_by_memory, statistics_bytes
 from tests.numerics import assert_close_fp32
 from tests.quantizers import tiny_models
 
@@ -124,7 +124,7 @@ def test_bad_runs_leave_no_hooks(small, batches):
 def test_budget(small):
     sizes = {name: statistics_bytes(layer, True) for name, layer in small.layers().items()}
     assert sizes == {"first": 8 * (4 * SAMPLE_ROWS + 4) + 4 * 64, "conv": 6 * (4 * SAMPLE_ROWS + 4) + 4 * 36}
-    assert passes(sizes, 1e9) == [["first", "conv"]]
-    assert passes(sizes, 10) == [["first"], ["conv"]]
-    assert passes({"a": 2, "b": 3, "c": 4, "d": 1}, 5) == [["a", "b"], ["c", "d"]]
-    assert passes({}, 5) == []
+    assert split_by_memory(sizes, 1e9) == [["first", "conv"]]
+    assert split_by_memory(sizes, 10) == [["first"], ["conv"]]
+    assert split_by_memory({"a": 2, "b": 3, "c": 4, "d": 1}, 5) == [["a", "b"], ["c", "d"]]
+    assert split_by_memory({}, 5) == []

@@ -10,8 +10,8 @@ from transformers import Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
 
 import diffusers_sana
 from diffusers_sana import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.integrations.checkpoint import insert_placeholders
-from diffusers_sana.quantizers.svdquant.layers.linear import placeholder
+from diffusers_sana.quantizers.svdquant.integrations.checkpoint import insert_empty_layers
+from diffusers_sana.quantizers.svdquant.layers.linear import empty_weight
 from diffusers_sana.quantizers.svdquant.targets import as_patterns, find_targets, sibling_groups, weight_shape
 from tests.quantizers import tiny_models
 
@@ -65,7 +65,7 @@ def test_published_models(name):
     before = after = 2 * sum(parameter.numel() for parameter in model.parameters())
     for target in targets:
         features = weight_shape(model.get_submodule(target))
-        tensors = placeholder(*features, config.rank, config.precision, torch.bfloat16).tensors().values()
+        tensors = empty_weight(*features, config.rank, config.precision, torch.bfloat16).tensors().values()
         after += sum(tensor.nbytes for tensor in tensors) - 2 * features[0] * features[1]
     assert after <= most * before
 
@@ -79,7 +79,7 @@ def test_patterns_mean_the_same_layers(family):
         assert "transformer_blocks.*.attn1.to_q" in patterns
     recorded = SVDQuantConfig(rank=4, modules=patterns)
     assert find_targets(model, recorded) == targets
-    insert_placeholders(model, recorded)
+    insert_empty_layers(model, recorded)
     assert as_patterns(targets, model) == patterns  # also when they are quantized
     with pytest.raises(ValueError, match="matches none"):
         find_targets(model, recorded)

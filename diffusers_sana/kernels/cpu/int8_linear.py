@@ -2,11 +2,12 @@
 
     out = dequantize( u8(x / smooth) @ int8(weight).T ) + (x @ proj_down.T) @ proj_up.T + bias
 
-The numbers are those of `quantize_lowrank` (int8) and `lowbit_linear`. Unpacking 4 bits at every call would cost as
-much as the product, so `prepare` keeps the weight in 8 bits, laid out by oneDNN. Processors without VNNI add pairs of
-8-bit products in 16 bits, which overflow; there the weight has 63 levels in place of 127, for which they cannot.
+The results are those of `quantize_lowrank` (int8) and `lowbit_linear`. Unpacking 4 bits at every call would take as
+long as the product, so `prepare` keeps the weight in 8 bits, in the layout of oneDNN. Processors without VNNI add
+pairs of 8-bit products in 16 bits, which can overflow; there the weight has 63 levels instead of 127, which prevents
+it.
 
-Rows go through in blocks that stay in the cache, from the quantization to the rounded output.
+Rows are processed in blocks that stay in the cache, from the quantization to the rounded output.
 
 Legend: M tokens, K input features, Kp = K padded, N output features, r rank.
 """
@@ -23,12 +24,12 @@ from diffusers_sana.kernels.low_bit import nonzero, pad_features, requantize_row
 
 BLOCK = 2**20  # elements of the output computed at a time: 4 MiB of fp32
 MIN_ROWS = 64
-ZERO_POINT = 128  # the 8-bit inputs are unsigned; oneDNN takes the offset off again
+ZERO_POINT = 128  # the 8-bit inputs are unsigned; oneDNN subtracts the offset
 
 
 @dataclass
 class PreparedWeight:
-    """A weight as oneDNN wants it.
+    """A weight in the layout of oneDNN.
 
     Attributes:
         packed: opaque.
@@ -45,20 +46,20 @@ class PreparedWeight:
 
 @cache
 def is_supported() -> bool:
-    """Whether this processor and this build of PyTorch have the product."""
+    """Whether this processor and this build of PyTorch support the product."""
     return has_int8_product() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 @cache
 def levels() -> int:
-    """The largest integer that a weight may become."""
+    """The largest magnitude of an integer weight."""
     return 127 if cpu_has_vnni() else 63
 
 
 def prepare(
     qweight: Tensor, wscales: Tensor, wtscale: Tensor | None, proj_up: Tensor, bias: Tensor | None
 ) -> PreparedWeight:
-    """Unpacks and lays out a weight, once. Arguments as in `lowbit_linear`."""
+    """Unpacks a weight and converts it to the layout of oneDNN. Arguments as in `lowbit_linear`."""
     codes, scales = requantize_rows(qweight, wscales, wtscale, levels())
     last = torch.zeros(codes.shape[0]) if bias is None else bias.float()
     return PreparedWeight(

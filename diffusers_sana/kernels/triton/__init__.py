@@ -1,6 +1,6 @@
-"""Triton kernels: one file an operation, with its jit kernels and their launchers, nothing else.
+"""Triton kernels: one file per operation, with its jit kernels and their launchers, nothing else.
 
-A launcher trusts the operation's public function (`kernels/<operation>.py`) to have checked shapes and dtypes. Launch
-configurations are pure functions of the shape: no autotuning at run time, so no stall at the first call and the same
-bits at every run. Nothing here uses atomics.
+Launchers do not check shapes and dtypes; the public function of the operation (`kernels/<operation>.py`) does. Launch
+configurations are pure functions of the shape. There is no autotuning at run time, so there is no delay at the first
+call, and every run gives the same bits. Nothing here uses atomics.
 """

@@ -1,7 +1,7 @@
-"""A quantized weight as one matrix: a program makes a block of it.
+"""A quantized weight as one matrix; each program computes one block of it.
 
-Planar bytes hold two strips of K, which are two blocks of the output. Per element: 1/2 byte read, 2 written; 2 r FLOPs
-on tensor cores. Bound by memory.
+Planar bytes contain two strips of K, which are two blocks of the output. Per element: 1/2 byte read, 2 written; 2 r
+FLOPs on tensor cores. Bound by memory.
 """
 
 import torch

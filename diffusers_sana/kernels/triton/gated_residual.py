@@ -1,9 +1,9 @@
-"""Gated residual: one program takes a square of tokens and channels of one image.
+"""Gated residual: each program computes a square of tokens and channels of one image.
 
-Per element in bf16: 4 bytes read, 2 written; 2 FLOPs. Bound by memory. Each operand is loaded along the axis that is
-contiguous in it, so that hidden states which are an image with channels first are transposed on chip. The backward
-pass reads gradient and hidden states once, writes the product with the gate and leaves one partial sum of the gate's
-gradient a program; their total over the programs of an image is a second, ordered sum.
+Per element in bf16: 4 bytes read, 2 written; 2 FLOPs. Memory-bound. Each operand is loaded along its contiguous axis,
+so hidden states that are a channels-first image are transposed on chip. The backward pass reads gradient and hidden
+states once, writes the product with the gate and one partial sum per program of the gate's gradient; the partial sums
+of an image are added in a fixed order.
 """
 
 import torch
@@ -70,7 +70,7 @@ def _gated_residual_backward_kernel(
 
 
 def gated_residual_forward(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-    """`[B, N, C]`, twice, and `[B or 1, 1, C]` to `[B, N, C]`, contiguous; see the reference."""
+    """Two tensors `[B, N, C]` and a gate `[B or 1, 1, C]` to `[B, N, C]`, contiguous; see the reference."""
     batch, tokens, channels = x.shape
     out = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     gate, stride_gate = as_modulation(gate)

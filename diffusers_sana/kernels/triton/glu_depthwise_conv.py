@@ -1,19 +1,19 @@
 """SiLU, depthwise 3x3 convolution and gate: programs sweep down strips of a few columns.
 
 A strip is `COLUMNS` wide and `strip_rows` high. Its columns are separate tensors of the same threads, so that a pixel,
-once loaded and activated, serves all nine taps from registers: (COLUMNS + 2) / COLUMNS loads and activations an
-element. The strips of a program are neighbours and find their common columns in L1.
+once loaded and activated, serves all nine taps from registers: (COLUMNS + 2) / COLUMNS loads and activations per
+element. The strips of a program are adjacent and share their common columns through L1.
 
 Per bf16 output: 4 bytes read, 2 written; 18 multiply-adds and, halo included, about 6 exponentials and reciprocals.
-Their unit (16 a cycle and multiprocessor) is the next limit after memory: hence `_sigmoids`.
+Their throughput (16 per cycle and multiprocessor) is the next limit after memory, which is the reason for `_sigmoids`.
 
-The backward pass first writes the gradient of y, in the wider dtype of input and weight: in half precision half the
-traffic of fp32, and the one rounding more averages out in the sums over taps and pixels. A second kernel reads it
-beside the input and leaves the gradient of the input, and partial sums of the parameters' gradients; their total is a
-second, ordered sum.
+The backward pass first writes the gradient of y, in the wider dtype of input and weight: in half precision this halves
+the traffic of fp32, and the additional rounding averages out in the sums over taps and pixels. A second kernel reads
+it together with the input and writes the gradient of the input and partial sums of the parameters' gradients, which
+are added in a fixed order.
 """
 
-# Triton grows a tuple by a sum only, and mypy holds a tuple to its length.
+# Triton extends tuples only by addition, which mypy rejects.
 # ruff: noqa: RUF005
 # mypy: disable-error-code=assignment
 
@@ -27,7 +27,7 @@ from diffusers_sana._compat import triton_knobs
 
 
 COLUMNS = 4  # even: sigmoids are taken in pairs
-STRIPS = 4  # of a program, one a warp
+STRIPS = 4  # per program, one per warp
 BLOCK_C = 64  # two a thread
 MIN_PROGRAMS = 1024  # two rounds of what the largest GPUs hold at a time
 

@@ -1,8 +1,8 @@
-"""Guidance and solver step: one program takes a tile of channels and pixels of one image.
+"""Guidance and solver step: each program computes a tile of channels and pixels of one image.
 
-Per element of the sample, with a guided model in bf16 and a solver of order 2: 12 bytes read, 8 written; 10 FLOPs.
-Bound by memory, and for small images by the launch. A transformer's output is an image with channels last in memory,
-the sample one with channels first; each is loaded along its contiguous axis.
+Per element of the sample, with guidance, a model in bf16 and a solver of order 2: 12 bytes read, 8 written; 10 FLOPs.
+Memory-bound, and for small images bound by the launch. The output of a transformer is channels-last in memory, the
+sample channels-first; each is loaded along its contiguous axis.
 """
 
 import torch

@@ -1,6 +1,6 @@
-"""What the kernels of SVDQuant share: nibbles, e4m3 scales and small floats, by integer arithmetic.
+"""Common functions of the SVDQuant kernels: nibbles, e4m3 scales and small floats, by integer arithmetic.
 
-All of it is the same on every architecture: not all have e4m3, and none has a scalar e2m1.
+They are the same on every architecture: not all have e4m3, and none has a scalar e2m1.
 """
 
 import torch

@@ -1,18 +1,18 @@
-"""Product of low-bit matrices, transposed: a program has some output features (rows) and some tokens (columns).
+"""Product of low-bit matrices, transposed: each program computes output features (rows) of some tokens (columns).
 
-A 4-bit weight is the left operand, which tensor cores may take from registers, where it is unpacked. Packing is
-planar, so that low and high nibbles are two products with two strips of K. By the format of the activations:
+A 4-bit weight is the left operand, which tensor cores can read from registers, where it is unpacked. Packing is
+planar, so low and high nibbles are two products with two strips of K. By the format of the activations:
 
-    int4    8-bit products, 64 long; each sum is scaled by its two group scales (4 operations an output and group)
-    int8    the weight as integers of its row; one 32-bit sum over K, scaled once
-    nvfp4   block-scaled products in 4 bits where there are such; else in fp16, which holds every code times its scale
+    int4    8-bit products of length 64; each sum is scaled by its two group scales (4 operations per output and group)
+    int8    the weight as int8 with one scale per row; one 32-bit sum over K, scaled once
+    nvfp4   block-scaled products in 4 bits where supported; else in fp16, which represents every code times its scale
 
-About ten instructions make an integer of a row, as many as tensor cores need for a hundred products or more. So a
-weight becomes int8 in registers where one program has all tokens, and otherwise beforehand, in memory: a pass over the
-weight for itself, and a plain 8-bit product after it.
+Converting a weight to int8 takes about ten instructions, the time of a hundred products or more on tensor cores. So a
+weight is converted in registers if one program has all tokens, and otherwise beforehand, in memory: a separate pass
+over the weight, followed by a plain 8-bit product.
 
-The second to last step is the 16-bit branch. Its input is fp32; tensor cores round that to 11 bits, as precise as
-fp16, when the output is half.
+The second to last step is the low-rank branch. Its input is fp32; tensor cores round it to 11 bits, the precision of
+fp16, if the output is in half precision.
 """
 
 import torch
@@ -31,10 +31,10 @@ from diffusers_sana.kernels.triton.low_bit import (
 from diffusers_sana.kernels.triton.requantize_rows import multipliers, requantize, requantize_rows, row_scales
 
 
-GROUPED = 8  # blocks of tokens whose programs run together, so that they find their weights in L2
+GROUPED = 8  # blocks of tokens whose programs run together, so that they share weights through L2
 BLOCK_R = 32
-PROGRAMS = 512  # from which on larger blocks leave enough for the largest GPUs
-MAX_PACKED_TOKENS = 64  # that one program takes, so that a weight is unpacked once
+PROGRAMS = 512  # number of programs from which larger blocks still fill the largest GPUs
+MAX_PACKED_TOKENS = 64  # per program, so that a weight is unpacked once
 NVFP4_ARCHITECTURES = (100, 103, 120, 121)
 
 
@@ -43,7 +43,7 @@ def _launch_config(
 ) -> tuple[int, int, int, dict[str, int]]:
     """Output features, tokens and columns of a block; warps and stages.
 
-    Blocks are small where much else than the sums is in registers: codes to be decoded, or fp32 operands.
+    Blocks are smaller if registers also hold codes to be decoded, or fp32 operands.
     """
     block_m, block_k = min(max(16, triton.next_power_of_2(tokens)), 128), 128 if features % 128 == 0 else 64
     stages = 3 if target else 2
@@ -204,16 +204,10 @@ def _lowbit_linear_kernel(
 
 
 def lowbit_linear_forward(
-    codes: Tensor,
-    scales: Tensor,
-    low: Tensor,
-    qweight: Tensor,
-    wscales: Tensor,
-    wtscale: Tensor | None,
-    up: Tensor,
-    bias: Tensor | None,
+    codes: Tensor, scales: Tensor, low: Tensor,
+    qweight: Tensor, wscales: Tensor, wtscale: Tensor | None, up: Tensor, bias: Tensor | None,
     activation_format: str,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`[M, N]` in the dtype of `up`; see the reference."""
     (tokens, rank), (outputs, packed) = low.shape, qweight.shape
     out = up.new_empty((tokens, outputs))

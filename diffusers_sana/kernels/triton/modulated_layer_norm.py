@@ -1,8 +1,8 @@
-"""Modulated layer norm: one program takes a few rows of one image, reads each once and reduces it in registers.
+"""Modulated layer norm: each program reads a few rows of one image once and reduces them in registers.
 
-Per element in bf16: 2 bytes read, 2 written; about 8 FLOPs. Bound by memory. The backward pass reads rows and
-gradients once and leaves one partial sum of the gradients of scale and shift a program; their total over the programs
-of an image is a second, ordered sum.
+Per element in bf16: 2 bytes read, 2 written; about 8 FLOPs. Memory-bound. The backward pass reads rows and gradients
+once and writes one partial sum per program of the gradients of scale and shift; the partial sums of an image are added
+in a fixed order.
 """
 
 import torch

@@ -1,19 +1,19 @@
-"""Depthwise convolution, then a matrix for each group of channels: programs sweep down strips of one group.
+"""Depthwise convolution, then a matrix per group of channels: programs sweep down strips of one group.
 
 The strips are those of `glu_depthwise_conv`: a pixel, once loaded, serves all k x k taps from registers, and k rows of
-sums are in flight. A finished row of all strips is one matrix, times the group's matrix on tensor cores. Per bf16
-element at k = 5: 2 bytes read, 2 written; 25 multiply-adds, and G more on tensor cores. Bound by memory, narrowly.
+sums are in flight. A finished row of all strips is one matrix, which tensor cores multiply by the matrix of the group.
+Per bf16 element at k = 5: 2 bytes read, 2 written; 25 multiply-adds, and G more on tensor cores. Barely memory-bound.
 
 The depthwise sums are fp32, and rounding them before the product would be a second rounding. In half precision they
-are split into two bf16 tensors, 16 bits in all, and an fp16 matrix, exactly, into two: bf16 has the range of fp32, the
-products are exact in fp32, and what the third bf16 tensor would add is far below the rounding of the output. Otherwise
-the product is in fp32.
+are split into two bf16 tensors of 16 bits in total, and an fp16 matrix is split exactly into two: bf16 has the range
+of fp32, the products are exact in fp32, and the contribution of a third bf16 tensor is far below the rounding of the
+output. Otherwise the product is in fp32.
 
-The gradient of the input is the same in reverse, in two kernels: the transposed matrix, which writes the gradient of d
-in the wider dtype of gradient and weight, then the taps mirrored.
+The gradient of the input is the reverse, in two kernels: the transposed matrix, which writes the gradient of d in the
+wider dtype of gradient and weight, then the mirrored taps.
 """
 
-# Triton grows a tuple by a sum only, and mypy holds a tuple to its length.
+# Triton extends tuples only by addition, which mypy rejects.
 # ruff: noqa: RUF005
 # mypy: disable-error-code=assignment
 
@@ -29,7 +29,7 @@ COLUMNS = 4  # joined in pairs below
 
 
 def _launch_config(group_size: int) -> tuple[int, int]:
-    """Strips of a program, and its warps: two channels a thread."""
+    """Strips and warps of a program: two channels per thread."""
     return 256 // group_size, 4
 
 

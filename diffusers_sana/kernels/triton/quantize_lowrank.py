@@ -1,11 +1,11 @@
-"""Quantization and down projection: a program reads some rows once, in blocks along K, for both.
+"""Quantization and down projection: each program reads a few rows once, in blocks along K, for both.
 
-One scale a token (int8) needs the row's largest magnitude first: a second pass over the rows, which are still in L2.
-Per bf16 element: 2 bytes read, 1 or 1/2 written; 2 r FLOPs on tensor cores. Bound by memory at r = 32. Each program
-reads the whole projection, from L2.
+One scale per token (int8) needs the largest magnitude of the row first: a second pass over the rows, which are still
+in L2. Per bf16 element: 2 bytes read, 1 or 1/2 written; 2 r FLOPs on tensor cores. Memory-bound at r = 32. Each
+program reads the whole projection from L2.
 
-Products are with reciprocals of smoothing factors and scales: a number that lies between two codes to the last digit
-may get the other one than from a division.
+Smoothing factors and scales are applied as reciprocals. A number exactly half way between two codes may be rounded
+differently than by a division.
 """
 
 import torch

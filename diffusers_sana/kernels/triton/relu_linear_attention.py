@@ -1,18 +1,20 @@
-"""ReLU linear attention in two passes: keys and values into one state a head, then queries through that state.
+"""ReLU linear attention in two passes: keys and values to one state per head, then queries times that state.
 
 With R = relu(q), P = relu(k): state S = sum_j P_j v_j^T and key sum z = sum_j P_j; out = R S / (R . z + eps). A
-program goes over some rows of one head. Its neighbours have the neighbouring heads, so that the pieces of a row, 64
-bytes each for 32 channels in bf16, are read at about the same time. Per element of a half tensor: 2 bytes read from
-each of q, k and v, 2 written; about 8 D FLOPs. Bound by memory at D = 32.
+program processes a range of rows of one head. Adjacent programs process adjacent heads, so that the pieces of a row,
+64 bytes each for 32 channels in bf16, are read at about the same time. Per element in half precision: 2 bytes read
+from each of q, k and v, 2 written; about 8 D FLOPs. Memory-bound at D = 32.
 
-Half products are exact in fp32, so S is a sum of half matrix products. S itself stays fp32: beside a half operand it
-is a sum of half matrices, see `_split`, which is as exact as fp32 and faster.
+Products of half-precision numbers are exact in fp32, so S is a sum of half-precision matrix products. S itself stays
+fp32: for a product with a half-precision operand it is split into half-precision matrices, see `_split`, which is as
+accurate as fp32 and faster.
 
 Backward, with dO the gradient of the output and t = S dO: dq = (t - z (R . t) / den) / den where q > 0. The sums over
-queries dS = sum_i R_i dO_i^T / den_i and dz = -sum_i R_i (R_i . t_i) / den_i^2 make a second state a head, through
-which go keys and values: dv = P dS; dk = dS v + dz where k > 0.
+queries dS = sum_i R_i dO_i^T / den_i and dz = -sum_i R_i (R_i . t_i) / den_i^2 form a second state per head, which
+is applied to keys and values: dv = P dS; dk = dS v + dz where k > 0.
 
-A state is `[D + 1, D]`, the last row for z. Splits of the rows leave one partial state each, summed in their order.
+A state is `[D + 1, D]`, the last row for z. Each split of the rows gives one partial state; they are added in a fixed
+order.
 
 Legend: B batch, N tokens, H heads, D head_dim.
 """
@@ -249,7 +251,7 @@ def _reduce(partials: Tensor) -> Tensor:
     return partials if partials.shape[0] <= MAX_FOLDED else partials.sum(dim=0, keepdim=True)
 
 
-def relu_linear_attention_state(key: Tensor, value: Tensor) -> Tensor:
+def _partial_states(key: Tensor, value: Tensor) -> Tensor:
     """Partial states `[splits, B, H, D + 1, D]` in fp32, contiguous; their sum is the state."""
     key, value = _readable(key), _readable(value)
     batch, tokens, heads, head_dim = key.shape
@@ -264,9 +266,7 @@ def relu_linear_attention_state(key: Tensor, value: Tensor) -> Tensor:
     return _reduce(partials)
 
 
-def relu_linear_attention_apply(
-    query: Tensor, partials: Tensor, dtype: torch.dtype, eps: float
-) -> tuple[Tensor, Tensor]:
+def _apply_states(query: Tensor, partials: Tensor, dtype: torch.dtype, eps: float) -> tuple[Tensor, Tensor]:
     """Output `[B, N, H, D]` in `dtype` and states `[B, H, D + 1, D]`, of at most `MAX_FOLDED` partial states."""
     query = _readable(query)
     batch, tokens, heads, head_dim = query.shape
@@ -283,7 +283,17 @@ def relu_linear_attention_apply(
 
 def relu_linear_attention_forward(query: Tensor, key: Tensor, value: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Output `[B, N, H, D]` and states `[B, H, D + 1, D]` in fp32, both contiguous; see the reference."""
-    return relu_linear_attention_apply(query, relu_linear_attention_state(key, value), value.dtype, eps)
+    return _apply_states(query, _partial_states(key, value), value.dtype, eps)
+
+
+def relu_linear_attention_state(key: Tensor, value: Tensor) -> Tensor:
+    """States `[B, H, D + 1, D]` in fp32."""
+    return _partial_states(key, value).sum(dim=0)
+
+
+def relu_linear_attention_apply(query: Tensor, state: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+    """Output `[B, N, H, D]` in `dtype` for given states."""
+    return _apply_states(query, state[None], dtype, eps)[0]
 
 
 def relu_linear_attention_backward(

@@ -1,6 +1,6 @@
-"""A 4-bit weight as int8 with one scale a row: for `lowbit_linear`, in its registers or before it.
+"""A 4-bit weight as int8 with one scale per row: for `lowbit_linear`, in its registers or before it.
 
-A program makes a few rows. Per element: 1/2 byte read, 1 written. Bound by memory.
+Each program converts a few rows. Per element: 1/2 byte read, 1 written. Memory-bound.
 """
 
 import torch
@@ -79,7 +79,7 @@ def _requantize_kernel(
 
 
 def requantize_rows(qweight: Tensor, wscales: Tensor, wtscale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A 4-bit weight as int8 `[N, Kp]` with one scale a row, fp32 `[N]`; see the reference in `kernels/low_bit.py`."""
+    """A 4-bit weight as int8 `[N, Kp]` with one scale per row, fp32 `[N]`; see `requantize_rows` in `low_bit.py`."""
     outputs, features = qweight.shape[0], 2 * qweight.shape[1]
     weight = qweight.new_empty((outputs, features), dtype=torch.int8)
     rows = qweight.new_empty((outputs,), dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""RMS norm of rows: one program reads a few rows once, reduces them in registers and writes them once.
+"""RMS norm of rows: each program reads a few rows once, reduces them in registers and writes them once.
 
-Per element of a bf16 row: 2 bytes read, 2 written, and 2 more for the residual; about 6 FLOPs. Bound by memory. The
-backward pass leaves one partial sum of the parameters' gradients a program; their total is a second, ordered sum.
+Per element of a bf16 row: 2 bytes read, 2 written, and 2 more for the residual; about 6 FLOPs. Memory-bound. The
+backward pass writes one partial sum per program of the parameters' gradients; they are added in a fixed order.
 """
 
 import torch
@@ -13,7 +13,7 @@ from diffusers_sana.kernels.triton.rows import MAX_PARTIALS, as_rows
 
 
 def _launch_config(channels: int) -> tuple[int, int, int]:
-    """Rows and channels of a block, and warps: 4096 elements a program, 16 elements a thread at most."""
+    """Rows and channels of a block, and warps: at most 4096 elements per program, 16 per thread."""
     block_c = triton.next_power_of_2(channels)
     block_r = max(1, 4096 // block_c)
     return block_r, block_c, min(max(block_r * block_c // 512, 4), 16)

@@ -1,9 +1,9 @@
-"""What the kernels over rows share."""
+"""Common functions of the kernels over rows."""
 
 from torch import Tensor
 
 
-# Programs of a backward pass that leave a partial sum: about four for each multiprocessor of the largest GPUs.
+# Programs of a backward pass that write a partial sum: about four per multiprocessor of the largest GPUs.
 MAX_PARTIALS = 512
 
 

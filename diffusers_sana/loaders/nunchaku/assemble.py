@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from diffusers_sana.kernels.low_bit import precision_of
 from diffusers_sana.loaders.nunchaku.layers import Source, UnpackedLayer
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import QuantizedWeight
+from diffusers_sana.quantizers.svdquant.api import mark_quantized
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.integrations.diffusers import attach
-from diffusers_sana.quantizers.svdquant.quantize_model import replace_layer
+from diffusers_sana.quantizers.svdquant.layers.linear import replace_layer
 from diffusers_sana.quantizers.svdquant.targets import as_patterns
 
 
@@ -131,7 +131,7 @@ def fill_model(model: nn.Module, conversion: Conversion, state: Mapping[str, Ten
         modules=as_patterns(modes, model),
     )
     for name, item in conversion.layers.items():
-        replace_layer(model, name, item, modes[name], config)
+        replace_layer(model, name, item, modes[name], config.compute_mode)
     model.load_state_dict(state, strict=True, assign=True)
     model.eval()
-    attach(model, config)
+    mark_quantized(model, config)

@@ -20,9 +20,32 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class QuantizationMethod(StrEnum):
-    """The name under which both libraries know us; they read `.value` of it."""
+    """The name under which both libraries register the method; they read its `.value`."""
 
     SVDQUANT = "svdquant"
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """How one layer is quantized; the fields are those of `SVDQuantConfig`, and `quantize_activations`.
+
+    Attributes:
+        quantize_activations: whether the layer may compute with quantized activations ("w4a4"), which decides how
+            smoothing factors are scored.
+    """
+
+    precision: str = "int4"
+    rank: int = 32
+    smoothing: str = "search"
+    refinements: int = 2
+    gptq: bool = False
+    seed: int = 0
+    quantize_activations: bool = True
+
+    @property
+    def uses_hessian(self) -> bool:
+        """Whether calibration has to collect the products of inputs."""
+        return self.gptq or (self.rank > 0 and self.refinements > 0)
 
 
 @dataclass(repr=False)
@@ -30,20 +53,20 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
     """Options of SVDQuant, for `quantization_config=` and `PipelineQuantizationConfig`, in both libraries.
 
     Args:
-        precision: "int4" (integers, a scale for 64 weights) or "nvfp4" (e2m1, an e4m3 scale for 16).
-        rank: of the 16-bit branch; 0 for none.
-        smoothing: "search" the exponent of the smoothing factors layer by layer, or "none".
-        refinements: how often the branch is fitted again to what rounding left over, with calibration prompts for
-            the inputs that the layer had; each costs an SVD.
+        precision: "int4" (integers, one scale per 64 weights) or "nvfp4" (e2m1, one e4m3 scale per 16).
+        rank: of the 16-bit low-rank branch; 0 for none.
+        smoothing: "search" the exponent of the smoothing factors per layer, or "none".
+        refinements: how many times the branch is refitted to the rounding error, with calibration prompts weighted by
+            the inputs of the layer; each costs an SVD.
         gptq: round the residual with second-order error compensation; needs calibration prompts.
-        compute_mode: how layers compute: "w4a4", "w4a8", "w4a16", or "auto" for what the device is best at.
+        compute_mode: how layers compute: "w4a4", "w4a8", "w4a16", or "auto" for the fastest on the device.
         modules: which layers to quantize: patterns of module names to "w4a4" (activations may be quantized) or
-            "w4a16" (activations stay 16 bit). None: chosen by name, see `targets.py`. A saved model lists its own.
-        modules_to_not_convert: patterns of module names to leave as they are.
+            "w4a16" (activations stay 16 bit). None: chosen by name, see `targets.py`. A saved model lists its layers.
+        modules_to_not_convert: patterns of module names to leave in 16 bit.
         seed: of the randomized SVD.
-        layout: of the stored tensors. Other runtimes use the name `svdquant` for layouts of their own.
-        dtype: of scales, low-rank branch and all that is not quantized, such as "bfloat16". A saved model has it, and
-            is loaded in it unless another dtype is asked for. None: as the library decides.
+        layout: of the stored tensors. Other runtimes use the name `svdquant` for different layouts.
+        dtype: of scales, low-rank branch and all that is not quantized, such as "bfloat16". It is recorded in a saved
+            model, which is loaded in it unless another dtype is passed. None: as the library decides.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -64,12 +87,12 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
 
     def __post_init__(self) -> None:
         if self.layout not in (None, LAYOUT):
-            is_ours = str(self.layout).startswith(f"{LAYOUT.partition('/')[0]}/")
+            is_newer = str(self.layout).startswith(f"{LAYOUT.partition('/')[0]}/")
             raise ValueError(
                 f"`layout` must be {LAYOUT!r}, got {self.layout!r}. "
                 + (
                     "Upgrade diffusers_sana."
-                    if is_ours
+                    if is_newer
                     else "The model was quantized by another runtime: load it there."
                 )
             )
@@ -102,28 +125,40 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
             if mode not in ("w4a4", "w4a16"):
                 raise ValueError(f'`modules[{pattern!r}]` must be "w4a4" or "w4a16", got {mode!r}.')
 
+    def for_layer(self, mode: str) -> LayerConfig:
+        """How a layer of mode "w4a4" or "w4a16" is quantized. Layers with 16-bit activations are always int4."""
+        return LayerConfig(
+            precision=self.precision if mode == "w4a4" else "int4",
+            rank=self.rank,
+            smoothing=self.smoothing,
+            refinements=self.refinements,
+            gptq=self.gptq and mode == "w4a4",
+            seed=self.seed,
+            quantize_activations=mode == "w4a4",
+        )
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """A config from `to_dict`'s output. Fields that this version does not know are left out with a warning.
+        """A config from the output of `to_dict`. Fields that this version does not know are ignored with a warning.
 
-        With `return_unused_kwargs` also the keyword arguments that are no fields.
+        With `return_unused_kwargs` also returns the keyword arguments that are not fields.
         """
         known = {item.name for item in fields(cls) if item.init}
-        given = config_dict | {key: value for key, value in kwargs.items() if key in known}
-        if "layout" not in given and "quant_method" in given and "modules" not in given:
-            given["layout"] = None  # all that we saved has one of them
+        values = config_dict | {key: value for key, value in kwargs.items() if key in known}
+        if "layout" not in values and "quant_method" in values and "modules" not in values:
+            values["layout"] = None  # every config that we saved has one of them
         if unknown := sorted(key for key in config_dict.keys() - known - {"quant_method"} if not key.startswith("_")):
             logger.warning(f"SVDQuantConfig does not know {unknown} and ignores them.")
-        config = cls(**{key: value for key, value in given.items() if key in known})
+        config = cls(**{key: value for key, value in values.items() if key in known})
         unused = {key: value for key, value in kwargs.items() if key not in known}
         return (config, unused) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, in JSON's types."""
+        """All fields, in JSON types."""
         return asdict(self) | {"quant_method": self.quant_method.value}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What differs from the defaults."""
+        """The fields that differ from the defaults."""
         defaults = SVDQuantConfig().to_dict()
         kept = ("quant_method", "layout")
         return {key: value for key, value in self.to_dict().items() if key in kept or value != defaults[key]}

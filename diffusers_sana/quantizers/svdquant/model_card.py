@@ -1,11 +1,11 @@
-"""The README.md of a quantized folder: how to load it, and what is known about it."""
+"""The README.md of a quantized folder: how to load it, and how it was quantized."""
 
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
-from diffusers_sana.quantizers.svdquant.report import PICTURE_FILE, QuantizationReport
+from diffusers_sana.quantizers.svdquant.report import PLOT_FILE, QuantizationReport
 
 
 TEXT = """# {title}
@@ -31,14 +31,14 @@ from {library} import {cls}
 def model_card(
     report: QuantizationReport, cls: type, *, name: str, dtype: str, base_model: str | None = None
 ) -> ModelCard:
-    """The card.
+    """The model card of a quantized pipeline or model.
 
     Args:
         report: of the quantization.
-        cls: of the pipeline or the model.
+        cls: class of the pipeline or the model.
         name: of the folder.
-        dtype: of what is not quantized, such as "bfloat16".
-        base_model: Hub id of the original, None if it is not known.
+        dtype: of all that is not quantized, such as "bfloat16".
+        base_model: Hub id of the original, None if unknown.
     """
     library = cls.__module__.split(".")[0]
     if library not in ("diffusers", "diffusers_sana", "transformers"):
@@ -74,7 +74,7 @@ def model_card(
 
 
 def save_card(card: ModelCard, folder: Path) -> None:
-    """Writes README.md, with the picture of the errors where there is one."""
-    if (folder / PICTURE_FILE).exists():
-        card.text += f"\n![Error of each layer's output]({PICTURE_FILE})\n"
+    """Writes README.md, with the plot of the errors if there is one."""
+    if (folder / PLOT_FILE).exists():
+        card.text += f"\n![Error of each layer's output]({PLOT_FILE})\n"
     card.save(folder / "README.md")

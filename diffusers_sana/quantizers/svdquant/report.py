@@ -1,4 +1,4 @@
-"""What a quantization says about itself: layer by layer as JSON and as a picture, and as a model card."""
+"""The report of a quantization: errors per layer, as JSON and as a plot."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -16,24 +16,24 @@ from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 logger = logging.get_logger(__name__)
 
 JSON_FILE = "quantization_report.json"
-PICTURE_FILE = "quantization_report.png"
-WORST = 3  # layers that the summary names
+PLOT_FILE = "quantization_report.png"
+NUM_WORST = 3  # layers that the summary names
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """How one layer came through.
+    """The result of one layer.
 
     Attributes:
-        layer: its name, after that of the component.
+        layer: name of the component, a dot, and name of the layer.
         shape: (N, K).
         mode: "w4a4" or "w4a16".
         precision: "int4" or "nvfp4".
         exponents: of the smoothing, see `decompose.py`.
-        error: relative error of its output in that mode, for sample inputs.
+        error: relative error of the output in that mode, for sample inputs.
         naive_error: the same for plain rounding of weight and activations.
-        bytes: of the quantized weight.
-        original_bytes: of the weight before.
+        bytes: size of the quantized weight.
+        original_bytes: size of the original weight.
     """
 
     layer: str
@@ -48,7 +48,7 @@ class LayerResult:
 
     @classmethod
     def of(cls, layer: str, mode: str, weight: QuantizedWeight, report: LayerReport) -> "LayerResult":
-        """From what `decompose` returned."""
+        """From the output of `decompose`."""
         shape = weight.qweight.shape[0], weight.smooth_factor.shape[0]
         size = sum(tensor.nbytes for tensor in weight.tensors().values())
         original = shape[0] * shape[1] * weight.proj_up.element_size()
@@ -60,9 +60,9 @@ class QuantizationReport:
     """The result of `quantize`.
 
     Attributes:
-        config: with the layers it was applied to.
-        layers: one by one, in the model's order.
-        prompts: how many prompts calibrated it; 0 for none.
+        config: with the layers that were quantized.
+        layers: the results in the order of the model.
+        prompts: number of calibration prompts; 0 for none.
     """
 
     config: SVDQuantConfig
@@ -80,24 +80,24 @@ class QuantizationReport:
         }
         (folder / JSON_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         if find_spec("matplotlib"):
-            _draw(self.layers, folder / PICTURE_FILE)
+            _plot(self.layers, folder / PLOT_FILE)
         else:
-            logger.info(f"{PICTURE_FILE} is left out: matplotlib is not installed.")
+            logger.info(f"{PLOT_FILE} is left out: matplotlib is not installed.")
 
     @property
     def sizes(self) -> str:
-        """Bytes of the layers, before and after."""
+        """Bytes of the layers before and after, in a line."""
         before, after = (sum(getattr(layer, key) for layer in self.layers) for key in ("original_bytes", "bytes"))
         return f"{_size(before)} before, {_size(after)} after"
 
     @property
     def errors(self) -> str:
-        """A layer's error, in a line."""
+        """The median error of a layer, in a line."""
         error, naive = (median(getattr(layer, key) for layer in self.layers) for key in ("error", "naive_error"))
         return f"median {error:.3f}, {naive:.3f} with plain rounding"
 
     def __str__(self) -> str:
-        worst = sorted(self.layers, key=lambda layer: layer.error, reverse=True)[:WORST]
+        worst = sorted(self.layers, key=lambda layer: layer.error, reverse=True)[:NUM_WORST]
         calibration = f"{self.prompts} prompts" if self.prompts else "no prompts"
         return (
             f"{len(self.layers)} layers in {self.config.precision}, rank {self.config.rank}, {calibration}\n"
@@ -115,8 +115,8 @@ def _size(count: float) -> str:
     return f"{count:.4g} GiB"
 
 
-def _draw(layers: list[LayerResult], path: Path) -> None:
-    """Two bars a layer."""
+def _plot(layers: list[LayerResult], path: Path) -> None:
+    """Two bars per layer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # heavy, and not always there
     from matplotlib.figure import Figure
 

@@ -1,22 +1,23 @@
-"""Which layers of a model are quantized, by class and name: no model is known here by its class.
+"""Which layers of a model are quantized. They are matched by name and class, so no model-specific code is needed.
 
 A target is a linear layer or an ungrouped 1x1 convolution inside a repeated block (a numbered child of a list), where
-nearly all the weights are. The ends of a model, embeddings and output layers, stay 16 bit: they are small, and errors
-there reach everything.
+nearly all weights are. Embeddings and output layers stay in 16 bit: they are small, and their errors affect the whole
+output.
 
-    w4a16   adaLN projections, in the blocks or shared by them: they see one row a sample
-            keys and values of cross-attention: their input is the text, once a prompt
-    16 bit  everything in a convolutional residual block, and the ends of a U-Net's attention stages
-    w4a4    all others in the blocks
+    w4a16   adaLN projections, in the blocks or shared by them: they process one row per image
+            keys and values of cross-attention: their input is the text, processed once per prompt
+    16 bit  everything in a convolutional residual block, and the input and output layers of a U-Net's attention stages
+    w4a4    all other layers in the blocks
 
-Where 16-bit activations cost nothing, activations are left alone. So they are in text encoders, which run once a
-prompt and have outliers that 4 bits do not hold: everything there is w4a16.
+Activations stay in 16 bit where that costs nothing. This includes text encoders, which run once per prompt and have
+outliers that 4 bits cannot represent: all their layers are w4a16.
 
-A model may publish `_svdquant_modules`, a dictionary like `SVDQuantConfig.modules`, to say so itself.
+A model may publish `_svdquant_modules`, a dictionary like `SVDQuantConfig.modules`, to override these rules.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import cast
 
@@ -25,19 +26,18 @@ from torch import Tensor, nn
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 
 
-IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")
+IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 ADALN = re.compile(r"(^|\.)(norm\w*\.linear|(img|txt)_mod\.\d+|adaLN_modulation\.\d+|\w*modulation\w*\.(linear|lin))$")
 SHARED_ADALN = re.compile(r"^(time_embed|adaln_single)\.linear$")  # of Sana and of PixArt
-OF_THE_TEXT = re.compile(r"(^|\.)attn2\.(to_k|to_v|add_k_proj|add_v_proj)$")
-KEPT = re.compile(r"(^|\.)((resnets|upsamplers|downsamplers|embeddings?)\.|attentions\.\d+\.proj_(in|out)$)")
-# Layers that share their input: what they are quantized with is chosen for all of them together. The queries of
-# cross-attention have an input of their own.
+CROSS_ATTENTION_TEXT = re.compile(r"(^|\.)attn2\.(to_k|to_v|add_k_proj|add_v_proj)$")
+IN_16_BIT = re.compile(r"(^|\.)((resnets|upsamplers|downsamplers|embeddings?)\.|attentions\.\d+\.proj_(in|out)$)")
+# Layers that share their input, and so their smoothing factors. The queries of cross-attention have a different input.
 SIBLINGS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"), ("q_proj", "k_proj", "v_proj"))
 CROSS_SIBLINGS = (("to_k", "to_v"), ("add_k_proj", "add_v_proj"))
 
 
 def is_quantizable(module: nn.Module) -> bool:
-    """Whether it is a linear layer or an ungrouped 1x1 convolution, of the stock class or derived from it."""
+    """Whether a module is a linear layer or an ungrouped 1x1 convolution, of the stock class or a subclass."""
     if isinstance(module, nn.Linear):
         return not hasattr(module, "qweight")
     return (
@@ -51,27 +51,27 @@ def is_quantizable(module: nn.Module) -> bool:
 
 
 def default_mode(name: str) -> str | None:
-    """What the rules above say of a layer of that name: "w4a4", "w4a16", or None to leave it."""
+    """The mode that the rules above assign to a layer name: "w4a4", "w4a16", or None for 16 bit."""
     if SHARED_ADALN.search(name):
         return "w4a16"
-    if not IN_A_BLOCK.search(name) or KEPT.search(name):
+    if not IN_BLOCK.search(name) or IN_16_BIT.search(name):
         return None
-    return "w4a16" if ADALN.search(name) or OF_THE_TEXT.search(name) else "w4a4"
+    return "w4a16" if ADALN.search(name) or CROSS_ATTENTION_TEXT.search(name) else "w4a4"
 
 
 def find_targets(model: nn.Module, config: SVDQuantConfig) -> dict[str, str]:
-    """The layers to quantize, by name in the model's order, each with "w4a4" or "w4a16".
+    """The layers to quantize, by name in the order of the model, each with "w4a4" or "w4a16".
 
     Works on the meta device.
 
     Raises:
-        ValueError: a pattern that matches no layer, a rank above what a layer can have, or no layer at all.
+        ValueError: a pattern that matches no layer, a rank above the smaller side of a layer, or no layer to quantize.
     """
     candidates = {name: module for name, module in model.named_modules() if is_quantizable(module)}
     patterns = config.modules or getattr(model, "_svdquant_modules", None)
     if patterns is None:
         modes = {name: default_mode(name) for name in candidates}
-        if hasattr(model, "get_input_embeddings"):  # of tokens: a model of transformers
+        if hasattr(model, "get_input_embeddings"):  # a model of transformers
             modes = {name: mode and "w4a16" for name, mode in modes.items()}
     else:
         _check_patterns("modules", patterns, candidates, fnmatchcase)
@@ -88,11 +88,11 @@ def find_targets(model: nn.Module, config: SVDQuantConfig) -> dict[str, str]:
             f"convolutions; it has {len(candidates)}, among them {sorted(candidates)[:3]}."
         )
     for name in targets:
-        most = min(weight_shape(candidates[name]))
-        if config.rank > most:
+        max_rank = min(weight_shape(candidates[name]))
+        if config.rank > max_rank:
             raise ValueError(
-                f"`rank` must be at most {most}, the smaller side of layer {name!r}, got {config.rank}. Lower it, or "
-                "leave the layer out with `modules_to_not_convert`."
+                f"`rank` must be at most {max_rank}, the smaller side of layer {name!r}, got {config.rank}. Lower it, "
+                "or leave the layer out with `modules_to_not_convert`."
             )
     return targets
 
@@ -104,7 +104,7 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def as_patterns(targets: dict[str, str], model: nn.Module) -> dict[str, str]:
-    """`SVDQuantConfig.modules` for these targets, short: `*` for the number of a block where that says the same."""
+    """`SVDQuantConfig.modules` for these targets, in short form: `*` for a block number where all blocks agree."""
     candidates = [
         name for name, module in model.named_modules() if is_quantizable(module) or hasattr(module, "qweight")
     ]
@@ -117,7 +117,7 @@ def as_patterns(targets: dict[str, str], model: nn.Module) -> dict[str, str]:
 
 
 def sibling_groups(targets: Mapping[str, str]) -> list[list[str]]:
-    """The names of targets in groups that share their input and their mode; most groups have one member."""
+    """The names of targets, grouped by shared input and mode; most groups have one member."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, mode in targets.items():
         parent, _, leaf = name.rpartition(".")
@@ -128,8 +128,50 @@ def sibling_groups(targets: Mapping[str, str]) -> list[list[str]]:
     return list(groups.values())
 
 
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers of a model that share their input. They share smoothing factors, so they are decomposed together.
+
+    Attributes:
+        component: name of the model in its pipeline.
+        model: holds the layers.
+        names: of the layers in the model.
+        mode: "w4a4" or "w4a16".
+    """
+
+    component: str
+    model: nn.Module
+    names: list[str]
+    mode: str
+
+    @property
+    def keys(self) -> list[str]:
+        """The names of the layers, unique in the pipeline."""
+        return [f"{self.component}.{name}" for name in self.names]
+
+    @property
+    def key(self) -> str:
+        """The name of the group: that of its first layer."""
+        return self.keys[0]
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers."""
+        return [self.model.get_submodule(name) for name in self.names]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Their weights, `[N, K]`, without gradient."""
+        return [cast(Tensor, layer.weight).detach().flatten(1) for layer in self.layers]
+
+
+def layer_groups(component: str, model: nn.Module, targets: Mapping[str, str]) -> list[LayerGroup]:
+    """The targets of a model in groups that share their input."""
+    return [LayerGroup(component, model, names, targets[names[0]]) for names in sibling_groups(targets)]
+
+
 def _is_in(name: str, pattern: str) -> bool:
-    """Whether a module is meant by a pattern: the module itself, one inside it, or one so named anywhere."""
+    """Whether a pattern selects a module: by its name, by that of a parent, or by one component of its name."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") or pattern in name.split(".")
 
 
@@ -141,5 +183,5 @@ def _check_patterns(
         if not any(matches(name, pattern) for name in names):
             raise ValueError(
                 f"`{argument}` must name layers of the model; {pattern!r} matches none. Names look like "
-                f"{[name for name in names if IN_A_BLOCK.search(name)][:3]}; `*` stands for anything."
+                f"{[name for name in names if IN_BLOCK.search(name)][:3]}; `*` stands for anything."
             )

@@ -1,12 +1,12 @@
-"""The folder of a quantization that is under way: what is done stays done when it is cut off.
+"""The folder of a quantization in progress: finished layers survive an interruption.
 
-    run.json                    what is being made, from what
-    layers/NAME.safetensors     finished layers, their report in the header
+    run.json                    what is quantized, and how
+    layers/NAME.safetensors     finished layers, with their report in the header
     statistics/NAME.safetensors of calibration, for layers that are not finished
-    model/                      being written; it is moved to its own place when it is whole
+    model/                      the result while it is written; moved to its place when complete
     lock                        held by the process that works on it
 
-Each file is written under another name and then renamed, so that none is ever half there.
+Each file is written under another name and then renamed, so that no file is ever incomplete.
 """
 
 import hashlib
@@ -29,18 +29,20 @@ from diffusers_sana.quantizers.svdquant.algorithm.decompose import LayerReport, 
 from diffusers_sana.quantizers.svdquant.calibrate import Statistics
 
 
-DIGESTED = 4096  # elements of each tensor that tell one model from another
+DIGEST_ELEMENTS = 4096  # of each tensor, by which models are compared
 
 
 class UnfinishedRun:
-    """Opens the folder of a run, or begins it. One process has it at a time, until `finish` or `close`.
+    """Opens the folder of a run, or creates it. Only one process can have it open, until `finish` or `close`.
+
+    A context manager that closes it.
 
     Args:
-        target: where the finished model will be; the run's own folder is beside it, with `.unfinished` at its end.
-        description: what is being made, from what; of JSON's types.
+        target: folder of the finished model; the run's folder is beside it and has the suffix `.unfinished`.
+        description: what is quantized, and how; of JSON types.
 
     Raises:
-        ValueError: a `target` with something in it, or a run of another description; says what differs.
+        ValueError: a `target` that is not empty, or a run with another description; says what differs.
         RuntimeError: another process works on it.
         OSError: the folder cannot be written to.
     """
@@ -80,12 +82,18 @@ class UnfinishedRun:
             )
 
     def close(self) -> None:
-        """Lets other processes work on it. What is there stays."""
+        """Lets other processes work on it. The files stay."""
         self._lock.close()
+
+    def __enter__(self) -> "UnfinishedRun":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Errors of writing, such as a full disk, become one OSError that says what to do."""
+        """Turns errors of writing, such as a full disk, into one OSError that says what to do."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -109,21 +117,21 @@ class UnfinishedRun:
         return finished
 
     def save_layer(self, name: str, weight: QuantizedWeight, report: LayerReport) -> None:
-        """Keeps a finished layer."""
+        """Saves a finished layer."""
         tensors = {key: value.detach().cpu().contiguous() for key, value in weight.tensors().items()}
         metadata = {"report": json.dumps(report._asdict())}
         self._write(self.path / "layers" / f"{name}.safetensors", lambda path: save_file(tensors, path, metadata))
 
     def statistics(self) -> dict[str, Path]:
-        """The files of the statistics that are there, by layer."""
+        """The files of the saved statistics, by layer."""
         return {path.stem: path for path in sorted((self.path / "statistics").glob("*.safetensors"))}
 
     def load_statistics(self, name: str) -> Statistics:
-        """Those of a layer."""
+        """The statistics of a layer."""
         return Statistics(**_read(self.statistics()[name])[0])
 
     def save_statistics(self, name: str, statistics: Statistics) -> None:
-        """Keeps the statistics of a layer."""
+        """Saves the statistics of a layer."""
         path = self.path / "statistics" / f"{name}.safetensors"
         self._write(path, lambda path: save_file(statistics.tensors(), path))
 
@@ -132,14 +140,14 @@ class UnfinishedRun:
         (self.path / "statistics" / f"{name}.safetensors").unlink(missing_ok=True)
 
     def new_model_folder(self) -> Path:
-        """An empty folder to write the finished model into."""
+        """An empty folder for the finished model."""
         path = self.path / "model"
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
         return path
 
     def finish(self) -> None:
-        """Moves the model to its place and deletes the run."""
+        """Moves the model to its place and deletes the run's folder."""
         if self.target.exists():
             self.target.rmdir()
         os.replace(self.path / "model", self.target)
@@ -148,9 +156,9 @@ class UnfinishedRun:
 
 
 def settings_digest(component: Any) -> str:
-    """A short name of what a scheduler, a tokenizer or a model is set to, without its weights.
+    """A digest of the settings of a scheduler, a tokenizer or a model, without its weights.
 
-    What a tokenizer keeps of its last call does not count, nor where a component was loaded from.
+    Ignores what a tokenizer keeps of its last call, and where a component was loaded from.
     """
     config: Any = getattr(component, "config", None)
     if hasattr(component, "backend_tokenizer"):
@@ -164,16 +172,16 @@ def settings_digest(component: Any) -> str:
 
 
 def digest(model: nn.Module) -> str:
-    """A short name of a model's weights, from names, shapes and a part of the elements of all tensors."""
+    """A digest of a model's weights, from names, shapes and a part of the elements of all tensors."""
     result = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        some = tensor.detach().flatten()[:: max(1, tensor.numel() // DIGESTED)].cpu().contiguous()
-        result.update(some.view(torch.uint8).numpy().tobytes())
+        elements = tensor.detach().flatten()[:: max(1, tensor.numel() // DIGEST_ELEMENTS)].cpu().contiguous()
+        result.update(elements.view(torch.uint8).numpy().tobytes())
     return result.hexdigest()
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
-        # Copies, because memory of files is not aligned as other memory is, and products round differently there.
+        # Copies, because file mappings are aligned differently from other memory, which changes how products round.
         return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from diffusers_sana.loaders.nunchaku.lite import WEIGHTS, export_nunchaku_lite, load_nunchaku_lite
 from diffusers_sana.loaders.nunchaku.load import load_nunchaku
+from diffusers_sana.quantizers.svdquant.api import quantize
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
-from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers
 from tests.loaders.nunchaku import nunchaku_files as files
 from tests.numerics import relative_error
 
@@ -27,7 +27,7 @@ DTYPE = torch.bfloat16
 def quantized(precision="int4", model=None, dtype=DTYPE, **options):
     model = (model or files.flux(2, 64, num_layers=1)).to(dtype)
     config = SVDQuantConfig(precision=precision, **{"rank": 20, "smoothing": "none", **options})
-    quantize_layers(model, config, progress=False)
+    quantize(model, config, progress=False)
     return model
 
 

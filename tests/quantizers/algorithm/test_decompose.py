@@ -7,8 +7,9 @@ from diffusers_sana.kernels.dequantize_weight import dequantize_weight_reference
 from diffusers_sana.kernels.lowbit_linear import lowbit_linear_reference
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank_reference
 from diffusers_sana.quantizers.svdquant.algorithm import decompose as module
-from diffusers_sana.quantizers.svdquant.algorithm.decompose import Options, decompose
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
 from diffusers_sana.quantizers.svdquant.algorithm.randomized_svd import randomized_svd
+from diffusers_sana.quantizers.svdquant.config import LayerConfig
 from tests.numerics import assert_close_fp32, relative_error
 
 
@@ -33,7 +34,7 @@ def w4a4(x, item, precision):
 def test_outliers_at_the_size_of_a_real_layer():
     # A plain rank-32 branch with exponents 1/2 leaves .053 of the output, and .039 with 16-bit activations.
     x, weight = outliers(2048, 3072, 1024)
-    (item,), (report,) = decompose([weight], Options(), inputs=x)
+    (item,), (report,) = decompose([weight], LayerConfig(), inputs=x)
     target = x @ weight.t()
     error = relative_error(w4a4(x, item, "int4"), target)
     assert error < 0.053
@@ -46,7 +47,7 @@ def test_outliers_at_the_size_of_a_real_layer():
 def test_smoothing_and_branch_need_each_other(precision):
     x, weight = outliers(256, 1024, 512, channels=16)
     errors = {
-        (rank, smoothing): decompose([weight], Options(precision, rank, smoothing), inputs=x)[1][0].error
+        (rank, smoothing): decompose([weight], LayerConfig(precision, rank, smoothing), inputs=x)[1][0].error
         for rank in (0, 16)
         for smoothing in ("none", "search")
     }
@@ -57,16 +58,16 @@ def test_smoothing_and_branch_need_each_other(precision):
 
 def test_a_part_of_the_features_is_enough_to_choose(monkeypatch):
     x, weight = outliers(256, 256, 4 * module.SCORED_FEATURES, channels=8)
-    _, (some,) = decompose([weight], Options(rank=8), inputs=x)
+    _, (some,) = decompose([weight], LayerConfig(rank=8), inputs=x)
     monkeypatch.setattr(module, "SCORED_FEATURES", 10**6)
-    _, (every,) = decompose([weight], Options(rank=8), inputs=x)
+    _, (every,) = decompose([weight], LayerConfig(rank=8), inputs=x)
     assert some.exponents == every.exponents
     assert some.error == pytest.approx(every.error, rel=0.05)
 
 
 def test_layers_of_one_input_share_the_smoothing():
     x, weight = outliers(64, 128, 96, channels=4)
-    items, reports = decompose([weight, weight[:32] * 5], Options(rank=4), inputs=x)
+    items, reports = decompose([weight, weight[:32] * 5], LayerConfig(rank=4), inputs=x)
     assert torch.equal(items[0].smooth_factor, items[1].smooth_factor)
     assert reports[0].exponents == reports[1].exponents
     assert [item.qweight.shape[0] for item in items] == [96, 32]
@@ -77,8 +78,8 @@ def test_largest_magnitudes_come_from_all_data():
     largest = x.abs().amax(0)
     quiet = largest.argmin()
     largest[quiet] *= 4  # in a call that the sample misses
-    (plain,), (report,) = decompose([weight], Options(rank=4), inputs=x)
-    (item,), (again,) = decompose([weight], Options(rank=4), inputs=x, largest=largest)
+    (plain,), (report,) = decompose([weight], LayerConfig(rank=4), inputs=x)
+    (item,), (again,) = decompose([weight], LayerConfig(rank=4), inputs=x, largest=largest)
     assert again.exponents == report.exponents
     ratio = item.smooth_factor / plain.smooth_factor
     assert ratio[quiet] / ratio[quiet - 1] == pytest.approx(4 ** report.exponents[0], rel=1e-4)
@@ -89,7 +90,7 @@ def test_largest_magnitudes_come_from_all_data():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_without_data(precision, dtype):
     weight = (torch.randn(48, 100) * 0.02).to(dtype)  # K is no multiple of a group
-    (item,), (report,) = decompose([weight], Options(precision, rank=8))
+    (item,), (report,) = decompose([weight], LayerConfig(precision, rank=8))
     assert relative_error(dense(item), weight.float()) < 0.11
     assert report.exponents[0] == 0
     assert {item.smooth_factor.dtype, item.proj_down.dtype, item.proj_up.dtype} == {dtype}
@@ -99,20 +100,20 @@ def test_refinements_lower_the_error():
     weight = torch.randn(96, 128) * torch.logspace(0, -1.5, 128)
     errors = []
     for refinements in (0, 8):
-        (item,), _ = decompose([weight], Options(rank=8, smoothing="none", refinements=refinements))
+        (item,), _ = decompose([weight], LayerConfig(rank=8, smoothing="none", refinements=refinements))
         errors.append(relative_error(dense(item), weight))
     assert errors[1] < errors[0]
 
 
 def test_same_seed_same_bits():
     weight = torch.randn(64, 128)
-    first, second, other = (decompose([weight], Options(rank=8, seed=seed))[0][0].tensors() for seed in (1, 1, 2))
+    first, second, other = (decompose([weight], LayerConfig(rank=8, seed=seed))[0][0].tensors() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["proj_down"], other["proj_down"])
 
 
 def test_weights_of_zeros():
-    (item,), (report,) = decompose([torch.zeros(64, 64)], Options(rank=4))
+    (item,), (report,) = decompose([torch.zeros(64, 64)], LayerConfig(rank=4))
     assert dense(item).count_nonzero() == 0
     assert report.error == report.naive_error == 0
 
@@ -130,8 +131,8 @@ def test_randomized_svd():
 
 def test_parts_and_devices_of_a_quantized_weight():
     for precision in ("int4", "nvfp4"):
-        (item,), _ = decompose([torch.randn(64, 64)], Options(precision, rank=4))
-        assert torch.equal(dense(item.some(slice(None, None, 3))), dense(item)[::3])
+        (item,), _ = decompose([torch.randn(64, 64)], LayerConfig(precision, rank=4))
+        assert torch.equal(dense(item.rows(slice(None, None, 3))), dense(item)[::3])
         assert item.to("meta").qweight.is_meta
 
 
@@ -140,8 +141,8 @@ def test_bad_input():
     broken = weight.clone()
     broken[3, 3] = torch.nan
     with pytest.raises(ValueError, match=r"`weights\[1\]` must be finite"):
-        decompose([weight, broken], Options(rank=4))
+        decompose([weight, broken], LayerConfig(rank=4))
     with pytest.raises(ValueError, match="`inputs` must be finite"):
-        decompose([weight], Options(rank=4), inputs=broken)
+        decompose([weight], LayerConfig(rank=4), inputs=broken)
     with pytest.raises(ValueError, match="`gptq=True` needs calibration data"):
-        decompose([weight], Options(rank=4, gptq=True), inputs=weight)
+        decompose([weight], LayerConfig(rank=4, gptq=True), inputs=weight)

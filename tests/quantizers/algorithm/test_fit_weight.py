@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight_reference
-from diffusers_sana.quantizers.svdquant.algorithm import fit_weight as module
-from diffusers_sana.quantizers.svdquant.algorithm.decompose import Options, decompose
+from diffusers_sana.quantizers.svdquant.algorithm import decompose as module
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
 from diffusers_sana.quantizers.svdquant.algorithm.randomized_svd import randomized_svd, weighted_svd
+from diffusers_sana.quantizers.svdquant.config import LayerConfig
 from tests.numerics import assert_close_fp32, relative_error
 
 
@@ -50,7 +51,7 @@ def test_weighted_svd_makes_no_input_worse():
 def test_hessian_helps_on_other_inputs(precision, tokens):
     weight, factor = torch.randn(96, 192), spread(192, decades=3)
     x, other = torch.randn(tokens, 192) @ factor.t(), torch.randn(512, 192) @ factor.t()
-    options = Options(precision, rank=16, smoothing="none", quantize_activations=False)
+    options = LayerConfig(precision, rank=16, smoothing="none", quantize_activations=False)
     (plain,), _ = decompose([weight], options, inputs=x)
     (fitted,), _ = decompose([weight], options, inputs=x, hessian=x.t() @ x)
     assert output_error(fitted, x, weight) < 0.85 * output_error(plain, x, weight)
@@ -67,28 +68,28 @@ def test_a_round_that_makes_it_worse_is_dropped(monkeypatch):
         return results[-1]
 
     weight, smooth = torch.randn(48, 64), torch.ones(64)
-    expected = module.fit_weight(weight, smooth, torch.float32, Options(rank=8, refinements=1))
+    expected = module.fit_weight(weight, smooth, torch.float32, LayerConfig(rank=8, refinements=1))
     monkeypatch.setattr(module, "_rounded", spoilt)
-    actual = module.fit_weight(weight, smooth, torch.float32, Options(rank=8, refinements=3))
+    actual = module.fit_weight(weight, smooth, torch.float32, LayerConfig(rank=8, refinements=3))
     assert len(results) == 2
     assert all(torch.equal(value, actual.tensors()[name]) for name, value in expected.tensors().items())
 
 
 def test_scale_of_the_hessian_does_not_matter():
     weight, x = torch.randn(32, 64), torch.randn(256, 64) @ spread(64)
-    options = Options(rank=8)
+    options = LayerConfig(rank=8)
     errors = [decompose([weight], options, x, hessian=x.t() @ x * scale)[1][0].error for scale in (1e-4, 1.0, 1e4)]
     assert errors == pytest.approx([errors[0]] * 3, rel=0.02)
 
 
 def test_no_branch_needs_no_hessian():
-    assert Options().uses_hessian
-    assert Options(rank=0, gptq=True).uses_hessian
-    assert not Options(rank=0).uses_hessian
-    assert not Options(refinements=0).uses_hessian
+    assert LayerConfig().uses_hessian
+    assert LayerConfig(rank=0, gptq=True).uses_hessian
+    assert not LayerConfig(rank=0).uses_hessian
+    assert not LayerConfig(refinements=0).uses_hessian
 
 
 def test_bad_hessian():
     x = torch.randn(16, 64)
     with pytest.raises(ValueError, match="`hessian` must be finite"):
-        decompose([torch.randn(64, 64)], Options(rank=4), inputs=x, hessian=torch.full((64, 64), torch.inf))
+        decompose([torch.randn(64, 64)], LayerConfig(rank=4), inputs=x, hessian=torch.full((64, 64), torch.inf))

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from diffusers_sana.kernels.low_bit import decode_weight, encode_weight, group_scales, weight_scales
-from diffusers_sana.quantizers.svdquant.algorithm.decompose import Options, decompose
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
 from diffusers_sana.quantizers.svdquant.algorithm.gptq import DAMPING, gptq_codes
+from diffusers_sana.quantizers.svdquant.config import LayerConfig
 from tests.numerics import relative_error
 
 
@@ -73,7 +74,7 @@ def test_in_a_layer():
     x[:, 3] *= 40
     errors = {}
     for gptq in (False, True):
-        _, (report,) = decompose([weight], Options(rank=8, gptq=gptq), inputs=x, hessian=x.t() @ x)
+        _, (report,) = decompose([weight], LayerConfig(rank=8, gptq=gptq), inputs=x, hessian=x.t() @ x)
         errors[gptq] = report.error
     assert errors[True] < 0.95 * errors[False]
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from torch import nn
 
 import diffusers_sana
 from diffusers_sana import SanaTransformer2DModel, SVDQuantConfig, set_compute_mode
-from diffusers_sana.quantizers.svdquant.integrations.diffusers import attach
-from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers, quantized_layers
+from diffusers_sana.quantizers.svdquant.api import quantize
+from diffusers_sana.quantizers.svdquant.layers.linear import quantized_layers
 from tests.numerics import relative_error
 from tests.quantizers import tiny_models
 from tests.quantizers.tiny_models import output
@@ -23,6 +24,7 @@ from tests.quantizers.tiny_models import output
 CONFIG = SVDQuantConfig(rank=4)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYER = "transformer_blocks.1.attn1.to_q"
+EARLIER = Path(__file__).parents[2] / "fixtures" / "svdquant"
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,10 @@ def quantized(original, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized")
     model.save_pretrained(folder)
     return folder, model, output(model, inputs)
+
+
+def same_bits(one, other):
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 @pytest.fixture
@@ -126,17 +132,34 @@ def test_single_file(tmp_path):
     assert torch.equal(output(again, inputs), output(loaded, inputs))
 
 
-def test_attach(original, tmp_path):
+def test_quantized_in_memory(original, tmp_path):
     model, inputs = tiny_models.sana()
-    recorded, reports = quantize_layers(model, CONFIG, progress=False)
-    assert len(reports) == 21
-    attach(model, recorded)
+    report = quantize(model, CONFIG, progress=False)
+    assert len(report.layers) == 21
     with pytest.raises(ValueError, match="Casting a quantized model"):
         model.to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     again = SanaTransformer2DModel.from_pretrained(tmp_path)
     assert torch.equal(output(again, inputs), output(model, inputs))
-    assert again.config.quantization_config == recorded
+    assert again.config.quantization_config == report.config
+
+
+def test_a_folder_of_an_earlier_version():
+    """Saved and run by commit c0b358a, with NVFP4 (w4a4) and int4 (w4a16) layers: every tensor loads bit for bit."""
+    model = SanaTransformer2DModel.from_pretrained(EARLIER)
+    loaded, stored = model.state_dict(), load_file(EARLIER / WEIGHTS)
+    assert loaded.keys() == stored.keys()
+    assert [name for name in stored if loaded[name].dtype != stored[name].dtype] == []
+    assert [name for name in stored if loaded[name].nbytes and not same_bits(loaded[name], stored[name])] == []
+    assert sorted({(layer.precision, layer.is_weight_only) for layer in quantized_layers(model)}) == [
+        ("int4", True),
+        ("nvfp4", False),
+    ]
+    inputs = load_file(EARLIER / "outputs.safetensors")
+    expected = {mode: inputs.pop(mode) for mode in ("w4a16", "w4a4")}
+    for mode, tolerance in (("w4a16", 1e-5), ("w4a4", 1e-2)):  # 4-bit activations may be rounded to another code
+        set_compute_mode(model, mode)
+        assert relative_error(output(model, inputs), expected[mode]) < tolerance
 
 
 def test_fused_ranks_are_kept(original, quantized, tmp_path):
@@ -219,7 +242,7 @@ def test_dtype_is_kept(original, tmp_path):
 def test_adapters_beside_the_layers_are_not_saved(tmp_path):
     """Of a model that is not ours, and so has diffusers' own `save_pretrained`."""
     model, inputs = tiny_models.flux()
-    attach(model, quantize_layers(model, CONFIG, progress=False)[0])
+    quantize(model, CONFIG, progress=False)
     model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "x_embedder"]))
     with pytest.raises(ValueError, match="cannot be saved while adapters are beside its layers"):
         model.save_pretrained(tmp_path)
@@ -251,7 +274,7 @@ class TestRefused:
             again = SanaTransformer2DModel.from_pretrained(quantized[0], quantization_config=SVDQuantConfig(rank=2))
         assert {layer.rank for layer in quantized_layers(again)} == {4}
         with pytest.raises(ValueError, match="is already quantized by SVDQuant"):
-            quantize_layers(again, CONFIG)
+            quantize(again, CONFIG)
         with pytest.raises(ValueError, match="is already quantized by SVDQuant"):
             diffusers_sana.quantize(again)
 

@@ -11,7 +11,7 @@ from transformers import QuantoConfig
 
 import diffusers_sana
 from diffusers_sana import SVDQuantConfig, set_compute_mode
-from diffusers_sana.quantizers.svdquant.quantize_model import quantized_layers
+from diffusers_sana.quantizers.svdquant.layers.linear import quantized_layers
 from tests import tiny
 from tests.numerics import relative_error
 from tests.quantizers import tiny_models

@@ -10,7 +10,7 @@ from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 
 from diffusers_sana import SanaTransformer2DModel, SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.integrations.diffusers import SVDQuantQuantizer
-from diffusers_sana.quantizers.svdquant.quantize_model import quantized_layers
+from diffusers_sana.quantizers.svdquant.layers.linear import quantized_layers
 from tests.numerics import relative_error
 from tests.quantizers import tiny_models
 from tests.quantizers.tiny_models import output

@@ -11,8 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from transformers.quantizers.base import HfQuantizer
 
 from diffusers_sana import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.integrations.diffusers import attach
-from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers, quantized_layers
+from diffusers_sana.quantizers.svdquant.api import quantize
+from diffusers_sana.quantizers.svdquant.layers.linear import quantized_layers
 from tests import tiny
 from tests.numerics import relative_error
 
@@ -114,13 +114,12 @@ def test_what_the_library_asks(saved):
 
 @pytest.mark.parametrize("precision", ["int4", "nvfp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attach(original, precision, dtype, tmp_path):
+def test_quantized_in_memory(original, precision, dtype, tmp_path):
     """Also with activations in 4 bits, if one wants them."""
     model = load(original, dtype=dtype)
     modules = {"layers.*.mlp.*": "w4a4", "layers.*.self_attn.*": "w4a16"}
     config = SVDQuantConfig(rank=4, precision=precision, modules=modules)
-    recorded, _ = quantize_layers(model, config, progress=False)
-    attach(model, recorded)
+    quantize(model, config, progress=False)
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
     assert torch.equal(output(again), output(model))

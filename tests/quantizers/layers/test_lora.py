@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import diffusers_sana
+from diffusers_sana.quantizers.svdquant.api import set_compute_mode
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
-from diffusers_sana.quantizers.svdquant.quantize_model import set_compute_mode
 from tests import tiny
 from tests.models.sana_transformers import tiny_inputs, tiny_model, to_dtype
 from tests.numerics import assert_close_fp32, assert_no_worse, relative_error
@@ -200,7 +200,7 @@ def test_other_kinds_of_low_rank_are_fused(models, kind):
 def test_kinds_of_high_rank_work_beside_the_layer_and_refuse_to_be_fused(models, kind):
     add_adapter(models, *HIGH_RANK_KINDS[kind])
     beside = assert_alike(models)
-    with pytest.raises(RuntimeError, match="cannot take up a change of high rank"):
+    with pytest.raises(RuntimeError, match="cannot store a change of high rank"):
         models[0].fuse_lora()
     assert torch.equal(run(models[0], tiny_inputs(models[0])), beside)
 
@@ -272,7 +272,7 @@ WRITES = {
 def test_weight_refuses_writes_that_it_cannot_keep(models, write, name):
     weight = models[0].transformer_blocks[0].get_submodule(name).weight
     before = bits(models[0])
-    with pytest.raises(RuntimeError, match=r"4-bit layer cannot (be written to|take up a change)"):
+    with pytest.raises(RuntimeError, match=r"4-bit layer cannot (be written to|store a change)"):
         WRITES[write](weight)
     assert same_bits(bits(models[0]), before)
 

@@ -5,7 +5,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from peft import LoKrConfig
 
-from diffusers_sana.quantizers.svdquant.quantize_model import quantized_layers
+from diffusers_sana.quantizers.svdquant.layers.linear import quantized_layers
 from tests.numerics import assert_close_fp32, relative_error
 from tests.quantizers import tiny_models
 from tests.quantizers.lora_cases import RANK, bits, dense_twin, lora_file, prefixed, quantized, run, same_bits
@@ -118,7 +118,7 @@ def test_lokr(case):
     beside = run(model, inputs)
     assert_close_fp32(beside, run(twin, inputs))
     assert relative_error(beside, base) > 1e-3
-    with pytest.raises(RuntimeError, match="cannot take up a change of high rank"):
+    with pytest.raises(RuntimeError, match="cannot store a change of high rank"):
         model.fuse_lora()
     model.unload_lora()
     assert torch.equal(run(model, inputs), base)

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
 import diffusers_sana
-from diffusers_sana.quantizers.svdquant.quantize_model import set_compute_mode
+from diffusers_sana.quantizers.svdquant.api import set_compute_mode
 from tests.models.sana_transformers import tiny_inputs, tiny_model
 from tests.numerics import assert_close_fp32
 from tests.quantizers import tiny_models

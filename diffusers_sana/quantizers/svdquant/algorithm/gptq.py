@@ -1,7 +1,7 @@
 """Rounding with second-order error compensation (GPTQ, arXiv 2210.17323).
 
-Columns are rounded one after another, those with the largest inputs first, and each column's error is made up for by
-the columns still to come, as far as the inputs correlate. Scales are fixed before.
+Columns are rounded one after another, those with the largest inputs first. The remaining columns compensate the error
+of each, as far as the inputs correlate. The scales are fixed in advance.
 
 Legend: N output features, K input features, Kp = K padded.
 """
@@ -33,10 +33,10 @@ def gptq_codes(residual: Tensor, wscales: Tensor, wtscale: Tensor | None, hessia
     Args:
         residual: `[N, Kp]`, fp32.
         wscales, wtscale: as in `low_bit.py`.
-        hessian: sum of `x x^T` over the inputs of the residual, `[K, K]`, fp32; any constant factor will do.
+        hessian: sum of `x x^T` over the inputs of the residual, `[K, K]`, fp32, up to a constant factor.
 
     Raises:
-        ValueError: a hessian that is not positive however much it is damped: the inputs were not finite.
+        ValueError: a hessian that no damping makes positive definite: the inputs were not finite.
     """
     precision = precision_of(wscales)
     group_size = GROUP_SIZES[precision]
@@ -52,28 +52,28 @@ def gptq_codes(residual: Tensor, wscales: Tensor, wtscale: Tensor | None, hessia
     inverse = torch.cholesky_inverse(damped_factor(hessian[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True)
 
-    # Transposed, so that a column lies in one piece in memory.
-    left = torch.where(unused, 0.0, residual)[:, order].t().contiguous()
+    # Transposed, so that a column is contiguous in memory.
+    remaining = torch.where(unused, 0.0, residual)[:, order].t().contiguous()
     scales = scales[:, order].t().contiguous()
-    nibbles = torch.empty_like(left, dtype=torch.uint8)
-    for start in range(0, len(left), BLOCK):
-        block = slice(start, min(start + BLOCK, len(left)))
-        columns, errors = left[block], torch.zeros_like(left[block])
+    nibbles = torch.empty_like(remaining, dtype=torch.uint8)
+    for start in range(0, len(remaining), BLOCK):
+        block = slice(start, min(start + BLOCK, len(remaining)))
+        columns, errors = remaining[block], torch.zeros_like(remaining[block])
         factor = upper[block, block]
         for i, scale in enumerate(scales[block]):
             code = encode(columns[i] / scale)
             nibbles[start + i] = code
             errors[i] = (columns[i] - decode(code).float() * scale) / factor[i, i]
             columns[i:] -= factor[i, i:, None] * errors[i]
-        left[block.stop :] -= upper[block, block.stop :].t() @ errors
+        remaining[block.stop :] -= upper[block, block.stop :].t() @ errors
     return pack_nibbles(nibbles[order.argsort()].t().contiguous(), group_size)
 
 
 def damped_factor(hessian: Tensor) -> Tensor:
-    """The lower Cholesky factor of a hessian `[K, K]`, damped as much as it takes for it and its inverse to have one.
+    """The lower Cholesky factor of a hessian `[K, K]`, damped until both it and its inverse have one.
 
     Raises:
-        ValueError: however much it is damped, there is none: the inputs were not finite.
+        ValueError: no damping is enough: the inputs were not finite.
     """
     mean = hessian.diagonal().mean()
     for attempt in range(MAX_ATTEMPTS):

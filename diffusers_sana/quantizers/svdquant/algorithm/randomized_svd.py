@@ -1,4 +1,4 @@
-"""The best approximation of a matrix by one of small rank, as such or for given inputs, from products with it.
+"""Low-rank approximation of a matrix, as such or for given inputs, by a randomized range finder.
 
 Legend: N rows, K columns, r rank, c columns of the working basis, a few more than r.
 """
@@ -16,7 +16,7 @@ ACCUMULATION_ERROR = 2**-18  # relative, of an fp32 product over a few hundred t
 
 
 def randomized_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of a rank, nearly: `up` `[N, r]` and `down` `[r, K]` with orthonormal rows.
+    """A nearly optimal approximation of rank r: `up` `[N, r]` and `down` `[r, K]` with orthonormal rows.
 
     Randomized range finder with power iterations (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4). The same
     seed gives the same bits on one device.
@@ -37,21 +37,21 @@ def randomized_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor
 
 
 def weighted_svd(matrix: Tensor, rank: int, seed: int, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """The best approximation for inputs x of a covariance: `up` `[N, r]` and `down` `[r, K]` with rows of length 1.
+    """A nearly optimal approximation for inputs of a given covariance: `up` `[N, r]`, `down` `[r, K]` with unit rows.
 
     With C = E[x x^T] and L L^T = C, the mean error of the output is
 
         E |(matrix - up @ down) x|^2 = ||(matrix - up @ down) L||_F^2
 
-    which is least for `up` from the largest left singular vectors of matrix @ L, those of matrix @ C @ matrix^T, and
-    `down = up^T @ matrix`. So C need not be inverted, and as the approximation is a projection, for no input at all is
-    the error larger than the output of `matrix` itself. Same seed, same bits, as in `randomized_svd`.
+    which is minimal for `up` from the largest left singular vectors of matrix @ L, those of matrix @ C @ matrix^T, and
+    `down = up^T @ matrix`. So C need not be inverted. The approximation is a projection: for no input is the error
+    larger than the output of `matrix` itself. The same seed gives the same bits, as in `randomized_svd`.
 
     Args:
         matrix: `[N, K]`, fp32.
         rank: r.
         seed: of the search for the directions.
-        covariance: `[K, K]`, fp32; any constant factor will do.
+        covariance: `[K, K]`, fp32, up to a constant factor.
     """
     columns = min(rank + OVERSAMPLING, *matrix.shape)
     generator = torch.Generator().manual_seed(seed)
@@ -68,10 +68,10 @@ def weighted_svd(matrix: Tensor, rank: int, seed: int, covariance: Tensor) -> tu
 
 
 def low_rank_factors(matrix: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor] | None:
-    """A matrix of low rank as `up` `[N, r]` and `down` `[r, K]`, fp64; None for one of more than half the full rank.
+    """A low-rank matrix as `up` `[N, r]` and `down` `[r, K]`, fp64; None if its rank is above half the full rank.
 
-    The rank is the number of singular values that stand out from rounding errors. Those of a random matrix with the
-    Frobenius norm e reach e (1 / sqrt(N) + 1 / sqrt(K)). What is left out is never more than the rounding errors are.
+    The rank is the number of singular values above the rounding errors. Those of a random matrix with the Frobenius
+    norm e reach e (1 / sqrt(N) + 1 / sqrt(K)). The part that is dropped is never larger than the rounding errors.
 
     Args:
         matrix: `[N, K]`, finite, with rounding errors of its dtype.
@@ -86,13 +86,15 @@ def low_rank_factors(matrix: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor
     done = False
     while not done and basis.shape[1] < most:
         columns = min(max(basis.shape[1], FIRST_COLUMNS), most - basis.shape[1])
-        seen = exact @ torch.randn(exact.shape[1], columns, generator=generator, dtype=torch.float64).to(exact.device)
-        missing = seen - basis @ (basis.t() @ seen)
+        probe = torch.randn(exact.shape[1], columns, generator=generator, dtype=torch.float64).to(exact.device)
+        sample = exact @ probe
+        missing = sample - basis @ (basis.t() @ sample)
         done = bool(missing.norm() <= noise * columns**0.5)  # the Frobenius norm of what the basis lacks, as expected
         basis = torch.linalg.qr(torch.cat([basis, missing], dim=1)).Q
     projected = basis.t() @ exact
     values, vectors = _principal(projected)
-    left_out = exact.norm().square() - torch.nn.functional.pad(values.square().cumsum(0), (1, 0))  # by the first r
+    # Squared norm of what the first r directions leave out, for r = 0, 1, ...
+    left_out = exact.norm().square() - torch.nn.functional.pad(values.square().cumsum(0), (1, 0))
     edge = 2 * noise * sum(side**-0.5 for side in matrix.shape)
     rank = max(int((left_out > noise**2).sum()), int((values > edge).sum()))
     if rank > most // 2:
@@ -102,17 +104,17 @@ def low_rank_factors(matrix: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
-    """An orthonormal basis of the columns, `[N, c]` with c small; zeros for columns that depend on others."""
+    """An orthonormal basis of the columns, `[N, c]` with small c; zeros for linearly dependent columns."""
     values, vectors = _principal(matrix.t())
     dependent = values <= values[0] * torch.finfo(matrix.dtype).eps
     return matrix @ (vectors / nonzero(values)).masked_fill(dependent, 0.0)
 
 
 def _principal(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values, largest first, and left singular vectors of `[c, K]` with c small.
+    """Singular values, largest first, and left singular vectors of `[c, K]` with small c.
 
-    From the c x c products of rows in fp64: far cheaper than a decomposition of the matrix itself, above all where
-    other programs use the processor, and as exact as fp32 can hold.
+    From the c x c products of rows in fp64: far cheaper than a decomposition of the matrix itself, and as exact as
+    fp32 can represent.
     """
     wide = _in_fp64(matrix)
     values, vectors = torch.linalg.eigh(wide @ wide.t())
@@ -120,5 +122,5 @@ def _principal(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _in_fp64(matrix: Tensor) -> Tensor:
-    """Where the device has no fp64, as Apple's GPUs have not, on the CPU."""
+    """In fp64; on the CPU where the device has no fp64, such as Apple's GPUs."""
     return matrix.cpu().double() if matrix.device.type == "mps" else matrix.double()

@@ -1,31 +1,33 @@
-"""What happens to a model while a checkpoint is loaded into it, alike in diffusers and transformers.
+"""Loading a checkpoint into a model with SVDQuant layers: the part that diffusers and transformers have in common.
 
-A 16-bit checkpoint: each weight is quantized when it arrives (`quantize_weight`). A quantized one: its layers wait as
-placeholders (`insert_placeholders`), and what arrives is checked (`check_tensor`, `check_layers`).
+From a 16-bit checkpoint each weight is quantized when it arrives (`quantize_weight`). For a quantized checkpoint the
+layers are replaced by empty ones first (`insert_empty_layers`), and each tensor is checked (`check_tensor`,
+`check_layers`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
-from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer, placeholder
-from diffusers_sana.quantizers.svdquant.quantize_model import options_for, replace_layer
-from diffusers_sana.quantizers.svdquant.targets import find_targets, weight_shape
+from diffusers_sana.quantizers.svdquant.config import LAYOUT, SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.layers.linear import (
+    SVDQuantLayer,
+    empty_weight,
+    quantized_layers,
+    replace_layer,
+)
+from diffusers_sana.quantizers.svdquant.targets import as_patterns, find_targets, weight_shape
 
 
 FULL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_request(config: SVDQuantConfig, pre_quantized: bool, device_map: Any) -> None:
-    """Refuses what quantizing during loading cannot do.
-
-    Raises:
-        ValueError: `gptq`, or weights that are to stay on disk, for a checkpoint that is not quantized yet.
-    """
+    """Raises ValueError for requests that on-the-fly quantization does not support: `gptq` and weights on disk."""
     if pre_quantized:
         return
     if config.gptq:
@@ -41,11 +43,7 @@ def check_request(config: SVDQuantConfig, pre_quantized: bool, device_map: Any) 
 
 
 def check_layout(config: SVDQuantConfig) -> None:
-    """Refuses a quantized folder of another runtime.
-
-    Raises:
-        ValueError: a config that is none of ours.
-    """
+    """Raises ValueError for a quantized folder of another runtime."""
     if config.layout is None:
         raise ValueError(
             "the model was quantized by another runtime than diffusers_sana, such as vLLM-Omni, which also calls its "
@@ -55,14 +53,7 @@ def check_layout(config: SVDQuantConfig) -> None:
 
 
 def check_no_adapters(names: Iterable[str]) -> None:
-    """Refuses to save a model with adapters beside its layers, whose file could not be loaded again.
-
-    Args:
-        names: of the state dict.
-
-    Raises:
-        ValueError: an adapter.
-    """
+    """Raises ValueError for the state dict of a model with unfused adapters, whose file could not be loaded again."""
     if any(".base_layer." in name for name in names):
         raise ValueError(
             "the model cannot be saved while adapters are beside its layers: nothing could load the folder. Call "
@@ -72,9 +63,9 @@ def check_no_adapters(names: Iterable[str]) -> None:
 
 
 def quantize_weight(model: nn.Module, name: str, weight: Tensor, mode: str, config: SVDQuantConfig) -> SVDQuantLayer:
-    """Quantizes the layer of that name from its weight, on the weight's device, and puts the result in its place.
+    """Replaces a layer by one quantized from the given weight, on the device of the weight.
 
-    The bias may have arrived or be still to come: it stays a parameter of the same name.
+    The bias may be loaded before or after: it stays a parameter of the same name.
 
     Raises:
         ValueError: NaN or infinity in the weight.
@@ -85,56 +76,59 @@ def quantize_weight(model: nn.Module, name: str, weight: Tensor, mode: str, conf
         raise ValueError(
             f"the weight of {name!r} must be finite, got NaN or infinity. Load the model in bf16 or fp32."
         )
-    with torch.no_grad():
-        (quantized,), _ = decompose([matrix], options_for(config, mode))
-    return replace_layer(model, name, quantized, mode, config)
+    (quantized,), _ = decompose([matrix], config.for_layer(mode))
+    return replace_layer(model, name, quantized, mode, config.compute_mode)
 
 
-def insert_placeholders(model: nn.Module, config: SVDQuantConfig) -> None:
+def insert_empty_layers(model: nn.Module, config: SVDQuantConfig) -> None:
     """Replaces the layers that a quantized checkpoint lists by quantized ones on the meta device.
 
     Raises:
-        ValueError: see `find_targets`; the checkpoint is then of another model.
+        ValueError: see `find_targets`; the checkpoint then belongs to a different model.
     """
     for name, mode in find_targets(model, config).items():
         original = cast(nn.Linear | nn.Conv2d, model.get_submodule(name))
-        options = options_for(config, mode)
-        weight = placeholder(*weight_shape(original), options.rank, options.precision, original.weight.dtype)
-        replace_layer(model, name, weight, mode, config)
+        layer = config.for_layer(mode)
+        weight = empty_weight(*weight_shape(original), layer.rank, layer.precision, original.weight.dtype)
+        replace_layer(model, name, weight, mode, config.compute_mode)
+
+
+def recorded_config(
+    config: SVDQuantConfig, model: nn.Module, targets: Mapping[str, str] | None = None
+) -> SVDQuantConfig:
+    """The config that is saved with a model: with our layout, the dtype of the layers, and `targets` where given."""
+    modules = config.modules if targets is None else as_patterns(dict(targets), model)
+    layer = next(quantized_layers(model), None)
+    dtype = config.dtype if layer is None else str(layer.proj_up.dtype).removeprefix("torch.")
+    return replace(config, modules=modules, layout=LAYOUT, dtype=dtype)
 
 
 def layer_of(model: nn.Module, tensor_name: str) -> tuple[SVDQuantLayer | None, str]:
-    """The quantized layer that a tensor of the state dict belongs to, if any, and the tensor's name in it."""
+    """The quantized layer that a tensor of the state dict belongs to, if any, and the name of the tensor in it."""
     name, _, leaf = tensor_name.rpartition(".")
     module = model.get_submodule(name)
     return (module if isinstance(module, SVDQuantLayer) else None), leaf
 
 
 def check_tensor(name: str, expected: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Whether a tensor of a checkpoint can be what its layer expects. The rank is free: fused adapters raise it.
-
-    Raises:
-        ValueError: another shape, or a dtype of another kind.
-    """
+    """Raises ValueError if shape or dtype of a tensor do not fit its layer. Any rank fits: adapters increase it."""
     leaf = name.rpartition(".")[2]
-    wanted: list[int | str] = list(expected.shape)
+    expected_shape: list[int | str] = list(expected.shape)
     if leaf in ("proj_down", "proj_up"):
-        wanted[0 if leaf == "proj_down" else 1] = "rank"
-    fits = len(wanted) == len(shape) and all(w in ("rank", s) for w, s in zip(wanted, shape, strict=True))
+        expected_shape[0 if leaf == "proj_down" else 1] = "rank"
+    fits = len(expected_shape) == len(shape) and all(
+        size in ("rank", actual) for size, actual in zip(expected_shape, shape, strict=True)
+    )
     same_kind = dtype == expected.dtype or (dtype in FULL_DTYPES and expected.dtype in FULL_DTYPES)
     if not fits or not same_kind:
         raise ValueError(
-            f"{name!r} must be {expected.dtype} of shape {wanted}, got {dtype} of shape {list(shape)}. The file was "
-            "changed, or does not belong to its config.json; download or quantize the model again."
+            f"{name!r} must be {expected.dtype} of shape {expected_shape}, got {dtype} of shape {list(shape)}. The "
+            "file was changed, or does not belong to its config.json; download or quantize the model again."
         )
 
 
 def check_layers(model: nn.Module) -> None:
-    """Whether the low-rank branches fit their layers; to be called when everything has arrived.
-
-    Raises:
-        ValueError: where one does not.
-    """
+    """Raises ValueError if a low-rank branch does not fit its layer; called when all tensors are loaded."""
     for name, module in model.named_modules():
         if not isinstance(module, SVDQuantLayer):
             continue
@@ -148,7 +142,7 @@ def check_layers(model: nn.Module) -> None:
 
 
 def missing_tensors(names: list[str]) -> ValueError:
-    """The error of a checkpoint without these tensors."""
+    """The error for a checkpoint that lacks these tensors."""
     return ValueError(
         f"the checkpoint lacks {len(names)} tensors that its config.json calls for, among them {sorted(names)[:3]}. "
         "It is cut short or of another model; download it or quantize the model again."

@@ -1,4 +1,4 @@
-"""SVDQuant in transformers' `from_pretrained` and `save_pretrained`, for text encoders; see `quantizer.py`."""
+"""SVDQuant in `from_pretrained` and `save_pretrained` of transformers, for text encoders; see `diffusers.py`."""
 
 from dataclasses import fields
 from typing import Any
@@ -12,7 +12,6 @@ from diffusers_sana.quantizers.svdquant.algorithm.decompose import QuantizedWeig
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.integrations import checkpoint
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
-from diffusers_sana.quantizers.svdquant.quantize_model import recorded_config
 from diffusers_sana.quantizers.svdquant.targets import find_targets
 
 
@@ -20,33 +19,35 @@ TENSORS = {item.name for item in fields(QuantizedWeight)}
 
 
 class SVDQuantTransformersQuantizer(HfQuantizer):
-    """What `from_pretrained` of a transformers model calls, step by step; see `HfQuantizer`.
+    """The hooks that `from_pretrained` of a transformers model calls; see `HfQuantizer`.
 
     Args:
-        quantization_config: how. On the fly it is copied, and the copy lists the layers that were quantized.
-        pre_quantized: whether the checkpoint is quantized already.
+        quantization_config: how. For on-the-fly quantization it is copied, and the copy lists the quantized layers.
+        pre_quantized: whether the checkpoint is already quantized.
     """
 
+    is_trainable = True  # gradients flow through to adapters
+    is_compileable = True  # as a whole graph
     quantization_config: SVDQuantConfig
 
     def __init__(self, quantization_config: SVDQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.targets: dict[str, str] = {}  # on the fly: layers whose weight has not arrived yet
+        self.targets: dict[str, str] = {}  # on the fly: layers whose weight has not been loaded yet
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
-        """Raises ValueError for what cannot be done; see `checkpoint.check_request`."""
+        """Raises ValueError for requests that are not supported; see `checkpoint.check_request`."""
         checkpoint.check_request(self.quantization_config, self.pre_quantized, device_map)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.pre_quantized:
             checkpoint.check_layout(self.quantization_config)
-            checkpoint.insert_placeholders(model, self.quantization_config)
+            checkpoint.insert_empty_layers(model, self.quantization_config)
             for name, module in model.named_modules():
                 if isinstance(module, SVDQuantLayer):
                     _skip_initialization(model, name)
         else:
             self.targets = find_targets(model, self.quantization_config)
-            self.quantization_config = recorded_config(self.quantization_config, model, self.targets)
+            self.quantization_config = checkpoint.recorded_config(self.quantization_config, model, self.targets)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.targets:
@@ -62,8 +63,8 @@ class SVDQuantTransformersQuantizer(HfQuantizer):
             raise checkpoint.missing_tensors(missing)
         checkpoint.check_layers(model)
 
-    def attach(self, model: Any) -> None:
-        """What `from_pretrained` does to a quantized model, for one that was quantized in memory."""
+    def mark_quantized(self, model: Any) -> None:
+        """Sets on a model that was quantized in memory what `from_pretrained` sets on a loaded one."""
         model.is_quantized = True
         model.quantization_method = self.quantization_config.quant_method
         model.hf_quantizer = self
@@ -71,14 +72,14 @@ class SVDQuantTransformersQuantizer(HfQuantizer):
         model.config._is_quantized = True
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        """Whether `QuantizeWeight` gets the tensor; of a quantized checkpoint, whether its shape is free."""
+        """Whether `QuantizeWeight` handles the tensor; in a quantized checkpoint, whether its shape may differ."""
         name, _, leaf = param_name.rpartition(".")
         if self.pre_quantized:
             return leaf in ("proj_down", "proj_up") and checkpoint.layer_of(model, param_name)[0] is not None
         return leaf == "weight" and name in self.targets
 
     def get_quantize_ops(self) -> "QuantizeWeight":
-        """What turns a weight into a quantized layer."""
+        """The conversion of a weight to a quantized layer."""
         return QuantizeWeight(self)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -92,26 +93,16 @@ class SVDQuantTransformersQuantizer(HfQuantizer):
 
     @property
     def quantized_element_size(self) -> float | None:
-        """For `device_map="auto"`: 4 bits for weights to come; a quantized model's tensors have their true sizes."""
+        """For `device_map="auto"`: 4 bits for weights to be quantized; quantized tensors have their true sizes."""
         return None if self.pre_quantized else 0.5
 
     def is_serializable(self) -> bool:
-        """Yes: plain tensors."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Yes: gradients flow through to adapters."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """Yes, as a whole graph."""
+        """The tensors are plain."""
         return True
 
 
 class QuantizeWeight(ConversionOps):
-    """Quantizes a weight when it arrives, and puts the layer in its place."""
+    """Quantizes a weight when it arrives, and replaces the layer."""
 
     def __init__(self, quantizer: SVDQuantTransformersQuantizer) -> None:
         self.quantizer = quantizer
@@ -119,7 +110,7 @@ class QuantizeWeight(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], model: Any = None, full_layer_name: Any = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Takes the one weight in `input_dict`; leaves nothing to be set."""
+        """Consumes the one weight in `input_dict`; returns no tensors to set."""
         (weight,) = input_dict.values()
         weight = weight[0] if isinstance(weight, list) else weight
         name = full_layer_name.rpartition(".")[0]
@@ -128,15 +119,15 @@ class QuantizeWeight(ConversionOps):
         kwargs["missing_keys"].discard(full_layer_name)
         _skip_initialization(model, name)
         for parameter in layer.parameters():
-            if not parameter.is_meta:  # a bias that has yet to come
+            if not parameter.is_meta:  # a bias that is loaded later
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         return {}
 
 
 def _skip_initialization(model: nn.Module, name: str) -> None:
-    """Tells transformers that it need not initialize a layer, nor its parent, as some do for their children.
+    """Tells transformers not to initialize a layer, nor its parent, which may initialize its children.
 
-    It would read the weight for that, which is computed at each reading.
+    Initialization would read the weight, which is computed at each access.
     """
     for module in (model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])):
         module._is_hf_initialized = True  # type: ignore[assignment]

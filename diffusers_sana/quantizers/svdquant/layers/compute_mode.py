@@ -1,4 +1,4 @@
-"""Which way of computing with 4-bit weights is the fastest on a device."""
+"""The fastest compute mode of 4-bit layers on a device."""
 
 from functools import cache
 
@@ -11,35 +11,35 @@ from diffusers_sana.kernels.cpu import int8_linear
 
 logger = logging.get_logger(__name__)
 
-# Where tensor cores multiply e2m1 with block scales; elsewhere Triton would emulate it in 16 bit.
+# Tensor cores there multiply e2m1 with block scales; elsewhere Triton would emulate it in 16 bit.
 NVFP4_CAPABILITIES = ((10, 0), (10, 3), (12, 0), (12, 1))
 
 
 def best_mode(device: torch.device, precision: str) -> str:
-    """The fastest mode of a device that has an implementation there: "w4a4", "w4a8" or "w4a16"."""
+    """The fastest mode that is implemented on a device: "w4a4", "w4a8" or "w4a16"."""
     return _best_mode(device.type, device.index, precision)[0]
 
 
-def why_best_mode(device: torch.device, precision: str) -> str:
-    """What of the device makes its best mode the best."""
+def best_mode_reason(device: torch.device, precision: str) -> str:
+    """Why that mode is the fastest on the device."""
     return _best_mode(device.type, device.index, precision)[1]
 
 
 @cache
 def _best_mode(device_type: str, index: int | None, precision: str) -> tuple[str, str]:
     if device_type == "cpu":
-        mode, why = ("w4a8", "8-bit products") if int8_linear.is_supported() else ("w4a16", "no 8-bit products")
+        mode, reason = ("w4a8", "8-bit products") if int8_linear.is_supported() else ("w4a16", "no 8-bit products")
     elif device_type != "cuda" or triton_refusal() is not None:
-        mode, why = "w4a16", "no Triton kernels there"
+        mode, reason = "w4a16", "no Triton kernels there"
     elif torch.version.hip is not None:
-        mode, why = "w4a8", "8-bit matrix cores"
+        mode, reason = "w4a8", "8-bit matrix cores"
     else:
         capability = torch.cuda.get_device_capability(index)
         if capability in NVFP4_CAPABILITIES and precision == "nvfp4":
-            mode, why = "w4a4", "NVFP4 tensor cores"
+            mode, reason = "w4a4", "NVFP4 tensor cores"
         elif capability >= (8, 0):
-            mode, why = "w4a8", "8-bit tensor cores"
+            mode, reason = "w4a8", "8-bit tensor cores"
         else:
-            mode, why = "w4a16", f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    logger.info(f"SVDQuant layers in {precision} compute in {mode} on {device_type}: {why}.")
-    return mode, why
+            mode, reason = "w4a16", f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    logger.info(f"SVDQuant layers in {precision} compute in {mode} on {device_type}: {reason}.")
+    return mode, reason

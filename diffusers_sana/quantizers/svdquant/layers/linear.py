@@ -1,26 +1,31 @@
-"""Quantized layers: stock `nn.Linear` and 1x1 `nn.Conv2d` to everything around them, 4 bits and low rank inside.
+"""Quantized layers: stock `nn.Linear` and 1x1 `nn.Conv2d` from outside, 4 bits and a low-rank branch inside.
+
+    out = x @ weight.T + bias,    weight = decode(qweight, wscales, wtscale) / smooth_factor + proj_up @ proj_down
 
 Adapters, offloading and device maps find a linear layer with plain parameters; `weight` gives the 16-bit matrix that
-the layer stands for. Modes of computation (`compute_mode`):
+the layer represents. The product is computed in one of three modes (`compute_mode`):
 
-    w4a4    activations in the weight's 4-bit format
-    w4a8    activations in int8, one scale a token; the weight becomes int8 on the fly (GPU) or once (CPU)
-    w4a16   activations as they are; the weight becomes 16 bit on the fly
-    auto    what the device is best at, see `best_mode`
+    w4a4    activations are quantized to the 4-bit format of the weight
+    w4a8    activations are quantized to int8, with one scale per token; the weight is converted to int8, on the fly
+            (GPU) or once (CPU)
+    w4a16   activations stay in 16 bit; the weight is converted to 16 bit on the fly
+    auto    the fastest of these on the device, see `best_mode`
 
-When a gradient is wanted the layer computes in w4a16, and the gradient flows through to the input.
+If the input requires a gradient, the layer computes in w4a16, and the gradient flows through to the input.
 
-Legend: B batch, K input features, Kp = K padded, N output features, r rank.
+Legend: B batch, M tokens, K input features, Kp = K padded, N output features, r rank.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffusers_sana.kernels.cpu import int8_linear
+from diffusers_sana.kernels.cpu.blocked import linear_in_pieces
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight
-from diffusers_sana.kernels.linear import PIECE, linear
+from diffusers_sana.kernels.linear import linear
 from diffusers_sana.kernels.low_bit import GROUP_SIZES, padded, precision_of
 from diffusers_sana.kernels.lowbit_linear import lowbit_linear
 from diffusers_sana.kernels.precision import arithmetic_dtype
@@ -31,28 +36,19 @@ from diffusers_sana.quantizers.svdquant.layers.compute_mode import best_mode
 from diffusers_sana.quantizers.svdquant.layers.lora import LowRankBranch, PlainConvolutions, lazy_weight
 
 
-class _FrozenLinear(torch.autograd.Function):
-    """`x @ weight.T` whose weight is made again for the gradient, not kept: a frozen 4-bit base under an adapter."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, layer: "SVDQuantLayer") -> Tensor:
-        ctx.layer = layer
-        return linear(hidden_states, layer.dequantize(hidden_states.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        weight = ctx.layer.dequantize(grad.dtype)
-        return linear(grad, weight.t()), None
-
-
 class SVDQuantLayer(LowRankBranch):
-    """What quantized linear layers and 1x1 convolutions share: parameters, modes, memory.
+    """The common part of quantized linear layers and 1x1 convolutions: parameters, compute modes, memory.
+
+    Args:
+        weight: the tensors.
+        bias: `[N]` or None.
+        compute_mode, is_weight_only: see the attributes.
 
     Attributes:
         qweight, wscales, wtscale, smooth_factor, proj_down, proj_up, bias: parameters without gradient, see
             `QuantizedWeight`; `wtscale` and `bias` may be None.
         compute_mode: "auto", "w4a4", "w4a8" or "w4a16".
-        is_weight_only: computes in w4a16 whatever `compute_mode` says, as adaLN layers do.
+        is_weight_only: computes in w4a16 whatever `compute_mode` is, as adaLN layers do.
     """
 
     qweight: Tensor
@@ -63,9 +59,15 @@ class SVDQuantLayer(LowRankBranch):
     compute_mode: str
     is_weight_only: bool
 
-    def _set_tensors(
-        self, weight: QuantizedWeight, bias: Tensor | None, compute_mode: str, is_weight_only: bool
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        compute_mode: str = "auto",
+        is_weight_only: bool = False,
     ) -> None:
+        nn.Module.__init__(self)
+        self._set_features(weight.smooth_factor.shape[0], weight.qweight.shape[0])
         for name in ("qweight", "wscales", "wtscale", "smooth_factor", "proj_down", "proj_up"):
             tensor = getattr(weight, name)
             parameter = None if tensor is None else nn.Parameter(tensor.contiguous(), requires_grad=False)
@@ -73,8 +75,12 @@ class SVDQuantLayer(LowRankBranch):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self.is_weight_only = is_weight_only
         self._change_ranks = []
-        self._prepared: tuple[tuple, int8_linear.PreparedWeight] | None = None
+        self._int8_weight: tuple[tuple, int8_linear.PreparedWeight] | None = None
         self.set_compute_mode(compute_mode)
+
+    def _set_features(self, num_inputs: int, num_outputs: int) -> None:
+        """Sets the attributes that the stock class has for its shape."""
+        raise NotImplementedError
 
     def set_compute_mode(self, compute_mode: str) -> None:
         """Chooses the mode.
@@ -85,15 +91,72 @@ class SVDQuantLayer(LowRankBranch):
         if compute_mode not in COMPUTE_MODES:
             raise ValueError(f"`compute_mode` must be one of {COMPUTE_MODES}, got {compute_mode!r}.")
         self.compute_mode = compute_mode
-        self._prepared = None
+        self._int8_weight = None
 
-    @property
-    def precision(self) -> str:
-        """ "int4" or "nvfp4"."""
-        return precision_of(self.wscales)
+    def mode_on(self, device: torch.device) -> str:
+        """The mode in which the layer computes on a device: "w4a4", "w4a8" or "w4a16"."""
+        if self.is_weight_only:
+            return "w4a16"
+        return best_mode(device, self.precision) if self.compute_mode == "auto" else self.compute_mode
+
+    def matmul(self, hidden_states: Tensor) -> Tensor:
+        """`[..., K]` to `[..., N]`, in the dtype of the layer."""
+        hidden_states = hidden_states.to(self.proj_up.dtype)
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            out = _FrozenLinear.apply(hidden_states, self)
+            return out if self.bias is None else out + self.bias
+        tokens = hidden_states.flatten(0, -2)
+        mode = self.mode_on(tokens.device)
+        if mode == "w4a4":
+            out = self.matmul_w4a4(tokens)
+        elif mode == "w4a8":
+            out = self.matmul_w4a8(tokens)
+        else:
+            out = self.matmul_w4a16(tokens)
+        return out.unflatten(0, hidden_states.shape[:-1])
+
+    def matmul_w4a4(self, tokens: Tensor) -> Tensor:
+        """`[M, K]` to `[M, N]` with activations in the 4-bit format of the weight."""
+        return self._low_bit_matmul(tokens, self.precision)
+
+    def matmul_w4a8(self, tokens: Tensor) -> Tensor:
+        """`[M, K]` to `[M, N]` with activations in int8; compiled code on CPUs computes in w4a16."""
+        if tokens.device.type == "cpu":
+            if torch.compiler.is_compiling():
+                return self.matmul_w4a16(tokens)
+            if int8_linear.is_supported():
+                weight = self._prepared_int8_weight()
+                return int8_linear.int8_linear(tokens, self.smooth_factor, self.proj_down, weight)
+        return self._low_bit_matmul(tokens, "int8")
+
+    def matmul_w4a16(self, tokens: Tensor) -> Tensor:
+        """`[M, K]` to `[M, N]` with activations in 16 bit; on a CPU in pieces of the weight that stay in the cache."""
+        if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+            return linear(tokens, self.dequantize(), self.bias)
+        dtype = arithmetic_dtype(tokens)
+        return linear_in_pieces(tokens, lambda rows: self.dequantize(dtype, rows), self.num_outputs, self.bias)
+
+    def _low_bit_matmul(self, tokens: Tensor, activation_format: str) -> Tensor:
+        codes, scales, low = quantize_lowrank(tokens, self.smooth_factor, self.proj_down, activation_format)
+        return lowbit_linear(
+            codes, scales, low, self.qweight, self.wscales, self.wtscale, self.proj_up, self.bias,
+            activation_format=activation_format,
+        )  # fmt: skip
+
+    def _prepared_int8_weight(self) -> int8_linear.PreparedWeight:
+        """The weight of `int8_linear`, prepared again when a parameter has changed."""
+        parts = (self.qweight, self.wscales, self.wtscale, self.proj_up, self.bias)
+        # Tensors made under `torch.inference_mode` have no version counter; `_load_from_state_dict` covers their
+        # changes.
+        key = tuple(
+            (id(part), part.data_ptr(), part.is_inference() or part._version) for part in parts if part is not None
+        )
+        if self._int8_weight is None or self._int8_weight[0] != key:
+            self._int8_weight = key, int8_linear.prepare(*parts)
+        return self._int8_weight[1]
 
     def dequantize(self, dtype: torch.dtype | None = None, rows: slice = slice(None)) -> Tensor:
-        """The matrix `[N, K]` that the layer stands for, or some of its rows."""
+        """The matrix `[N, K]` that the layer represents, or some of its rows."""
         return dequantize_weight(
             self.qweight[rows],
             self.wscales[rows],
@@ -104,70 +167,19 @@ class SVDQuantLayer(LowRankBranch):
             dtype or self.proj_up.dtype,
         )
 
-    def multiply(self, hidden_states: Tensor) -> Tensor:
-        """`[..., K]` to `[..., N]`, in the dtype of the layer."""
-        dtype = self.proj_up.dtype
-        hidden_states = hidden_states.to(dtype)
-        if torch.is_grad_enabled() and hidden_states.requires_grad:
-            out = _FrozenLinear.apply(hidden_states, self)
-            return out if self.bias is None else out + self.bias
-        tokens = hidden_states.flatten(0, -2)
-        mode = self.mode_on(tokens.device)
-        on_cpu = tokens.device.type == "cpu"
-        if mode == "w4a16" or (mode == "w4a8" and on_cpu and torch.compiler.is_compiling()):
-            out = self._multiply_16_bit(tokens)
-        elif mode == "w4a8" and on_cpu and int8_linear.is_supported():
-            prepared = self._prepare()
-            out = int8_linear.int8_linear(tokens, self.smooth_factor, self.proj_down, prepared)
-        else:
-            activation_format = "int8" if mode == "w4a8" else self.precision
-            codes, scales, low = quantize_lowrank(tokens, self.smooth_factor, self.proj_down, activation_format)
-            out = lowbit_linear(
-                codes, scales, low, self.qweight, self.wscales, self.wtscale, self.proj_up, self.bias,
-                activation_format=activation_format,
-            )  # fmt: skip
-        return out.unflatten(0, hidden_states.shape[:-1])
-
-    def mode_on(self, device: torch.device) -> str:
-        """The mode in which the layer computes on a device."""
-        if self.is_weight_only:
-            return "w4a16"
-        return best_mode(device, self.precision) if self.compute_mode == "auto" else self.compute_mode
-
-    def _multiply_16_bit(self, tokens: Tensor) -> Tensor:
-        """On a CPU in pieces that stay in the cache."""
-        if tokens.device.type != "cpu" or torch.compiler.is_compiling():
-            return linear(tokens, self.dequantize(), self.bias)
-        compute = arithmetic_dtype(tokens)
-        inputs = tokens.to(compute)
-        bias = None if self.bias is None else self.bias.to(compute)
-        out = tokens.new_empty(tokens.shape[0], self.num_outputs)
-        rows = max(PIECE // tokens.shape[1], 16)
-        for start in range(0, out.shape[1], rows):
-            piece = slice(start, start + rows)
-            weight = self.dequantize(compute, piece)
-            out[:, piece] = nn.functional.linear(inputs, weight, None if bias is None else bias[piece])
-        return out
+    @property
+    def precision(self) -> str:
+        """ "int4" or "nvfp4"."""
+        return precision_of(self.wscales)
 
     @property
     def num_outputs(self) -> int:
         """N."""
         return self.qweight.shape[0]
 
-    def _prepare(self) -> int8_linear.PreparedWeight:
-        """The 8-bit weight of `int8_linear`, made again when a parameter has changed."""
-        parts = (self.qweight, self.wscales, self.wtscale, self.proj_up, self.bias)
-        # Tensors made under `torch.inference_mode` count no versions; `_load_from_state_dict` covers their changes.
-        key = tuple(
-            (id(part), part.data_ptr(), part.is_inference() or part._version) for part in parts if part is not None
-        )
-        if self._prepared is None or self._prepared[0] != key:
-            self._prepared = key, int8_linear.prepare(*parts)
-        return self._prepared[1]
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """`.to` and its like. Bits of e4m3 scales are no numbers to convert, and the CPU's copy is left behind."""
-        self._prepared = None
+        """`.to` and the like. The bits of e4m3 scales must not be converted, and the int8 weight is dropped."""
+        self._int8_weight = None
 
         def on_bits(tensor: Tensor) -> Tensor:
             if tensor.dtype == torch.float8_e4m3fn:
@@ -183,42 +195,42 @@ class SVDQuantLayer(LowRankBranch):
         return super()._apply(on_bits, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._prepared = None
+        self._int8_weight = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: without the CPU's 8-bit weight, which cannot be copied."""
-        return {**self.__dict__, "_prepared": None}
+        """For copies: without the int8 weight, which cannot be copied."""
+        return {**self.__dict__, "_int8_weight": None}
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """`x @ weight.T` that recomputes the weight for the gradient instead of keeping it, for a frozen 4-bit base."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, layer: SVDQuantLayer) -> Tensor:
+        ctx.layer = layer
+        return linear(hidden_states, layer.dequantize(hidden_states.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        weight = ctx.layer.dequantize(grad.dtype)
+        return linear(grad, weight.t()), None
 
 
 class SVDQuantLinear(SVDQuantLayer, nn.Linear):
-    """A linear layer in 4 bits.
+    """A linear layer in 4 bits; arguments as of `SVDQuantLayer`."""
 
-    Args:
-        weight: the parts.
-        bias: `[N]` or None.
-        compute_mode, is_weight_only: see `SVDQuantLayer`.
-    """
-
-    def __init__(
-        self,
-        weight: QuantizedWeight,
-        bias: Tensor | None = None,
-        compute_mode: str = "auto",
-        is_weight_only: bool = False,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.qweight.shape[0], weight.smooth_factor.shape[0]
-        self._set_tensors(weight, bias, compute_mode, is_weight_only)
+    def _set_features(self, num_inputs: int, num_outputs: int) -> None:
+        self.in_features, self.out_features = num_inputs, num_outputs
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The 16-bit matrix `[N, K]` that the layer stands for, computed where it is used; see `LazyWeight`."""
+        """The 16-bit matrix `[N, K]` that the layer represents, computed where it is used; see `LazyWeight`."""
         return lazy_weight(self, (self.out_features, self.in_features))
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`."""
-        return self.multiply(input)
+        return self.matmul(input)
 
     def extra_repr(self) -> str:
         return (
@@ -228,40 +240,29 @@ class SVDQuantLinear(SVDQuantLayer, nn.Linear):
 
 
 class SVDQuantConv2d(PlainConvolutions, SVDQuantLayer, nn.Conv2d):
-    """A 1x1 convolution in 4 bits: a matrix product over the channels of each pixel.
+    """A 1x1 convolution in 4 bits, a matrix product per pixel; arguments as of `SVDQuantLayer`."""
 
-    Args: see `SVDQuantLinear`.
-    """
-
-    def __init__(
-        self,
-        weight: QuantizedWeight,
-        bias: Tensor | None = None,
-        compute_mode: str = "auto",
-        is_weight_only: bool = False,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.out_channels, self.in_channels = weight.qweight.shape[0], weight.smooth_factor.shape[0]
+    def _set_features(self, num_inputs: int, num_outputs: int) -> None:
+        self.in_channels, self.out_channels = num_inputs, num_outputs
         self.kernel_size = self.stride = self.dilation = (1, 1)
         self.padding, self.output_padding = (0, 0), (0, 0)
         self.groups, self.transposed, self.padding_mode = 1, False, "zeros"
         self._reversed_padding_repeated_twice = [0, 0, 0, 0]
-        self._set_tensors(weight, bias, compute_mode, is_weight_only)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The 16-bit kernel `[N, K, 1, 1]` that the layer stands for, as in `SVDQuantLinear`."""
+        """The 16-bit kernel `[N, K, 1, 1]` that the layer represents, as in `SVDQuantLinear`."""
         return lazy_weight(self, (self.out_channels, self.in_channels, 1, 1))
 
     def forward(self, input: Tensor) -> Tensor:
         """`[B, K, h, w]` to `[B, N, h, w]`, channels-last in memory, which is also the fast input."""
-        return self.multiply(input.movedim(1, -1)).movedim(-1, 1)
+        return self.matmul(input.movedim(1, -1)).movedim(-1, 1)
 
 
-def placeholder(
+def empty_weight(
     out_features: int, in_features: int, rank: int, precision: str, dtype: torch.dtype, device: Any = "meta"
 ) -> QuantizedWeight:
-    """The parts of a quantized layer without their numbers: what a checkpoint is loaded into."""
+    """The tensors of a quantized layer without values, for a checkpoint to be loaded into."""
     features = padded(in_features)
     groups = features // GROUP_SIZES[precision]
     is_nvfp4 = precision == "nvfp4"
@@ -282,6 +283,29 @@ def placeholder(
 def quantized_layer(
     module: nn.Module, weight: QuantizedWeight, compute_mode: str = "auto", is_weight_only: bool = False
 ) -> SVDQuantLinear | SVDQuantConv2d:
-    """The quantized layer in place of a linear layer or a 1x1 convolution, with its bias."""
+    """The quantized counterpart of a linear layer or a 1x1 convolution, with its bias."""
     cls = SVDQuantConv2d if isinstance(module, nn.Conv2d) else SVDQuantLinear
     return cls(weight, module.bias, compute_mode, is_weight_only)  # type: ignore[arg-type]
+
+
+def replace_layer(model: nn.Module, name: str, weight: QuantizedWeight, mode: str, compute_mode: str) -> SVDQuantLayer:
+    """Replaces a linear layer or a 1x1 convolution of a model by its quantized counterpart.
+
+    Args:
+        model: holds the layer.
+        name: of the layer in the model.
+        weight: its quantized weight.
+        mode: "w4a4" or "w4a16", from `find_targets`.
+        compute_mode: see `SVDQuantConfig`.
+    """
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    original = getattr(parent, leaf)
+    layer = quantized_layer(original, weight, compute_mode, is_weight_only=mode == "w4a16")
+    setattr(parent, leaf, layer.train(original.training))
+    return layer
+
+
+def quantized_layers(model: nn.Module) -> Iterator[SVDQuantLayer]:
+    """The quantized layers of a model, in its order."""
+    return (module for module in model.modules() if isinstance(module, SVDQuantLayer))

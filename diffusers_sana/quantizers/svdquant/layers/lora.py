@@ -1,15 +1,15 @@
-"""Adapters on quantized layers: a `weight` that is good enough for the calls of diffusers and PEFT as they are.
+"""Adapters on quantized layers: a `weight` that works with unmodified diffusers and PEFT.
 
-PEFT wraps a quantized layer as it wraps any `nn.Linear`, and adds its 16-bit product to the layer's output. It fuses
-an adapter by `base_layer.weight.data += B @ A`. Here `weight` is computed at each reading (`LazyWeight`), and the
-layer takes up what is added to it as further ranks of its low-rank branch (`LowRankBranch`):
+PEFT wraps a quantized layer like any `nn.Linear`, and adds its 16-bit product to the output of the layer. It fuses an
+adapter by `base_layer.weight.data += B @ A`. Here `weight` is computed at each access (`LazyWeight`), and the layer
+stores what is added to it as further ranks of its low-rank branch (`LowRankBranch`):
 
     proj_down = [proj_down; V]        proj_up = [proj_up, U]        U @ V = B @ A
 
-The 4-bit codes stay as they are. Subtracting the same matrix removes those ranks, which restores the old bits. A
+The 4-bit codes do not change. Subtracting the same matrix removes those ranks, which restores the original bits. A
 change of high rank is an error.
 
-FLUX's loader of LoRA files looks up `x.weight` in the model's state dict, which `StateDict` answers.
+The LoRA loader of FLUX looks up `x.weight` in the state dict of the model, which `StateDict` supports.
 
 Legend: K input features, N output features, r rank of the layer.
 """
@@ -27,15 +27,15 @@ from diffusers_sana.kernels.dequantize_weight import dequantize_weight
 from diffusers_sana.quantizers.svdquant.algorithm.randomized_svd import low_rank_factors
 
 
-SAME = 0.05  # relative error up to which a change undoes an earlier one
+UNDO_TOLERANCE = 0.05  # relative error up to which a change undoes an earlier one
 WRITE_HELP = (
-    "It is computed at each reading, and only changes of low rank can be kept, such as that of a LoRA. Leave other "
-    "adapters beside the layer, where they work, or load the model in 16 bit."
+    "It is computed at each access, and only low-rank changes can be stored, such as that of a LoRA. Leave other "
+    "adapters unfused, where they work, or load the model in 16 bit."
 )
 
 
 class LowRankBranch(nn.Module):
-    """The part of a quantized layer that changes of its weight go into.
+    """The low-rank branch of a quantized layer, which stores changes of its weight.
 
     Attributes:
         proj_down: `[r, K]`, in 16 bit.
@@ -44,15 +44,15 @@ class LowRankBranch(nn.Module):
 
     proj_down: Tensor
     proj_up: Tensor
-    _change_ranks: list[int]  # of the changes, which are the last ranks of the branch, oldest first
+    _change_ranks: list[int]  # ranks of the stored changes, oldest first; they are the last ranks of the branch
 
     @property
     def rank(self) -> int:
-        """r, with the ranks of fused adapters."""
+        """r, including the ranks of fused adapters."""
         return self.proj_down.shape[0]
 
     def add_to_weight(self, change: Tensor, noise: float = 0.0) -> None:
-        """Adds a matrix to what the layer stands for. If it undoes an earlier change, both leave no trace.
+        """Adds a matrix to the weight that the layer represents. If it undoes an earlier change, both are removed.
 
         Args:
             change: `[N, K]`, of at most half the full rank.
@@ -68,7 +68,7 @@ class LowRankBranch(nn.Module):
         for index in reversed(range(len(self._change_ranks))):
             start = end - self._change_ranks[index]
             earlier = self.proj_up[:, start:end].float() @ self.proj_down[start:end].float()
-            if (earlier + change).norm() <= SAME * change.norm() + noise:
+            if (earlier + change).norm() <= UNDO_TOLERANCE * change.norm() + noise:
                 down = torch.cat([self.proj_down[:start], self.proj_down[end:]])
                 up = torch.cat([self.proj_up[:, :start], self.proj_up[:, end:]], dim=1)
                 self._set_branch(down, up)
@@ -77,7 +77,7 @@ class LowRankBranch(nn.Module):
             end = start
         factors = low_rank_factors(change, noise)
         if factors is None:
-            raise RuntimeError(f"the weight of a 4-bit layer cannot take up a change of high rank. {WRITE_HELP}")
+            raise RuntimeError(f"the weight of a 4-bit layer cannot store a change of high rank. {WRITE_HELP}")
         up, down = (factor.to(self.proj_up) for factor in factors)
         if len(down):
             self._set_branch(torch.cat([self.proj_down, down]), torch.cat([self.proj_up, up], dim=1))
@@ -89,20 +89,20 @@ class LowRankBranch(nn.Module):
 
 
 class LazyWeight(Tensor):
-    """The matrix that a quantized layer stands for, computed by each operation that uses it.
+    """The matrix that a quantized layer represents, computed by each operation that uses it.
 
-    Shape, dtype and device cost nothing; PEFT and diffusers ask each layer for them several times when they load a
-    file. Results of operations are plain tensors. Holds no memory, also where autograd saves it. `+=`, `-=` and
-    assignment to `data` change the layer, other writes raise a RuntimeError.
+    Shape, dtype and device cost nothing; PEFT and diffusers read them several times per layer when they load a file.
+    Results of operations are plain tensors. Uses no memory, also where autograd saves it. `+=`, `-=` and assignment to
+    `data` change the layer, other writes raise a RuntimeError.
 
     Args:
         like: has its dtype and device.
-        shape: `[N, K]`, perhaps with ones after it.
-        compute: gives it, without gradient.
-        layer: that writes go into; None to refuse all.
+        shape: `[N, K]`, possibly followed by ones.
+        compute: computes it, without gradient.
+        layer: receives writes; None to refuse all.
     """
 
-    _is_hf_initialized = True  # or transformers would initialize it when it loads a model
+    _is_hf_initialized = True  # else transformers would initialize it when it loads a model
     compute: Callable[[], Tensor]
     layer: LowRankBranch | None
 
@@ -177,11 +177,11 @@ def _refused_write(what: str) -> RuntimeError:
 
 
 def lazy_weight(layer: Any, shape: Sequence[int]) -> Tensor:
-    """The weight of a layer; computed at once in code that is being compiled, which cannot make a `LazyWeight`.
+    """The weight of a layer; computed immediately in code that is being compiled, which cannot create a `LazyWeight`.
 
     Args:
         layer: a `LowRankBranch` with `dequantize`.
-        shape: of the weight: `[N, K]`, perhaps with ones after it.
+        shape: of the weight: `[N, K]`, possibly followed by ones.
     """
 
     def compute() -> Tensor:
@@ -191,9 +191,9 @@ def lazy_weight(layer: Any, shape: Sequence[int]) -> Tensor:
 
 
 class PlainConvolutions:
-    """Mixin for a quantized convolution: with the arguments of `nn.Conv2d` its class makes a plain one.
+    """Mixin for a quantized convolution: with the arguments of `nn.Conv2d`, its class creates a plain convolution.
 
-    PEFT's layers around a convolution make their own two by calling the class of what they are around.
+    PEFT creates the two convolutions of an adapter by calling the class of the layer that it wraps.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -202,11 +202,11 @@ class PlainConvolutions:
 
 
 class StateDict(OrderedDict):
-    """The state dict of a quantized model; asked for the `weight` of a quantized layer, it computes it.
+    """The state dict of a quantized model, which computes the `weight` of a quantized layer on lookup.
 
-    FLUX's loader of LoRA files looks up the weight of each layer that a file names: `x.base_layer.weight` if that is
-    in the state dict, else `x.weight`. Neither is a key of its own, so what is listed and saved stays as it is.
-    Pickled and copied it is a plain OrderedDict, so that `torch.save` writes what `torch.load` reads by its defaults.
+    The LoRA loader of FLUX looks up the weight of each layer that a file names: `x.base_layer.weight` if that is in
+    the state dict, else `x.weight`. Neither is a listed key, so what is listed and saved does not change. Pickled and
+    copied it is a plain OrderedDict, so that `torch.save` writes what `torch.load` reads by default.
     """
 
     def __contains__(self, key: object) -> bool:
@@ -229,12 +229,12 @@ class StateDict(OrderedDict):
         return plain.__reduce_ex__(protocol)
 
 
-def answer_for_weights(model: nn.Module) -> None:
-    """Lets `model.state_dict()` be a `StateDict`."""
+def enable_weight_lookup(model: nn.Module) -> None:
+    """Makes `model.state_dict()` return a `StateDict`."""
     model._register_state_dict_hook(_as_state_dict)
 
 
 def _as_state_dict(model: nn.Module, state_dict: Any, prefix: str, metadata: Any) -> StateDict:
-    answering = StateDict(state_dict)
-    answering._metadata = getattr(state_dict, "_metadata", None)  # type: ignore[attr-defined]
-    return answering
+    result = StateDict(state_dict)
+    result._metadata = getattr(state_dict, "_metadata", None)  # type: ignore[attr-defined]
+    return result
