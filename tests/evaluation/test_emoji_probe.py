@@ -13,7 +13,7 @@ from diffusers_sana.evaluation.emoji_probe import EmojiProbe
 from diffusers_sana.evaluation.images import to_tensor
 
 
-FOLDER = Path(checkpoints.__file__).parent / "emoji-probe"
+FOLDER = Path(checkpoints.EMOJI_PROBE)
 
 
 @pytest.fixture
