@@ -127,13 +127,14 @@ def test_other_prompts(folder, drawn, tmp_path):
         (["--checks", "fid", "--features", "clip", "--reference-model", "x"], "--features clip needs --clip"),
         (["--checks", "fid", "--reference-model", "x"], "pip install torch-fidelity"),
         (["--checks", "lpips", "--reference-model", "x"], "pip install lpips"),
+        (["--checks", "ssim", "--reference-model", "x"], "pip install scikit-image"),
         (["--against", "no/such/folder"], "there is no folder no/such/folder"),
         (["--prompts", "no-such-file.jsonl"], r"no-such-file\.jsonl"),
         (["--limit", "0", "--clip", "x"], "--limit: must be at least 1"),
     ],
 )
 def test_errors_before_anything_is_generated(folder, options, message, tmp_path, monkeypatch, capsys):
-    for package in ("lpips", "torch_fidelity"):
+    for package in ("lpips", "torch_fidelity", "skimage"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as error:
         cli.main(["evaluate", folder, "--out", str(tmp_path / "out"), *options])
