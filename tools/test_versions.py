@@ -5,8 +5,9 @@
     python -m tools.test_versions gpu-host-overlay   the same with a newer transformers, which VILA-U needs
 
 An environment is made in build/envs/NAME from constraints-NAME.txt. Some hold only the packages of that file, in front
-of those of another environment: "lowest" sees torch and pytest of the interpreter that runs this. Counts and versions
-are written into a JSON file.
+of those of another environment: "lowest" sees torch and pytest of the interpreter that runs this. Counts, the commands
+that gave them and the versions are written into a JSON file for each environment. A run of some groups (`--only`) keeps
+the counts of the others, unless a version has changed.
 """
 
 import argparse
@@ -126,6 +127,12 @@ def versions(python: Path) -> dict[str, str]:
     return dict(zip([*names, "python"], output, strict=True))
 
 
+def earlier_counts(path: Path, installed: dict[str, str]) -> dict[str, dict]:
+    """The result file to go on with: that of earlier runs, or an empty one if they had other versions."""
+    report = json.loads(path.read_text()) if path.exists() else {}
+    return report if report.get("versions") == installed else {"versions": installed, "tests": {}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", choices=ENVIRONMENTS)
@@ -143,14 +150,14 @@ def main() -> None:
             continue
         arguments.results.mkdir(parents=True, exist_ok=True)
         path = arguments.results / f"{name}.json"
-        report = json.loads(path.read_text()) if path.exists() else {}
-        report |= {"command": f"python -m tools.test_versions {name}", "versions": versions(python)}
+        report = earlier_counts(path, versions(python))
         for group in arguments.only:
             counts = run_group(
                 python, GROUPS[group], ENVIRONMENTS[name].skip, arguments.jobs, arguments.envs / f"{name}.xml"
             )
             failed += counts["failed"]
-            report.setdefault("tests", {})[group] = counts
+            command = f"python -m tools.test_versions {name} --only {group} --jobs {arguments.jobs}"
+            report["tests"][group] = {"command": command} | counts
             path.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(failed > 0)
 
