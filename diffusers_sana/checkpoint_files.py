@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 
 AGAIN = "Download it again."
@@ -50,10 +52,24 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         OSError: naming the file where it is cut off or otherwise damaged.
     """
+    return {name: tuple(tensor.shape) for name, tensor in meta_tensors(file).items()}
+
+
+def meta_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file without their numbers, on the meta device, from its header.
+
+    Raises:
+        OSError: naming the file where it is cut off or otherwise damaged.
+    """
+    tensors = {}
     try:
         with safe_open(file, framework="pt") as content:
-            names = content.keys()
-            return {name: tuple(content.get_slice(name).get_shape()) for name in names}
+            for name in content.keys():  # noqa: SIM118
+                piece = content.get_slice(name)
+                shape = piece.get_shape()
+                first = piece[:0] if shape else content.get_tensor(name)  # a scalar has no slices
+                tensors[name] = torch.empty(shape, dtype=first.dtype, device="meta")
+            return tensors
     except SafetensorError as error:
         raise OSError(f"{file} is damaged or cut off: {error}. {AGAIN}") from error
 
