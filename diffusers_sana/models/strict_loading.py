@@ -14,7 +14,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
+from diffusers_sana._compat import warn_if_untested
 from diffusers_sana.checkpoint_files import check_readable, named, read_object, read_shards, tensor_shapes
+
+
+warn_if_untested("accelerate")
 
 
 class StrictModelMixin(ModelMixin):

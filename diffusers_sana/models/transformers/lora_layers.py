@@ -18,6 +18,11 @@ from peft.tuners.lora import Conv2d, LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from diffusers_sana._compat import warn_if_untested
+
+
+warn_if_untested("peft")
+
 
 class DepthwiseLora(Conv2d):
     """PEFT's layer around a depthwise convolution, with adapters of the forms above.
