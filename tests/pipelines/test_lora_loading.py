@@ -91,6 +91,20 @@ def test_in_memory_beside_another_and_hotswapped(pipe, lora, expected):
     assert torch.equal(draw(pipe), expected)
 
 
+def test_hotswap_leaves_the_tensors_of_the_caller(pipe, lora):
+    """Also where the rank rises."""
+    layers = {key: x for key, x in plain(lora).items() if "conv_point" not in key}  # PEFT swaps equal patterns only
+    low = {key: x[:1] if ".lora_A." in key else x[:, :1] for key, x in layers.items()}
+    pipe.load_lora_weights(layers, adapter_name="two")
+    expected = draw(pipe)
+    pipe.unload_lora_weights()
+    before = copy.deepcopy(layers)
+    pipe.load_lora_weights(low, adapter_name="one")
+    pipe.load_lora_weights(layers, adapter_name="one", hotswap=True)
+    assert torch.equal(draw(pipe), expected)
+    assert all(torch.equal(layers[key], before[key]) for key in before)
+
+
 def test_scales_are_saved_again(pipe, lora, expected, tmp_path):
     """diffusers writes alphas into the file's metadata when it is given them."""
     pipe.load_lora_weights(FORMATS["kohya"](lora), adapter_name="default")
