@@ -65,10 +65,12 @@ class HostName:
 
     @property
     def host(self) -> str:
+        """The library: the first part of `where`."""
         return self.where.partition(".")[0].partition(":")[0]
 
     @property
     def oldest(self) -> str:
+        """The first version of the host that has the name."""
         return self.since or HOSTS[self.host].lowest
 
 
