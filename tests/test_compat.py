@@ -154,7 +154,7 @@ def test_untested_versions_are_named_once(host, caplog, version, message):
     ("module", "used"),
     [
         ("kernels.dispatch", "torch"),
-        ("models.strict_loading", "accelerate"),
+        ("models.loading", "accelerate"),
         ("models.transformers.lora_layers", "peft"),
         ("pipelines.pipeline_vila_u", "accelerate"),
         ("quantizers.svdquant.integrations.diffusers", "accelerate"),
