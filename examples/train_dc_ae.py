@@ -29,9 +29,10 @@ from diffusers_sana.training.data.sources import ImageDataConfig
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.objectives.adversarial import PatchDiscriminator, discriminator_loss, generator_loss
 from diffusers_sana.training.objectives.perceptual import PerceptualLoss
-from diffusers_sana.training.optimizers import make_adamw
+from diffusers_sana.training.optimizers import make_adamw, make_optimizer
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.recipes.dc_ae import (
+    DecodedLatents,
     draw_latent_prefix,
     get_phase,
     mask_latents,
@@ -53,6 +54,16 @@ class DCAETrainingConfig(ImageDataConfig):
     resolution: int | None = option(None, "side of the training images (command line only); None takes the phase's")
     phase: int = option(1, "1: train all at low resolution, 2: latent side at high, 3: decoder head with GAN")
     trained_prefixes: tuple[str, ...] | None = option(None, "key prefixes that train; None takes the phase's")
+    optimizer: str = option("adamw", "`adamw`, `adamw8bit` or `muon`, for the autoencoder")
+    mse_weight: float = option(0.0, "weight of the mean squared error beside L1", changeable=True)
+    latent_weight: float = option(
+        0.0, "weight of the pull of each latent channel's mean square towards 1", changeable=True
+    )
+    latent_noise: float = option(
+        0.0,
+        "standard deviation of noise on latents in training, so that those of a generator may err",
+        changeable=True,
+    )
     perceptual_weight: float = option(0.25, "weight of the perceptual loss; 0 leaves it out", changeable=True)
     perceptual_every: int = option(
         1, "steps between uses of the perceptual loss, its weight raised to match", changeable=True
@@ -93,7 +104,8 @@ def train(
         phase.betas if config.betas is None else config.betas,
         phase.weight_decay if config.weight_decay is None else config.weight_decay,
     )
-    optimizer = make_adamw(select_parameters(model, trained_prefixes), *optimizer_settings)
+    optimizer = make_optimizer(config.optimizer, select_parameters(model, trained_prefixes), *optimizer_settings)
+    latents = DecodedLatents(model, config.latent_noise)
     if config.latent_prefix_step:
         mask_latents(model)
     if config.compile:
@@ -146,6 +158,12 @@ def train(
             reconstructed = model(pixel_values).sample.float()
             l1 = F.l1_loss(reconstructed, pixel_values)
             loss, terms = l1, {"l1": l1}
+            if config.mse_weight:
+                terms["mse"] = F.mse_loss(reconstructed, pixel_values)
+                loss = loss + config.mse_weight * terms["mse"]
+            if config.latent_weight:
+                terms["latent"] = latents.distance_from_unit_scale()
+                loss = loss + config.latent_weight * terms["latent"]
             if config.perceptual_weight and loop.step % config.perceptual_every == 0:
                 with accelerator.autocast():
                     terms["perceptual"] = perceptual(reconstructed, pixel_values)

@@ -1,15 +1,22 @@
-"""The optimisers of the training examples."""
+"""The optimizers of the training examples."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffusers_sana.training.config import check_choice
 
 
-OPTIMIZERS = ("adamw", "adamw8bit")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
+# Coefficients (a, b, c) of successive steps X <- a X + (b A + c A^2) X with A = X X^T, each the best one for what
+# the step before leaves ("Polar Express", arXiv 2505.16932, from singular values of at least 0.001).
+POLAR_STEPS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+)
 
 
 def make_optimizer(
@@ -19,14 +26,14 @@ def make_optimizer(
     betas: tuple[float, float],
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """The optimiser of a name; each decays matrices and kernels only.
+    """The optimizer of a name; each decays matrices and kernels only.
 
     Args:
         name: "adamw", or "adamw8bit", that of bitsandbytes, on GPUs and CPUs: its two moments take a byte each in
             place of four, in blocks of 256 numbers with a common scale (arXiv 2110.02861). Tensors of less than 4096
-            numbers keep theirs in fp32.
+            numbers keep theirs in fp32. "muon" is `Muon`.
         parameters: what to train.
-        learning_rate, betas, weight_decay: of AdamW.
+        learning_rate, betas, weight_decay: of AdamW. "muon" takes the same learning rate.
 
     Raises:
         ValueError: an unknown name, or one whose package is not installed.
@@ -34,6 +41,8 @@ def make_optimizer(
     check_choice("optimizer", name, OPTIMIZERS)
     if name == "adamw":
         return make_adamw(parameters, learning_rate, betas, weight_decay)
+    if name == "muon":
+        return Muon(parameters, learning_rate, betas, weight_decay)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -51,10 +60,104 @@ def make_adamw(
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """The groups of an optimiser: what is decayed, and what has one dimension or none and is not."""
+    """The groups of an optimizer: what is decayed, and what has one dimension or none and is not."""
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps whose matrices are orthogonal (Muon, K. Jordan 2024; arXiv 2502.16982), and AdamW for what is no matrix.
+
+    All directions of a matrix learn at one speed, while AdamW mostly moves along the few that dominate the gradient. A
+    convolution is a matrix of output channels by inputs times taps. A tall stack of more than `BLOCK` rows, such as a
+    convolution before a pixel shuffle, is made orthogonal in blocks: the work grows with the cube of the rows.
+
+    Matrices must be whole: on one GPU or under DDP, not under FSDP.
+
+    Steps have a root mean square of about the learning rate, as AdamW's have at most, so both take the same rate.
+
+    Args:
+        parameters: what to train. Matrices and kernels of fewer than `SMALLEST` rows or columns take AdamW's steps,
+            such as the first and the last convolution of an image model.
+        learning_rate: of all.
+        betas: of AdamW.
+        weight_decay: of matrices and kernels.
+        momentum: of the orthogonal steps.
+    """
+
+    SMALLEST, BLOCK = 16, 256
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+    ):
+        groups = []
+        for group in decay_groups(parameters, weight_decay):
+            for is_orthogonal in (True, False):
+                chosen = [p for p in group["params"] if self._is_large(p) == is_orthogonal]
+                if chosen:
+                    groups.append(group | {"params": chosen, "is_orthogonal": is_orthogonal})
+        super().__init__(groups, {"lr": learning_rate, "betas": betas, "momentum": momentum, "eps": 1e-8})
+
+    @classmethod
+    def _is_large(cls, parameter: Tensor) -> bool:
+        return parameter.ndim > 1 and min(len(parameter), parameter[0].numel()) >= cls.SMALLEST
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step; a parameter without a gradient stays as it is."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                update = self._orthogonal if group["is_orthogonal"] else self._adam
+                change = update(parameter.grad, self.state[parameter], group)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=-group["lr"])
+        return loss
+
+    def _orthogonal(self, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        if not state:
+            state["momentum"] = torch.zeros_like(gradient)
+        average = state["momentum"].lerp_(gradient, 1 - group["momentum"])
+        matrix = gradient.lerp(average, group["momentum"]).flatten(1)  # Nesterov's
+        rows, columns = matrix.shape
+        blocks = rows // self.BLOCK if rows > self.BLOCK and rows % self.BLOCK == 0 else 1
+        # Every `blocks`th row: the outputs of one phase of a pixel shuffle.
+        parts = matrix.unflatten(0, (-1, blocks)).transpose(0, 1)
+        parts = orthogonalize(parts) * max(rows // blocks, columns) ** 0.5
+        return parts.transpose(0, 1).reshape(gradient.shape)
+
+    def _adam(self, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        state["step"] += 1
+        first, second = group["betas"]
+        mean = state["exp_avg"].lerp_(gradient, 1 - first)
+        square = state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        step = state["step"].item()
+        deviation = (square / (1 - second**step)).sqrt_().add_(group["eps"])
+        return mean / (1 - first**step) / deviation
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """The nearest orthogonal matrices to `[..., rows, columns]`, roughly: singular values end within 0.2 to 1.9."""
+    if matrices.shape[-2] > matrices.shape[-1]:
+        return orthogonalize(matrices.mT).mT
+    out = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    for a, b, c in POLAR_STEPS:
+        gram = out @ out.mT
+        out = a * out + (b * gram + c * gram @ gram) @ out
+    return out

@@ -133,3 +133,16 @@ def test_main_trains_on_a_folder_and_continues_in_the_next_phase(tmp_path):
     assert not torch.equal(before["encoder.conv_out.weight"], after["encoder.conv_out.weight"])
     with pytest.raises(ValueError, match="exactly one of `model_config` and `pretrained`"):
         main(arguments)
+
+
+def test_latents_are_drawn_to_unit_scale(tmp_path):
+    batch = {"pixel_values": smooth_images(4, 32)}
+    settings = {"max_steps": 60, "learning_rate": 3e-3, "perceptual_weight": 0.0, "ema_decay": 0.0, "mse_weight": 1.0}
+    train(make_config(tmp_path, latent_weight=1.0, latent_noise=0.1, **settings), [batch], tiny_autoencoder())
+    rows = read_log(tmp_path)
+    assert rows[-1]["latent"] < 0.2 * rows[0]["latent"]
+    assert rows[-1]["mse"] < rows[0]["mse"]
+    with torch.no_grad():
+        model = DiffusersAutoencoderDC.from_pretrained(tmp_path / "model")
+        mean_square = model.encode(batch["pixel_values"]).latent.square().mean((0, 2, 3))
+    assert (mean_square - 1).abs().max() < 0.5

@@ -1,4 +1,4 @@
-"""AdamW in 32 and in 8 bits."""
+"""AdamW in 32 and in 8 bits, and Muon."""
 
 import sys
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from diffusers_sana.training.config import TrainingConfig
 from diffusers_sana.training.loop import TrainingLoop
-from diffusers_sana.training.optimizers import make_optimizer
+from diffusers_sana.training.optimizers import OPTIMIZERS, Muon, make_optimizer, orthogonalize
 
 
 def make_model():
@@ -46,7 +46,7 @@ def test_eight_bits_learn_as_well_in_a_quarter_of_the_memory():
     assert size < 0.3 * size_of_32
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_only_kernels_decay(name):
     if name == "adamw8bit":
         pytest.importorskip("bitsandbytes")
@@ -60,13 +60,15 @@ def test_only_kernels_decay(name):
         assert (parameter == 1).all()
 
 
-def test_a_resumed_run_in_eight_bits_equals_an_uninterrupted_one(tmp_path):
-    pytest.importorskip("bitsandbytes")
+@pytest.mark.parametrize("name", ["adamw8bit", "muon"])
+def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path):
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
 
     def run(folder, max_steps, resume=False):
         config = TrainingConfig(output_dir=str(folder), max_steps=max_steps, resume=resume)
         accelerator, model = Accelerator(), make_model()
-        optimizer = make_optimizer("adamw8bit", model.parameters(), 1e-2, (0.9, 0.999), 0.1)
+        optimizer = make_optimizer(name, model.parameters(), 1e-2, (0.9, 0.999), 0.1)
         model, optimizer = accelerator.prepare(model, optimizer)
         loop = TrainingLoop(config, accelerator, [model], [optimizer], lambda path: path.mkdir(), lambda path: None)
         batches = [{"x": torch.randn(8, 64, generator=torch.Generator().manual_seed(i))} for i in range(6)]
@@ -90,3 +92,38 @@ def test_a_missing_package_is_named(monkeypatch):
         make_optimizer("adamw8bit", make_model().parameters(), 1e-3, (0.9, 0.999), 0.0)
     with pytest.raises(ValueError, match="`optimizer` must be one of"):
         make_optimizer("sgd", make_model().parameters(), 1e-3, (0.9, 0.999), 0.0)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (3, 16, 64)])
+def test_orthogonalize_keeps_the_directions_and_levels_their_sizes(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    matrices[..., :5] *= 30
+    left, sizes, right = torch.linalg.svd(matrices, full_matrices=False)
+    assert (sizes.amax(-1) / sizes.amin(-1) > 20).all()
+    out = orthogonalize(matrices)
+    levelled = torch.linalg.svdvals(out)
+    assert levelled.max() < 2
+    assert levelled.min() > 0.15
+    assert torch.allclose(
+        left.mT @ out @ right.mT, torch.diag_embed((left.mT @ out @ right.mT).diagonal(0, -2, -1)), atol=1e-3
+    )
+
+
+def test_muon_steps_are_as_large_as_adams():
+    """Square, wide and tall matrices and kernels: an RMS near the learning rate, so one rate fits both."""
+    torch.manual_seed(0)
+    shapes = [(64, 64), (32, 16, 3, 3), (512, 48), (1024, 16, 3, 3), (64,), (8, 64)]
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape)
+    Muon(parameters, learning_rate=0.01).step()
+    for shape, parameter in zip(shapes, parameters, strict=True):
+        rms = parameter.detach().square().mean().sqrt().item()
+        assert 0.004 < rms < 0.016, (shape, rms)
+
+
+def test_muon_learns():
+    first, last, size = fit("muon")
+    _, _, size_of_adam = fit("adamw")
+    assert last < 0.1 * first
+    assert size < 0.6 * size_of_adam, "one moment in the place of two"

@@ -1,6 +1,6 @@
-"""Converts original files of Sana, its ControlNets and DC-AE to diffusers folders: a model or a whole pipeline.
+"""The authors' files of Sana, its ControlNets and DC-AE, as folders of diffusers: a model, or a whole pipeline.
 
-To load such a file without writing anything, use `from_single_file` of the model; see
+To load such a file without writing anything, call `from_single_file` of the model; see
 `docs/third_party_checkpoints.md`.
 """
 
@@ -22,36 +22,30 @@ from diffusers_sana.loaders.nvlabs.sana import (
     is_official_sana,
     read_official_sana,
 )
-from diffusers_sana.loaders.single_file import (
-    OfficialWeights,
-    check_config_fields,
-    read_content,
-    select_weights,
-    weight_sets,
-)
+from diffusers_sana.loaders.single_file import OfficialWeights, check_fields, read_content, select_weights, weight_sets
 
 
 COMPONENTS = {TRANSFORMER: "transformer", CONTROLNET: "controlnet", AUTOENCODER: "vae"}
-# What the other components of a pipeline rely on.
+# What the other parts of a pipeline rely on.
 MUST_FIT = ("in_channels", "caption_channels", "latent_channels", "guidance_embeds")
-MAX_SHARD_SIZE = "5GB"  # in memory at a time
+MAX_SHARD_SIZE = "5GB"  # so much is in memory at a time
 
 
 @dataclass
-class ConversionPlan:
+class Plan:
     """What a conversion will do.
 
     Attributes:
-        official: which model the file contains, and where every tensor goes.
-        model: the model with the memory-mapped weights of the file.
+        official: which model the file holds, and where every tensor goes.
+        model: with the weights of the file, which stay on disk until somebody reads them.
         weights: which weights of the file these are, "model" or "ema".
-        other_weights: the other sets of weights in the file.
+        others: which the file holds beside them.
     """
 
     official: OfficialWeights
     model: Any
     weights: str = "model"
-    other_weights: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def component(self) -> str:
@@ -61,15 +55,15 @@ class ConversionPlan:
     def __str__(self) -> str:
         tensors = self.model.state_dict().values()
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
-        count = sum(tensor.numel() for tensor in tensors)
+        numbers = sum(tensor.numel() for tensor in tensors)
         lines = [
-            f"{self.official.class_name}: {len(tensors)} tensors, {count:,} parameters, {', '.join(dtypes)}",
+            f"{self.official.class_name}: {len(tensors)} tensors, {numbers:,} numbers, {', '.join(dtypes)}",
             *(f"  {name} = {value!r}" for name, value in sorted(self.official.config.items())),
         ]
-        if self.other_weights:
-            lines.append(f"weights: {self.weights}; the file also has {', '.join(self.other_weights)}")
+        if self.others:
+            lines.append(f"weights: {self.weights}; the file also holds {', '.join(self.others)}")
         if self.official.left_out:
-            lines.append(f"left out: {len(self.official.left_out)} tensors, such as {self.official.left_out[0]}")
+            lines.append(f"left out: {len(self.official.left_out)} tensors, {self.official.left_out[0]} the first")
         return "\n".join(lines)
 
 
@@ -79,25 +73,24 @@ def plan_conversion(
     torch_dtype: torch.dtype | None = None,
     weights: str = "model",
     **fields: Any,
-) -> ConversionPlan:
-    """Checks a file and returns what `convert` would do: a dry run.
+) -> Plan:
+    """Checks a file and says what would become of it: a dry run.
 
     Args:
-        path: `.pth` or `.safetensors` of Sana, SANA-1.5, SANA-Sprint, a ControlNet or DC-AE, with the original tensor
-            names.
-        component: "transformer" or "controlnet", for a file that has both; by default the ControlNet.
-        torch_dtype: of the weights; by default the file's, in which case no weight is read.
-        weights: "model", or "ema" for the EMA weights that the original trainers store next to them.
-        fields: config fields that the file does not state or states wrongly.
+        path: `.pth` or `.safetensors` of Sana, SANA-1.5, SANA-Sprint, a ControlNet or DC-AE, by the authors' names.
+        component: "transformer" or "controlnet" of a file that has both; by default the ControlNet.
+        torch_dtype: of the weights; by default the file's, and then no weight is read.
+        weights: "model", or "ema" for the averaged weights that the authors' trainers write beside them.
+        fields: of the config, which the file does not tell or tells wrongly.
 
     Raises:
-        ValueError: the file is damaged or for a different architecture, or a tensor is missing, unknown or of another
-            shape (it is named); a required field is missing.
-        TypeError: an argument that is not a config field.
+        ValueError: a file that is cut short, of another model, or with a tensor that is missing, unknown or of
+            another shape, naming it; a field that must be given.
+        TypeError: no field of the config.
     """
     content = read_content(path)
     checkpoint = select_weights(content, weights)
-    other_weights = tuple(name for name in weight_sets(content) if name != weights)
+    others = tuple(name for name in weight_sets(content) if name != weights)
     if is_official_sana(checkpoint):
         class_names = {name: class_name for class_name, name in COMPONENTS.items()}
         official = read_official_sana(checkpoint, class_names[component] if component else None, **fields)
@@ -105,11 +98,11 @@ def plan_conversion(
         official = read_official_dc(checkpoint, **fields)
     else:
         raise ValueError(
-            f"{path} must be an original file of Sana or DC-AE, but has a tensor {next(iter(checkpoint))!r}."
+            f"{path} must be a file of Sana or DC-AE by the authors' names, but has {next(iter(checkpoint))!r}."
         )
     model_cls = MODELS[official.class_name]
-    check_config_fields(model_cls, fields)
-    return ConversionPlan(official, official.model(checkpoint, model_cls, torch_dtype), weights, other_weights)
+    check_fields(model_cls, fields)
+    return Plan(official, official.model(checkpoint, model_cls, torch_dtype), weights, others)
 
 
 def convert(
@@ -120,24 +113,21 @@ def convert(
     torch_dtype: torch.dtype | None = None,
     weights: str = "model",
     **fields: Any,
-) -> ConversionPlan:
-    """Converts a file to a folder that `from_pretrained` of diffusers and of this package loads.
+) -> Plan:
+    """Writes the model, or a pipeline with it, where `from_pretrained` of diffusers and of this package loads it.
 
     Args:
         path, component, torch_dtype, weights, fields: see `plan_conversion`.
         target: a new folder.
-        base: folder or Hub id of a pipeline that provides the other components; None writes the model alone.
-
-    Returns:
-        What was done; `print` it for a summary.
+        base: folder or Hub id of a pipeline that gives the other parts; None writes the model alone.
 
     Raises:
-        ValueError, TypeError: see `plan_conversion`; a `base` that does not match the model.
-        FileExistsError: `target` is not empty.
+        ValueError, TypeError: see `plan_conversion`; a `base` that the model does not fit.
+        FileExistsError: `target` has files.
     """
     target = Path(target)
     if target.exists() and any(target.iterdir()):
-        raise FileExistsError(f"`target` must be a new folder, but {target} is not empty.")
+        raise FileExistsError(f"`target` must be a new folder, but {target} has files.")
     plan = plan_conversion(path, component, torch_dtype, weights, **fields)
     folder = target
     if base is not None:
@@ -147,23 +137,21 @@ def convert(
     return plan
 
 
-def _copy_base(plan: ConversionPlan, base: str, target: Path) -> None:
-    """Copies a pipeline except for one component."""
+def _copy_base(plan: Plan, base: str, target: Path) -> None:
+    """Everything of a pipeline but the weights of one component."""
     name = plan.component
     if not Path(base).is_dir():
         base = snapshot_download(base, ignore_patterns=[f"{name}/*.safetensors*", f"{name}/*.bin*"])
     index = read_json(Path(base) / "model_index.json")
     if name not in index:
         parts = [part for part, value in index.items() if isinstance(value, list)]
-        raise ValueError(
-            f"`base` must be a pipeline with a {name!r}, but {base} has {parts}. Convert the model alone."
-        )
+        raise ValueError(f"`base` must be a pipeline with a {name!r}, but {base} has {parts}. Convert it alone.")
     old = read_json(Path(base) / name / "config.json")
     for field in MUST_FIT:
         new = plan.official.config.get(field)
         if new is not None and field in old and old[field] != new:
             raise ValueError(
-                f"`base` must have a {name} with {field} = {new!r}, as in the file, but {base} has {old[field]!r}. "
-                "It is for a different architecture."
+                f"`base` must have a {name} with {field} = {new!r}, as the file, but {base} has {old[field]!r}. It is "
+                "a pipeline of another family."
             )
     shutil.copytree(base, target, ignore=shutil.ignore_patterns(name, ".*"), dirs_exist_ok=True)

@@ -87,3 +87,21 @@ def draw_latent_prefix(mask: Tensor, step: int) -> None:
     channels = mask.shape[1]
     kept = min(step * int(torch.randint(1, -(-channels // step) + 1, ())), channels)
     mask[:, :kept], mask[:, kept:] = 1, 0
+
+
+class DecodedLatents:
+    """The latents that the decoder of `model` was last given, to which it adds `noise` while it trains."""
+
+    def __init__(self, model: ModelMixin, noise: float):
+        self.noise, self.last = noise, torch.empty(0)
+        model.decoder.register_forward_pre_hook(self._keep)
+
+    def _keep(self, decoder: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self.last, *others = arguments
+        if not (self.noise and torch.is_grad_enabled()):
+            return arguments
+        return self.last + self.noise * torch.randn_like(self.last), *others
+
+    def distance_from_unit_scale(self) -> Tensor:
+        """Mean over the channels of the squared distance of their mean square to 1."""
+        return (self.last.float().square().mean((0, 2, 3)) - 1).square().mean()
