@@ -82,10 +82,17 @@ docs: setup  ## the documentation as a site, in build/site
 outputs/emoji.zip:
 	$(BIN)/python -m examples.train_emoji.prepare_data --out $@
 
-prepare-data: setup outputs/emoji.zip
+outputs/emoji-256.zip:
+	$(BIN)/python -m examples.train_emoji.prepare_data --size 256 --out $@
+
+prepare-data: setup outputs/emoji.zip outputs/emoji-256.zip
 
 train-bundled: setup outputs/emoji.zip  ## retrains diffusers_sana/checkpoints/sana-emoji within MINUTES
 	$(BIN)/python -m examples.train_emoji.run --data outputs/emoji.zip --out outputs/sana-emoji --minutes $(MINUTES)
+
+train-autoencoder: setup outputs/emoji-256.zip  ## goes on with the autoencoder for 256 px for MINUTES, in three phases
+	$(BIN)/python -m examples.train_emoji.autoencoder --data outputs/emoji-256.zip --out outputs/autoencoder \
+		--minutes $(MINUTES) --save-state
 
 train-bundled-vila-u: setup outputs/emoji.zip  ## retrains diffusers_sana/checkpoints/vila-u-emoji within MINUTES
 	$(BIN)/python -m examples.train_vila_u_emoji.run --data outputs/emoji.zip --out outputs/vila-u-emoji --minutes $(MINUTES)

@@ -2,9 +2,10 @@
 
     python tools/gpu_pack.py FOLDER [--add FILE_OR_FOLDER ...]
 
-FOLDER, which must be new, receives the tracked files that are present in the working tree, without the bundled
-checkpoints and the images that neither the tests for a GPU nor the benchmarks read, the commit in a file `COMMIT`, and
-what `--add` names (wheels, a kernel cache) in `FOLDER/added`. More than 60 MiB is an error.
+FOLDER, which must be new, receives the tracked files that are present in the working tree, the commit in a file
+`COMMIT`, and what `--add` names (wheels, a kernel cache) in `FOLDER/added`. Left out are the bundled checkpoints, the
+weights of unfinished trainings and the images that neither the tests for a GPU nor the benchmarks read. More than
+60 MiB is an error.
 """
 
 import argparse
@@ -19,6 +20,7 @@ CHECKPOINTS = "diffusers_sana/checkpoints/"
 NOT_NEEDED = (
     "docs/",
     "examples/notebooks/",
+    "examples/train_emoji/state/",
     *(CHECKPOINTS + name for name in ("emoji-probe/", "vila-u-emoji/")),
     *(CHECKPOINTS + f"sana-emoji-{name}/" for name in ("edges", "pixel-art", "sprint")),
 )

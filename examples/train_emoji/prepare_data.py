@@ -1,9 +1,14 @@
 """Fetches free emoji art with npm and packs it into one zip file.
 
     python -m examples.train_emoji.prepare_data --out outputs/emoji.zip
+    python -m examples.train_emoji.prepare_data --size 256 --out outputs/emoji-256.zip
 
 Sources: Fluent emoji by Microsoft in two styles, as packed by LobeHub (MIT), and names by emojibase (MIT). See NOTICE.
-The zip holds `<style>/<hexcode>.webp` (RGBA, 128 x 128) and `metadata.json`: label and subgroup of each.
+
+At 128 px the zip holds all 1,604 emoji as `<style>/<hexcode>.webp` (RGBA), and `metadata.json` with the label and the
+subgroup of each. At 256 px, the size of the source, it holds only the `OBJECTS` of `scenes.py`, 2.4 MB, as
+`<style>/<object>.webp`, and their words in `metadata.json`: the models have to know every image by heart, so what no
+prompt names would cost them quality.
 """
 
 import argparse
@@ -18,13 +23,17 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from diffusers_sana.files import atomic_write
+
+from .scenes import OBJECTS, STYLES
+
 
 PACKAGES = {
     "3d": "@lobehub/fluent-emoji-3d@1.1.0",
     "flat": "@lobehub/fluent-emoji-flat@1.1.0",
     "names": "emojibase-data@17.0.0",
 }
-SIZE = 128
+SIZES = (128, 256)
 
 
 def fetch(package: str, folder: Path) -> Path:
@@ -35,24 +44,24 @@ def fetch(package: str, folder: Path) -> Path:
     return folder / out.split()[-1]
 
 
-def read_art(archive: Path) -> dict[str, Image.Image]:
-    """Hex code -> RGBA picture of `SIZE` px, from WebP or SVG."""
+def read_art(archive: Path, size: int, wanted: set[str]) -> dict[str, Image.Image]:
+    """Hex code -> RGBA image of `size` px, from WebP or SVG, of those `wanted`."""
     import resvg_py
 
-    pictures = {}
+    images = {}
     with tarfile.open(archive) as tar:
         for member in tqdm(tar.getmembers(), desc=f"reading {archive.name}"):
             stem, _, suffix = member.name.rpartition("/")[2].rpartition(".")
-            file = tar.extractfile(member) if suffix in ("svg", "webp") else None
+            file = tar.extractfile(member) if suffix in ("svg", "webp") and stem in wanted else None
             if file is None:
                 continue
             data = file.read()
             if suffix == "svg":
-                data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=2 * SIZE, height=2 * SIZE))
-            picture = Image.open(io.BytesIO(data)).convert("RGBA")
-            # Reduced with premultiplied alpha, or edges would take up the colour of invisible pixels.
-            pictures[stem] = picture.convert("RGBa").resize((SIZE, SIZE), Image.Resampling.BOX).convert("RGBA")
-    return pictures
+                data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=2 * size, height=2 * size))
+            image = Image.open(io.BytesIO(data)).convert("RGBA")
+            # Reduced with premultiplied alpha, or edges would take up the color of invisible pixels.
+            images[stem] = image.convert("RGBa").resize((size, size), Image.Resampling.BOX).convert("RGBA")
+    return images
 
 
 def read_names(archive: Path) -> list[dict]:
@@ -75,26 +84,38 @@ def read_names(archive: Path) -> list[dict]:
         ]
 
 
+def write_pack(path: Path, rows: list[dict], art: dict[str, list[Image.Image]], quality: int) -> None:
+    """The zip file: `metadata.json` with `rows`, and an image of each style for each row, named by its first value."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial, zipfile.ZipFile(partial, "w") as pack:
+        pack.writestr("metadata.json", json.dumps(rows, indent=1))
+        for style, images in art.items():
+            for row, image in zip(rows, tqdm(images, desc=f"packing {style}"), strict=True):
+                buffer = io.BytesIO()
+                image.save(buffer, "webp", quality=quality, method=4)
+                pack.writestr(f"{style}/{next(iter(row.values()))}.webp", buffer.getvalue())
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/emoji.zip"), help="the zip file to write")
+    parser.add_argument("--size", type=int, choices=SIZES, default=128, help="side of an image, and what it is for")
     args = parser.parse_args(argv)
 
     with tempfile.TemporaryDirectory() as folder:
         archives = {key: fetch(package, Path(folder)) for key, package in PACKAGES.items()}
-        art = {style: read_art(archives[style]) for style in ("3d", "flat")}
-        names = [row for row in read_names(archives["names"]) if all(row["hexcode"] in a for a in art.values())]
+        names = read_names(archives["names"])
+        if args.size == 256:
+            by_label = {row["label"]: row for row in names}
+            names = [{"object": word, **by_label[label]} for word, label in OBJECTS.items()]
+        wanted = {row["hexcode"] for row in names}
+        art = {style: read_art(archives[style], args.size, wanted) for style in STYLES}
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.out.with_suffix(".partial")
-    with zipfile.ZipFile(partial, "w") as pack:
-        pack.writestr("metadata.json", json.dumps(names, indent=1))
-        for style, pictures in art.items():
-            for row in tqdm(names, desc=f"packing {style}"):
-                buffer = io.BytesIO()
-                pictures[row["hexcode"]].save(buffer, "webp", quality=92, method=4)
-                pack.writestr(f"{style}/{row['hexcode']}.webp", buffer.getvalue())
-    partial.replace(args.out)
+    names = [row for row in names if all(row["hexcode"] in images for images in art.values())]
+    ordered = {style: [images[row["hexcode"]] for row in names] for style, images in art.items()}
+    if args.size == 256:
+        names = [{"object": row["object"]} for row in names]
+    write_pack(args.out, names, ordered, quality=95 if args.size == 256 else 92)
     print(f"{args.out}: {len(names)} emoji in {len(art)} styles, {args.out.stat().st_size / 1e6:.1f} MB")
 
 

@@ -1,0 +1,249 @@
+"""Trains the autoencoder for 256 px in the three phases of DC-AE (arXiv 2410.10733), within a time budget.
+
+    python -m examples.train_emoji.autoencoder --data outputs/emoji-256.zip --out outputs/autoencoder --minutes 600
+
+Phase 1 trains all of it on squares of 128 px, phase 2 the layers next to the latents on whole scenes, phase 3 the
+decoder's last layers against a discriminator, for sharp edges. A core of a CPU takes hours, mostly for phase 1;
+`--phase` runs one alone. Everything under OUT is written as it goes. Stop it at any time: the same command goes on
+exactly where it stopped.
+
+What should outlive OUT is small: `--save-state` writes the averaged weights in bf16, and in `progress.json` what they
+have behind them and how good they are, to the folder STATE, by default the one beside this file. A new OUT begins with
+the weights in STATE if they are of its phase or the one before, with a fresh optimizer and another warm-up. So it goes
+on roughly, not exactly, where the run before it stopped.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+
+from benchmarks.harness import environment
+from diffusers_sana import AutoencoderDC
+from diffusers_sana.files import atomic_write, read_json, read_json_lines
+from diffusers_sana.training.plots import save_image_grid
+from examples import train_dc_ae
+
+from .models import make_autoencoder_256
+from .run import device, resumable
+from .scenes import Art, Scenes, image_batches, render
+
+
+STATE = Path(__file__).parent / "state" / "autoencoder"
+JUDGED = 64  # scenes
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a phase trains on, and its settings of `train_dc_ae` beside those that belong to its number.
+
+    Attributes:
+        share: of the time budget of all phases.
+        side: of the images in pixels. Squares of 128 px on the token grid show the tokens of whole scenes, but little
+            background: twice as much to learn for the same work.
+        batch_size: on a CPU and on a GPU.
+        learning_rate: on a CPU, and for the larger batches of a GPU.
+    """
+
+    share: float
+    side: int
+    batch_size: Mapping[str, int]
+    learning_rate: Mapping[str, float]
+    settings: Mapping[str, Any]
+
+
+COMMON: Mapping[str, Any] = {
+    "max_steps": 10_000_000,
+    "warmup_steps": 100,
+    "betas": (0.9, 0.99),
+    "weight_decay": 0.0,
+    "ema_decay": 0.999,
+    "mse_weight": 1.0,
+    "keep_checkpoints": 1,
+}
+MACHINES: Mapping[str, Mapping[str, Any]] = {
+    "cpu": {},
+    "cuda": {"mixed_precision": "bf16", "compile": True, "sample_minutes": 1.0, "save_minutes": 1.0},
+}
+LATENTS = {"latent_weight": 0.01, "latent_noise": 0.05}  # near unit scale, and a decoder that bears small errors
+PHASES = {
+    # With 1.2e-3 the loss stayed where it was after 40 steps; lowered to 5e-4 it fell by a quarter in ten.
+    1: Phase(
+        share=0.7,
+        side=128,
+        batch_size={"cpu": 16, "cuda": 256},
+        learning_rate={"cpu": 5e-4, "cuda": 1e-3},
+        settings={"optimizer": "muon", "perceptual_weight": 0.0, **LATENTS},
+    ),
+    2: Phase(
+        share=0.1,
+        side=256,
+        batch_size={"cpu": 8, "cuda": 128},
+        learning_rate={"cpu": 2e-4, "cuda": 4e-4},
+        settings={
+            "optimizer": "muon",
+            "perceptual_weight": 0.0,
+            "trained_prefixes": (
+                *("encoder.down_blocks.5.", "encoder.conv_out."),
+                *("decoder.conv_in.", "decoder.up_blocks.5.", "decoder.up_blocks.4."),
+            ),
+            **LATENTS,
+        },
+    ),
+    3: Phase(
+        share=0.2,
+        side=128,
+        batch_size={"cpu": 16, "cuda": 256},
+        learning_rate={"cpu": 2e-4, "cuda": 2e-4},
+        settings={
+            "betas": (0.5, 0.9),
+            "perceptual_weight": 0.1,
+            "gan_weight": 0.02,
+            "gan_warmup_steps": 200,
+            "discriminator_channels": 32,
+            "trained_prefixes": (
+                *("decoder.up_blocks.2.", "decoder.up_blocks.1."),
+                *("decoder.norm_out.", "decoder.conv_out."),
+            ),
+        },
+    ),
+}
+
+
+def progress_of(run: Path, phase: int) -> dict[str, Any]:
+    """Images and minutes that the model of a run has behind it, those before the run included."""
+    start = read_json(run / "start.json")
+    log = run / "log.jsonl"
+    rows = read_json_lines(log, may_be_torn=True) if log.exists() else []
+    step, minutes = (rows[-1][1][name] for name in ("step", "minutes")) if rows else (0, 0.0)
+    return {
+        "phase": phase,
+        "images": start["images"] + step * start["batch_size"],
+        "minutes": round(start["minutes"] + minutes, 1),
+    }
+
+
+def begin(phase: int, out: Path, state: Path | None, batch_size: int) -> ModelMixin:
+    """The model that a new run begins with: that of the phase before, that in `state`, or an untrained one.
+
+    Raises:
+        ValueError: a phase after the first has nothing to begin with.
+    """
+    before, run = out / f"phase_{phase - 1}", out / f"phase_{phase}"
+    found = read_json(state / "progress.json") if state and (state / "progress.json").exists() else None
+    source, behind = None, {"images": 0, "minutes": 0.0}
+    if (before / "model").is_dir():
+        source, behind = before / "model", progress_of(before, phase - 1)
+    elif found is not None and found["phase"] in (phase, phase - 1):
+        source, behind = state, found
+    elif phase > 1:
+        raise ValueError(
+            f"`phase` {phase} needs {before / 'model'} or the state of phase {phase - 1}. Train it first."
+        )
+    run.mkdir(parents=True, exist_ok=True)
+    start = {name: behind[name] for name in ("images", "minutes")} | {"batch_size": batch_size}
+    with atomic_write(run / "start.json") as file:
+        file.write_text(json.dumps(start) + "\n", encoding="utf-8")
+    return (
+        make_autoencoder_256() if source is None else AutoencoderDC.from_pretrained(source, torch_dtype=torch.float32)
+    )
+
+
+def train(phase: int, art: Art, out: Path, minutes: float, state: Path | None = None, **changes: Any) -> Path:
+    """Trains a phase for `minutes` in all; returns the folder of its model. `changes` are of the settings."""
+    chosen, run, machine = PHASES[phase], out / f"phase_{phase}", device()
+    batch_size, resumed = chosen.batch_size[machine], resumable(run)
+    model = make_autoencoder_256() if resumed else begin(phase, out, state, batch_size)
+    settings: dict[str, Any] = {
+        "output_dir": str(run),
+        "phase": phase,
+        "max_minutes": minutes,
+        "batch_size": batch_size,
+        "learning_rate": chosen.learning_rate[machine],
+        "resume": resumed,
+    }
+    settings |= {**COMMON, **MACHINES[machine], **chosen.settings, **changes}
+
+    def batches(used: int) -> Iterator[dict[str, Tensor]]:
+        return image_batches(art, batch_size, chosen.side, seed=used)
+
+    train_dc_ae.train(train_dc_ae.DCAETrainingConfig(**settings), batches, model)
+    return run / "model"
+
+
+def gradient_energy(images: Tensor) -> Tensor:
+    """Mean square of the differences of neighboring pixels, of images `[B, 3, H, W]`."""
+    return images.diff(dim=-1).square().mean() + images.diff(dim=-2).square().mean()
+
+
+@torch.no_grad()
+def judge(vae: ModelMixin, images: Tensor) -> tuple[dict[str, float], Tensor]:
+    """Figures of the reconstructions of `images` `[B, 3, H, W]` in [-1, 1], and these.
+
+    PSNR is the mean of those of the images; the gradient energy is that of the output over the input's.
+    """
+    latents = torch.cat([vae.encode(part).latent for part in images.split(8)])
+    decoded = torch.cat([vae.decode(part).sample for part in latents.split(8)]).clamp(-1, 1)
+    error = (decoded - images).square().mean((1, 2, 3))
+    return {
+        "psnr_db": round((10 * torch.log10(4 / error)).mean().item(), 2),
+        "gradient_energy": round((gradient_energy(decoded) / gradient_energy(images)).item(), 3),
+        "latent_rms": round(latents.square().mean().sqrt().item(), 3),
+    }, decoded
+
+
+def judged_images(art: Art) -> Tensor:
+    """The fixed scenes `[JUDGED, 3, 256, 256]`, of all kinds in the shares of the training."""
+    source = Scenes(art.objects, seed=123)
+    return render(art, [source.sample(held_out=None) for _ in range(JUDGED)])
+
+
+def write_state(folder: Path, model: Path, report: Mapping[str, Any]) -> None:
+    """The weights of the folder `model` in bf16, and `progress.json`."""
+    vae = AutoencoderDC.from_pretrained(model, torch_dtype=torch.bfloat16)
+    vae.register_to_config(_name_or_path="emoji-256")  # and not the folder it came from
+    vae.save_pretrained(folder)
+    with atomic_write(folder / "progress.json") as file:
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def report_on(run: Path, phase: int, art: Art) -> dict[str, Any]:
+    """The progress of a run and its figures; scenes above their reconstructions go to `judged.png`."""
+    vae = AutoencoderDC.from_pretrained(run / "model", torch_dtype=torch.float32).to(art.device)
+    images = judged_images(art)
+    figures, decoded = judge(vae, images)
+    shown = [part for start in (0, 8) for part in (images[start : start + 8], decoded[start : start + 8])]
+    save_image_grid(torch.cat(shown).cpu(), run / "judged.png", columns=8)
+    return environment() | progress_of(run, phase) | {"scenes": len(images)} | figures
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("outputs/emoji-256.zip"), help="what prepare_data wrote")
+    parser.add_argument("--out", type=Path, default=Path("outputs/autoencoder"), help="folder of the runs")
+    parser.add_argument("--minutes", type=float, default=600, help="time budget of what is trained into OUT")
+    parser.add_argument("--phase", type=int, choices=PHASES, help="only this one; default: all in turn")
+    parser.add_argument("--state", type=Path, default=STATE, help="begin with the weights here; see above")
+    parser.add_argument("--save-state", action="store_true", help="write the weights to STATE after each phase")
+    parser.add_argument("--judge-only", action="store_true", help="judge what OUT has, and train nothing")
+    args = parser.parse_args(argv)
+    art = Art(args.data, device())
+    for phase in [args.phase] if args.phase else PHASES:
+        run = args.out / f"phase_{phase}"
+        if not args.judge_only:
+            minutes = args.minutes * (1 if args.phase else PHASES[phase].share)
+            train(phase, art, args.out, minutes, args.state)
+        report = report_on(run, phase, art)
+        if args.save_state:
+            write_state(args.state, run / "model", report)
+        print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
