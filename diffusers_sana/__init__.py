@@ -40,6 +40,7 @@ _EXPORTS = {
     "VilaUPipeline": "diffusers_sana.pipelines.pipeline_vila_u",
     "VilaUProcessor": "diffusers_sana.models.vila_u.processing_vila_u",
     "VilaUVisionModel": "diffusers_sana.models.vila_u.vision_vila_u",
+    "add_remote_code": "diffusers_sana.loaders.vila_u.hub",
     "cfg_parallel": "diffusers_sana.pipelines.acceleration.cfg_parallel",
     "checkpoint_path": "diffusers_sana.loading",
     "convert": "diffusers_sana.loaders.nvlabs.convert",
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from diffusers_sana.loaders.vila_u.convert import convert_vila_u as convert_vila_u
     from diffusers_sana.loaders.vila_u.convert import plan_vila_u as plan_vila_u
     from diffusers_sana.loaders.vila_u.export import export_vila_u as export_vila_u
+    from diffusers_sana.loaders.vila_u.hub import add_remote_code as add_remote_code
     from diffusers_sana.loading import checkpoint_path as checkpoint_path
     from diffusers_sana.loading import find_pipeline_class as find_pipeline_class
     from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC as AutoencoderDC

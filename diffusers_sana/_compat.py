@@ -65,10 +65,12 @@ class HostName:
 
     @property
     def host(self) -> str:
+        """The library: the first part of `where`."""
         return self.where.partition(".")[0].partition(":")[0]
 
     @property
     def oldest(self) -> str:
+        """The first version of the host that has the name."""
         return self.since or HOSTS[self.host].lowest
 
 
@@ -334,7 +336,11 @@ def release(version: str) -> tuple[int, ...]:
 
 @cache
 def warn_if_untested(host: str) -> None:
-    """Says once in a process that the installed version of a host is not one that the tests ran with."""
+    """Says once in a process that the installed version of a host is not one that the tests ran with.
+
+    Called where a host is first used: by the registration, by lookups of names in `IMPORTS`, and by the modules that
+    import accelerate or PEFT or that all operations go through.
+    """
     tested, found = HOSTS.get(host), version_of(host)
     if tested is None or not found:
         return

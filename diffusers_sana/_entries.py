@@ -65,6 +65,7 @@ class Entry:
 
     @property
     def trigger(self) -> str:
+        """The module whose import makes the entry due."""
         return self.after or self.host
 
     def __str__(self) -> str:

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from diffusers_sana import SanaControlNetModel, SanaPipeline
 from diffusers_sana.images import sobel_edges
-from diffusers_sana.models.controlnets.wiring_sana import wiring_of
+from diffusers_sana.models.controlnets.controlnet_sana import wiring_of
 from diffusers_sana.prompts.training_prompts import (
     complex_human_instruction,
     drop_prompts,

@@ -1,4 +1,4 @@
-"""The architecture as a test: who may import whom, how long files may be, where public classes live."""
+"""The architecture as a test: who may import whom, what is documented, which names of hosts are used."""
 
 import ast
 import sys
@@ -15,23 +15,25 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Modules of the package's root that everything may import: they import nothing of ours but each other.
 COMMON = {"_compat", "arguments", "checkpoint_files", "checks", "files", "images", "saving"}
-# Folder -> what else its files may import from this package. A folder's own files are always allowed.
+# Folder -> what else its files may import from this package. A folder's own files are always allowed. For a file in
+# several of these folders the innermost counts.
 MAY_IMPORT = {
     "kernels": set(),
     "models": {"kernels"},
     "schedulers": {"kernels"},
     "prompts": set(),
     "pipelines": {"kernels", "loaders", "models", "prompts", "schedulers", "_entries"},
-    "training": {"evaluation", "models", "pipelines", "prompts", "schedulers", "loading"},
     "quantizers": {"kernels"},
     "loaders": {"kernels", "models", "quantizers"},
-    "checkpoints": set(),
+    "training": {"models", "prompts", "schedulers"},
+    "training/recipes": {"evaluation", "loading", "models", "pipelines", "prompts", "schedulers"},
     "evaluation": {"checkpoints", "loading", "quantizers"},
+    "checkpoints": set(),
 }
 # Nothing in the package but these may import a pipeline: data flows from pipelines down.
 TOP_LEVEL = {"__init__.py", "_entries.py", "_registration.py", "loading.py", "cli", "demo"}
 # `from_single_file` of the models is one call of the loaders, imported inside the method.
-DELEGATIONS = {"models/single_file.py": {"diffusers_sana.loaders.nvlabs.load"}}
+DELEGATIONS = {"models/loading.py": {"diffusers_sana.loaders.nvlabs.load"}}
 MAY_IMPORT |= {f"{name}.py": set() for name in COMMON}
 
 
@@ -57,12 +59,13 @@ def imported_modules(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports(path: Path):
-    folder = path.relative_to(ROOT).parts[0]
-    modules = imported_modules(path) - DELEGATIONS.get(path.relative_to(ROOT).as_posix(), set())
+    place, folder = path.relative_to(ROOT).as_posix(), path.relative_to(ROOT).parts[0]
+    modules = imported_modules(path) - DELEGATIONS.get(place, set())
     if folder not in TOP_LEVEL:
-        allowed = MAY_IMPORT[folder] | {folder} | COMMON
+        room = max((room for room in MAY_IMPORT if f"{place}/".startswith(f"{room}/")), key=len)
+        allowed = MAY_IMPORT[room] | {folder} | COMMON
         ours = {name.split(".")[1] for name in modules if name.startswith("diffusers_sana.")}
-        assert ours <= allowed, f"{folder} may not import {sorted(ours - allowed)}"
+        assert ours <= allowed, f"{room} may not import {sorted(ours - allowed)}"
     roots = {name.split(".")[0] for name in modules}
     if folder == "kernels":
         of_its_own = {"dispatch.py": {"diffusers"}}.get(path.name, set())  # diffusers' logger
@@ -170,11 +173,36 @@ def test_type_checkers_see_the_exports():
     assert all(alias.asname == alias.name for node in half.body for alias in node.names)
 
 
+# Methods that still lack a docstring. The list may only shrink.
+UNDOCUMENTED = {
+    "PAGDenoisingLoop.do_pag_adaptive_scaling",
+    "PAGDenoisingLoop.do_perturbed_attention_guidance",
+    "PAGDenoisingLoop.pag_adaptive_scale",
+    "PAGDenoisingLoop.pag_scale",
+    "SanaPipelineBase.attention_kwargs",
+    "SanaPipelineBase.current_timestep",
+    "SanaPipelineBase.do_classifier_free_guidance",
+    "SanaPipelineBase.guidance_scale",
+    "SanaPipelineBase.interrupt",
+    "SanaPipelineBase.num_timesteps",
+    "TrigFlowBase.do_classifier_free_guidance",
+    "VilaUPipeline.interrupt",
+}
+
+
+def public(node: ast.AST) -> list[ast.ClassDef | ast.FunctionDef]:
+    """The classes and functions in a module or class whose names are public."""
+    body = getattr(node, "body", [])
+    return [item for item in body if isinstance(item, ast.ClassDef | ast.FunctionDef) and item.name[0] != "_"]
+
+
 def test_public_docstrings():
-    """Whatever a user can reach says what it is."""
+    """Every module, and every public class, function and method has a docstring."""
     for path in FILES:
-        tree = ast.parse(path.read_text())
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         assert ast.get_docstring(tree) or not tree.body, f"{path.name} has no docstring"
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
-                assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
+        for item in public(tree):
+            assert ast.get_docstring(item), f"{path.name}: {item.name} has no docstring"
+            methods = public(item) if isinstance(item, ast.ClassDef) else []
+            missing = {f"{item.name}.{method.name}" for method in methods if not ast.get_docstring(method)}
+            assert missing <= UNDOCUMENTED, f"{path.name}: {sorted(missing - UNDOCUMENTED)} have no docstring"

@@ -5,6 +5,7 @@ import inspect
 import logging
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -147,6 +148,30 @@ def test_untested_versions_are_named_once(host, caplog, version, message):
     assert len(caplog.records) == (message is not None)
     if message is not None:
         assert re.search(message, caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("module", "used"),
+    [
+        ("kernels.dispatch", "torch"),
+        ("models.loading", "accelerate"),
+        ("models.transformers.lora_layers", "peft"),
+        ("pipelines.pipeline_vila_u", "accelerate"),
+        ("quantizers.svdquant.integrations.diffusers", "accelerate"),
+        ("training.loop", "accelerate"),
+        ("training.recipes.lora", "peft"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_modules_warn_of_the_hosts_that_they_use(monkeypatch, caplog, module, used):
+    importlib.import_module(f"diffusers_sana.{module}")  # and what it imports, which has warned already
+    for host in _compat.HOSTS:
+        monkeypatch.setitem(_compat.HOSTS, host, _compat.Host("0.0", "0.0"))
+    _compat.warn_if_untested.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="diffusers_sana._compat"):
+        runpy.run_module(f"diffusers_sana.{module}")  # once more, in a namespace of its own
+    _compat.warn_if_untested.cache_clear()
+    assert [message.split()[0] for message in caplog.messages] == [used]
 
 
 def test_floors_are_those_of_pyproject():

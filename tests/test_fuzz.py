@@ -10,7 +10,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 
 from benchmarks import fuzz
-from diffusers_sana.models.strict_loading import StrictModelMixin
+from diffusers_sana.models.loading import StrictModelMixin
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import sys, time
 start = time.process_time()  # not the clock: the machine may be busy
 import diffusers_sana
 seconds = time.process_time() - start
-heavy = {"diffusers", "numpy", "torch", "transformers", "triton"} & set(sys.modules)
+heavy = {"accelerate", "diffusers", "numpy", "peft", "torch", "transformers", "triton"} & set(sys.modules)
 assert not heavy, heavy
 assert seconds < 1, seconds
 

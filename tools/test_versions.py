@@ -5,8 +5,9 @@
     python -m tools.test_versions gpu-host-overlay   the same with a newer transformers, which VILA-U needs
 
 An environment is made in build/envs/NAME from constraints-NAME.txt. Some hold only the packages of that file, in front
-of those of another environment: "lowest" sees torch and pytest of the interpreter that runs this. Counts and versions
-are written into a JSON file.
+of those of another environment: "lowest" sees torch and pytest of the interpreter that runs this. Versions, counts and
+the commands that gave them are written into a JSON file for each environment. A run of some groups (`--only`) keeps
+the counts of the others, unless a version has changed.
 """
 
 import argparse
@@ -29,7 +30,7 @@ GROUPS = {
     "kernels": ["tests/kernels"],
 }
 PACKAGES = ("accelerate", "diffusers", "huggingface_hub", "peft", "safetensors", "transformers")
-TEST_PACKAGES = ("matplotlib", "pytest", "pytest-xdist", "scikit-image")
+TEST_PACKAGES = ("matplotlib", "optimum-quanto", "pytest", "pytest-xdist", "scikit-image")
 # What continuous integration runs: import, generate, quantize.
 SMOKE = """
 import torch, diffusers_sana
@@ -52,14 +53,14 @@ class Environment:
 
     Attributes:
         behind: the environment whose packages it sees behind its own, "this" for that of the running interpreter.
-        skip: expression of pytest for what these versions do not support.
+        skip: arguments of pytest that leave out what these versions do not support.
     """
 
     behind: str = ""
-    skip: str = ""
+    skip: tuple[str, ...] = ()
 
 
-WITHOUT_VILA_U = "not vila_u and not VilaU and not vila-u"
+WITHOUT_VILA_U = ("-k", "not vila_u and not VilaU and not vila-u", "--ignore-glob=*test_*vila_u*.py")
 ENVIRONMENTS = {
     "lowest": Environment(behind="this", skip=WITHOUT_VILA_U),
     "gpu-host": Environment(skip=WITHOUT_VILA_U),
@@ -93,11 +94,12 @@ def _site_packages(environment: Path) -> Path:
     return next(environment.resolve().glob("lib/python*/site-packages"))
 
 
-def run_group(python: Path, tests: list[str], skip: str, jobs: int, report: Path) -> dict[str, int]:
+def run_group(python: Path, tests: list[str], skip: tuple[str, ...], jobs: int, report: Path) -> dict[str, int]:
     """Runs tests in an environment and counts them: passed, failed (errors too), skipped."""
-    command = [python, "-m", "pytest", *tests, "-m", "not gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command = [python, "-m", "pytest", *tests, *skip, "-m", "not gpu"]
+    command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
     command += ["-n", str(jobs), "--dist", "loadfile"] if jobs > 1 else []
-    subprocess.run([*command, *(["-k", skip] if skip else [])], cwd=ROOT, env=environment_variables(), check=False)
+    subprocess.run(command, cwd=ROOT, env=environment_variables(), check=False)
     suite = next(ElementTree.parse(report).iter("testsuite"))
     total, failures, errors, skipped = (int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped"))
     return {
@@ -126,6 +128,12 @@ def versions(python: Path) -> dict[str, str]:
     return dict(zip([*names, "python"], output, strict=True))
 
 
+def earlier_counts(path: Path, installed: dict[str, str]) -> dict[str, dict]:
+    """The result file to go on with: that of earlier runs, or an empty one if they had other versions."""
+    report = json.loads(path.read_text()) if path.exists() else {}
+    return report if report.get("versions") == installed else {"versions": installed, "tests": {}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", choices=ENVIRONMENTS)
@@ -143,14 +151,14 @@ def main() -> None:
             continue
         arguments.results.mkdir(parents=True, exist_ok=True)
         path = arguments.results / f"{name}.json"
-        report = json.loads(path.read_text()) if path.exists() else {}
-        report |= {"command": f"python -m tools.test_versions {name}", "versions": versions(python)}
+        report = earlier_counts(path, versions(python))
         for group in arguments.only:
             counts = run_group(
                 python, GROUPS[group], ENVIRONMENTS[name].skip, arguments.jobs, arguments.envs / f"{name}.xml"
             )
             failed += counts["failed"]
-            report.setdefault("tests", {})[group] = counts
+            command = f"python -m tools.test_versions {name} --only {group} --jobs {arguments.jobs}"
+            report["tests"][group] = {"command": command} | counts
             path.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(failed > 0)
 

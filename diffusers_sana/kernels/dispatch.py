@@ -18,8 +18,10 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor
 
-from diffusers_sana._compat import triton_refusal
+from diffusers_sana._compat import triton_refusal, warn_if_untested
 
+
+warn_if_untested("torch")
 
 logger = logging.get_logger(__name__)
 

@@ -1,7 +1,7 @@
-"""Checkpoints as the authors of a model publish them and as their trainers write them: one file, with its own names.
+"""Single-file checkpoints as their authors publish them and as their trainers write them, with their own tensor names.
 
-A model says how its authors name things with a function from a checkpoint to an `OfficialWeights`. What all models
-have in common is here: reading a file without running what is in it, and taking every tensor once.
+The names of a model are known to a function from a checkpoint to an `OfficialWeights` (see `nvlabs/`). This file has
+what all models share: reading a file without running code in it, and using every tensor exactly once.
 """
 
 import inspect
@@ -19,20 +19,22 @@ from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
+from diffusers_sana.checkpoint_files import HUB_ARGUMENTS
 
-# Where a checkpoint may hold its weights, and the running averages of them (EMA).
+
+# Keys under which a checkpoint may store its weights and their EMA.
 WRAPPERS = {
     "model": ("state_dict", "model_state_dict", "model", "module"),
     "ema": ("state_dict_ema", "ema", "ema_state_dict", "model_ema"),
 }
-MAX_DEPTH = 8  # of wrappers in wrappers
-PREFIXES = ("module.", "_orig_mod.", "0.")  # of all keys, where DDP, torch.compile or a list held the model
+MAX_DEPTH = 8  # of nested wrappers
+PREFIXES = ("module.", "_orig_mod.", "0.")  # of all keys, added by DDP, torch.compile or a list around the model
 COMFY_PREFIX = "model.diffusion_model."
 HUB_ADDRESS = re.compile(
     r"(?:https://)?(?:huggingface\.co/|hf\.co/)?(\w[\w.-]*/\w[\w.-]*)/(?:(?:blob|resolve)/([^/]+)/)?(.+)"
 )
-# Trainers keep the state of NumPy's random numbers beside the weights: arrays of plain numbers, by their names in
-# NumPy 1 and 2. None of these runs code, and object arrays are not among them.
+# Trainers store NumPy's random state next to the weights: arrays of plain numbers, with their names in NumPy 1 and 2.
+# None of these runs code, and object arrays are not included.
 NUMPY_GLOBALS: list[Any] = [
     *(
         (function, f"numpy.{core}.multiarray.{name}")
@@ -46,18 +48,18 @@ NUMPY_GLOBALS: list[Any] = [
     np.dtype,
     *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd"),
 ]
-HUB_ARGUMENTS = ("force_download", "proxies", "token", "cache_dir", "local_files_only", "revision", "disable_mmap")
+SINGLE_FILE_HUB_ARGUMENTS = (*HUB_ARGUMENTS, "disable_mmap")
 
 
 @dataclass
 class OfficialWeights:
-    """A checkpoint, understood: what to build and what to put where.
+    """How a checkpoint maps to a model.
 
     Attributes:
         class_name: of the model in diffusers.
         config: of the model.
-        names: key in the file -> our names for the equal parts that it holds, along the first axis.
-        left_out: keys in the file that the model has no use for.
+        names: key in the file -> our names of the equal parts along the first axis.
+        left_out: keys in the file that the model does not use.
     """
 
     class_name: str
@@ -70,36 +72,39 @@ class OfficialWeights:
 
         Args:
             checkpoint: the tensors by their keys in the file.
-            model: built from `config`; its shapes are what counts.
+            model: built from `config`; only its shapes matter.
 
         Raises:
-            ValueError: a tensor that is missing, left over or of another shape.
+            ValueError: a tensor is missing, unexpected, or has another shape.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         out: dict[str, Tensor] = {}
         for key, names in self.names.items():
             for name, part in zip(names, _parts(key, checkpoint[key], len(names)), strict=True):
                 if name not in shapes:
-                    raise ValueError(f"{key!r} has no place in the model: {name!r} is not there. It is another model.")
+                    raise ValueError(
+                        f"{key!r} has no place in the model: {name!r} is not there. The checkpoint is for a different "
+                        "architecture."
+                    )
                 if name in out:
-                    raise ValueError(f"{key!r} is {name!r}, which another tensor of the file is too.")
+                    raise ValueError(f"{key!r} and another tensor of the file both map to {name!r}.")
                 is_pointwise = tuple(part.shape) == (*shapes[name], 1, 1)  # a 1x1 convolution for a linear layer
                 out[name] = part[..., 0, 0] if is_pointwise else part
                 if tuple(out[name].shape) != shapes[name]:
                     raise ValueError(
-                        f"{key!r} must make {name!r} of shape {list(shapes[name])}, by the other tensors, but makes "
+                        f"{key!r} must give {name!r} of shape {list(shapes[name])} to match the other tensors, got "
                         f"{list(part.shape)}."
                     )
         missing = [name for name in shapes if name not in out]
         if missing:
             raise ValueError(
-                f"the file must have a tensor for {missing[0]!r}, but has none for it and {len(missing) - 1} more. "
-                "It is not whole, or of another model."
+                f"the file must have a tensor for {missing[0]!r}, but lacks it and {len(missing) - 1} more. "
+                "The file is incomplete, or the checkpoint is for a different architecture."
             )
         return out
 
     def model(self, checkpoint: Mapping[str, Tensor], model_cls: type[Any], dtype: torch.dtype | None = None) -> Any:
-        """A `model_cls` in eval mode with the weights of the file; `dtype` None keeps theirs.
+        """A `model_cls` in eval mode with the weights of the file; with `dtype` None they keep their dtype.
 
         Raises:
             ValueError: see `tensors`.
@@ -113,42 +118,67 @@ class OfficialWeights:
         return model.eval()
 
 
+def required_shape(
+    shapes: Mapping[str, Sequence[int]], *keys: str, rank: int | None = None, origin: str = "the file"
+) -> tuple[int, ...]:
+    """The shape of the first of `keys` that a checkpoint has.
+
+    Args:
+        shapes: of its tensors, by key.
+        keys: names under which the tensor may be stored.
+        rank: the number of axes it must have.
+        origin: where the checkpoint is, for the message.
+
+    Raises:
+        ValueError: naming the tensor, if it is missing or has another number of axes.
+    """
+    shape = next((tuple(shapes[key]) for key in keys if key in shapes), None)
+    if shape is None or rank not in (None, len(shape)):
+        what = "has none" if shape is None else f"its shape is {list(shape)}"
+        axes = "" if rank is None else f" with {rank} axes"
+        raise ValueError(
+            f"{origin} must have a tensor {keys[0]!r}{axes}, but {what}. It is incomplete, or the checkpoint is for "
+            "a different architecture."
+        )
+    return shape
+
+
 def _parts(key: str, tensor: Tensor, number: int) -> Sequence[Tensor]:
     if number > 1 and tensor.shape[0] % number:
-        raise ValueError(f"{key!r} must have {number} equal parts, but has {tensor.shape[0]} rows.")
+        raise ValueError(f"{key!r} must have {number} equal parts, got {tensor.shape[0]} rows.")
     return tensor.chunk(number) if number > 1 else (tensor,)
 
 
 def read_checkpoint(
     path_or_dict: str | Path | Mapping[str, Any], weights: str = "model", **hub: Any
 ) -> dict[str, Tensor]:
-    """The tensors of a `.pth` or `.safetensors` file. They stay on disk until somebody reads them.
+    """The tensors of a `.pth` or `.safetensors` file, memory-mapped.
 
     Args:
-        path_or_dict: a file, an address of one on the Hub, or what is in such a file.
-        weights: "model", or "ema" for the averaged weights that a trainer wrote beside them.
-        hub: `HUB_ARGUMENTS`, for files on the Hub.
+        path_or_dict: a file, its address on the Hub, or the content of such a file.
+        weights: "model", or "ema" for the EMA weights that a trainer stored next to them.
+        hub: `SINGLE_FILE_HUB_ARGUMENTS`, for files on the Hub.
 
     Raises:
-        ValueError: a file that is cut short or holds anything but tensors and plain values: code in it is never run;
-            no such weights.
-        FileNotFoundError: no file, and no address on the Hub.
+        ValueError: the file is damaged, lacks the requested weights, or contains anything but tensors and plain
+            values; code in it is never run.
+        FileNotFoundError: neither a file nor an address on the Hub.
     """
     content = path_or_dict if isinstance(path_or_dict, Mapping) else read_content(path_or_dict, **hub)
     return select_weights(content, weights)
 
 
 def read_content(path_or_address: str | Path, disable_mmap: bool = False, **hub: Any) -> Any:
-    """What is in a `.pth` or `.safetensors` file, mapped into memory; arguments and errors of `read_checkpoint`."""
+    """The content of a `.pth` or `.safetensors` file, memory-mapped; arguments and errors of `read_checkpoint`."""
     path = Path(path_or_address)
     if path.is_dir():
-        raise ValueError(f"{str(path)!r} must be one file, but is a folder. Name the file in it.")
+        raise ValueError(f"{str(path)!r} must be a file, got a folder. Name the file in it.")
     if not path.is_file():
         match = HUB_ADDRESS.fullmatch(str(path_or_address))
         if path.is_absolute() or match is None:
             raise FileNotFoundError(
                 f"{str(path_or_address)!r} must be a file, or the address of one on the Hub such as "
-                "'owner/name/file.pth', but there is no such file."
+                "'owner/name/file.pth', but no such file exists."
             )
         repo, revision, name = match.groups()
         hub = {"revision": revision, **{name: value for name, value in hub.items() if value is not None}}
@@ -156,7 +186,8 @@ def read_content(path_or_address: str | Path, disable_mmap: bool = False, **hub:
             path = Path(hf_hub_download(repo, name, **hub))
         except OSError as error:
             raise FileNotFoundError(
-                f"{str(path_or_address)!r} is no file here, and could not be had from the Hub: {_first_line(error)}"
+                f"{str(path_or_address)!r} is not a local file and could not be downloaded from the Hub: "
+                f"{_first_line(error)}"
             ) from error
     try:
         if path.suffix == ".safetensors":
@@ -164,7 +195,7 @@ def read_content(path_or_address: str | Path, disable_mmap: bool = False, **hub:
         is_mapped = zipfile.is_zipfile(path) and not disable_mmap
         with torch.serialization.safe_globals(NUMPY_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
-    except Exception as error:  # whatever a damaged file makes the readers raise
+    except Exception as error:  # damaged files make the readers raise errors of any kind
         raise ValueError(_why_unreadable(path, error)) from error
 
 
@@ -172,11 +203,11 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     unsafe = re.search(r"\bGLOBAL (\S+)", str(error))  # what PyTorch's own reader says
     if unsafe:
         return (
-            f"{str(path)!r} must hold nothing but tensors and plain values, but names {unsafe[1]}, which could run "
-            "code. Ask for a .safetensors file, or, if you trust who wrote it, save its weights alone in a new file."
+            f"{str(path)!r} must contain only tensors and plain values, but references {unsafe[1]}, which could "
+            "run code. Ask for a .safetensors file, or, if you trust its author, save its weights alone in a new file."
         )
     return (
-        f"{str(path)!r} must be a whole .safetensors file, or a whole .pth that PyTorch wrote, but cannot be read "
+        f"{str(path)!r} must be a complete .safetensors or PyTorch .pth file, but cannot be read "
         f"({_first_line(error)}). Download or copy it again."
     )
 
@@ -186,23 +217,23 @@ def _first_line(error: Exception) -> str:
 
 
 def weight_sets(content: Any) -> list[str]:
-    """Which of "model" and "ema" a file holds, by its content."""
+    """Which of "model" and "ema" a file contains."""
     return [name for name in WRAPPERS if name == "model" or _nested(content, name) is not None]
 
 
 def select_weights(content: Any, weights: str = "model") -> dict[str, Tensor]:
-    """One set of weights in the content of a file; see `read_checkpoint`."""
+    """One set of weights from the content of a file; see `read_checkpoint`."""
     if weights not in WRAPPERS:
         raise ValueError(f"`weights` must be one of {list(WRAPPERS)}, got {weights!r}.")
     if weights == "ema":
         content = _nested(content, "ema")
         if content is None:
-            raise ValueError("`weights` must be 'model' for this file, which holds no averaged weights, got 'ema'.")
+            raise ValueError("`weights` must be 'model' for this file, which has no EMA weights, got 'ema'.")
         if content and all(isinstance(value, Mapping) and isinstance(key, float) for key, value in content.items()):
-            if len(content) > 1:  # efficientvit and DC-Gen write one set for each decay
+            if len(content) > 1:  # efficientvit and DC-Gen store one set per decay
                 raise ValueError(
-                    f"the file holds averaged weights of the decays {sorted(content)}: pass one of them, as "
-                    "the dictionary in the file, in place of the path."
+                    f"the file has EMA weights for the decays {sorted(content)}: load the file and pass one of these "
+                    "dictionaries instead of the path."
                 )
             content = next(iter(content.values()))
     for _ in range(MAX_DEPTH):
@@ -211,13 +242,13 @@ def select_weights(content: Any, weights: str = "model") -> dict[str, Tensor]:
             break
         content = nested
     if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"the checkpoint must hold tensors by their names, but is {_kind(content)}.")
-    odd = next(
+        raise ValueError(f"the checkpoint must be a dictionary of tensors, but is {_kind(content)}.")
+    invalid = next(
         (key for key, value in content.items() if not isinstance(value, Tensor) or not isinstance(key, str)), None
     )
-    if odd is not None:
+    if invalid is not None:
         raise ValueError(
-            f"the checkpoint must hold tensors by their names, but {str(odd)[:200]!r} is {_kind(content[odd])}."
+            f"the checkpoint must be a dictionary of tensors, but {str(invalid)[:200]!r} is {_kind(content[invalid])}."
         )
     for prefix in PREFIXES:
         if all(key.startswith(prefix) for key in content):
@@ -226,7 +257,7 @@ def select_weights(content: Any, weights: str = "model") -> dict[str, Tensor]:
 
 
 def _nested(content: Any, weights: str) -> Mapping[Any, Any] | None:
-    """The dictionary under the first of the names in `WRAPPERS`."""
+    """The dictionary under the first key of `WRAPPERS` that exists."""
     if not isinstance(content, Mapping):
         return None
     return next((content[key] for key in WRAPPERS[weights] if isinstance(content.get(key), Mapping)), None)
@@ -238,8 +269,8 @@ def _kind(value: Any) -> str:
     )
 
 
-def check_fields(model_cls: type[Any], fields: Mapping[str, Any]) -> None:
-    """That all are fields of the config of a model.
+def check_config_fields(model_cls: type[Any], fields: Mapping[str, Any]) -> None:
+    """Checks that all are config fields of a model.
 
     Raises:
         TypeError: naming one that is not.

@@ -1,4 +1,4 @@
-"""Folders of safetensors files, read one tensor at a time and written one shard at a time."""
+"""Folders of safetensors files: read one tensor at a time, written one shard at a time."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -24,17 +24,17 @@ DTYPES = {
 
 
 class WeightFiles:
-    """The tensors of a folder: one file, or those that an index names. Reads only headers at first.
+    """The tensors of a folder: one file, or those that an index lists. The constructor reads headers only.
 
     Args:
         folder: with the files.
-        name: of the file where there is no index.
+        name: of the file if there is no index.
 
     Attributes:
         shapes, dtypes: by key.
 
     Raises:
-        ValueError: a file that is missing, cut short or not what the index says; a dtype without a fraction.
+        ValueError: a file is missing, damaged or does not match the index, or a dtype is not floating-point.
     """
 
     def __init__(self, folder: str | Path, name: str = FILE):
@@ -46,9 +46,9 @@ class WeightFiles:
         named = read_json(index)["weight_map"] if index.exists() else {}
         for file in sorted(set(named.values())) or [name]:
             self._open(file)
-        lost = [key for key in named if key not in self.shapes]
-        if lost:
-            raise ValueError(f"{index} names {lost[0]!r} and {len(lost) - 1} more tensors that no file has.")
+        absent = [key for key in named if key not in self.shapes]
+        if absent:
+            raise ValueError(f"{index} lists {absent[0]!r} and {len(absent) - 1} more tensors that no file has.")
 
     def __contains__(self, key: str) -> bool:
         return key in self.shapes
@@ -64,14 +64,14 @@ class WeightFiles:
     def _open(self, name: str) -> None:
         path = self.folder / name
         if not path.is_file():
-            raise ValueError(f"{self.folder} must have the file {name!r}, but has not. Download the folder again.")
+            raise ValueError(f"{self.folder} must have the file {name!r}, but lacks it. Download the folder again.")
         try:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise ValueError(f"{path} is not whole: {error}. Download it again.") from error
+            raise ValueError(f"{path} is incomplete: {error}. Download it again.") from error
         for key in file.keys():  # noqa: SIM118  # not a dictionary
             if key in self.shapes:
-                raise ValueError(f"{path} has {key!r}, which is in another file of the folder too.")
+                raise ValueError(f"{path} has {key!r}, which is also in another file of the folder.")
             header = file.get_slice(key)
             if header.get_dtype() not in DTYPES:
                 raise ValueError(f"{path}: {key!r} must be one of {sorted(DTYPES)}, got {header.get_dtype()}.")
@@ -82,13 +82,13 @@ class WeightFiles:
 def write_weights(
     folder: Path, sizes: Iterable[tuple[str, int]], load: Callable[[str], Tensor], max_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes tensors as one file, or as shards with an index; holds one shard in memory.
+    """Writes tensors as one file, or as shards with an index, with one shard in memory at a time.
 
     Args:
-        folder: made if it is not there.
-        sizes: names and bytes, in the order in which they are to be written.
-        load: from a name to its tensor; called once for each.
-        max_bytes: of a shard; one tensor may be larger.
+        folder: created if it does not exist.
+        sizes: names and bytes, in the order of writing.
+        load: returns the tensor of a name; called once per name.
+        max_bytes: per shard; a single tensor may be larger.
     """
     shards: list[list[str]] = [[]]
     total = used = 0
@@ -100,14 +100,14 @@ def write_weights(
         used, total = used + size, total + size
     folder.mkdir(parents=True, exist_ok=True)
     with suppress(FileNotFoundError):
-        (folder / INDEX).unlink()  # of an earlier try with other shards
-    where: dict[str, str] = {}
+        (folder / INDEX).unlink()  # of an earlier attempt with other shards
+    files: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else FILE
-        # Copies: safetensors refuses tensors that share memory, such as one codebook under four names.
+        # Copies, because safetensors rejects tensors that share memory, such as one codebook under four names.
         tensors = {name: load(name).clone(memory_format=torch.contiguous_format) for name in shard}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(shard, file)
+        files |= dict.fromkeys(shard, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": where}
+        index = {"metadata": {"total_size": total}, "weight_map": files}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Layers that the models share: stock layers to everything that looks for one, with our operations inside.
+"""Layers shared by the models: subclasses of stock layers that call our operations.
 
-Adapters, quantizers and offloading hooks find `nn.Linear` and `nn.Conv2d`, with their weights and names, and may wrap
-or replace them. `is_plain` tells whether one has, so that a model may join several layers into one operation.
-`hooks_of` and `scaled_adapters` deal with what diffusers and PEFT put on the layers.
+Adapters, quantizers and offloading hooks see `nn.Linear` and `nn.Conv2d` with their usual weights and names, and may
+wrap or replace them. `is_plain` tells whether that happened, so that a model can fuse several layers into one
+operation. `hooks_of` and `scaled_adapters` handle what diffusers and PEFT attach to the layers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any, cast
 
+import torch
 from diffusers.utils import scale_lora_layers
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ Pair = tuple[int, int]
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, fast in half precision also on processors that have none (see `kernels/precision.py`)."""
+    """`nn.Linear`, also fast in half precision on processors without such instructions (`kernels/precision.py`)."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
@@ -30,16 +31,16 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` with zero padding, fast in half precision also on processors that have none."""
+    """`nn.Conv2d` with zero padding, also fast in half precision on processors without such instructions."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[B, C, H, W]` to `[B, C', H', W']`; best when channels-last in memory, and then so is the output."""
+        """`[B, C, H, W]` to `[B, C', H', W']`; fastest if channels-last in memory; the output then is too."""
         stride, padding = cast(Pair, self.stride), cast(Pair, self.padding)
         return conv2d(input, self.weight, self.bias, stride=stride, padding=padding, groups=self.groups)
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution run as a matrix product over channels-last pixels: no layout conversion, no copy."""
+    """A 1x1 convolution as a matrix product over channels-last pixels, without layout conversion or copy."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, C', H, W]`, channels-last in memory."""
@@ -47,7 +48,7 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 def is_plain(*layers: nn.Module) -> bool:
-    """Whether all are layers of this file, neither replaced, nor hooked, nor with a `forward` of somebody else."""
+    """Whether all layers are of this file and unmodified: not replaced, no hooks, no patched `forward`."""
     return all(
         type(layer) in (Linear, Conv2d, PointwiseConv2d)
         and "forward" not in layer.__dict__
@@ -58,28 +59,28 @@ def is_plain(*layers: nn.Module) -> bool:
 
 
 def hooks_of(module: nn.Module) -> Mapping[str, Any]:
-    """The hooks of diffusers on a module, by name. Unlike diffusers' own functions, leaves a bare module bare."""
+    """The hooks of diffusers on a module, by name. Unlike diffusers' own functions, adds nothing to the module."""
     registry = getattr(module, "_diffusers_hook", None)
     return {} if registry is None else registry.hooks
 
 
 @contextmanager
 def scaled_adapters(model: nn.Module | None, scale: float | None) -> Iterator[None]:
-    """Multiplies the strengths of the adapters in `model` by `scale` for the time of the block.
+    """Multiplies the scales of the adapters in `model` by `scale` within the block.
 
-    Then they are the very numbers that they were. `unscale_lora_layers` of diffusers divides, which rounds, and sets
-    them to 1 after a scale of 0.
+    Afterwards the scales are restored exactly. `unscale_lora_layers` of diffusers divides, which rounds, and sets them
+    to 1 after a scale of 0.
     """
     if model is None or scale is None or scale == 1.0:
         yield
         return
     layers: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
-    strengths = [dict(layer.scaling) for layer in layers]
+    scales = [dict(layer.scaling) for layer in layers]
     try:
         scale_lora_layers(model, scale)
         yield
     finally:
-        for layer, before in zip(layers, strengths, strict=True):
+        for layer, before in zip(layers, scales, strict=True):
             layer.scaling.update(before)
 
 
@@ -90,9 +91,9 @@ def takes_adapter_scale(method: Callable[..., Any]) -> Callable[..., Any]:
     def scaled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("attention_kwargs"):
             return method(self, *args, **kwargs)
-        others = dict(kwargs.pop("attention_kwargs"))
-        with scaled_adapters(self, others.pop("scale", None)):
-            return method(self, *args, attention_kwargs=others, **kwargs)
+        remaining = dict(kwargs.pop("attention_kwargs"))
+        with scaled_adapters(self, remaining.pop("scale", None)):
+            return method(self, *args, attention_kwargs=remaining, **kwargs)
 
     return scaled
 
@@ -100,9 +101,9 @@ def takes_adapter_scale(method: Callable[..., Any]) -> Callable[..., Any]:
 def gated_bottleneck(
     hidden_states: Tensor, conv_inverted: nn.Conv2d, conv_depth: nn.Conv2d, conv_point: nn.Conv2d
 ) -> Tensor:
-    """`glu_mb_conv` over three layers, `[B, C, H, W]` to `[B, C', H, W]`; one by one where they are not plain.
+    """`glu_mb_conv` of three layers, `[B, C, H, W]` to `[B, C', H, W]`; layer by layer if they are not plain.
 
-    With quantized or adapted 1x1 convolutions the middle is still one operation.
+    With quantized or adapted 1x1 convolutions the depthwise convolution and the gate are still one operation.
     """
     if is_plain(conv_inverted, conv_depth, conv_point):
         out = glu_mb_conv(
@@ -121,3 +122,33 @@ def gated_bottleneck(
         out, gate = conv_depth(nn.functional.silu(hidden)).chunk(2, dim=1)
         gated = out * nn.functional.silu(gate)
     return conv_point(gated)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T scaling + mask) v with the softmax in fp32, in the form of transformers' attention functions.
+
+    Args:
+        module: its mode says whether `dropout` applies.
+        query, key, value: `[B, heads, N, d]`.
+        attention_mask: added to the scores; broadcastable to `[B, heads, N, N]`.
+        scaling: factor of the scores.
+        dropout: probability, on the weights.
+
+    Returns:
+        `[B, N, heads, d]`, and the weights before dropout `[B, heads, N, N]`.
+    """
+    scores = query @ key.mT * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    dropped = nn.functional.dropout(weights, dropout, training=module.training)
+    return (dropped @ value).transpose(1, 2).contiguous(), weights

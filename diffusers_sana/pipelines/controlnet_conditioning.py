@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusers_sana.checks import check_number
 from diffusers_sana.images import to_pixels, to_rgb
-from diffusers_sana.models.controlnets.wiring_sana import control, wiring_of
+from diffusers_sana.models.controlnets.controlnet_sana import control, wiring_of
 from diffusers_sana.pipelines.conditioning import for_each_output
 from diffusers_sana.pipelines.decoding import encode_images
 from diffusers_sana.pipelines.resolution import check_size

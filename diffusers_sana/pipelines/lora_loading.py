@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.utils import get_adapter_name
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from diffusers_sana.checkpoint_files import read_object, tensor_shapes
@@ -122,7 +122,14 @@ class LoraLoading(SanaLoraLoaderMixin):
         check_lora_fits(state_dict, transformer)
         adapter_name = adapter_name or get_adapter_name(transformer)
         plain = {key.removeprefix(f"{cls.transformer_name}."): tensor for key, tensor in state_dict.items()}
-        if not kwargs.get("hotswap"):
+        if kwargs.get("hotswap"):
+            # PEFT may swap the layers' parameters with these, which are the caller's: before 0.20 always, since then
+            # if the rank rises.
+            state_dict = {
+                key: nn.Parameter(x.clone(memory_format=torch.contiguous_format), x.is_floating_point())
+                for key, x in state_dict.items()
+            }
+        else:
             prepare_depthwise(transformer, plain, adapter_name)
         try:
             super().load_lora_into_transformer(state_dict, transformer, adapter_name, *args, **kwargs)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffusers_sana.checks import check_number
 from diffusers_sana.models.layers import hooks_of
-from diffusers_sana.models.transformers.attention_sana_pag import SanaPAGAttnProcessor
+from diffusers_sana.models.transformers.attention_sana import SanaPAGAttnProcessor
 from diffusers_sana.pipelines.sampling import DenoisingLoop
 
 

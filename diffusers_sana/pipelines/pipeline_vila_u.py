@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import has_file
 
-from diffusers_sana._compat import private
+from diffusers_sana._compat import private, warn_if_untested
 from diffusers_sana.checkpoint_files import check_readable
 from diffusers_sana.checks import check_computed, check_texts
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
@@ -30,6 +30,8 @@ from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGene
 from diffusers_sana.models.vila_u.processing_vila_u import VilaUProcessor
 from diffusers_sana.pipelines.folder_check import check_complete, check_processor
 
+
+warn_if_untested("accelerate")
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")

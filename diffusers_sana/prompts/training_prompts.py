@@ -36,6 +36,7 @@ class PromptTokens:
     attention_mask: Tensor
 
     def to(self, device: torch.device | str) -> "PromptTokens":
+        """The same on another device."""
         return PromptTokens(self.prefix_ids.to(device), self.input_ids.to(device), self.attention_mask.to(device))
 
 

@@ -34,7 +34,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from diffusers_sana._compat import private
+from diffusers_sana._compat import private, warn_if_untested
 from diffusers_sana.files import differences, locked, read_json
 from diffusers_sana.training.config import RunError, TrainingConfig
 from diffusers_sana.training.data.batches import Batches, count_items, iterate_batches
@@ -59,6 +59,8 @@ from diffusers_sana.training.state_files import (
     write_state,
 )
 
+
+warn_if_untested("accelerate")
 
 logger = logging.getLogger(__name__)
 

@@ -231,7 +231,7 @@ def test_bad_input(tmp_path):
         with pytest.raises(ValueError, match=rf"chats\.jsonl', line 2: .*{message}"):
             ChatFolder(folder)
     processor = tiny_processor()
-    with pytest.raises(ValueError, match=r"must all be pictures or all codes, got 1 codes among 2\."):
+    with pytest.raises(ValueError, match=r"must all be images or all codes, got 1 codes among 2\."):
         ChatCollator(processor)([drawing("a", random_codes(1)), drawing("b", Image.new("RGB", (32, 32)))])
     with pytest.raises(ValueError, match=r"must be \[16, D\], got \[15, 3\]"):
         ChatCollator(processor)([drawing("a", random_codes(1)[1:])])

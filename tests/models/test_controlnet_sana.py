@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_sana import SanaControlNetModel, SVDQuantConfig, quantize
-from diffusers_sana.models.controlnets.wiring_sana import control
+from diffusers_sana.models.controlnets.controlnet_sana import control
 from tests.models.controlnets import STRENGTH, diffusers_twin, tiny_control, tiny_controlnet
 from tests.models.sana_transformers import tiny_config, tiny_inputs, tiny_model, upstream_twin
 from tests.numerics import assert_close_fp32, relative_error

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_sana import AutoencoderDC, SanaControlNetModel, SanaTransformer2DModel
-from diffusers_sana.models.controlnets.wiring_sana import control
+from diffusers_sana.models.controlnets.controlnet_sana import control
 from tests.recorded import Recording, numbers, relative_error, weights
 
 

@@ -39,7 +39,7 @@ BAD_INPUTS = {
     "text_missing": ({"encoder_hidden_states": None}, "`encoder_hidden_states` must be given"),
     "text_batch": (
         {"encoder_hidden_states": torch.zeros(3, 7, 12), "encoder_attention_mask": None},
-        "`hidden_states` and the text must have one batch size, got 2 and 3",
+        "`hidden_states` and the text must have the same batch size, got 2 and 3",
     ),
     "mask_length": ({"encoder_attention_mask": torch.ones(2, 6)}, r"`encoder_attention_mask`.*\(2, 7\).*got \(2, 6\)"),
     "mask_batch": ({"encoder_attention_mask": torch.ones(1, 7)}, r"`encoder_attention_mask`.*got \(1, 7\)"),
@@ -91,9 +91,9 @@ def test_context_and_text_exclude_each_other():
         {"encoder_hidden_states": text[0]},
         {"encoder_hidden_states": None, "encoder_attention_mask": text[1]},
     ):
-        with pytest.raises(ValueError, match="`text_context` stands for `encoder_hidden_states`"):
+        with pytest.raises(ValueError, match="`text_context` replaces `encoder_hidden_states`"):
             model(**inputs, **extra, text_context=context)
-    with pytest.raises(ValueError, match="one batch size, got 1 and 2"):
+    with pytest.raises(ValueError, match="same batch size, got 1 and 2"):
         model(inputs["hidden_states"][:1], None, inputs["timestep"][:1], text_context=context)
 
 

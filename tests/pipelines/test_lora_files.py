@@ -69,7 +69,7 @@ def test_metadata_that_is_not_finite(file, load, metadata):
 
 def test_cut_off(file, load):
     file.write_bytes(file.read_bytes()[:-20])
-    load(OSError, rf"{NAME} is damaged or cut off: .* Download it again")
+    load(OSError, rf"{NAME} is damaged or truncated: .* Download it again")
 
 
 def test_not_safetensors(file, load):
@@ -89,7 +89,7 @@ def test_half_of_a_layer(file, load):
 
 def test_another_model(file, load):
     edit(file, lambda tensors: tensors.update({KEY: torch.zeros(2, 48)}))
-    load(ValueError, rf"{file.parent}.*: .*must have 16 at axis 1")
+    load(ValueError, rf"{file.parent}.*: .*must have size 16 in axis 1")
 
 
 def test_peft_config_that_is_none(file):

@@ -91,6 +91,20 @@ def test_in_memory_beside_another_and_hotswapped(pipe, lora, expected):
     assert torch.equal(draw(pipe), expected)
 
 
+def test_hotswap_leaves_the_tensors_of_the_caller(pipe, lora):
+    """Also where the rank rises."""
+    layers = {key: x for key, x in plain(lora).items() if "conv_point" not in key}  # PEFT swaps equal patterns only
+    low = {key: x[:1] if ".lora_A." in key else x[:, :1] for key, x in layers.items()}
+    pipe.load_lora_weights(layers, adapter_name="two")
+    expected = draw(pipe)
+    pipe.unload_lora_weights()
+    before = copy.deepcopy(layers)
+    pipe.load_lora_weights(low, adapter_name="one")
+    pipe.load_lora_weights(layers, adapter_name="one", hotswap=True)
+    assert torch.equal(draw(pipe), expected)
+    assert all(torch.equal(layers[key], before[key]) for key in before)
+
+
 def test_scales_are_saved_again(pipe, lora, expected, tmp_path):
     """diffusers writes alphas into the file's metadata when it is given them."""
     pipe.load_lora_weights(FORMATS["kohya"](lora), adapter_name="default")
@@ -140,7 +154,7 @@ def test_of_another_size(pipe):
     larger = pipeline(diffusers_sana, num_attention_heads=3, num_cross_attention_heads=3, cross_attention_dim=96)
     with pytest.raises(
         ValueError,
-        match=r"'transformer.patch_embed.proj.lora_B.weight' must have 64 at axis 0.*\[96, .* another width here",
+        match=r"'transformer.patch_embed.proj.lora_B.weight' must have size 64 in axis 0.*\[96, .* another width",
     ):
         pipe.load_lora_weights(FORMATS["kohya"](random_lora(larger.transformer)))
     deeper = pipeline(diffusers_sana, num_layers=3)
@@ -313,8 +327,8 @@ def test_depthwise_factors_that_fit_no_form(pipe):
     before = draw(pipe)
     channels = pipe.transformer.get_submodule(name).out_channels
     for down, up, message in (
-        (torch.ones(2, channels, 3, 3), torch.ones(channels // 2, 2, 1, 1), f"must have {channels} at axis 0"),
-        (torch.ones(2, channels, 1, 1), torch.ones(1, 2, 1, 1), r"must have the axes \[3, 3\] behind the second"),
+        (torch.ones(2, channels, 3, 3), torch.ones(channels // 2, 2, 1, 1), f"must have size {channels} in axis 0"),
+        (torch.ones(2, channels, 1, 1), torch.ones(1, 2, 1, 1), r"must have the axes \[3, 3\] after the second"),
         (torch.ones(4, channels, 3, 3), torch.ones(1, 2, 1, 1), "one of the forms of LoRA for a depthwise"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -332,7 +346,7 @@ def test_a_depthwise_convolution_that_peft_has_wrapped(pipe):
     pipe.transformer.add_adapter(LoraConfig(r=channels, target_modules=[name]), adapter_name="trained")
     down = torch.ones(channels, channels, 3, 3)
     pipe.load_lora_weights(written({name: (down, torch.ones(channels, 1, 1, 1), 1.0)}, "transformer."), "peft")
-    with pytest.raises(ValueError, match=r"has an adapter that this pipeline has not loaded"):
+    with pytest.raises(ValueError, match=r"has an adapter that this pipeline did not load"):
         pipe.load_lora_weights(written({name: (down[:4], torch.ones(1, 4, 1, 1), 1.0)}, "transformer."), "other")
 
 

@@ -14,8 +14,7 @@ from torch import nn
 
 import diffusers_sana
 from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
-from diffusers_sana.models.transformers.attention_sana import SanaLinearAttnProcessor
-from diffusers_sana.models.transformers.attention_sana_pag import SanaPAGAttnProcessor
+from diffusers_sana.models.transformers.attention_sana import SanaLinearAttnProcessor, SanaPAGAttnProcessor
 from diffusers_sana.pipelines.pipeline_sana_pag import SanaPAGPipeline
 from tests import tiny
 from tests.numerics import assert_close_fp32

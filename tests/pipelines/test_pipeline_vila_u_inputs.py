@@ -25,7 +25,7 @@ def pipe():
         ({"num_frames": 1.5}, TypeError, "`num_frames` must be an integer, got 1.5"),
         ({"num_frames": 0}, ValueError, "`num_frames` must be at least 1, got 0"),
         ({"generator": [torch.Generator()] * 2}, ValueError, "a list of 1, one a picture, got 2"),
-        ({"guidance_scale": [1.0, 2.0]}, ValueError, "`guidance_scale` must be a number or one for each"),
+        ({"guidance_scale": [1.0, 2.0]}, ValueError, "`guidance_scale` must be a number or have one entry per prompt"),
         ({"guidance_scale": torch.nan}, ValueError, "`guidance_scale` must be finite"),
         ({"guidance_scale": torch.inf}, ValueError, "`guidance_scale` must be finite"),
         ({"temperature": 0}, ValueError, "`temperature` must be above 0"),
@@ -52,7 +52,7 @@ def test_weights_that_are_nan(name):
     parameters = dict(pipe.model.named_parameters())
     parameters[name].data.view(-1)[0] = torch.nan
     for options in ({}, {"guidance_scale": 1.0}, {"do_sample": False}):
-        with pytest.raises(ValueError, match="the model gave NaN or infinite logits"):
+        with pytest.raises(ValueError, match="the model produced NaN or infinite logits"):
             pipe("a cat", output_type="latent", **options)
 
 

@@ -19,10 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from diffusers_sana import VilaUPipeline
 from diffusers_sana.models.layers import hooks_of
-from tests.models.vila_u.tiny import tiny_model
-from tests.models.vila_u.tiny_processor import tiny_processor
 from tests.numerics import assert_close_fp32
 from tests.pipelines.test_matrix import PIPELINES, generate, make
 
@@ -94,13 +91,18 @@ def surroundings():
 def make_any(name):
     if name != "VilaUPipeline":
         return make(name, "fp32")
+    # Here, so that the other pipelines are tested with versions of transformers that VILA-U does not support.
+    from diffusers_sana import VilaUPipeline
+    from tests.models.vila_u.tiny import tiny_model
+    from tests.models.vila_u.tiny_processor import tiny_processor
+
     pipe = VilaUPipeline(tiny_model(), tiny_processor())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def run(pipe):
-    if isinstance(pipe, VilaUPipeline):
+    if type(pipe).__name__ == "VilaUPipeline":
         pipe.chat(Image.new("RGB", (8, 8), "red"), "cat?", max_new_tokens=3)
         return pipe("a cat", generator=torch.Generator().manual_seed(3), output_type="pt").images
     return generate(pipe, type(pipe).__name__)
@@ -108,7 +110,7 @@ def run(pipe):
 
 def train(pipe):
     """One backward pass through the denoiser and the autoencoder, or through the language model."""
-    if isinstance(pipe, VilaUPipeline):
+    if type(pipe).__name__ == "VilaUPipeline":
         inputs = pipe.processor(text=["a cat"], generation_mode="text")
         pipe.model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
         return [p.grad for p in pipe.model.parameters() if p.requires_grad and p.grad is not None]

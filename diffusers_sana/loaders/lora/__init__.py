@@ -1,1 +1,1 @@
-"""LoRA files of all trainers: `formats.py` reads them, `comfyui.py` writes for ComfyUI."""
+"""LoRA files: `formats.py` reads those of all trainers, `comfyui.py` writes for ComfyUI."""

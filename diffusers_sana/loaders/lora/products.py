@@ -1,10 +1,11 @@
-"""Adapters whose product is not one pair of matrices, written as one pair: the same change of a weight.
+"""LoHa and LoKr as LoRA: the same change of a weight as the product of two matrices.
 
-    LoHa    (A1 B1) * (A2 B2)      elementwise; arXiv 2108.06098. Rank r * r: columns of A are products of two columns
+    LoHa    (A1 B1) * (A2 B2)      elementwise; arXiv 2108.06098. The rank is r * r
     LoKr    kron(W1, W2)           arXiv 2309.14859. kron(P1 Q1, P2 Q2) = kron(P1, P2) kron(Q1, Q2)
 
-A pair is exact, takes part in everything that LoRA can do, and is as large as its rank: LoKr of full factors has the
-rank, and so twice the size, of the layer. Names of the tensors are LyCORIS', which PEFT and trainers share.
+The result is exact and supports everything that LoRA does, but its size grows with the rank: LoKr with full factors
+has the full rank of the layer, and so twice its size. The tensor names are those of LyCORIS, which PEFT and trainers
+share.
 """
 
 from collections.abc import Mapping
@@ -18,21 +19,21 @@ LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"
 
 
 def loha_as_lora(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
-    """Factors of a LoHa.
+    """LoRA factors of a LoHa.
 
     Args:
-        parts: the tensors of `LOHA`: `[out, r]`, `[r, in]` and again; axes behind the second are folded into it.
+        parts: the tensors of `LOHA`: `[out, r]`, `[r, in]`, twice; axes after the second are folded into it.
 
     Returns:
-        `[rank, in]`, `[out, rank]` and r, which its scale is relative to.
+        `[rank, in]`, `[out, rank]`, and r, the rank of its scale.
 
     Raises:
-        ValueError: a tensor that is missing, or shapes that do not fit together.
+        ValueError: a tensor is missing, or the shapes are inconsistent.
     """
     up1, down1 = _pair(parts, "hada_w1_a", "hada_w1_b")
     up2, down2 = _pair(parts, "hada_w2_a", "hada_w2_b")
     if up1.shape[0] != up2.shape[0] or down1.shape[1] != down2.shape[1]:
-        raise ValueError(f"the factors of LoHa must have equal sides, but their shapes are {_shapes(parts)}.")
+        raise ValueError(f"the factors of LoHa must have matching shapes, got {_shapes(parts)}.")
     if up1.shape[1] * up2.shape[1] < min(up1.shape[0], down1.shape[1]):
         up = (up1[:, :, None] * up2[:, None, :]).flatten(1)
         down = (down1[:, None] * down2[None]).flatten(0, 1)
@@ -43,17 +44,17 @@ def loha_as_lora(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
 
 
 def lokr_as_lora(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int | None]:
-    """Factors of a LoKr.
+    """LoRA factors of a LoKr.
 
     Args:
         parts: `lokr_w1`, or `lokr_w1_a` and `lokr_w1_b`, whose product it is; `lokr_w2` likewise.
 
     Returns:
-        `[rank, in]`, `[out, rank]`, and the rank that the scale is relative to: None where both are whole matrices,
-        which have no scale.
+        `[rank, in]`, `[out, rank]`, and the rank of the scale: None if both are full matrices, which have no
+        scale.
 
     Raises:
-        ValueError: a tensor that is missing, or shapes that do not fit together.
+        ValueError: a tensor is missing, or the shapes are inconsistent.
     """
     rank = None
     pairs = []
@@ -80,15 +81,15 @@ def _factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _pair(parts: Mapping[str, Tensor], first: str, second: str) -> tuple[Tensor, Tensor]:
     up, down = _flat(parts, first), _flat(parts, second)
     if up.shape[1] != down.shape[0]:
-        raise ValueError(f"{first!r} and {second!r} must have one rank, but the shapes are {_shapes(parts)}.")
+        raise ValueError(f"{first!r} and {second!r} must have the same rank, got the shapes {_shapes(parts)}.")
     return up, down
 
 
 def _flat(parts: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in parts:
-        raise ValueError(f"a tensor {name!r} must be there beside {sorted(parts)}.")
+        raise ValueError(f"the layer must have a tensor {name!r}, got {sorted(parts)}.")
     if parts[name].ndim < 2 or not parts[name].numel():
-        raise ValueError(f"{name!r} must be a matrix, but the shapes are {_shapes(parts)}.")
+        raise ValueError(f"{name!r} must be a matrix, got the shapes {_shapes(parts)}.")
     return parts[name].flatten(1).float().contiguous()
 
 

@@ -1,6 +1,6 @@
-"""4-bit checkpoints of Nunchaku (`load.py`) and Nunchaku-Lite (`lite.py`, both ways).
+"""4-bit checkpoints: Nunchaku (`load.py`) and Nunchaku-Lite (`lite.py`, reading and writing).
 
-`flux.py` and `sana.py` know the names, `layers.py` a layer in natural order, `packing.py` the order in memory;
+`flux.py` and `sana.py` have the tensor names, `layers.py` a layer in natural order, `packing.py` the order in memory;
 `assemble.py` builds the model.
 """
 

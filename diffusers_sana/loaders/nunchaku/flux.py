@@ -1,4 +1,4 @@
-"""The names and fusions of FLUX.1 in Nunchaku's files."""
+"""Tensor names and fused layers of FLUX.1 in Nunchaku's files."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from diffusers_sana.loaders.nunchaku.assemble import Conversion, block_names, ma
 from diffusers_sana.loaders.nunchaku.layers import Source, merge_columns, read_awq, read_svdq, without_shift
 
 
-# Name in the file -> layers of the model whose rows it holds, one below the other.
+# Name in the file -> layers of the model whose rows it concatenates.
 DOUBLE = {
     "qkv_proj": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "qkv_proj_context": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -20,21 +20,12 @@ DOUBLE = {
     "mlp_context_fc2": ("ff_context.net.2",),
 }
 SINGLE = {"qkv_proj": ("attn.to_q", "attn.to_k", "attn.to_v"), "mlp_fc1": ("proj_mlp",)}
-SHIFTED = ("mlp_fc2", "mlp_context_fc2")  # their input is that of GELU plus a constant
+SHIFTED = ("mlp_fc2", "mlp_context_fc2")  # their input is the output of GELU plus a constant
 NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
 
 def convert_flux(source: Source, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> Conversion:
-    """The blocks of a FLUX file.
-
-    Args:
-        source: its tensors.
-        shapes: of the state dict of the 16-bit model.
-        dtype: of all floating-point tensors.
-
-    Raises:
-        ValueError: a missing tensor or one of another shape, naming it.
-    """
+    """Converts the blocks of a FLUX file; see `load.Converter`."""
     out = Conversion(dtype)
     for block in block_names(shapes, "transformer_blocks"):
         _split(source, shapes, block, DOUBLE, out)
@@ -52,7 +43,7 @@ def convert_flux(source: Source, shapes: Mapping[str, torch.Size], dtype: torch.
     for key in shapes:
         block, _, name = key.partition(".attn.")
         if name.removesuffix(".weight") in NORMS:
-            out.rest[key] = source.take(f"{block}.{name}", shapes[key])
+            out.unquantized[key] = source.take(f"{block}.{name}", shapes[key])
     return out
 
 
@@ -70,7 +61,8 @@ def _split(
 
 
 def _adaln(source: Source, shapes: Mapping[str, torch.Size], name: str, splits: int, out: Conversion) -> None:
-    """Row `split * channels + channel` lies at `channel * splits + split`, and biases of scales have a 1 added."""
+    """In the file, row `split * channels + channel` is at `channel * splits + split`; biases of scales have 1 "
+    "added."""
     rows, columns = matrix_shape(shapes, name)
     channels = rows // splits
     layer = read_awq(source, name, rows, columns).rows(torch.arange(rows).reshape(channels, splits).t().flatten())

@@ -1,4 +1,4 @@
-"""One layer of a Nunchaku file in natural order, and what importers do to it: select, merge, take the shift out.
+"""One layer of a Nunchaku file in natural order, and its transformations: select, merge, remove the shift.
 
 Legend: N output features, K input features, G groups along K, r rank. Nunchaku pads N and K to multiples of 128.
 """
@@ -28,11 +28,11 @@ LITE_NAMES = {"smooth": "smooth_factor", "lora_down": "proj_down", "lora_up": "p
 
 
 class Source:
-    """The tensors of a checkpoint; knows which were read.
+    """The tensors of a checkpoint; records which were read.
 
     Args:
         tensors: by key.
-        origin: where they come from, for messages.
+        origin: name of the checkpoint, for messages.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], origin: str) -> None:
@@ -40,7 +40,7 @@ class Source:
         self._unread = set(tensors)
 
     def get(self, key: str, shape: tuple[int, ...] | None = None) -> Tensor | None:
-        """A tensor, or None where there is none.
+        """A tensor, or None if there is none.
 
         Raises:
             ValueError: another shape.
@@ -50,34 +50,34 @@ class Source:
         if tensor is not None and shape is not None and tuple(tensor.shape) != tuple(shape):
             raise ValueError(
                 f"{key!r} must have shape {tuple(shape)}, got {tuple(tensor.shape)} in {self.origin}. "
-                "The file is of another model, or not in Nunchaku's layout."
+                "The checkpoint is for a different architecture, or not in Nunchaku's layout."
             )
         return tensor
 
     def take(self, key: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """A tensor that must be there.
+        """A required tensor.
 
         Raises:
-            ValueError: another shape, or none.
+            ValueError: it is missing or has another shape.
         """
         tensor = self.get(key, shape)
         if tensor is None:
             raise ValueError(
-                f"{self.origin} must have {key!r}, but has not. The file is not whole, or another format."
+                f"{self.origin} must have {key!r}, but lacks it. The file is incomplete or in another format."
             )
         return tensor
 
     def check_all_read(self, ignored: str) -> None:
-        """That nothing was left over but keys that end in `ignored`.
+        """Checks that all tensors were read, except keys that end in `ignored`.
 
         Raises:
             ValueError: naming keys.
         """
-        left = sorted(key for key in self._unread if not key.endswith(ignored))
-        if left:
+        unread = sorted(key for key in self._unread if not key.endswith(ignored))
+        if unread:
             raise ValueError(
-                f"{self.origin} has {len(left)} tensors that the model has no place for, among them {left[:3]}. "
-                "It is of another model, or of a variant that is not supported."
+                f"{self.origin} has {len(unread)} tensors that the model does not have, such as {unread[:3]}. "
+                "The checkpoint is for a different architecture or an unsupported variant."
             )
 
 
@@ -103,7 +103,7 @@ class UnpackedLayer:
     bias: Tensor | None
 
     def rows(self, index: Tensor | slice) -> "UnpackedLayer":
-        """Some output features."""
+        """A selection of output features."""
         return replace(
             self,
             codes=self.codes[index],
@@ -124,10 +124,10 @@ class UnpackedLayer:
             down=self.down[:, :features],
         )
 
-    def native(self, dtype: torch.dtype) -> QuantizedWeight:
-        """The layer as our own layers hold it.
+    def to_quantized_weight(self, dtype: torch.dtype) -> QuantizedWeight:
+        """The layer in the layout of our own layers.
 
-        The row scales and smoothing factors that `dtype` would round stay fp32.
+        Row scales and smoothing factors stay in fp32 if `dtype` would round them.
         """
         group_size = GROUP_SIZES[precision_of(self.scales)]
         groups = padded(self.codes.shape[1]) // group_size
@@ -135,8 +135,8 @@ class UnpackedLayer:
         return QuantizedWeight(
             pack_nibbles(pad_features(self.codes), group_size),
             F.pad(_bits(scales), (0, groups - scales.shape[1])).view(scales.dtype),
-            None if self.row_scales is None else _unless_rounded(self.row_scales, dtype),
-            _unless_rounded(self.smooth, dtype),
+            None if self.row_scales is None else _exact_in(self.row_scales, dtype),
+            _exact_in(self.smooth, dtype),
             self.down.to(dtype),
             self.up.to(dtype),
         )
@@ -147,16 +147,16 @@ def read_svdq(
 ) -> UnpackedLayer:
     """A layer with 4-bit weights and activations, without the padding.
 
-    A file may leave out the low-rank branch, and the scales that NVFP4 has beside those of groups, as in Nunchaku.
+    The low-rank branch, and NVFP4's scales other than those of groups, are optional, as in Nunchaku.
 
     Args:
-        source: where it is.
-        prefix: its name there.
+        source: the checkpoint.
+        prefix: name of the layer in it.
         rows, columns: N and K.
-        names: keys that are not those of Nunchaku's files, such as `LITE_NAMES`.
+        names: keys that differ from those of Nunchaku's files, such as `LITE_NAMES`.
 
     Raises:
-        ValueError: a missing tensor, one of another shape, or one with weights in the padding, naming it.
+        ValueError: a tensor is missing, has another shape, or has weights in the padding; it is named.
     """
 
     def key(name: str) -> str:
@@ -193,11 +193,11 @@ def read_svdq(
 def read_awq(source: Source, prefix: str, rows: int, columns: int) -> UnpackedLayer:
     """A layer with 4-bit weights `codes * scales + zeros` and 16-bit activations.
 
-    Zeros that are whole multiples of the scales go into the codes. Any others become a low-rank branch that adds a
-    constant to each group, of rank K/64.
+    Zeros that are integer multiples of the scales are folded into the codes. Any others become a low-rank branch of
+    rank K/64 that adds a constant to each group.
 
     Raises:
-        ValueError: a missing tensor or one of another shape, naming it.
+        ValueError: a tensor is missing or has another shape; it is named.
     """
     groups = columns // packing.AWQ_GROUP
     codes = packing.unpack_awq(source.take(f"{prefix}.qweight", (rows // 4, columns // 2)))
@@ -206,12 +206,12 @@ def read_awq(source: Source, prefix: str, rows: int, columns: int) -> UnpackedLa
         if tensor.dim() != 2 or tensor.shape[0] < groups or tensor.shape[1] != rows:
             source.take(f"{prefix}.{name}", (groups, rows))
     scales, zeros = scales[:groups].t(), zeros[:groups].t()
-    # The codes of a group whose scale is 0 mean nothing; with 8 for their zero point all of them are in range.
+    # The codes of a group whose scale is 0 are arbitrary; with a zero point of 8 all of them are in range.
     point = torch.where(scales == 0, 8.0, -zeros.float() / nonzero(scales.float())).round()
     signed = codes.unflatten(1, (-1, packing.AWQ_GROUP)).to(torch.int16) - point[..., None].to(torch.int16)
     down, up = scales.new_zeros(0, columns), scales.new_zeros(rows, 0)
-    is_whole = torch.equal((-point * scales.float()).to(zeros.dtype), zeros)
-    if not is_whole or signed.amin() < -8 or signed.amax() > 7:
+    is_multiple = torch.equal((-point * scales.float()).to(zeros.dtype), zeros)
+    if not is_multiple or signed.amin() < -8 or signed.amax() > 7:
         signed = codes.unflatten(1, (-1, packing.AWQ_GROUP)).to(torch.int16) - 8
         up = zeros.float() + 8 * scales.float()
         down = torch.eye(groups).repeat_interleave(packing.AWQ_GROUP, dim=1)
@@ -221,26 +221,26 @@ def read_awq(source: Source, prefix: str, rows: int, columns: int) -> UnpackedLa
 
 
 def merge_columns(first: UnpackedLayer, second: UnpackedLayer, name: str) -> UnpackedLayer:
-    """Two layers whose outputs are added, as one layer of both inputs one after the other.
+    """Merges two layers whose outputs are added into one layer on the concatenated inputs.
 
-    Two NVFP4 layers have a row scale each, and the merged layer has room for one. The ratio goes into the smoothing
-    factors of the second, which divide its weight and its input alike; no code and no scale changes.
+    Two NVFP4 layers have separate row scales, but the merged layer has one. Their ratio goes into the smoothing
+    factors of the second layer, which divide its weight and its input alike; codes and scales are unchanged.
 
     Raises:
-        ValueError: a first layer that ends inside a group, or row scales whose ratio differs from row to row.
+        ValueError: the first layer ends within a group, or the ratio of the row scales differs between rows.
     """
     features, group_size = first.codes.shape[1], GROUP_SIZES[precision_of(first.scales)]
     if features % group_size or first.scales.dtype != second.scales.dtype:
         raise ValueError(
-            f"{name!r} cannot be put together: its first part must be {features} features in whole groups of "
-            f"{group_size} in the format of the second, got {first.scales.dtype} and {second.scales.dtype}."
+            f"{name!r} cannot be merged: its first part, {features} features, must be a multiple of the group size "
+            f"{group_size} and have the format of the second, got {first.scales.dtype} and {second.scales.dtype}."
         )
     smooth = second.smooth.float()
     if first.row_scales is not None and second.row_scales is not None:
         ratio = first.row_scales.double() / second.row_scales.double()
         if not (ratio == ratio[0]).all():
             raise ValueError(
-                f"{name!r} cannot be put together: the row scales of its parts must have one ratio in all rows, got "
+                f"{name!r} cannot be merged: the row scales of its parts must have the same ratio in all rows, got "
                 f"{ratio.min().item()} to {ratio.max().item()}."
             )
         smooth = (smooth.double() * ratio[0]).float()
@@ -257,7 +257,7 @@ def merge_columns(first: UnpackedLayer, second: UnpackedLayer, name: str) -> Unp
 
 
 def without_shift(layer: UnpackedLayer) -> UnpackedLayer:
-    """The bias of an int4 layer behind GELU made good for an input that is not shifted; NVFP4 is never shifted."""
+    """Corrects the bias of an int4 layer after GELU for an input that is not shifted; NVFP4 is never shifted."""
     if layer.row_scales is not None or layer.bias is None:
         return layer
     codes, inverse = pad_features(decode_int4(layer.codes)), pad_features(1 / layer.smooth.float())
@@ -267,12 +267,12 @@ def without_shift(layer: UnpackedLayer) -> UnpackedLayer:
 
 
 def _bits(scales: Tensor) -> Tensor:
-    """e4m3 as bytes, which PyTorch can index, pad and join everywhere."""
+    """e4m3 as bytes, which PyTorch can index, pad and concatenate on all devices."""
     return scales.view(torch.uint8) if scales.dtype == torch.float8_e4m3fn else scales
 
 
 def _check_padding(layer: UnpackedLayer, rows: int, columns: int, name: str, origin: str) -> None:
-    """That nothing is lost with the padding: a model of another width can have the same padded one."""
+    """Checks that the padding is empty: a model of another width can have the same padded width."""
     group_size = GROUP_SIZES[precision_of(layer.scales)]
     has_sign = layer.row_scales is not None  # of a zero, too
     used = (layer.codes & (7 if has_sign else 15)) != 0
@@ -280,17 +280,17 @@ def _check_padding(layer: UnpackedLayer, rows: int, columns: int, name: str, ori
     if used[rows:].any() or used[:, columns:].any():
         raise ValueError(
             f"{name!r} must have the shape ({rows}, {columns}) before padding, got weights beyond that in {origin}. "
-            "The file is of a model of another width."
+            "The checkpoint is for a model of another width."
         )
 
 
 def _row_scales(source: Source, key: Callable[[str], str], rows: int) -> Tensor:
-    """Product of the scale of the tensor and those of its rows; what a file leaves out is 1."""
+    """Product of the per-tensor scale and the per-row scales; missing scales are 1."""
     of_rows, of_tensor = source.get(key("wcscales"), (rows,)), source.get(key("wtscale"))
     scales = torch.ones(rows) if of_rows is None else packing.unpack_vector(of_rows).float()
     return scales if of_tensor is None else scales * of_tensor.float().reshape(1)
 
 
-def _unless_rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _exact_in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     rounded = tensor.to(dtype)
     return rounded if torch.equal(rounded.to(torch.float32), tensor.to(torch.float32)) else tensor.float()

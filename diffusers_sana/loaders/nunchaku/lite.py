@@ -1,8 +1,8 @@
-"""Nunchaku-Lite, the form of SVDQuant that diffusers loads by itself: read, and written for NVIDIA's other GPUs.
+"""Nunchaku-Lite, the SVDQuant format that diffusers itself loads: reading, and writing for NVIDIA GPUs except Hopper.
 
 A folder of a diffusers model whose `config.json` has `quant_method: "nunchaku_lite"` and lists the layers: `svdq_w4a4`
 (one format and one rank for all) and `awq_w4a16`. Layers have the model's own names; their tensors are packed as in
-`nunchaku_packing.py`, without room for padding.
+`packing.py`, without padding.
 """
 
 import json
@@ -35,20 +35,20 @@ def load_nunchaku_lite(
     torch_dtype: torch.dtype | None = None,
     **hub: Any,
 ) -> Any:
-    """A model from a Nunchaku-Lite folder, on the CPU, with this package's quantized layers.
+    """Loads a model from a Nunchaku-Lite folder, on the CPU, with this package's quantized layers.
 
     Args:
         path_or_repo: a folder or "owner/name" on the Hub.
-        subfolder: in it, such as "transformer".
-        model_cls: the class to build; by default the one of diffusers that the config names.
-        torch_dtype: of everything that is not packed: bfloat16, float16 or float32; by default the file's.
+        subfolder: such as "transformer".
+        model_cls: the class to build; by default the diffusers class that the config names.
+        torch_dtype: of everything except packed weights: bfloat16, float16 or float32; by default the file's.
         hub: for `huggingface_hub`, such as `revision` or `token`.
 
     Returns:
         A diffusers model in eval mode, which `save_pretrained` writes in this package's own format.
 
     Raises:
-        ValueError: another format, a file that is cut short or of another model, naming the tensor.
+        ValueError: another format, or a file that is damaged or for a different architecture; the tensor is named.
     """
     if torch_dtype not in (None, *DTYPES):
         raise ValueError(f"`torch_dtype` must be one of {DTYPES} or None, got {torch_dtype!r}.")
@@ -57,8 +57,8 @@ def load_nunchaku_lite(
         patterns = [str(Path(subfolder, name)) for name in ("config.json", f"{WEIGHTS}*.safetensors")]
         path = Path(snapshot_download(str(path_or_repo), allow_patterns=patterns, **hub))
     path = path / subfolder
-    whole = path / f"{WEIGHTS}.safetensors"
-    files = [whole] if whole.is_file() else sorted(path.glob(f"{WEIGHTS}-*.safetensors"))
+    single = path / f"{WEIGHTS}.safetensors"
+    files = [single] if single.is_file() else sorted(path.glob(f"{WEIGHTS}-*.safetensors"))
     if not (path / "config.json").is_file() or not files:
         raise ValueError(f"{path} must be a folder with config.json and {WEIGHTS}*.safetensors, but is not.")
     config = read_json(path / "config.json")
@@ -79,7 +79,7 @@ def load_nunchaku_lite(
         for name in (quantization.get("awq_w4a16") or {}).get("targets", ()):
             out.add(name, read_awq(source, name, *matrix_shape(shapes, name)), weight_only=True)
         if not out.layers:
-            raise ValueError(f"{source.origin} must list at least one layer in its config.json, but lists none.")
+            raise ValueError(f"{source.origin} must list at least one layer in its config.json, got none.")
         return out
 
     model = empty_model(model_cls, config, config.get("_class_name", ""))
@@ -91,18 +91,18 @@ def export_nunchaku_lite(
 ) -> None:
     """Writes a model quantized by this package as a folder that diffusers loads with its Nunchaku kernels.
 
-    Weights keep their bits. Layers with 16-bit activations, such as adaLN, have neither branch nor smoothing in that
-    format: where theirs do something, the layer is written as the 16-bit matrix that it stands for.
+    4-bit weights are unchanged. Layers with 16-bit activations, such as adaLN, have neither a low-rank branch nor
+    smoothing in that format: if they need one, the layer is written dequantized, in 16 bits.
 
     Args:
         model: a diffusers model with `SVDQuantLinear` layers in bfloat16 or float16.
-        folder: where to; made if need be.
-        requantize_weight_only: round those 16-bit matrices to 4 bits instead: a quarter of the size, at about .1 of
-            relative error.
-        max_shard_size: the size beyond which weights go into several files.
+        folder: target folder; created if necessary.
+        requantize_weight_only: round those 16-bit matrices to 4 bits instead: a quarter of the size, with a relative
+            error of about .1.
+        max_shard_size: the size above which weights are split into several files.
 
     Raises:
-        ValueError: what the format cannot express, naming the layer; before anything is written.
+        ValueError: the format cannot express a layer, which is named; nothing is written.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SVDQuantLayer)}
     dtype, precision, rank = _check_model(model, layers)
@@ -135,7 +135,7 @@ def export_nunchaku_lite(
     if awq:
         quantization["awq_w4a16"] = {"precision": "int4", "group_size": packing.AWQ_GROUP, "targets": awq}
     if not svdq and not awq:
-        raise ValueError("no layer of the model can be written in 4 bits. Pass `requantize_weight_only=True`.")
+        raise ValueError("no layer of the model can be written in 4 bits. Use `requantize_weight_only=True`.")
     config = json.loads(model.to_json_string())
     config["quantization_config"] = quantization
     folder = Path(folder)
@@ -147,24 +147,24 @@ def export_nunchaku_lite(
 
 
 def _check_model(model: nn.Module, layers: Mapping[str, SVDQuantLayer]) -> tuple[torch.dtype, str, int]:
-    """The dtype, the format and the rank that all layers have in common."""
+    """The dtype, format and rank that all layers share."""
     if not layers:
-        raise ValueError(f"`model` must have layers quantized by SVDQuant, {type(model).__name__} has none.")
+        raise ValueError(f"`model` must have layers quantized by SVDQuant, but {type(model).__name__} has none.")
     if getattr(model, "peft_config", None):
-        raise ValueError("`model` must have no adapters, has some. Fuse or unload them first.")
+        raise ValueError("`model` must have no adapters. Fuse or unload them first.")
     convolutions = [name for name, layer in layers.items() if isinstance(layer, SVDQuantConv2d)]
     if convolutions:
         raise ValueError(
-            f"Nunchaku-Lite has linear layers only, `model` has {len(convolutions)} quantized convolutions, among "
-            f"them {convolutions[0]!r}. Quantize it with `modules_to_not_convert` naming them."
+            f"Nunchaku-Lite has linear layers only, but `model` has {len(convolutions)} quantized convolutions, such "
+            f"as {convolutions[0]!r}. List them in `modules_to_not_convert` when quantizing."
         )
     quantized = {name: layer for name, layer in layers.items() if not layer.is_weight_only}
     for name, layer in quantized.items():
         outputs, inputs = layer.qweight.shape[0], layer.smooth_factor.shape[0]
         if outputs % packing.TILE or inputs % packing.TILE:
             raise ValueError(
-                f"Nunchaku-Lite holds layers whose sides are multiples of {packing.TILE}, {name!r} is {outputs} x "
-                f"{inputs}. Quantize the model with `modules_to_not_convert` naming it."
+                f"the sides of a layer in Nunchaku-Lite must be multiples of {packing.TILE}, but {name!r} is "
+                f"{outputs} x {inputs}. List it in `modules_to_not_convert` when quantizing."
             )
     precisions = {layer.precision for layer in quantized.values()} or {"int4"}
     dtypes = {layer.proj_up.dtype for layer in layers.values()}
@@ -206,16 +206,16 @@ def _fits_awq(layer: SVDQuantLayer) -> bool:
 
 
 def _is_plain(layer: SVDQuantLayer) -> bool:
-    """Whether the codes and scales are the whole layer, so that `codes * scales + zeros` says it all."""
+    """Whether codes and scales alone define the layer, as `codes * scales + zeros`."""
     has_branch = bool(layer.proj_up.any()) and bool(layer.proj_down.any())
     return _fits_awq(layer) and not has_branch and bool((layer.smooth_factor == 1).all())
 
 
 def _awq_tensors(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
-    """With 8 for the zero point: of all it is the one by which no scale is rounded.
+    """Tensors with a zero point of 8, the only one for which no scale is rounded.
 
     Args:
-        codes: `[N, K]`, 0..15, 8 of which stands for zero.
+        codes: `[N, K]`, 0..15, where 8 is zero.
         scales: `[N, K/64]`.
     """
     scales = scales.t()

@@ -1,9 +1,8 @@
-"""The memory order of Nunchaku's tensors, which is that of the fragments of a matrix instruction, and back.
+"""Conversion to and from the memory order of Nunchaku's tensors, that of the fragments of a matrix instruction.
 
-Every layout cuts rows and columns of a matrix into factors and puts the factors in another order, so packing is one
-reshape, one permutation and one reshape, and unpacking the inverse. The shapes in which files hold packed tensors are
-nominal: only the number of elements is true. What the hardware wants full is padded with zeros; `unpack_*` returns
-the padding as well.
+Every layout factors the rows and columns of a matrix and permutes the factors, so packing is a reshape, a permutation
+and a reshape, and unpacking the inverse. The shapes of packed tensors in files are nominal: only the number of
+elements matters. Tiles are padded with zeros; `unpack_*` returns the padding as well.
 
 Legend: N output features, K input features, r rank, G groups along K; Np, Kp, rp, Gp are those of the file.
 """
@@ -22,7 +21,7 @@ AWQ_GROUP = 64
 
 
 class _Layout(NamedTuple):
-    """How a matrix `[R, C]` lies in memory.
+    """The order of a matrix `[R, C]` in memory.
 
     Attributes:
         rows, columns: factors of a tile's sides, outermost first; a tile index comes before each.
@@ -147,17 +146,17 @@ def unpack_awq(packed: Tensor) -> Tensor:
 
 
 def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    """Zeros below and to the right, up to multiples."""
+    """Zero padding at the bottom and right, to multiples of `rows` and `columns`."""
     return F.pad(matrix, (0, -matrix.shape[1] % columns, 0, -matrix.shape[0] % rows))
 
 
 def _join(nibbles: Tensor) -> Tensor:
-    """Pairs of nibbles, the low one first, to bytes."""
+    """Pairs of nibbles, low nibble first, to bytes."""
     return nibbles[0::2] | (nibbles[1::2] << 4)
 
 
 def _cut(packed: Tensor) -> Tensor:
-    """The nibbles of a tensor of integers, in the order of its memory, which is little-endian."""
+    """The nibbles of an integer tensor, in little-endian memory order."""
     packed = packed.contiguous().view(torch.uint8).flatten()
     return torch.stack([packed & 15, packed >> 4], dim=-1)
 
@@ -166,5 +165,5 @@ def _check(name: str, tensor: Tensor, axis: int, multiple: int) -> None:
     if tensor.shape[axis] % multiple:
         raise ValueError(
             f"axis {axis} of `{name}` must be a multiple of {multiple}, got shape {tuple(tensor.shape)}. "
-            "It is not in Nunchaku's layout."
+            "The tensor is not in Nunchaku's layout."
         )

@@ -1,4 +1,4 @@
-"""The names, fusions and interleavings of Sana in Nunchaku's files."""
+"""Tensor names, fused layers and interleaving of Sana in Nunchaku's files."""
 
 from collections.abc import Mapping
 
@@ -20,27 +20,18 @@ PLAIN = {
     "cross_attn.out_proj": "attn2.to_out.0",
     "ff.point_conv": "ff.conv_point",
 }
-WITHOUT_BIAS = "attn.out_proj"  # in Nunchaku's Sana, so that files may lack it; Sana itself has one
+WITHOUT_BIAS = "attn.out_proj"  # files may lack this bias, because Nunchaku's Sana does not use it; Sana has one
 
 
 def convert_sana(source: Source, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> Conversion:
-    """The blocks of a Sana file.
-
-    Args:
-        source: its tensors.
-        shapes: of the state dict of the 16-bit model.
-        dtype: of all floating-point tensors.
-
-    Raises:
-        ValueError: a missing tensor or one of another shape, naming it.
-    """
+    """Converts the blocks of a Sana file; see `load.Converter`."""
     out = Conversion(dtype)
     for block in block_names(shapes, "transformer_blocks"):
         for key, name in PLAIN.items():
             layer = read_svdq(source, f"{block}.{key}", *matrix_shape(shapes, f"{block}.{name}"))
             if layer.bias is None and key == WITHOUT_BIAS:
                 logger.warning(
-                    f"{source.origin} has no bias for {block}.{key}, which Nunchaku never adds; it is zero."
+                    f"{source.origin} has no bias for {block}.{key}, which Nunchaku never adds; it is set to zero."
                 )
                 layer.bias = layer.up.new_zeros(layer.up.shape[0])
             out.add(f"{block}.{name}", layer)
@@ -51,7 +42,7 @@ def convert_sana(source: Source, shapes: Mapping[str, torch.Size], dtype: torch.
 
 
 def _self_attention(source: Source, shapes: Mapping[str, torch.Size], block: str, out: Conversion) -> None:
-    """All queries, then key and value of one head after the other; queries, keys and values are padded each."""
+    """In the file: all queries, then keys and values interleaved by head; each of the three is padded."""
     rows, columns = matrix_shape(shapes, f"{block}.attn1.to_q")
     high = -(-rows // TILE) * TILE
     layer = read_svdq(source, f"{block}.attn.qkv_proj", 3 * high, columns)
@@ -64,11 +55,13 @@ def _text_projections(source: Source, shapes: Mapping[str, torch.Size], block: s
     for part in ("weight", "bias"):
         key, value = f"{block}.attn2.to_k.{part}", f"{block}.attn2.to_v.{part}"
         shape = (2 * shapes[key][0], *shapes[key][1:])
-        out.rest[key], out.rest[value] = source.take(f"{block}.cross_attn.kv_linear.{part}", shape).chunk(2)
+        out.unquantized[key], out.unquantized[value] = source.take(
+            f"{block}.cross_attn.kv_linear.{part}", shape
+        ).chunk(2)
 
 
 def _gated_convolution(source: Source, shapes: Mapping[str, torch.Size], block: str, out: Conversion) -> None:
-    """Channel i of the values lies at 2 i, channel i of the gates at 2 i + 1; they are padded together."""
+    """In the file, channel i of the values is at 2 i, channel i of the gates at 2 i + 1; they are padded together."""
     rows, columns = matrix_shape(shapes, f"{block}.ff.conv_inverted")
     high = -(-rows // TILE) * TILE
     interleaved = torch.arange(high).reshape(-1, 2)[: rows // 2].t().flatten()
@@ -78,5 +71,5 @@ def _gated_convolution(source: Source, shapes: Mapping[str, torch.Size], block: 
     def depthwise(part: str, *shape: int) -> Tensor:
         return source.take(f"{block}.ff.depth_conv.{part}", (high, *shape))[interleaved]
 
-    out.rest[f"{block}.ff.conv_depth.weight"] = depthwise("weight", 3, 3, 1).permute(0, 3, 1, 2)
-    out.rest[f"{block}.ff.conv_depth.bias"] = depthwise("bias")
+    out.unquantized[f"{block}.ff.conv_depth.weight"] = depthwise("weight", 3, 3, 1).permute(0, 3, 1, 2)
+    out.unquantized[f"{block}.ff.conv_depth.bias"] = depthwise("bias")

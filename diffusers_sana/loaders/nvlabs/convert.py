@@ -1,6 +1,6 @@
-"""The authors' files of Sana, its ControlNets and DC-AE, as folders of diffusers: a model, or a whole pipeline.
+"""Converts original files of Sana, its ControlNets and DC-AE to diffusers folders: a model or a whole pipeline.
 
-To load such a file without writing anything, call `from_single_file` of the model; see
+To load such a file without writing anything, use `from_single_file` of the model; see
 `docs/third_party_checkpoints.md`.
 """
 
@@ -22,30 +22,36 @@ from diffusers_sana.loaders.nvlabs.sana import (
     is_official_sana,
     read_official_sana,
 )
-from diffusers_sana.loaders.single_file import OfficialWeights, check_fields, read_content, select_weights, weight_sets
+from diffusers_sana.loaders.single_file import (
+    OfficialWeights,
+    check_config_fields,
+    read_content,
+    select_weights,
+    weight_sets,
+)
 
 
 COMPONENTS = {TRANSFORMER: "transformer", CONTROLNET: "controlnet", AUTOENCODER: "vae"}
-# What the other parts of a pipeline rely on.
+# What the other components of a pipeline rely on.
 MUST_FIT = ("in_channels", "caption_channels", "latent_channels", "guidance_embeds")
-MAX_SHARD_SIZE = "5GB"  # so much is in memory at a time
+MAX_SHARD_SIZE = "5GB"  # in memory at a time
 
 
 @dataclass
-class Plan:
+class ConversionPlan:
     """What a conversion will do.
 
     Attributes:
-        official: which model the file holds, and where every tensor goes.
-        model: with the weights of the file, which stay on disk until somebody reads them.
+        official: which model the file contains, and where every tensor goes.
+        model: the model with the memory-mapped weights of the file.
         weights: which weights of the file these are, "model" or "ema".
-        others: which the file holds beside them.
+        other_weights: the other sets of weights in the file.
     """
 
     official: OfficialWeights
     model: Any
     weights: str = "model"
-    others: tuple[str, ...] = ()
+    other_weights: tuple[str, ...] = ()
 
     @property
     def component(self) -> str:
@@ -55,15 +61,15 @@ class Plan:
     def __str__(self) -> str:
         tensors = self.model.state_dict().values()
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
-        numbers = sum(tensor.numel() for tensor in tensors)
+        count = sum(tensor.numel() for tensor in tensors)
         lines = [
-            f"{self.official.class_name}: {len(tensors)} tensors, {numbers:,} numbers, {', '.join(dtypes)}",
+            f"{self.official.class_name}: {len(tensors)} tensors, {count:,} parameters, {', '.join(dtypes)}",
             *(f"  {name} = {value!r}" for name, value in sorted(self.official.config.items())),
         ]
-        if self.others:
-            lines.append(f"weights: {self.weights}; the file also holds {', '.join(self.others)}")
+        if self.other_weights:
+            lines.append(f"weights: {self.weights}; the file also has {', '.join(self.other_weights)}")
         if self.official.left_out:
-            lines.append(f"left out: {len(self.official.left_out)} tensors, {self.official.left_out[0]} the first")
+            lines.append(f"left out: {len(self.official.left_out)} tensors, such as {self.official.left_out[0]}")
         return "\n".join(lines)
 
 
@@ -73,24 +79,25 @@ def plan_conversion(
     torch_dtype: torch.dtype | None = None,
     weights: str = "model",
     **fields: Any,
-) -> Plan:
-    """Checks a file and says what would become of it: a dry run.
+) -> ConversionPlan:
+    """Checks a file and returns what `convert` would do: a dry run.
 
     Args:
-        path: `.pth` or `.safetensors` of Sana, SANA-1.5, SANA-Sprint, a ControlNet or DC-AE, by the authors' names.
-        component: "transformer" or "controlnet" of a file that has both; by default the ControlNet.
-        torch_dtype: of the weights; by default the file's, and then no weight is read.
-        weights: "model", or "ema" for the averaged weights that the authors' trainers write beside them.
-        fields: of the config, which the file does not tell or tells wrongly.
+        path: `.pth` or `.safetensors` of Sana, SANA-1.5, SANA-Sprint, a ControlNet or DC-AE, with the original tensor
+            names.
+        component: "transformer" or "controlnet", for a file that has both; by default the ControlNet.
+        torch_dtype: of the weights; by default the file's, in which case no weight is read.
+        weights: "model", or "ema" for the EMA weights that the original trainers store next to them.
+        fields: config fields that the file does not state or states wrongly.
 
     Raises:
-        ValueError: a file that is cut short, of another model, or with a tensor that is missing, unknown or of
-            another shape, naming it; a field that must be given.
-        TypeError: no field of the config.
+        ValueError: the file is damaged or for a different architecture, or a tensor is missing, unknown or of another
+            shape (it is named); a required field is missing.
+        TypeError: an argument that is not a config field.
     """
     content = read_content(path)
     checkpoint = select_weights(content, weights)
-    others = tuple(name for name in weight_sets(content) if name != weights)
+    other_weights = tuple(name for name in weight_sets(content) if name != weights)
     if is_official_sana(checkpoint):
         class_names = {name: class_name for class_name, name in COMPONENTS.items()}
         official = read_official_sana(checkpoint, class_names[component] if component else None, **fields)
@@ -98,11 +105,11 @@ def plan_conversion(
         official = read_official_dc(checkpoint, **fields)
     else:
         raise ValueError(
-            f"{path} must be a file of Sana or DC-AE by the authors' names, but has {next(iter(checkpoint))!r}."
+            f"{path} must be an original file of Sana or DC-AE, but has a tensor {next(iter(checkpoint))!r}."
         )
     model_cls = MODELS[official.class_name]
-    check_fields(model_cls, fields)
-    return Plan(official, official.model(checkpoint, model_cls, torch_dtype), weights, others)
+    check_config_fields(model_cls, fields)
+    return ConversionPlan(official, official.model(checkpoint, model_cls, torch_dtype), weights, other_weights)
 
 
 def convert(
@@ -113,21 +120,24 @@ def convert(
     torch_dtype: torch.dtype | None = None,
     weights: str = "model",
     **fields: Any,
-) -> Plan:
-    """Writes the model, or a pipeline with it, where `from_pretrained` of diffusers and of this package loads it.
+) -> ConversionPlan:
+    """Converts a file to a folder that `from_pretrained` of diffusers and of this package loads.
 
     Args:
         path, component, torch_dtype, weights, fields: see `plan_conversion`.
         target: a new folder.
-        base: folder or Hub id of a pipeline that gives the other parts; None writes the model alone.
+        base: folder or Hub id of a pipeline that provides the other components; None writes the model alone.
+
+    Returns:
+        What was done; `print` it for a summary.
 
     Raises:
-        ValueError, TypeError: see `plan_conversion`; a `base` that the model does not fit.
-        FileExistsError: `target` has files.
+        ValueError, TypeError: see `plan_conversion`; a `base` that does not match the model.
+        FileExistsError: `target` is not empty.
     """
     target = Path(target)
     if target.exists() and any(target.iterdir()):
-        raise FileExistsError(f"`target` must be a new folder, but {target} has files.")
+        raise FileExistsError(f"`target` must be a new folder, but {target} is not empty.")
     plan = plan_conversion(path, component, torch_dtype, weights, **fields)
     folder = target
     if base is not None:
@@ -137,21 +147,23 @@ def convert(
     return plan
 
 
-def _copy_base(plan: Plan, base: str, target: Path) -> None:
-    """Everything of a pipeline but the weights of one component."""
+def _copy_base(plan: ConversionPlan, base: str, target: Path) -> None:
+    """Copies a pipeline except for one component."""
     name = plan.component
     if not Path(base).is_dir():
         base = snapshot_download(base, ignore_patterns=[f"{name}/*.safetensors*", f"{name}/*.bin*"])
     index = read_json(Path(base) / "model_index.json")
     if name not in index:
         parts = [part for part, value in index.items() if isinstance(value, list)]
-        raise ValueError(f"`base` must be a pipeline with a {name!r}, but {base} has {parts}. Convert it alone.")
+        raise ValueError(
+            f"`base` must be a pipeline with a {name!r}, but {base} has {parts}. Convert the model alone."
+        )
     old = read_json(Path(base) / name / "config.json")
     for field in MUST_FIT:
         new = plan.official.config.get(field)
         if new is not None and field in old and old[field] != new:
             raise ValueError(
-                f"`base` must have a {name} with {field} = {new!r}, as the file, but {base} has {old[field]!r}. It is "
-                "a pipeline of another family."
+                f"`base` must have a {name} with {field} = {new!r}, as in the file, but {base} has {old[field]!r}. "
+                "It is for a different architecture."
             )
     shutil.copytree(base, target, ignore=shutil.ignore_patterns(name, ".*"), dirs_exist_ok=True)

@@ -1,8 +1,8 @@
-"""The names of mit-han-lab/efficientvit for the weights of DC-AE.
+"""Tensor names of mit-han-lab/efficientvit for DC-AE.
 
-The file holds no config. Depths, widths, blocks and ways to resize are read off the shapes; activations and shortcuts
-have no weights and follow from the family: Sana and "in"/"mix" (attention in both halves), Lite (none in the decoder),
-DC-AE 1.5 (none).
+The file has no config. Depths, widths, block types and resampling are derived from the shapes. Activations and
+shortcuts have no weights and follow from the family: Sana and "in"/"mix" (attention in both halves), Lite (none in the
+decoder), DC-AE 1.5 (none).
 """
 
 import re
@@ -12,19 +12,19 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusers_sana.loaders.single_file import OfficialWeights
+from diffusers_sana.loaders.single_file import OfficialWeights, required_shape
 
 
 CLASS_NAME = "AutoencoderDC"
 WRAPPING = re.compile(r"\b(main|op_list)\.")  # modules that only group others
-# Of a whole key without wrapping. The end convolutions keep one level `conv` where they resize.
+# For a whole key without wrapping. The first and last convolutions keep one level `conv` if they resample.
 RULES = (
     (r"(encoder|decoder)\.project_in\.conv\.(.+)", r"\1.conv_in.\2"),
     (r"encoder\.project_out\.0\.conv\.(.+)", r"encoder.conv_out.\1"),
     (r"decoder\.project_out\.0\.(.+)", r"decoder.norm_out.\1"),
     (r"decoder\.project_out\.2\.conv\.(.+)", r"decoder.conv_out.\1"),
 )
-# Of what follows the number of a block in a stage.
+# For the part of a key after the index of a block in a stage.
 IN_BLOCK = (
     (r"conv([12])\.conv\.(weight|bias)", r"conv\1.\2"),
     (r"conv2\.norm\.(\w+)", r"norm.\1"),
@@ -43,29 +43,29 @@ SCALING = {32: "in 0.3189, mix 0.4552", 128: "in 0.2889, mix 0.4538", 512: "in 0
 
 
 def is_official_dc(checkpoint: Mapping[str, Tensor]) -> bool:
-    """Whether the keys are those of the authors' DC-AE."""
+    """Whether the keys are those of the original DC-AE."""
     return any(key.startswith(("encoder.project_in.", "decoder.project_in.")) for key in checkpoint)
 
 
 def read_official_dc(checkpoint: Mapping[str, Tensor], **fields: Any) -> OfficialWeights:
-    """Finds the layout and the place of every tensor.
+    """Derives the config and the name of every tensor.
 
     Args:
         checkpoint: the tensors by their keys in the file.
-        fields: of the config, in place of what is read off the tensors. `scaling_factor` must be given where files
-            with equal tensors have different ones.
+        fields: config fields that override those derived from the tensors. `scaling_factor` must be given if files
+            with the same tensor shapes have different ones.
 
     Raises:
-        ValueError: an unknown tensor, one that is missing, a field that must be given.
+        ValueError: an unknown or missing tensor, or a missing field.
     """
-    names = {key: _our_names(key) for key in checkpoint}
+    names = {key: _autoencoder_names(key) for key in checkpoint}
     shapes = {name: tuple(checkpoint[key].shape) for key, parts in names.items() for name in parts}
     config: dict[str, Any] = {}
     for half in STAGES:
         columns, resize = _stages(half, shapes)
         config |= {f"{half}_{field}": column for field, column in columns.items()}
         config["downsample_block_type" if half == "encoder" else "upsample_block_type"] = resize
-    # Only the grouped convolutions of a scale tell the width of heads; all published models have the default.
+    # Only the grouped convolutions of a scale reveal the head width; all published models have the default.
     if grouped := [shape for name, shape in shapes.items() if name.endswith("proj_out.weight")]:
         config["attention_head_dim"] = grouped[0][1]
     is_batch_norm = [
@@ -74,8 +74,8 @@ def read_official_dc(checkpoint: Mapping[str, Tensor], **fields: Any) -> Officia
     ]
     attends = {half: "EfficientViTBlock" in config[f"{half}_block_types"] for half in STAGES}
     config |= {
-        "in_channels": _shape(shapes, "encoder.conv_in.weight", "encoder.conv_in.conv.weight")[1],
-        "latent_channels": _shape(shapes, "encoder.conv_out.weight")[0],
+        "in_channels": required_shape(shapes, "encoder.conv_in.weight", "encoder.conv_in.conv.weight")[1],
+        "latent_channels": required_shape(shapes, "encoder.conv_out.weight")[0],
         "decoder_norm_types": ["batch_norm" if is_batch else "rms_norm" for is_batch in is_batch_norm],
         "decoder_act_fns": ["relu" if is_batch else "silu" for is_batch in is_batch_norm],
         "decoder_conv_act_fn": "relu" if attends["decoder"] else "silu",
@@ -87,32 +87,32 @@ def read_official_dc(checkpoint: Mapping[str, Tensor], **fields: Any) -> Officia
     return OfficialWeights(CLASS_NAME, {**config, **fields}, names)
 
 
-def _our_names(key: str) -> tuple[str, ...]:
+def _autoencoder_names(key: str) -> tuple[str, ...]:
     plain = WRAPPING.sub("", key)
     if match := re.fullmatch(r"(encoder|decoder)\.stages\.(\d+)\.(\d+)\.(.+)", plain):
-        half, stage, block, rest = match.groups()
+        half, stage, block, inner = match.groups()
         prefix = f"{half}.{STAGES[half]}.{stage}.{block}"
-        if rest == QKV:
+        if inner == QKV:
             return tuple(f"{prefix}.attn.to_{name}.weight" for name in "qkv")
         for pattern, template in IN_BLOCK:
-            if found := re.fullmatch(pattern, rest):
+            if found := re.fullmatch(pattern, inner):
                 return (f"{prefix}.{found.expand(template)}",)
     for pattern, template in RULES:
         if found := re.fullmatch(pattern, plain):
             return (found.expand(template),)
-    raise ValueError(f"{key!r} is unknown: no DC-AE of the authors has it. The file is of another model.")
+    raise ValueError(f"{key!r} is in no original DC-AE checkpoint. The checkpoint is for a different architecture.")
 
 
 def _stages(half: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, list[Any]], str]:
-    """Columns of the config, and how the half resizes."""
+    """The config lists of one half, and its resampling type."""
     blocks: dict[int, dict[int, dict[str, tuple[int, ...]]]] = defaultdict(lambda: defaultdict(dict))
     for name, shape in shapes.items():
         if match := re.fullmatch(rf"{half}\.{STAGES[half]}\.(\d+)\.(\d+)\.(.+)", name):
             blocks[int(match[1])][int(match[2])][match[3]] = shape
     if not blocks:
-        raise ValueError(f"the file must have tensors of `{half}.stages`, but has none. It is not whole.")
+        raise ValueError(f"the file must have tensors of `{half}.stages`, but has none. The file is incomplete.")
     columns: dict[str, list[Any]] = defaultdict(list)
-    resizing: dict[int, int] = {}  # channels out of the convolution, by stage
+    resizing: dict[int, int] = {}  # stage -> output channels of the resampling convolution
     for i in range(max(blocks) + 1):
         real = [block for block in blocks[i].values() if "conv.weight" not in block]
         for block in blocks[i].values():
@@ -127,8 +127,10 @@ def _stages(half: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str,
         columns["qkv_multiscales"].append(tuple(shape[-1] for shape in scales))
     channels = columns["block_out_channels"]
     if not channels[0] and len(channels) > 1:
-        channels[0] = channels[1] // 2  # an empty stage has no weights; published ones are half as wide as the next
-    # Next to it, at the pixels, the end convolution resizes. Otherwise any stage tells.
+        channels[0] = (
+            channels[1] // 2
+        )  # an empty stage has no weights; in published models it is half as wide as the next
+    # After an empty stage the first or last convolution resamples. Otherwise any stage reveals the type.
     if half == "encoder":
         is_shuffled = any(out != channels[i + 1] for i, out in resizing.items() if i + 1 < len(channels))
         return columns, "pixel_unshuffle" if is_shuffled else "conv"
@@ -143,13 +145,6 @@ def _scaling_factor(config: Mapping[str, Any]) -> float:
         return 0.5935  # DC-AE 1.5, f64c128
     known = SCALING.get(channels, "those of its authors") if config["encoder_out_shortcut"] else "not published"
     raise ValueError(
-        f"`scaling_factor` must be given: tensors do not tell it, and files with equal ones differ in it. With "
-        f"{channels} latent channels: {known}."
+        f"`scaling_factor` must be given: the tensors do not determine it, and files of this layout differ in it. "
+        f"With {channels} latent channels: {known}."
     )
-
-
-def _shape(shapes: Mapping[str, tuple[int, ...]], *names: str) -> tuple[int, ...]:
-    found = next((shapes[name] for name in names if name in shapes), None)
-    if found is None:
-        raise ValueError(f"the file must have a tensor for {names[0]!r}, but has none. It is not whole.")
-    return found

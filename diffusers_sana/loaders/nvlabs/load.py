@@ -1,4 +1,4 @@
-"""One file in the original (NVlabs) layout as a model of this package: what `from_single_file` of the models calls."""
+"""Loads one original (NVlabs) file as a model of this package, for `from_single_file` of the models."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,12 @@ from torch import Tensor
 from diffusers_sana.loaders.nvlabs.dc_ae import CLASS_NAME as AUTOENCODER
 from diffusers_sana.loaders.nvlabs.dc_ae import read_official_dc
 from diffusers_sana.loaders.nvlabs.sana import CONTROLNET, TRANSFORMER, read_official_sana
-from diffusers_sana.loaders.single_file import HUB_ARGUMENTS, OfficialWeights, check_fields, read_checkpoint
+from diffusers_sana.loaders.single_file import (
+    SINGLE_FILE_HUB_ARGUMENTS,
+    OfficialWeights,
+    check_config_fields,
+    read_checkpoint,
+)
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.controlnets.controlnet_sana import SanaControlNetModel
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
@@ -33,9 +38,9 @@ def load_single_file(
     weights: str = "model",
     **kwargs: Any,
 ) -> Any:
-    """A `model_cls` from one file; arguments and errors are those of `from_single_file`."""
-    hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-    check_fields(model_cls, kwargs)
+    """Loads a `model_cls` from one file; arguments and errors are those of `from_single_file`."""
+    hub = {name: kwargs.pop(name) for name in SINGLE_FILE_HUB_ARGUMENTS if name in kwargs}
+    check_config_fields(model_cls, kwargs)
     checkpoint = read_checkpoint(source or {}, weights, **hub)
     if config is not None:
         hub = {name: value for name, value in hub.items() if name != "disable_mmap"}

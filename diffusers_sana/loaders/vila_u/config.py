@@ -1,4 +1,4 @@
-"""The config of VILA-U from the JSON files and the shapes of the official checkpoint. What is unknown is an error."""
+"""The config of VILA-U from the JSON files and tensor shapes of the official checkpoint; unknown values are errors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,13 +6,14 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from diffusers_sana.loaders.single_file import required_shape
 from diffusers_sana.loaders.vila_u.names import LLM, PROJECTOR, SIGLIP, TOWER
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig, VilaUDepthConfig, VilaUVisionConfig
 
 
 VOCABULARY = 32004
 VISION, TEXT = f"{SIGLIP}.vision_model", f"{SIGLIP}.text_model"
-# Heads of the encoders cannot be seen in the shapes, and the checkpoint names only what they were made from.
+# Shapes do not determine the number of attention heads, and the checkpoint only names the SigLIP it started from.
 ENCODER_HEADS = {"google/siglip-large-patch16-256": 16, "google/siglip-so400m-patch14-384": 16}
 NOT_MODEL = ("_name_or_path", "architectures", "torch_dtype", "transformers_version", "model_type")
 
@@ -20,7 +21,7 @@ Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 
 
 class JsonReader:
-    """A JSON object that says which field of which file is missing or wrong."""
+    """A JSON object whose errors name the field and the file."""
 
     def __init__(self, content: Mapping[str, Any], origin: str):
         self.content, self.origin = content, origin
@@ -29,26 +30,31 @@ class JsonReader:
         """The field at a dotted path.
 
         Raises:
-            ValueError: it is not there or of another type.
+            ValueError: it is missing or has another type.
         """
         value: Any = self.content
         for name in path.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
         if value is None or not isinstance(value, kind):
             raise ValueError(
-                f"{self.origin} must have {path!r} of the kind of the official checkpoint, got {value!r}."
+                f"{self.origin} must have {path!r} with a value as in the official checkpoint, got {value!r}."
             )
         return value
 
     def expect(self, path: str, wanted: Any) -> None:
-        """Raises:
-        ValueError: the field is there and is not what this converter knows.
+        """Checks a field, if it exists.
+
+        Raises:
+            ValueError: it has another value.
         """
         value: Any = self.content
         for name in path.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
         if value is not None and value != wanted:
-            raise ValueError(f"{self.origin}: {path!r} must be {wanted!r}, got {value!r}: not a model of this family.")
+            raise ValueError(
+                f"{self.origin}: {path!r} must be {wanted!r}, got {value!r}. The checkpoint is for a different "
+                "architecture."
+            )
 
 
 def model_config(
@@ -63,13 +69,13 @@ def model_config(
     Args:
         jsons: contents of the files `config.json`, `llm/config.json`, ... by their path.
         shapes: of the tensors, by part and key.
-        token_ids: of the tokens `<im_start>`, `<im_end>`, `<vi_start>`, `<vi_end>`, `<image>`.
-        encoder_heads: attention heads of the image encoder, for a SigLIP this converter does not know. Those of the
-            text tower are as wide.
+        token_ids: ids of `<im_start>`, `<im_end>`, `<vi_start>`, `<vi_end>`, `<image>`.
+        encoder_heads: attention heads of the image encoder, for an unknown SigLIP. Heads of the text tower have the
+            same width.
         any_vocabulary: accept a vocabulary other than 32004.
 
     Raises:
-        ValueError: a file, field or tensor that is missing or contradicts another.
+        ValueError: a file, field or tensor is missing or contradicts another.
     """
     root, llm, projector, tower = (
         JsonReader(jsons[name], name)
@@ -96,10 +102,10 @@ def _combined(
     depth = _depth_config(tower, shapes[TOWER])
     for token, index in token_ids.items():
         if (index >= text.vocab_size) != (token == "<image>"):
-            place = "behind" if token == "<image>" else "within"
+            place = "after" if token == "<image>" else "within"
             raise ValueError(
-                f"the tokenizer must have {token} {place} the vocabulary of the model, {text.vocab_size}, but has it "
-                f"at {index}."
+                f"the tokenizer must have {token} {place} the vocabulary of the model ({text.vocab_size} tokens), got "
+                f"id {index}."
             )
     return VilaUConfig(
         text_config=text.to_dict(),
@@ -117,7 +123,7 @@ def _combined(
 
 def _text_config(llm: JsonReader, shapes: Mapping[str, tuple[int, ...]], any_vocabulary: bool) -> PreTrainedConfig:
     kind = llm.get("model_type", str)
-    rows, width = _shape(shapes, LLM, "model.embed_tokens.weight", 2)
+    rows, width = required_shape(shapes, "model.embed_tokens.weight", rank=2, origin=f"the folder {LLM!r}")
     llm.expect("vocab_size", rows)
     llm.expect("hidden_size", width)
     if rows != VOCABULARY and not any_vocabulary:
@@ -142,7 +148,7 @@ def _vision_config(
     prefix = "rqvaesiglip"
     tower.expect(f"{prefix}.shared_codebook", True)
     tower.expect(f"{prefix}.ddconfig.double_z", False)
-    width, channels, patch, _ = _shape(shapes, TOWER, f"{VISION}.embeddings.patch_embedding.weight", 4)
+    width, channels, patch, _ = _tower_shape(shapes, f"{VISION}.embeddings.patch_embedding.weight", 4)
     for path, wanted in (("hidden_size", width), (f"{prefix}.embed_dim", width)):
         tower.expect(path, wanted)
     heads = encoder_heads or ENCODER_HEADS.get(tower.get(f"{prefix}.pretrained_model", str))
@@ -152,10 +158,10 @@ def _vision_config(
             f"only those of {sorted(ENCODER_HEADS)} are known."
         )
     latent = tower.content[prefix].get("decoder_latent_shape")
-    text_width = _shape(shapes, TOWER, f"{TEXT}.embeddings.token_embedding.weight", 2)
+    text_width = _tower_shape(shapes, f"{TEXT}.embeddings.token_embedding.weight", 2)
     return VilaUVisionConfig(
         hidden_size=width,
-        intermediate_size=_shape(shapes, TOWER, f"{VISION}.encoder.layers.0.mlp.fc1.weight", 2)[0],
+        intermediate_size=_tower_shape(shapes, f"{VISION}.encoder.layers.0.mlp.fc1.weight", 2)[0],
         num_hidden_layers=_count(shapes, f"{VISION}.encoder.layers."),
         num_attention_heads=heads,
         num_channels=channels,
@@ -175,10 +181,10 @@ def _vision_config(
         use_text_tower=True,
         text_vocab_size=text_width[0],
         text_hidden_size=text_width[1],
-        text_intermediate_size=_shape(shapes, TOWER, f"{TEXT}.encoder.layers.0.mlp.fc1.weight", 2)[0],
+        text_intermediate_size=_tower_shape(shapes, f"{TEXT}.encoder.layers.0.mlp.fc1.weight", 2)[0],
         text_num_hidden_layers=_count(shapes, f"{TEXT}.encoder.layers."),
         text_num_attention_heads=max(1, text_width[1] * heads // width),
-        text_max_position_embeddings=_shape(shapes, TOWER, f"{TEXT}.embeddings.position_embedding.weight", 2)[0],
+        text_max_position_embeddings=_tower_shape(shapes, f"{TEXT}.embeddings.position_embedding.weight", 2)[0],
     )
 
 
@@ -186,7 +192,7 @@ def _depth_config(tower: JsonReader, shapes: Mapping[str, tuple[int, ...]]) -> V
     prefix = "rqtransformer"
     return VilaUDepthConfig(
         hidden_size=tower.get(f"{prefix}.embed_dim", int),
-        intermediate_size=_shape(shapes, TOWER, f"{prefix}.head_transformer.blocks.0.mlp.0.weight", 2)[0],
+        intermediate_size=_tower_shape(shapes, f"{prefix}.head_transformer.blocks.0.mlp.0.weight", 2)[0],
         num_hidden_layers=tower.get(f"{prefix}.head.n_layer", int),
         num_attention_heads=tower.get(f"{prefix}.head.block.n_head", int),
         num_codebooks=tower.get(f"{prefix}.block_size", list)[-1],
@@ -196,11 +202,8 @@ def _depth_config(tower: JsonReader, shapes: Mapping[str, tuple[int, ...]]) -> V
     )
 
 
-def _shape(shapes: Mapping[str, tuple[int, ...]], part: str, key: str, ndim: int) -> tuple[int, ...]:
-    shape = shapes.get(key)
-    if shape is None or len(shape) != ndim:
-        raise ValueError(f"{part} must have the tensor {key!r} with {ndim} dimensions, got {shape}.")
-    return shape
+def _tower_shape(shapes: Mapping[str, tuple[int, ...]], key: str, rank: int) -> tuple[int, ...]:
+    return required_shape(shapes, key, rank=rank, origin=f"the folder {TOWER!r}")
 
 
 def _count(shapes: Mapping[str, Any], prefix: str) -> int:

@@ -1,7 +1,7 @@
-"""The official checkpoint of VILA-U, `mit-han-lab/vila-u-7b-256`, as one folder of ours.
+"""Converts the official checkpoint of VILA-U, `mit-han-lab/vila-u-7b-256`, to one folder of ours.
 
-Nothing is computed: tensors get other names, and what is stored several times is compared and stored once. One shard
-is in memory at a time. See `docs/vila_u.md`.
+Tensors are renamed, and redundant copies are compared and stored once; nothing is computed. One shard is in memory at
+a time. See `docs/vila_u.md`.
 """
 
 import copy
@@ -47,19 +47,19 @@ JSONS = (
     f"{TOWER}/config.json",
     f"{TOWER}/preprocessor_config.json",
 )
-# In our folder, beside the model: the small files as they were, and what the model has no place for.
+# In our folder, next to the model: the original small files, and weights that the model does not have.
 OFFICIAL, REST = "official", "rest.safetensors"
 SMALL_FILES = (".json", ".model", ".txt", ".jinja")
 
 
 @dataclass
-class Plan:
-    """What a conversion will do; made from headers, without reading weights.
+class VilaUPlan:
+    """What a conversion will do; derived from headers, without reading weights.
 
     Attributes:
         config: of our model.
         weights: every tensor of the checkpoint; `Weight.name` is where it goes.
-        left_out: groups of weights that our model will not have.
+        left_out: groups of weights that are not converted.
         sources: the three folders of weights, by name.
         jsons: the JSON files that the conversion reads.
     """
@@ -101,18 +101,18 @@ def plan_vila_u(
     text_tower: bool = False,
     encoder_heads: int | None = None,
     any_vocabulary: bool = False,
-) -> Plan:
-    """Checks an official checkpoint and says what becomes of every tensor. Reads headers only: a dry run.
+) -> VilaUPlan:
+    """Checks an official checkpoint and returns what becomes of every tensor. A dry run that reads headers only.
 
     Args:
-        folder: on this machine, with `llm`, `mm_projector` and `vision_tower`.
+        folder: local folder with `llm`, `mm_projector` and `vision_tower`.
         semantic_head: keep the last encoder block and the pooling of SigLIP.
         text_tower: keep SigLIP's text tower.
         encoder_heads, any_vocabulary: see `model_config`.
 
     Raises:
-        ValueError: a file or tensor that is missing, cut short, unknown or of another shape; configs that contradict
-            the tensors or that this converter does not know.
+        ValueError: a file or tensor is missing, damaged, unknown or of another shape, or a config contradicts the
+            tensors or has unknown values.
     """
     folder = Path(folder)
     jsons = {name: read_json(folder / name) for name in JSONS}
@@ -134,7 +134,7 @@ def plan_vila_u(
     config.dtype = sources[LLM].dtypes["lm_head.weight"]
     config.architectures = [VilaUForConditionalGeneration.__name__]
     left_out = ("ema", *(name for name, is_kept in kept.items() if not is_kept))
-    return Plan(config, weights, left_out, sources, jsons)
+    return VilaUPlan(config, weights, left_out, sources, jsons)
 
 
 def convert_vila_u(
@@ -144,23 +144,23 @@ def convert_vila_u(
     tokenizer: Any = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     **options: Any,
-) -> Plan:
-    """Writes our folder: model, generation config, processor with tokenizer, and the small official files.
+) -> VilaUPlan:
+    """Writes a folder of ours: model, generation config, processor with tokenizer, and the small official files.
 
     Args:
         folder, options: see `plan_vila_u`.
         target: a new folder.
-        keep_rest: also store what our model has no place for, in a file that only `export_vila_u` reads.
-        tokenizer: in place of that of `llm`.
-        max_shard_bytes: of a file; so much is in memory at a time.
+        keep_rest: also store the weights that our model does not have, in a file that only `export_vila_u` reads.
+        tokenizer: instead of that in `llm`.
+        max_shard_bytes: per file, and in memory at a time.
 
     Raises:
-        ValueError: see `plan_vila_u`; copies of one tensor that differ, a tokenizer with other ids.
-        FileExistsError: `target` has files.
+        ValueError: see `plan_vila_u`; copies of a tensor differ, or the tokenizer has other ids.
+        FileExistsError: `target` is not empty.
     """
     folder, target = Path(folder), Path(target)
     if target.exists() and any(target.iterdir()):
-        raise FileExistsError(f"`target` must be a new folder, but {target} has files.")
+        raise FileExistsError(f"`target` must be a new folder, but {target} is not empty.")
     plan = plan_vila_u(folder, **options)
     processor = _processor(folder, plan, tokenizer)
     taken = plan.taken
@@ -190,10 +190,10 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file of the official checkpoint.
 
     Raises:
-        ValueError: no such file, or no JSON in it.
+        ValueError: the file is missing or is not JSON.
     """
     if not path.is_file():
-        raise ValueError(f"{path} must be there: it belongs to the official checkpoint. Download the folder again.")
+        raise ValueError(f"{path} is missing, but belongs to the official checkpoint. Download the folder again.")
     return files.read_json(path)
 
 
@@ -207,19 +207,19 @@ def copy_small_files(folder: Path, target: Path) -> None:
 
 
 def _without_absent_copies(weights: list[Weight], sources: dict[str, WeightFiles]) -> list[Weight]:
-    """Of each tensor that the model has under several names, those that are there; the first of them is no copy.
+    """Drops absent copies of tensors that have several names; the first present one is no longer a copy.
 
-    The released folder has them all. `save_pretrained` of the authors' version of transformers writes one.
+    The released folder has all copies. `save_pretrained` of the original version of transformers writes one.
     """
 
-    def is_there(weight: Weight) -> bool:
+    def is_present(weight: Weight) -> bool:
         return weight.key in sources[weight.part].shapes
 
-    found = {weight.name for weight in weights if weight.name and is_there(weight)}
-    firsts = {weight.name for weight in weights if weight.name and not weight.is_copy and is_there(weight)}
+    found = {weight.name for weight in weights if weight.name and is_present(weight)}
+    firsts = {weight.name for weight in weights if weight.name and not weight.is_copy and is_present(weight)}
     present = []
     for weight in weights:
-        if not is_there(weight) and (weight.is_copy or weight.name in found):
+        if not is_present(weight) and (weight.is_copy or weight.name in found):
             continue
         if weight.is_copy and weight.name and weight.name not in firsts:
             weight = replace(weight, is_copy=False)
@@ -233,8 +233,8 @@ def _check_weights(weights: list[Weight], sources: dict[str, WeightFiles]) -> No
         shape = sources[weight.part].shapes.get(weight.key)
         if shape != weight.shape:
             raise ValueError(
-                f"{weight} must have the shape {list(weight.shape)}, by the configs and the other tensors, but "
-                + ("is not there." if shape is None else f"has {list(shape)}.")
+                f"{weight} must have the shape {list(weight.shape)} to match configs and other tensors, but "
+                + ("is missing." if shape is None else f"has {list(shape)}.")
             )
     known = {(weight.part, weight.key) for weight in weights}
     unknown = [
@@ -242,21 +242,22 @@ def _check_weights(weights: list[Weight], sources: dict[str, WeightFiles]) -> No
     ]
     if unknown:
         raise ValueError(
-            f"{len(unknown)} tensors have no place in the model, {unknown[0]!r} the first. It is another model."
+            f"{len(unknown)} tensors are not in the model, such as {unknown[0]!r}. The checkpoint is for a different "
+            "architecture."
         )
 
 
-def _check_copies(plan: Plan) -> None:
-    """Reads two tensors at a time."""
+def _check_copies(plan: VilaUPlan) -> None:
+    """Compares copies of a tensor, with two tensors in memory at a time."""
     firsts = {weight.name: weight for weight in plan.weights if weight.name and not weight.is_copy}
     for weight in plan.weights:
         if weight.is_copy and weight.name and not torch.equal(plan.load(weight), plan.load(firsts[weight.name])):
-            raise ValueError(f"{weight} must equal {firsts[weight.name]}, being a copy of it, but does not.")
+            raise ValueError(f"{weight} is stored as a copy of {firsts[weight.name]}, but differs from it.")
     if plan.load(firsts[CODEBOOK])[-1].any():
-        logger.warning("the padding row of the codebook is not zero; it is left out, as no code ever names it.")
+        logger.warning("the padding row of the codebook is not zero; it is dropped, because no code refers to it.")
 
 
-def _processor(folder: Path, plan: Plan, tokenizer: Any) -> VilaUProcessor:
+def _processor(folder: Path, plan: VilaUPlan, tokenizer: Any) -> VilaUProcessor:
     config, vision = plan.config, plan.config.vision_config
     if tokenizer is None:
         try:
@@ -269,28 +270,28 @@ def _processor(folder: Path, plan: Plan, tokenizer: Any) -> VilaUProcessor:
     if IMAGE not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE], special_tokens=True)
     tokenizer.padding_side = "left"
-    wanted = {
+    expected = {
         IMAGE: config.image_token_id,
         IMAGE_START: config.image_start_token_id,
         IMAGE_END: config.image_end_token_id,
         VIDEO_START: config.video_start_token_id,
         VIDEO_END: config.video_end_token_id,
     }
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in wanted}
-    if ids != wanted:
-        raise ValueError(f"the tokenizer must have the ids {wanted} of `added_tokens.json`, but has {ids}.")
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in expected}
+    if ids != expected:
+        raise ValueError(f"the tokenizer must have the ids {expected} of `added_tokens.json`, got {ids}.")
     side = {"height": vision.image_size, "width": vision.image_size}
-    pictures = JsonReader(plan.jsons[f"{TOWER}/preprocessor_config.json"], f"{TOWER}/preprocessor_config.json")
+    preprocessor = JsonReader(plan.jsons[f"{TOWER}/preprocessor_config.json"], f"{TOWER}/preprocessor_config.json")
     for name in ("size", "crop_size"):
-        if name in pictures.content:
-            given = pictures.content[name]
-            sides = set(given.values()) if isinstance(given, dict) else {given}
+        if name in preprocessor.content:
+            size = preprocessor.content[name]
+            sides = set(size.values()) if isinstance(size, dict) else {size}
             if sides != {vision.image_size}:
-                raise ValueError(f"{pictures.origin}: {name!r} must be {vision.image_size}, got {given}.")
+                raise ValueError(f"{preprocessor.origin}: {name!r} must be {vision.image_size}, got {size}.")
     image_processor = VilaUImageProcessor(
         size=side,
-        image_mean=pictures.get("image_mean", list),
-        image_std=pictures.get("image_std", list),
+        image_mean=preprocessor.get("image_mean", list),
+        image_std=preprocessor.get("image_std", list),
         image_aspect_ratio=plan.jsons["config.json"].get("image_aspect_ratio", "resize"),
     )
     return VilaUProcessor(

@@ -1,8 +1,8 @@
-"""A saved VILA-U as a repository of the Hub: loadable without `import diffusers_sana`, with a model card.
+"""Turns a saved VILA-U into a Hub repository that loads without `import diffusers_sana`, with a model card.
 
-With `trust_remote_code=True` transformers runs the files that "auto_map" in the JSON files of a repository names. Ours
-hold one import each, so that everybody runs the installed package and no copy of it; where it is not installed,
-transformers says how to.
+With `trust_remote_code=True` transformers runs the files that "auto_map" in the JSON files of a repository names. Each
+of ours contains a single import, so users run the installed package and not a copy; if it is not installed,
+transformers says how to install it.
 """
 
 import json
@@ -49,10 +49,11 @@ processor = AutoProcessor.from_pretrained("{title}", trust_remote_code=True)
 
 inputs = processor(text="a red cat", generation_mode="image")
 codes = model.generate(**inputs, generation_mode="image")
-picture = processor.postprocess(model.decode_image_tokens(codes))[0]
+image = processor.postprocess(model.decode_image_tokens(codes))[0]
 ```
 
-The code is in a package: `pip install diffusers_sana`. Who imports it first needs no `trust_remote_code`.
+The code is in a package: `pip install diffusers_sana`. After `import diffusers_sana`, `trust_remote_code` is not
+needed.
 
 | | |
 |---|---|
@@ -61,17 +62,17 @@ The code is in a package: `pip install diffusers_sana`. Who imports it first nee
 
 
 def add_remote_code(folder: str | Path) -> None:
-    """Makes a folder that `save_pretrained` wrote loadable with `trust_remote_code=True` alone.
+    """Makes a folder written by `save_pretrained` loadable with `trust_remote_code=True` and no import of ours.
 
-    Writes the files of code and names them in config.json and, where they are there, in processor_config.json and
-    preprocessor_config.json. A second call changes nothing. Saving the model or the processor into the folder again
-    writes those JSON files anew: then call this again.
+    Writes the Python files and refers to them in config.json and, if they exist, in processor_config.json and
+    preprocessor_config.json. A second call changes nothing. Saving the model or processor into the folder again
+    rewrites those JSON files: call this function again afterwards.
 
     Args:
-        folder: with the model, and with the processor if it is to be loaded from there.
+        folder: with the model, and optionally the processor.
 
     Raises:
-        ValueError: no model of ours is in the folder.
+        ValueError: the folder has no model of ours.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -82,38 +83,39 @@ def add_remote_code(folder: str | Path) -> None:
     path = folder / "processor_config.json"
     if path.is_file():
         processor = read_json(path)
-        pictures = {"image_processor": processor.get("image_processor", {}) | {"auto_map": IMAGE_PROCESSOR_MAP}}
-        _write_json(path, processor | {"auto_map": PROCESSOR_MAP} | pictures)
+        image_processor = {"image_processor": processor.get("image_processor", {}) | {"auto_map": IMAGE_PROCESSOR_MAP}}
+        _write_json(path, processor | {"auto_map": PROCESSOR_MAP} | image_processor)
     path = folder / "preprocessor_config.json"
     if path.is_file():
         _write_json(path, read_json(path) | {"auto_map": IMAGE_PROCESSOR_MAP})
 
 
 def write_model_card(folder: str | Path, title: str, license: str, base_model: str | None = None) -> ModelCard:
-    """Writes README.md: how to load the model, and what its config says about it.
+    """Writes README.md: how to load the model, and its main config fields.
 
     Args:
-        folder: for which `add_remote_code` was called: what the card says needs it.
+        folder: after `add_remote_code`, which the instructions in the card rely on.
         title: id of the repository.
-        license: its short name on the Hub; "llama2" for whatever comes from the official model.
-        base_model: id of the model that this one was trained or made from.
+        license: its short name on the Hub; "llama2" for anything derived from the official model.
+        base_model: id of the model that this one was trained or derived from.
 
     Raises:
-        ValueError: no model of ours is in the folder, or nothing that makes it loadable as the card says.
+        ValueError: the folder has no model of ours, or `add_remote_code` was not called.
     """
     folder = Path(folder)
     content = _read_config(folder)
     if "auto_map" not in content:
         raise ValueError(
-            f"`folder` must hold the code the card speaks of, but {folder} does not: `add_remote_code` first."
+            f"`folder` must have the code that the card refers to, but {folder} does not: call `add_remote_code` "
+            "first."
         )
     config = VilaUConfig.from_dict(content)
     vision, text = config.vision_config, config.text_config
     facts = {
         "base model": base_model and f"[{base_model}](https://huggingface.co/{base_model})",
         "method": "[VILA-U](https://arxiv.org/abs/2409.04429)",
-        "pictures": f"{vision.image_size} x {vision.image_size} pixels, {vision.num_image_tokens} cells of "
-        f"{vision.num_codebooks} codes of {vision.codebook_size}",
+        "images": f"{vision.image_size} x {vision.image_size} pixels, {vision.num_image_tokens} tokens with "
+        f"{vision.num_codebooks} codes each, codebook of {vision.codebook_size}",
         "videos": f"{config.num_video_frames} frames",
         "language model": f"{text.model_type}, {text.num_hidden_layers} layers, width {text.hidden_size}",
     }
@@ -133,12 +135,12 @@ def write_model_card(folder: str | Path, title: str, license: str, base_model: s
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"`folder` must hold a model that `save_pretrained` wrote, but {path} is not there.")
+        raise ValueError(f"`folder` must be a folder written by `save_pretrained`, but {path} is missing.")
     config = read_json(path)
     kind = config.get("model_type")
     if kind != VilaUConfig.model_type:
         raise ValueError(
-            f"`folder` must hold a model of type {VilaUConfig.model_type!r}, but that of {folder} is {kind!r}. "
+            f"`folder` must have a model of type {VilaUConfig.model_type!r}, got {kind!r} in {folder}. "
             "Convert an official checkpoint first: `diffusers_sana.convert_vila_u`."
         )
     return config

@@ -1,4 +1,4 @@
-"""Where each weight of VILA-U is in the official checkpoint, whose folder has three folders of weights."""
+"""The name of each weight of VILA-U in the official checkpoint, which has three folders of weights."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -13,8 +13,8 @@ SIGLIP = "rqvaesiglip.siglip_model"
 CODEBOOK = "model.vision_tower.quantizer.embedding.weight"
 DEPTH_POSITIONS = "depth_transformer.position_embedding.weight"
 
-# Our name -> part and name there. The first that matches counts; the last block of the encoder has a rule in
-# `official_name`, since only the number of blocks tells it.
+# Our name -> part and name there; the first match counts. `official_name` handles the last block of the encoder, which
+# depends on the number of blocks.
 RULES: tuple[tuple[str, str, str], ...] = (
     (r"lm_head\.(.+)", LLM, r"lm_head.\1"),
     (r"model\.language_model\.(.+)", LLM, r"model.\1"),
@@ -53,9 +53,9 @@ class Weight:
     Attributes:
         part: folder.
         key, shape: in the file there.
-        name: of the weight in our model; of a copy, the weight it must equal; empty where we have none.
-        is_copy: stored again.
-        group: "core", "semantic head", "text tower" or "ema": who needs it.
+        name: of the weight in our model, for a copy that of the original; empty if we have none.
+        is_copy: whether the tensor is stored redundantly.
+        group: "core", "semantic head", "text tower" or "ema".
     """
 
     part: str
@@ -98,12 +98,12 @@ def official_weights(shapes: Mapping[str, tuple[int, ...]], blocks: int, depth: 
     Args:
         shapes: of our model, with semantic head and text tower, by name.
         blocks: of the SigLIP encoder.
-        depth: codes of one grid cell.
+        depth: codes of one image token.
     """
     for name, shape in shapes.items():
         part, key = official_name(name, blocks)
         if name == CODEBOOK:
-            for index in range(depth):  # one table, stored for every depth; its last row is padding
+            for index in range(depth):  # one table, stored once per depth; its last row is padding
                 copy = f"rqvaesiglip.quantizer.codebooks.{index}"
                 yield Weight(part, f"{copy}.weight", (shape[0] + 1, shape[1]), name, is_copy=index > 0)
                 yield Weight(part, f"{copy}.cluster_size_ema", shape[:1], is_copy=index > 0, group="ema")

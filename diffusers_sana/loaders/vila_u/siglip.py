@@ -1,4 +1,4 @@
-"""From transformers' SigLIP to VILA-U's vision tower, which has the same blocks under shorter names."""
+"""Initializes VILA-U's vision tower from transformers' SigLIP, which has the same blocks under longer names."""
 
 import re
 from typing import Any
@@ -10,12 +10,12 @@ from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModel
 
 
 def tower_config_like(siglip: SiglipConfig) -> VilaUVisionConfig:
-    """The tower that takes all weights of a SigLIP: with semantic head and text tower, and the default codebook.
+    """The config of a tower for all weights of a SigLIP, with semantic head, text tower and the default codebook.
 
     Raises:
-        StrictDataclassClassValidationError: the decoder has no layout for these patches (it enlarges 16 times).
+        StrictDataclassClassValidationError: the decoder has no layout for these patches (it upsamples by 16).
     """
-    text: Any = siglip.text_config  # fields of it may be None for mypy, but are not once it is set up
+    text: Any = siglip.text_config  # its fields may be None for mypy, but not after initialization
     vision: Any = siglip.vision_config
     return VilaUVisionConfig(
         hidden_size=vision.hidden_size,
@@ -26,7 +26,7 @@ def tower_config_like(siglip: SiglipConfig) -> VilaUVisionConfig:
         patch_size=vision.patch_size,
         hidden_act=vision.hidden_act,
         layer_norm_eps=vision.layer_norm_eps,
-        # Where patches are not 16 pixels, the grid is resized for the decoder.
+        # If patches are not 16 pixels, the grid is resized for the decoder.
         decoder_latent_size=None if vision.patch_size == 16 else vision.image_size // 16,
         use_semantic_head=True,
         use_text_tower=True,
@@ -40,7 +40,7 @@ def tower_config_like(siglip: SiglipConfig) -> VilaUVisionConfig:
 
 
 def tower_name(name: str, num_layers: int) -> str:
-    """The tower's name of a weight of SiglipModel whose image encoder has `num_layers` blocks."""
+    """Name in the tower of a weight of a SiglipModel whose image encoder has `num_layers` blocks."""
     name = name.replace(".encoder.layers.", ".layers.")
     if name.startswith("vision_model."):
         name = name.removeprefix("vision_model.")
@@ -50,20 +50,20 @@ def tower_name(name: str, num_layers: int) -> str:
 
 
 def load_siglip(tower: VilaUVisionModel, siglip: SiglipModel) -> VilaUVisionModel:
-    """Copies the weights of `siglip` into `tower`; quantizer and decoder stay as they are. Returns the tower.
+    """Copies the weights of `siglip` into `tower` and returns it; quantizer and decoder are unchanged.
 
     Raises:
-        ValueError: the tower lacks a part that SigLIP has, or a size differs.
+        ValueError: the tower lacks a part of SigLIP, or a size differs.
     """
     config: Any = siglip.config
     layers = config.vision_config.num_hidden_layers
     weights = {tower_name(name, layers): value for name, value in siglip.state_dict().items()}
     own = tower.state_dict()
-    unfit = sorted(name for name, value in weights.items() if name not in own or own[name].shape != value.shape)
-    if unfit:
+    mismatched = sorted(name for name, value in weights.items() if name not in own or own[name].shape != value.shape)
+    if mismatched:
         raise ValueError(
-            f"`tower` must have the layout of `siglip`, but does not take {', '.join(unfit[:5])}"
-            f"{' ...' if len(unfit) > 5 else ''}. Build it with `tower_config_like(siglip.config)`."
+            f"`tower` must have the layout of `siglip`, but does not match in {', '.join(mismatched[:5])}"
+            f"{' ...' if len(mismatched) > 5 else ''}. Build it with `tower_config_like(siglip.config)`."
         )
     tower.load_state_dict(weights, strict=False)
     return tower

@@ -1,10 +1,10 @@
 """Deep compression autoencoder (DC-AE, arXiv 2410.10733; the autoencoder of Sana, arXiv 2410.10629).
 
-Read it from top to bottom: norm, residual convolution block, linear attention block, change of resolution, the two
-halves, the model. Stage `i` works at `1 / 2**i` of the image's size; the convolutions-only stages next to the pixels
-are the "shallow" ones, the rest, where attention sees the whole image, the "deep" ones.
+Read from top to bottom: norm, residual convolution block, linear attention block, change of resolution, the two
+halves, the model. Stage `i` works at `1 / 2**i` of the image's size; the convolution-only stages next to the pixels
+are the "shallow" ones, the others, in which attention sees the whole image, the "deep" ones.
 
-Images are channels-last in memory from end to end, so norms and matrix products over channels see rows, not copies.
+All feature maps are channels-last in memory, so norms and matrix products over channels need no copies.
 
 Legend: B batch, C channels, H height, W width, N = H * W tokens, D head dim, S attention scales,
 ratio = image size / latent size.
@@ -32,18 +32,23 @@ from diffusers_sana.models.autoencoders.exact_tiling import (
     encoder_shallow_end,
     map_tiles,
 )
-from diffusers_sana.models.autoencoders.resample import down_shortcut, interleave, interpolated_conv2d
-from diffusers_sana.models.autoencoders.stage_config import StageConfig, check_fields, stage_configs
+from diffusers_sana.models.autoencoders.resample import (
+    average_channels,
+    down_shortcut,
+    interleave,
+    interpolated_conv2d,
+    repeat_channels,
+)
+from diffusers_sana.models.autoencoders.stage_config import StageConfig, check_autoencoder_config, stage_configs
 from diffusers_sana.models.layers import Conv2d, Linear, PointwiseConv2d, gated_bottleneck, is_plain
-from diffusers_sana.models.single_file import SingleFileMixin
-from diffusers_sana.models.strict_loading import StrictModelMixin
+from diffusers_sana.models.loading import SingleFileMixin, StrictModelMixin
 
 
 DEFAULT_TILE_SIZE = 1024
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over the channels of each pixel, with weight and bias, added to `residual` where one is given."""
+    """RMS norm over the channels of each pixel with weight and bias, added to `residual` if given."""
 
     def __init__(self, num_channels: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -67,7 +72,7 @@ class BatchNorm(nn.BatchNorm2d):
         return super().forward(hidden_states) + residual
 
     def folded_into(self, conv: Conv2d) -> tuple[Tensor, Tensor]:
-        """Weight and bias of `conv` and this norm, with its running statistics, as one convolution."""
+        """Weight and bias of `conv` with this norm and its running statistics folded in."""
         mean, variance = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
         scale = self.weight.float() * torch.rsqrt(variance.float() + self.eps)
         bias = self.bias.float() - mean.float() * scale
@@ -78,13 +83,13 @@ NORMS: dict[str, type[RMSNorm] | type[BatchNorm]] = {"rms_norm": RMSNorm, "batch
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with one activation between them, a norm after them, and the identity added."""
+    """Residual block: 3x3 convolution, activation, 3x3 convolution, norm."""
 
     def __init__(self, channels: int, norm_type: str, act_fn: str) -> None:
         super().__init__()
         self.nonlinearity = get_activation(act_fn)
         if hasattr(self.nonlinearity, "inplace"):
-            self.nonlinearity.inplace = True  # type: ignore[assignment]  # on the output of `conv1`, which nobody else sees
+            self.nonlinearity.inplace = True  # type: ignore[assignment]  # on the output of `conv1`, which is not used elsewhere
         self.conv1 = Conv2d(channels, channels, 3, padding=1)
         self.conv2 = Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm = NORMS[norm_type](channels)
@@ -99,7 +104,7 @@ class ResBlock(nn.Module):
 
 
 class MultiscaleProjection(nn.Module):
-    """Mixes each token's query, key and value with its neighbours': a depthwise convolution, then a matrix a head."""
+    """Mixes queries, keys and values of neighboring tokens: a depthwise convolution, then one matrix per head."""
 
     def __init__(self, channels: int, num_groups: int, kernel_size: int) -> None:
         super().__init__()
@@ -117,9 +122,9 @@ class MultiscaleProjection(nn.Module):
 class MultiscaleLinearAttention(nn.Module):
     """ReLU linear attention over all pixels (EfficientViT, arXiv 2205.14756), at one or more scales of the tokens.
 
-    The names of `to_q`, `to_k` and `to_v` mislead: the checkpoints hold one projection to 3 C channels, cut into three
-    blocks of rows, and its channels are read as (head, [query, key, value], D). The rows of one name belong to all
-    three roles. Only their concatenation means something.
+    The names `to_q`, `to_k` and `to_v` are misleading: the checkpoints hold one projection to 3 C channels, split into
+    three blocks of rows, whose channels are read as (head, [query, key, value], D). Each block contributes to all
+    three roles; only their concatenation is meaningful.
     """
 
     def __init__(self, channels: int, head_dim: int, norm_type: str, kernel_sizes: Sequence[int]) -> None:
@@ -138,7 +143,7 @@ class MultiscaleLinearAttention(nn.Module):
         """`[B, C, H, W]` to the same shape."""
         pixels = hidden_states.movedim(1, -1)  # [B, H, W, C]
         qkv = torch.cat([self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)], dim=-1).movedim(-1, 1)
-        # Heads do not mix, so each scale attends by itself and only one scale's fp32 copies are alive at a time.
+        # Heads are independent, so scales are processed one by one, with the fp32 copies of one scale in memory.
         out = [self._attend(qkv)] + [self._attend(project(qkv)) for project in self.to_qkv_multiscale]
         out = self.to_out(torch.cat(out, dim=-1)).movedim(-1, 1)  # [B, H, W, S C] -> [B, C, H, W]
         return self.norm_out(out, residual=hidden_states)
@@ -152,7 +157,7 @@ class MultiscaleLinearAttention(nn.Module):
 
 
 class GLUMBConv(nn.Module):
-    """Inverted bottleneck with a depthwise convolution and a SiLU gate, expansion 4, and the identity added."""
+    """Residual inverted bottleneck with a depthwise convolution and a SiLU gate, expansion 4."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -168,7 +173,7 @@ class GLUMBConv(nn.Module):
 
 
 class EfficientViTBlock(nn.Module):
-    """Linear attention for the whole image, then a gated convolution for the neighbourhood."""
+    """Global linear attention followed by a local gated convolution."""
 
     def __init__(self, channels: int, head_dim: int, norm_type: str, kernel_sizes: Sequence[int]) -> None:
         super().__init__()
@@ -183,8 +188,8 @@ class EfficientViTBlock(nn.Module):
 class DownBlock(nn.Module):
     """Halves height and width.
 
-    The shortcut moves each 2x2 patch into channels and averages groups of neighbouring channels, so that the
-    convolution has only to learn what the averages lack ("residual autoencoding").
+    The shortcut moves each 2x2 patch into channels and averages groups of neighboring channels, so the convolution
+    only learns the residual ("residual autoencoding").
     """
 
     def __init__(self, in_channels: int, out_channels: int, block_type: str, shortcut: bool = True) -> None:
@@ -208,7 +213,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Doubles height and width; the shortcut is the mirror of `DownBlock`'s, with channels repeated."""
+    """Doubles height and width; the shortcut mirrors that of `DownBlock`, with repeated channels."""
 
     def __init__(self, in_channels: int, out_channels: int, block_type: str, shortcut: bool = True) -> None:
         super().__init__()
@@ -232,18 +237,8 @@ class UpBlock(nn.Module):
         return interleave(phases, hidden_states, repeats) if self.shortcut else out
 
 
-def average_channels(hidden_states: Tensor, group_size: int) -> Tensor:
-    """Mean over groups of `group_size` consecutive channels: `[B, C, H, W]` to `[B, C / group_size, H, W]`."""
-    return hidden_states.unflatten(1, (-1, group_size)).mean(dim=2)
-
-
-def repeat_channels(hidden_states: Tensor, repeats: int) -> Tensor:
-    """Each channel `repeats` times in a row: `[B, C, H, W]` to `[B, C * repeats, H, W]`."""
-    return hidden_states.unsqueeze(2).expand(-1, -1, repeats, -1, -1).flatten(1, 2)
-
-
 class Stage(nn.Sequential):
-    """The blocks that run at one resolution and the change of resolution before or after them."""
+    """The blocks at one resolution and the change of resolution before or after them."""
 
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Tensor]
@@ -311,7 +306,7 @@ class Encoder(nn.Module):
         return self.deep_stages(hidden_states)
 
     def shallow_stages(self, hidden_states: Tensor) -> Tensor:
-        """Image to features; a pixel of the result depends on its neighbourhood only."""
+        """Image to features; a pixel of the result depends on its neighborhood only."""
         hidden_states = self.conv_in(hidden_states)
         for stage in self.down_blocks[: self.shallow_end.num_stages]:
             hidden_states = stage(hidden_states)
@@ -380,7 +375,7 @@ class Decoder(nn.Module):
         return out
 
     def shallow_stages(self, hidden_states: Tensor) -> Tensor:
-        """Features to image; a pixel of the result depends on its neighbourhood only."""
+        """Features to image; a pixel of the result depends on its neighborhood only."""
         for stage in reversed(self.up_blocks[: self.shallow_end.num_stages]):
             hidden_states = stage(hidden_states)
         return self.conv_out(self.conv_act(self.norm_out(hidden_states)))
@@ -392,15 +387,16 @@ class AutoencoderDC(StrictModelMixin, AutoencoderMixin, ConfigMixin, SingleFileM
     A drop-in for the diffusers class of this name: same config, state dict and calls. There is no sampling: `encode`
     gives the latent itself. Diffusion models work on `latent * config.scaling_factor`; divide by it before `decode`.
 
-    Pipelines call `encode` and `decode`, so compile `vae.encoder` and `vae.decoder`, not the model. Batch norm, where
-    a decoder has it, updates its running statistics twice a step under gradient checkpointing. Group offloading by
+    Pipelines call `encode` and `decode`, so compile `vae.encoder` and `vae.decoder`, not the model. Batch norm, if the
+    decoder has it, updates its running statistics twice per step under gradient checkpointing. Group offloading by
     blocks needs `num_blocks_per_group=1`, because the decoder's stages run from the last to the first.
 
     Args:
         in_channels: channels of an image.
         latent_channels: channels of a latent.
         attention_head_dim: channels of an attention head.
-        encoder_block_types, decoder_block_types: `"ResBlock"` or `"EfficientViTBlock"`, for all stages or one each.
+        encoder_block_types, decoder_block_types: `"ResBlock"` or `"EfficientViTBlock"`, for all stages or one per
+            stage.
         encoder_block_out_channels, decoder_block_out_channels: width of each stage, from the pixels inwards. Each
             stage after the first halves the image's height and width.
         encoder_layers_per_block, decoder_layers_per_block: blocks in each stage. If the first is 0, the first
@@ -409,8 +405,8 @@ class AutoencoderDC(StrictModelMixin, AutoencoderMixin, ConfigMixin, SingleFileM
             attention sees its tokens.
         upsample_block_type: `"interpolate"` convolves after enlarging, any other name before (pixel shuffle).
         downsample_block_type: `"pixel_unshuffle"`; any other name convolves with stride 2.
-        decoder_norm_types: `"rms_norm"` or `"batch_norm"`, for all stages or one each.
-        decoder_act_fns: activation of the residual blocks, for all stages or one each.
+        decoder_norm_types: `"rms_norm"` or `"batch_norm"`, for all stages or one per stage.
+        decoder_act_fns: activation of the residual blocks, for all stages or one per stage.
         encoder_out_shortcut, decoder_in_shortcut: whether the latent is added to the average of the deepest stage's
             channels, and repeated to make them.
         decoder_conv_act_fn: activation before the last convolution.
@@ -447,7 +443,7 @@ class AutoencoderDC(StrictModelMixin, AutoencoderMixin, ConfigMixin, SingleFileM
         scaling_factor: float = 1.0,
     ) -> None:
         super().__init__()
-        check_fields(self.config)
+        check_autoencoder_config(self.config)
         self.encoder = Encoder(
             in_channels,
             latent_channels,
@@ -496,13 +492,13 @@ class AutoencoderDC(StrictModelMixin, AutoencoderMixin, ConfigMixin, SingleFileM
 
         Args:
             tile_sample_min_height, tile_sample_min_width: size of a tile with its halo; images that exceed it in
-                either direction are tiled. By default what was set before, at first 1024.
+                either direction are tiled. By default the previous value, initially 1024.
             tile_sample_stride_height, tile_sample_stride_width: the most that a tile contributes to the result. By
-                default as much as the halo leaves of a size that is given, else what was set before.
+                default the given size minus the halo, or else the previous value.
 
         Raises:
-            ValueError: if a size is not a positive multiple of the compression ratio, a tile cannot hold its halo, or
-                a stride is larger than the tile.
+            ValueError: if a size is not a positive multiple of the compression ratio, a tile is too small for its
+                halo, or a stride is larger than the tile.
         """
         height = self._check_tile("height", tile_sample_min_height, tile_sample_stride_height)
         width = self._check_tile("width", tile_sample_min_width, tile_sample_stride_width)
@@ -553,7 +549,8 @@ class AutoencoderDC(StrictModelMixin, AutoencoderMixin, ConfigMixin, SingleFileM
         return self.decode(self.encode(sample, return_dict=False)[0], return_dict=return_dict)
 
     def _for_each_slice(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        # The result has the layout of the input, as in diffusers: callers draw noise "like" it, which depends on that.
+        # The result has the layout of the input, as in diffusers: callers sample noise "like" it, which depends on
+        # that.
         layout = torch.contiguous_format if batch.is_contiguous() else torch.channels_last
         batch = batch.contiguous(memory_format=torch.channels_last)
         if self.use_slicing and batch.shape[0] > 1:

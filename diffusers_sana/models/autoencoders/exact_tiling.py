@@ -1,11 +1,11 @@
-"""Seam-free tiling of the convolutional end of DC-AE: the same numbers as without tiles, in a fraction of the memory.
+"""Exact tiling of the convolutional stages of DC-AE: the same result as without tiles, in a fraction of the memory.
 
-Attention sees the whole image, so a tile that passes through it alone comes out in another tone than its neighbours.
-But the stages next to the pixels, which hold nearly all memory, are convolutions and norms of single pixels: what they
-compute depends on no more than `halo` neighbours. Tiles are therefore cut from the features at the grid between the
-two kinds of stage, with a halo that is dropped after the shallow stages; the deep stages run whole.
+Attention sees the whole image, so a tile processed alone differs in tone from its neighbors. But the stages next to
+the pixels, which need nearly all of the memory, consist of convolutions and per-pixel norms, with a receptive field of
+`halo`. So tiles are cut from the feature map between the two kinds of stages, with a halo that is dropped after the
+shallow stages; the deep stages run on the whole image.
 
-One unit is a cell of that grid, `2**num_shallow` pixels of the image wide.
+One unit is one pixel of that feature map, `2**num_shallow` pixels of the image wide.
 """
 
 import math
@@ -24,7 +24,7 @@ from diffusers_sana.models.autoencoders.stage_config import StageConfig
 # Each further stage doubles the halo in pixels and holds a quarter of the memory: beyond the third it does not pay.
 MAX_SHALLOW_STAGES = 3
 
-# Wraps the tiles that `map_tiles` goes through: a progress bar of the caller, who is many calls away.
+# Wraps the tiles of `map_tiles`, for the progress bar of a caller many calls away.
 _progress: ContextVar[Callable[[Sequence[Any]], Iterable[Any]]] = ContextVar("progress", default=iter)
 
 
@@ -33,8 +33,8 @@ class ShallowEnd:
     """The stages of one half that run in tiles.
 
     Attributes:
-        num_stages: how many, counted from the pixels.
-        halo: units of context a tile needs on each side.
+        num_stages: number of stages, counted from the pixels.
+        halo: units of context that a tile needs on each side.
     """
 
     num_stages: int
@@ -47,14 +47,14 @@ class ShallowEnd:
 
     @property
     def margin(self) -> int:
-        """Pixels of the image that the two halos of a tile take."""
+        """Pixels of the image covered by the two halos of a tile."""
         return 2 * self.halo * self.unit
 
     def core(self, tile_size: int, stride: int) -> int:
         """Units that a tile of `tile_size` pixels, halo included, contributes; at most `stride` pixels.
 
         Raises:
-            ValueError: if not one unit is left.
+            ValueError: if less than one unit is left.
         """
         core = min(tile_size - self.margin, stride) // self.unit
         if core < 1:
@@ -80,7 +80,7 @@ def decoder_shallow_end(stages: Sequence[StageConfig], interpolate: bool) -> Sha
     """The tail of a decoder, from the first upsampler after the deep stages to `conv_out`.
 
     Args:
-        interpolate: whether the upsamplers convolve after they enlarge, not before.
+        interpolate: whether the upsamplers convolve after resizing, not before.
     """
     num_shallow = _num_shallow(stages)
 
@@ -101,7 +101,7 @@ def _num_shallow(stages: Sequence[StageConfig]) -> int:
 
 @contextmanager
 def tiles_shown_by(progress: Callable[[Sequence[Any]], Iterable[Any]]) -> Iterator[None]:
-    """Within the block, what runs in tiles iterates over `progress(tiles)`, as `tqdm` would be given them."""
+    """Within the block, tiling iterates over `progress(tiles)`, as over `tqdm(tiles)`."""
     token = _progress.set(progress)
     try:
         yield
@@ -118,13 +118,13 @@ def map_tiles(
     unit_in: int,
     unit_out: int,
 ) -> Tensor:
-    """`function(hidden_states)`, computed tile by tile; equal to it where `function` sees no further than `halo`.
+    """`function(hidden_states)`, computed in tiles; exact if the receptive field of `function` is within `halo`.
 
     Args:
         function: `[B, C, h * unit_in, w * unit_in]` to `[B, C', h * unit_out, w * unit_out]` for any h and w.
         hidden_states: `[B, C, H * unit_in, W * unit_in]`.
-        core: height and width, in units, of what a tile contributes.
-        halo: units of context on each side of it.
+        core: height and width, in units, of the contribution of a tile.
+        halo: units of context on each side.
         unit_in, unit_out: width of a unit before and after `function`.
 
     Returns:
@@ -134,7 +134,7 @@ def map_tiles(
     output = None
     tiles = list(product(_spans(num_rows, core[0]), _spans(num_columns, core[1])))
     for (top, bottom), (left, right) in _progress.get()(tiles):
-        # The halo stops at the image's border, where the convolutions' own zero padding is the right context.
+        # The halo ends at the image border, where the zero padding of the convolutions is the correct context.
         first_row, first_column = max(top - halo, 0), max(left - halo, 0)
         rows = slice(first_row * unit_in, (bottom + halo) * unit_in)
         columns = slice(first_column * unit_in, (right + halo) * unit_in)
@@ -149,7 +149,7 @@ def map_tiles(
 
 
 def _spans(length: int, core: int) -> Iterator[tuple[int, int]]:
-    """Cuts `length` into the fewest spans of at most `core`, of nearly equal length."""
+    """Splits `length` into the fewest spans of at most `core`, of nearly equal length."""
     num_spans = math.ceil(length / core)
     for i in range(num_spans):
         yield i * length // num_spans, (i + 1) * length // num_spans

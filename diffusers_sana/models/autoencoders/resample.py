@@ -1,6 +1,7 @@
-"""Changes of resolution by two, and the shortcuts beside them, without the images that the plain formulas would write.
+"""Down- and upsampling by two and their shortcuts, without the intermediate images of the plain formulas.
 
-A pixel of the finer image is named by its phase: `(row % 2, column % 2)`, in the order (0, 0), (0, 1), (1, 0), (1, 1).
+A pixel of the finer image is identified by its phase: `(row % 2, column % 2)`, in the order (0, 0), (0, 1), (1, 0),
+(1, 1).
 
 Legend: B batch, C channels, H height, W width of the coarser image.
 """
@@ -16,10 +17,10 @@ from diffusers_sana.kernels.precision import arithmetic_dtype
 
 
 def interpolated_conv2d(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-    """The phases of a 3x3 convolution of the image enlarged twice by nearest neighbours; zero padding 1.
+    """The phases of a 3x3 convolution, zero padding 1, of the image upsampled by two with nearest neighbors.
 
-    The nine taps of a fine pixel fall on four coarse ones, so each phase is a 2x2 convolution of the coarse image with
-    summed taps: four ninths of the work, and the enlarged image is never written.
+    The nine taps of a fine pixel fall on four coarse pixels, so each phase is a 2x2 convolution of the coarse image
+    with summed taps: four ninths of the work, and the upsampled image is never stored.
 
     Args:
         hidden_states: `[B, C, H, W]`.
@@ -51,7 +52,7 @@ def interpolated_conv2d(hidden_states: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def interleave(phases: Sequence[Tensor], hidden_states: Tensor, repeats: int | None) -> Tensor:
-    """The fine image of four phases, plus the shortcut of DC-AE's upsampler.
+    """Interleaves four phases to the fine image and adds the shortcut of DC-AE's upsampler.
 
     The shortcut is `pixel_shuffle(repeat_interleave(hidden_states, repeats))`: channel `(4 c + 2 i + j) // repeats` of
     the coarse image for channel c of the phase (i, j).
@@ -74,7 +75,7 @@ def interleave(phases: Sequence[Tensor], hidden_states: Tensor, repeats: int | N
 
 
 def _repeated_channels(hidden_states: Tensor, phase: int, repeats: int, channels: int) -> Tensor:
-    if 4 % repeats == 0:  # every released model: a view
+    if 4 % repeats == 0:  # all released models: a view
         return hidden_states[:, phase // repeats :: 4 // repeats]
     index = (4 * torch.arange(channels, device=hidden_states.device) + phase) // repeats
     return hidden_states.index_select(1, index)
@@ -85,13 +86,23 @@ def down_shortcut(hidden_states: Tensor, group_size: int) -> Tensor:
 
     Args:
         hidden_states: the fine image `[B, C, 2 H, 2 W]`.
-        group_size: how many of `4 C` channels make one.
+        group_size: how many of the `4 C` channels are averaged.
 
     Returns:
         `[B, 4 C / group_size, H, W]`.
     """
     if group_size == 4:
         return F.avg_pool2d(hidden_states, 2)
-    if group_size == 2:  # the mean of two neighbours in a row; the two rows become channels
+    if group_size == 2:  # the mean of two neighbors in a row; the two rows become channels
         return F.avg_pool2d(hidden_states, (1, 2)).unflatten(2, (-1, 2)).movedim(3, 2).flatten(1, 2)
-    return F.pixel_unshuffle(hidden_states, 2).unflatten(1, (-1, group_size)).mean(dim=2)
+    return average_channels(F.pixel_unshuffle(hidden_states, 2), group_size)
+
+
+def average_channels(hidden_states: Tensor, group_size: int) -> Tensor:
+    """Mean over groups of `group_size` consecutive channels: `[B, C, H, W]` to `[B, C / group_size, H, W]`."""
+    return hidden_states.unflatten(1, (-1, group_size)).mean(dim=2)
+
+
+def repeat_channels(hidden_states: Tensor, repeats: int) -> Tensor:
+    """Each channel `repeats` times in a row: `[B, C, H, W]` to `[B, C * repeats, H, W]`."""
+    return hidden_states.unsqueeze(2).expand(-1, -1, repeats, -1, -1).flatten(1, 2)

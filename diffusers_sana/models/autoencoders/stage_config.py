@@ -1,4 +1,4 @@
-"""What each stage of an autoencoder half is made of, read from the flat lists of the model's config and checked."""
+"""The stages of encoder and decoder, parsed from the lists of the model's config and validated."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from diffusers_sana.checks import LARGEST, check_flag, check_integer, check_numb
 
 BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")
 NORM_TYPES = ("rms_norm", "batch_norm")
-MOST_LAYERS = 1000  # of a stage; the authors' models have up to 12
-LARGEST_KERNEL = 255  # the authors' models have 5
+MOST_LAYERS = 1000  # per stage; the original models have up to 12
+LARGEST_KERNEL = 255  # the original models have 5
 COUNTS = ("in_channels", "latent_channels", "attention_head_dim")
 NAMES = ("upsample_block_type", "downsample_block_type", "decoder_conv_act_fn")
 FLAGS = ("encoder_out_shortcut", "decoder_in_shortcut")
@@ -30,8 +30,8 @@ class StageConfig:
     act_fn: str
 
 
-def check_fields(config: Mapping[str, Any]) -> None:
-    """Raises where a field of the config of `AutoencoderDC` that is no list of stages cannot be meant.
+def check_autoencoder_config(config: Mapping[str, Any]) -> None:
+    """Raises if a field of the config of `AutoencoderDC` is invalid; fields per stage are checked by `stage_configs`.
 
     Raises:
         TypeError, ValueError: naming the field.
@@ -55,7 +55,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
     if counts[0] != counts[1]:
         raise ValueError(
             "`decoder_block_out_channels` must have as many stages as `encoder_block_out_channels`, "
-            f"{counts[0]}, got {counts[1]}. Otherwise images would not come back in their size."
+            f"{counts[0]}, got {counts[1]}. Otherwise decoded images would have another size."
         )
 
 
@@ -67,8 +67,8 @@ def stage_configs(half: str, config: Mapping[str, Any]) -> list[StageConfig]:
         config: the config of `AutoencoderDC`.
 
     Raises:
-        TypeError: a field that is not made of lists.
-        ValueError: unknown names, numbers out of range, lists of unequal length, or widths that do not fit each other.
+        TypeError: a field that is not a list.
+        ValueError: unknown names, numbers out of range, lists of unequal length, or inconsistent widths.
     """
     channels = config[f"{half}_block_out_channels"]
     fields = {
@@ -124,7 +124,7 @@ def _check_stages(half: str, stages: Sequence[StageConfig], config: Mapping[str,
         if i > 0:
             if unshuffle:
                 _check_multiple(half, i, stage.channels, 4, "4, for `downsample_block_type='pixel_unshuffle'`")
-            # Going in, a shortcut averages groups of channels; coming out, it repeats them: the same whole number.
+            # A shortcut averages groups of channels when downsampling, and repeats them when upsampling.
             if stages[i - 1].num_layers > 0 and 4 * stages[i - 1].channels % stage.channels:
                 raise ValueError(
                     f"`{half}_block_out_channels` must divide 4 times the width of the stage before, got "

@@ -1,4 +1,4 @@
-"""ControlNet for Sana: a copy of the first blocks that sees an image and steers the denoiser (arXiv 2302.05543).
+"""ControlNet for Sana: a trainable copy of the first blocks that takes an image as condition (arXiv 2302.05543).
 
 Legend: B batch, C latent channels, H W latent height and width, p patch size, h w token grid (H/p, W/p), N = h*w image
 tokens, L text tokens, D inner width.
@@ -6,6 +6,7 @@ tokens, L text tokens, D inner width.
 
 import inspect
 import json
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -18,32 +19,35 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 
-from diffusers_sana.models.controlnets.wiring_sana import WIRINGS
 from diffusers_sana.models.layers import Linear, takes_adapter_scale
-from diffusers_sana.models.single_file import SingleFileMixin
-from diffusers_sana.models.strict_loading import StrictModelMixin
+from diffusers_sana.models.loading import SingleFileMixin, StrictModelMixin
 from diffusers_sana.models.transformers.attention_sana import SanaRMSNorm
-from diffusers_sana.models.transformers.config_sana import check_fields, check_widths
+from diffusers_sana.models.transformers.config_sana import check_transformer_config
 from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTextMixin
-from diffusers_sana.models.transformers.transformer_sana import SanaPatchEmbed, SanaTransformerBlock
+from diffusers_sana.models.transformers.transformer_sana import (
+    SanaPatchEmbed,
+    check_conditions,
+    make_sana_blocks,
+)
 
 
-# Fields of the configuration that diffusers does not have, and the values under which it builds the same model.
+WIRINGS = ("diffusers", "nvlabs")
+# Config fields that diffusers does not have, and the values for which diffusers builds the same model.
 EXTENSIONS = {"qk_norm": None, "wiring": "diffusers"}
 
 
 class SanaControlNetModel(
     SanaTextMixin, StrictModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, SingleFileMixin
 ):
-    """The ControlNet of Sana: its outputs are added to the stream of a `SanaTransformer2DModel`.
+    """The ControlNet of Sana: its outputs are added to the residual stream of a `SanaTransformer2DModel`.
 
     State-dict keys, `forward` and outputs are those of the diffusers class of the same name, and so is the
-    configuration but for `qk_norm` and `wiring`, which are only saved where they differ from what diffusers does.
+    configuration except for `qk_norm` and `wiring`, which are saved only if they differ from diffusers' behavior.
 
-    There are two ways to connect the same weights. With `wiring="diffusers"` the branch starts from the latents, and
-    its output i is added behind block i + 1 of the transformer. With `wiring="nvlabs"`, that of the authors' code
-    (github.com/NVlabs/Sana), it starts from the output of the transformer's first block, and its output i is added
-    behind block i. Weights work best in the way they were trained in.
+    The same weights can be connected in two ways (architecture variants). With `wiring="diffusers"` the ControlNet
+    starts from the latents, and its output i is added after block i + 1 of the transformer. With `wiring="nvlabs"`, as
+    in the original code (github.com/NVlabs/Sana), it starts from the output of the transformer's first block, and its
+    output i is added after block i. Weights work best in the variant they were trained with.
 
     Args:
         in_channels: latent channels.
@@ -54,15 +58,14 @@ class SanaControlNetModel(
         the others: as in `SanaTransformer2DModel`.
 
     Raises:
-        TypeError, ValueError: a field that cannot be meant, widths that do not fit together, an unknown
-            `qk_norm` or `wiring`.
+        TypeError, ValueError: an invalid field, inconsistent widths, or an unknown `qk_norm` or `wiring`.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SanaTransformerBlock", "SanaPatchEmbed"]  # type: ignore[assignment]
     _repeated_blocks = ["SanaTransformerBlock"]
     _skip_layerwise_casting_patterns = ["patch_embed", "norm"]  # type: ignore[assignment]
-    # `encode_text` calls these outside of `forward`, so each must bring its own weights onto the device.
+    # `encode_text` calls these outside of `forward`, so each must load its own weights onto the device.
     _group_offload_block_modules = ["caption_projection", "caption_norm"]
 
     @register_to_config
@@ -89,39 +92,17 @@ class SanaControlNetModel(
         wiring: str = "diffusers",
     ) -> None:
         super().__init__()
-        check_fields(self.config)
+        check_transformer_config(self.config)
         dim = num_attention_heads * attention_head_dim
-        of_the_text = check_widths(
-            dim,
-            num_cross_attention_heads,
-            cross_attention_head_dim,
-            cross_attention_dim,
-            qk_norm=qk_norm,
-            interpolation_scale=interpolation_scale,
-        )
         if wiring not in WIRINGS:
-            raise ValueError(f"`wiring` must be one of {WIRINGS}, got {wiring!r}. Take the one of the training.")
+            raise ValueError(f"`wiring` must be one of {WIRINGS}, got {wiring!r}. Use the one of the training.")
 
         self.patch_embed = SanaPatchEmbed(sample_size, patch_size, in_channels, dim, interpolation_scale)
         self.time_embed = AdaLayerNormSingle(dim)
         self.caption_projection = PixArtAlphaTextProjection(in_features=caption_channels, hidden_size=dim)
         self.caption_norm = SanaRMSNorm(dim)
-        self.transformer_blocks = nn.ModuleList(
-            SanaTransformerBlock(
-                dim,
-                num_attention_heads,
-                attention_head_dim,
-                *of_the_text,
-                mlp_ratio=mlp_ratio,
-                dropout=dropout,
-                attention_bias=attention_bias,
-                norm_elementwise_affine=norm_elementwise_affine,
-                norm_eps=norm_eps,
-                qk_norm=qk_norm,
-            )
-            for _ in range(num_layers)
-        )
-        # All zero: a new ControlNet changes nothing, and learns from there.
+        self.transformer_blocks = make_sana_blocks(self.config)
+        # Zero-initialized: a new ControlNet has no effect.
         self.input_block = _zero_linear(dim)
         self.controlnet_blocks = nn.ModuleList(_zero_linear(dim) for _ in range(num_layers))
         self.gradient_checkpointing = False
@@ -134,19 +115,19 @@ class SanaControlNetModel(
         load_weights_from_transformer: bool = True,
         wiring: str = "diffusers",
     ) -> Self:
-        """A new ControlNet for `transformer`, to be trained: its first blocks, and zeros behind them.
+        """A new ControlNet to be trained for `transformer`: a copy of its first blocks with zero-initialized outputs.
 
         Args:
             transformer: a SanaTransformer2DModel, of diffusers or ours.
-            num_layers: how many of its blocks are copied; fewer than it has.
-            load_weights_from_transformer: copy the weights too, and not only the sizes.
+            num_layers: number of copied blocks; fewer than the transformer has.
+            load_weights_from_transformer: also copy the weights, not only the sizes.
             wiring: "diffusers" or "nvlabs".
 
         Returns:
-            A ControlNet in fp32 on the CPU; what it does is nothing, as long as it has not been trained.
+            A ControlNet in fp32 on the CPU, without any effect until it is trained.
 
         Raises:
-            ValueError: naming what does not fit, such as quantized weights.
+            ValueError: an unsuitable transformer, for example with quantized weights.
         """
         config: Any = transformer.config
         if not 1 <= num_layers < config["num_layers"]:
@@ -156,7 +137,7 @@ class SanaControlNetModel(
             )
         if config["guidance_embeds"]:
             raise ValueError(
-                "`transformer` must not have `guidance_embeds`: a ControlNet is not told the guidance scale. Use a "
+                "`transformer` must not have `guidance_embeds`: a ControlNet has no guidance input. Use a "
                 "Sana or SANA-1.5 transformer."
             )
         shared = [name for name in inspect.signature(cls.__init__).parameters if name in config]
@@ -173,7 +154,7 @@ class SanaControlNetModel(
         return model
 
     def to_json_string(self) -> str:
-        """The configuration; of our own fields only those that say something, as diffusers warns of unknown ones."""
+        """The config, without fields of our own that have their default value, because diffusers warns about them."""
         config = json.loads(super().to_json_string())
         config = {k: v for k, v in config.items() if k not in EXTENSIONS or v != EXTENSIONS[k]}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -192,26 +173,26 @@ class SanaControlNetModel(
         return_dict: bool = True,
         text_context: SanaTextContext | None = None,
     ) -> SanaControlNetOutput | tuple[tuple[Tensor, ...]]:
-        """What is to be added to the transformer's stream.
+        """Computes the residuals for the transformer.
 
         Args:
             hidden_states: noisy latents `[B, C, H, W]`; with `wiring="nvlabs"` the output of the transformer's first
                 block `[B, N, D]`.
             encoder_hidden_states: text encoder output `[B, L, caption_channels]`; None with `text_context`.
-            timestep: `[B]`, or `[1]` for all samples.
-            controlnet_cond: latents of the control image `[B or 1, C, H, W]`, scaled as the noisy ones are.
-            conditioning_scale: strength: factor of the outputs.
+            timestep: `[B]`, or `[1]` for the whole batch.
+            controlnet_cond: latents of the control image `[B or 1, C, H, W]`, scaled like the noisy latents.
+            conditioning_scale: factor of the outputs.
             encoder_attention_mask: `[B, L]`, 1 for tokens to attend to and 0 for others, or additive `[B, 1 or N, L]`.
             attention_mask: must be None: linear self-attention has no mask.
-            attention_kwargs: may hold `scale`, the weight of the loaded LoRAs.
-            return_dict: return a `SanaControlNetOutput` in place of a tuple.
-            text_context: from `encode_text`, in place of `encoder_hidden_states` and `encoder_attention_mask`.
+            attention_kwargs: may contain `scale`, the weight of the loaded LoRAs.
+            return_dict: return a `SanaControlNetOutput` instead of a tuple.
+            text_context: from `encode_text`, instead of `encoder_hidden_states` and `encoder_attention_mask`.
 
         Returns:
             `controlnet_block_samples`, `num_layers` tensors `[B, N, D]`.
 
         Raises:
-            ValueError: shapes that do not fit the configuration, or arguments that this model would not use.
+            ValueError: shapes that do not match the config, or arguments that this model does not use.
         """
         p = self.config["patch_size"]
         height, width = controlnet_cond.shape[-2] // p, controlnet_cond.shape[-1] // p
@@ -246,15 +227,18 @@ class SanaControlNetModel(
                 f"`controlnet_cond` must be latents [batch, {channels}, height, width] with sides divisible by "
                 f"`patch_size` {p}, got {cond_shape}. Encode the control image with the VAE."
             )
-        rest: tuple[int, ...]
+        expected: tuple[int, ...]
         if self.config["wiring"] == "diffusers":
-            what, rest = "latents", cond_shape[1:]
+            what, expected = "latents", cond_shape[1:]
         else:
             dim = self.config["num_attention_heads"] * self.config["attention_head_dim"]
-            what, rest = "the output of the transformer's first block", (cond_shape[2] * cond_shape[3] // p**2, dim)
-        if shape[1:] != rest:
+            what, expected = (
+                "the output of the transformer's first block",
+                (cond_shape[2] * cond_shape[3] // p**2, dim),
+            )
+        if shape[1:] != expected:
             raise ValueError(
-                f'`hidden_states` must be {what} [batch, {", ".join(map(str, rest))}] for `wiring="'
+                f'`hidden_states` must be {what} [batch, {", ".join(map(str, expected))}] for `wiring="'
                 f'{self.config["wiring"]}"` and `controlnet_cond` {cond_shape}, got {shape}.'
             )
         if cond_shape[0] not in (1, shape[0]):
@@ -262,16 +246,35 @@ class SanaControlNetModel(
                 f"`controlnet_cond` must have batch size {shape[0]}, that of `hidden_states`, or 1, got "
                 f"{cond_shape[0]}. Repeat the control latents."
             )
-        if attention_mask is not None:
-            raise ValueError(
-                "`attention_mask` must be None: linear self-attention has no mask, got a tensor. "
-                "For the text, use `encoder_attention_mask`."
-            )
-        if timestep.ndim != 1 or timestep.shape[0] not in (1, shape[0]):
-            raise ValueError(
-                f"`timestep` must have shape ({shape[0]},) or (1,), got {tuple(timestep.shape)}. "
-                f"Use `timestep.expand({shape[0]})`."
-            )
+        check_conditions(shape[0], attention_mask, timestep=timestep)
+
+
+def control(
+    controlnet: Any, hidden_states: Tensor, dtype: torch.dtype, **arguments: Any
+) -> tuple[Tensor, ...] | Callable[[Tensor], tuple[Tensor, ...]]:
+    """The argument `controlnet_block_samples` of the transformer, for either variant.
+
+    Args:
+        controlnet: a SanaControlNetModel, of diffusers or ours; may be compiled.
+        hidden_states: noisy latents `[B, C, H, W]`, of any dtype.
+        dtype: of the transformer.
+        arguments: the other arguments of `SanaControlNetModel.forward`, except `return_dict`.
+
+    Returns:
+        The outputs; with `wiring="nvlabs"` a function that computes them from the output of the first block, which
+        only the transformer of this package accepts.
+    """
+
+    def samples(stream: Tensor) -> tuple[Tensor, ...]:
+        outputs = controlnet(stream.to(controlnet.dtype), **arguments, return_dict=False)[0]
+        return tuple(output.to(dtype) for output in outputs)
+
+    return samples if wiring_of(controlnet) == "nvlabs" else samples(hidden_states)
+
+
+def wiring_of(controlnet: Any) -> str:
+    """The variant of a ControlNet of diffusers or ours: "diffusers" or "nvlabs"."""
+    return controlnet.config.get("wiring", "diffusers")
 
 
 def _zero_linear(dim: int) -> Linear:

@@ -3,6 +3,7 @@
 Legend: B batch, N image tokens, L text tokens, D inner width, S prompts of a single token, H heads, d head width.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,16 +32,22 @@ class SanaRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[..., D]` to the same shape and dtype."""
         return rms_norm(hidden_states, self.weight, eps=self.eps)
+
+
+def _saturated(out: Tensor) -> Tensor:
+    """Clamps fp16 to finite values: checkpoints trained in fp16 rely on it."""
+    return out.clamp(-65504, 65504) if out.dtype == torch.float16 else out
 
 
 class SanaLinearAttnProcessor:
     """ReLU linear self-attention, in fp32 inside (Sana, arXiv 2410.10629, section 2.2).
 
-    Has no attention backend to choose: there is no softmax.
+    There is no softmax and hence no attention backend to choose.
     """
 
-    _parallel_config = None  # `enable_parallelism` sets it: other processes have other tokens
+    _parallel_config = None  # set by `enable_parallelism`: other processes have other tokens
 
     def __call__(self, attn: "SanaAttention", hidden_states: Tensor) -> Tensor:
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
@@ -51,12 +58,33 @@ class SanaLinearAttnProcessor:
         reduce_state = None if config is None else partial(all_reduced, config=config)
         out = relu_linear_attention(query, key, value, reduce_state=reduce_state)
         out = attn.to_out[1](attn.to_out[0](out.flatten(-2)))  # [B, N, H, d] -> [B, N, D]
-        # Checkpoints trained in fp16 rely on saturation here.
-        return out.clamp(-65504, 65504) if out.dtype == torch.float16 else out
+        return _saturated(out)
+
+
+@dataclass(frozen=True)
+class SanaPAGAttnProcessor:
+    """Perturbed attention (arXiv 2403.17377): in the last images of the batch, each token attends only to itself.
+
+    For these, attention reduces to `to_out(to_v(x))`; queries, keys and their norms are not computed. Objects with
+    equal fields are equal, so captured or compiled code can tell whether it still applies.
+
+    Attributes:
+        processor: of a self-attention with `to_v` and `to_out`, ours or diffusers'.
+        num_perturbed: the number of perturbed images at the end of the batch.
+    """
+
+    processor: Any
+    num_perturbed: int
+
+    def __call__(self, attn: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """`[B, N, D]` to the same shape; `kwargs` are those of `processor`."""
+        intact, perturbed = hidden_states.tensor_split([-self.num_perturbed])
+        out = attn.to_out[1](attn.to_out[0](attn.to_v(perturbed)))
+        return torch.cat([self.processor(attn, intact, **kwargs), _saturated(out)])
 
 
 class SanaTextState(NamedTuple):
-    """What one cross-attention layer needs of B prompts, the first S of which have a single token.
+    """State of one cross-attention layer for B prompts, the first S of which have a single token.
 
     Attributes:
         key, value: `[B - S, L, heads, head_dim]`.
@@ -76,12 +104,12 @@ class SanaAttnProcessor:
     _attention_backend = None
 
     def encode_text(self, attn: "SanaAttention", encoder_hidden_states: Tensor, num_single: int = 0) -> SanaTextState:
-        """Does all that depends on the text alone.
+        """Computes everything that depends on the text only.
 
         Args:
             attn: the layer.
             encoder_hidden_states: projected text `[B, L, D]`.
-            num_single: S, how many of the first prompts consist of their first token only.
+            num_single: S, the number of leading prompts that consist of their first token only.
         """
         key, value = attn.to_k(encoder_hidden_states[num_single:]), attn.to_v(encoder_hidden_states)
         constant = attn.to_out[0](value[:num_single, :1]) if num_single else None
@@ -121,10 +149,11 @@ class SanaAttnProcessor:
 
 
 class SanaAttention(nn.Module, AttentionModuleMixin):
-    """Projections of one attention layer; the processor says how they are used.
+    """Projections of one attention layer; the processor defines how they are used.
 
-    Self-attention processors get `(attn, hidden_states)`, cross-attention processors also `encoder_hidden_states`,
-    which is the projected text `[B, L, D]` (a `SanaTextState` only for `SanaAttnProcessor`), and `attention_mask`.
+    Self-attention processors are called with `(attn, hidden_states)`, cross-attention processors also with
+    `encoder_hidden_states`, the projected text `[B, L, D]` (a `SanaTextState` only for `SanaAttnProcessor`), and
+    `attention_mask`.
 
     Args:
         dim: width of queries and output.
@@ -137,8 +166,8 @@ class SanaAttention(nn.Module, AttentionModuleMixin):
     """
 
     processor: Any
-    # One product in place of three saved nothing measurable at Sana's widths, and a joined weight is a second copy of
-    # the user's parameters, or takes their storage. So `fuse_qkv_projections` does nothing, as in diffusers.
+    # One matrix product instead of three saved nothing measurable at Sana's widths, and a fused weight would copy the
+    # user's parameters or replace their storage. So `fuse_qkv_projections` does nothing, as in diffusers.
     _supports_qkv_fusion = False
 
     def __init__(
@@ -166,4 +195,5 @@ class SanaAttention(nn.Module, AttentionModuleMixin):
         self.processor = processor
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """`[B, N, D]` to the same shape; `kwargs` are those of the processor."""
         return self.processor(self, hidden_states, **kwargs)

@@ -1,4 +1,4 @@
-"""Step caches of diffusers on Sana's transformer: what they must be told of it, and which of them cannot work."""
+"""Step caches of diffusers for Sana's transformer: what they need to know about it, and which are not supported."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,12 +26,12 @@ class SanaCacheMixin(CacheMixin):
     _cache_timestep: float | None = None
 
     def enable_cache(self, config: Any) -> None:
-        """Reuses from step to step what changes little, until `disable_cache`.
+        """Reuses results that change little between steps, until `disable_cache`.
 
-        What a config leaves open is filled in: the time comes from the pipeline where there is no
-        `current_timestep_callback`; FasterCache learns that latents are images and how its arguments are halved;
-        TaylorSeer, whose patterns do not match the names in here, predicts both attention layers unless
-        `cache_identifiers` say otherwise; SeaCache compares the latents.
+        Missing fields of a config are filled in. Without a `current_timestep_callback`, the timestep comes from the
+        pipeline. FasterCache is told that latents are images and how to split the batch. TaylorSeer, whose patterns do
+        not match our names, predicts both attention layers unless `cache_identifiers` are given. SeaCache compares the
+        latents.
 
         Args:
             config: `FirstBlockCacheConfig`, `MagCacheConfig`, `TaylorSeerCacheConfig`, `SeaCacheConfig`,
@@ -42,13 +42,13 @@ class SanaCacheMixin(CacheMixin):
         """
         if self.config["guidance_embeds"]:
             raise ValueError(
-                "`config` must not be given to SANA-Sprint (`guidance_embeds=True`): of its one to four steps, each "
-                f"from new noise, none can be left out, got {type(config).__name__}. Take fewer steps."
+                "`config` must not be given to SANA-Sprint (`guidance_embeds=True`): its one to four steps all start "
+                f"from new noise, so none can be skipped, got {type(config).__name__}. Use fewer steps."
             )
         if isinstance(config, TextKVCacheConfig):
             raise ValueError(
-                "`config` must not be a TextKVCacheConfig, which would do nothing: `encode_text` makes keys and "
-                "values of the text once a prompt. Leave it out."
+                "`config` must not be a TextKVCacheConfig, which would have no effect: `encode_text` computes keys "
+                "and values of the text once per prompt. Leave it out."
             )
         changes: dict[str, Any] = {}
         timed = isinstance(config, PyramidAttentionBroadcastConfig | FasterCacheConfig)
@@ -69,10 +69,10 @@ class SanaCacheMixin(CacheMixin):
 
     @contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
-        """What caches need to know of a call of the model.
+        """Tells caches about a call of the model.
 
         Args:
-            name: calls of one name share their state.
+            name: calls with the same name share state.
             kwargs: `step_index`, `num_inference_steps`, `timestep`, `sigma`; see diffusers' `CacheContext`.
         """
         if not any(map(hooks_of, self.modules())):  # diffusers would put an empty registry on every layer
@@ -94,18 +94,18 @@ class SanaCacheMixin(CacheMixin):
         return self._cache_timestep
 
     def _check_controlled_cache(self) -> None:
-        """Raises where a cache would add the control signal twice, or to half of the batch."""
+        """Raises if a cache would add the control signal twice, or only to half of the batch."""
         if self._cache_config is not None and not isinstance(
             self._cache_config, PyramidAttentionBroadcastConfig | TaylorSeerCacheConfig
         ):
             raise ValueError(
-                "`controlnet_block_samples` cannot be used with a step cache that leaves out blocks or half of the "
+                "`controlnet_block_samples` cannot be used with a step cache that skips blocks or half of the "
                 f"batch, got {type(self._cache_config).__name__}. Enable a PyramidAttentionBroadcastConfig or a "
                 "TaylorSeerCacheConfig, or call `transformer.disable_cache()`."
             )
 
 
 def _as_videos(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
-    """The latents `[B, C, H, W]` of a call as SeaCache wants them: `[C, 1, H, W]` each."""
+    """The latents `[B, C, H, W]` of a call as SeaCache expects them: `[C, 1, H, W]` each."""
     latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     return list(latents.unsqueeze(2))

@@ -1,4 +1,4 @@
-"""What the configs of the models with Sana's blocks may say; each error names the field, before memory is taken."""
+"""Checks of the configs of models with Sana's blocks; errors name the field, before memory is allocated."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,8 +23,8 @@ MAY_BE_NONE = ("out_channels", "num_cross_attention_heads", "cross_attention_hea
 FLAGS = ("attention_bias", "norm_elementwise_affine", "guidance_embeds")
 
 
-def check_fields(config: Mapping[str, Any]) -> None:
-    """Raises where a field has a type or a value that cannot be meant.
+def check_transformer_config(config: Mapping[str, Any]) -> None:
+    """Raises if a field has an invalid type or value, or if the widths are inconsistent.
 
     Args:
         config: of `SanaTransformer2DModel`, or of `SanaControlNetModel`, which has fewer fields.
@@ -53,46 +53,36 @@ def check_fields(config: Mapping[str, Any]) -> None:
         )
     if int(config["mlp_ratio"] * config["num_attention_heads"] * config["attention_head_dim"]) < 1:
         raise ValueError(f"`mlp_ratio` must leave the feed-forward a channel, got {config['mlp_ratio']}.")
+    _check_widths(config)
 
 
-def check_widths(
-    dim: int,
-    num_cross_attention_heads: int | None,
-    cross_attention_head_dim: int | None,
-    cross_attention_dim: int | None,
-    qk_norm: str | None,
-    interpolation_scale: float | None,
-) -> tuple[int, int, int]:
-    """Raises a ValueError where the configuration of a model does not fit together; `dim` is D.
-
-    Returns:
-        Heads, head width and text width of the cross-attention, none of which is None.
-    """
-    if num_cross_attention_heads is None or cross_attention_head_dim is None or cross_attention_dim is None:
+def _check_widths(config: Mapping[str, Any]) -> None:
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    heads, head_dim, text_dim = (config[name] for name in MAY_BE_NONE[1:])
+    if heads is None or head_dim is None or text_dim is None:
         raise ValueError(
             "`num_cross_attention_heads`, `cross_attention_head_dim` and `cross_attention_dim` must be given: "
-            f"every block attends to the text, got {num_cross_attention_heads}, {cross_attention_head_dim} and "
-            f"{cross_attention_dim}. Set `cross_attention_dim={dim}`."
+            f"every block attends to the text, got {heads}, {head_dim} and {text_dim}. Set "
+            f"`cross_attention_dim={dim}`."
         )
-    if num_cross_attention_heads * cross_attention_head_dim != dim:
+    if heads * head_dim != dim:
         raise ValueError(
             "`num_cross_attention_heads * cross_attention_head_dim` must be `num_attention_heads * "
-            f"attention_head_dim` = {dim}, got {num_cross_attention_heads} * {cross_attention_head_dim} = "
-            f"{num_cross_attention_heads * cross_attention_head_dim}. Change one of the two."
+            f"attention_head_dim` = {dim}, got {heads} * {head_dim} = {heads * head_dim}. Change one of the two."
         )
-    if cross_attention_dim != dim:
+    if text_dim != dim:
         raise ValueError(
             "`cross_attention_dim` must be `num_attention_heads * attention_head_dim` = "
-            f"{dim}, the width the text is projected to, got {cross_attention_dim}. Set it to {dim}."
+            f"{dim}, the width the text is projected to, got {text_dim}. Set it to {dim}."
         )
+    qk_norm = config["qk_norm"]
     if qk_norm not in (None, "rms_norm_across_heads"):
         raise ValueError(
             f'`qk_norm` must be None or "rms_norm_across_heads", got {qk_norm!r}. Norms of single heads do not '
             "apply: queries and keys are normed before the heads are split."
         )
-    if interpolation_scale is not None and dim % 4:
+    if config["interpolation_scale"] is not None and dim % 4:
         raise ValueError(
             "`num_attention_heads * attention_head_dim` must be a multiple of 4 for a positional table, got "
             f"{dim}. Change the heads, or set `interpolation_scale=None`."
         )
-    return num_cross_attention_heads, cross_attention_head_dim, cross_attention_dim

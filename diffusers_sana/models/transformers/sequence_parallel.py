@@ -1,8 +1,8 @@
-"""Sequence parallelism of the models with Sana's blocks: each process holds some rows of the token grid.
+"""Sequence parallelism for models with Sana's blocks: each process holds some rows of the token grid.
 
-Little has to pass between the processes. Linear self-attention sums over all tokens once, into a small state a head,
-which is all-reduced. The 3x3 convolution of the Mix-FFN sees one row beyond the first and the last of a process, its
-halo. All else works on single tokens. The rows are split and gathered by diffusers (`_cp_plan` of the models).
+The processes exchange little. Linear self-attention sums over all tokens into a small per-head state, which is
+all-reduced. The 3x3 convolution of the Mix-FFN needs one row above and below those of a process, its halo. Everything
+else works per token. diffusers splits and gathers the rows (`_cp_plan` of the models).
 
 Legend: B batch, D inner width, h rows of a process, w token columns.
 """
@@ -18,12 +18,12 @@ from diffusers_sana._compat import MissingHostName, private
 
 
 def group_of(config: Any) -> dist.ProcessGroup:
-    """The processes that share a picture, from the `ParallelConfig` that `enable_parallelism` has set up."""
+    """The processes that share an image, from the `ParallelConfig` that `enable_parallelism` has initialized."""
     return private(config.context_parallel_config, "_flattened_mesh").get_group()
 
 
 def split_plan() -> dict[str, Any] | None:
-    """Where diffusers splits the rows of tokens between processes and gathers them; None where it cannot."""
+    """Where diffusers splits the rows of tokens between processes and gathers them; None if it cannot."""
     try:
         from diffusers_sana._compat import ContextParallelInput, ContextParallelOutput
     except MissingHostName:
@@ -35,20 +35,20 @@ def split_plan() -> dict[str, Any] | None:
 
 
 def all_reduced(tensor: Tensor, config: Any) -> Tensor:
-    """The sum of a tensor over the processes that share a picture, in place."""
+    """The sum of a tensor over the processes that share an image, in place."""
     dist.all_reduce(tensor, group=group_of(config))
     return tensor
 
 
 def with_halo(hidden_states: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Adds the neighbouring rows of the neighbouring processes.
+    """Adds the neighboring rows of the neighboring processes.
 
     Args:
         hidden_states: `[B, D, h, w]`, the rows of this process; all have the same B, D and w.
         group: its first process has the uppermost rows.
 
     Returns:
-        `[B, D, h + 2, w]`, channels-last; one row fewer each at the upper and the lower end of the picture.
+        `[B, D, h + 2, w]`, channels-last; one row less at the top and at the bottom of the image.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     rows = hidden_states.movedim((2, 1), (0, 3))  # [h, B, w, D]
@@ -62,7 +62,7 @@ def with_halo(hidden_states: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class HaloHook(ModelHook):
-    """Lets a module `[B, D, h, w]` to the same shape, which sees one row up and down, see those of other processes.
+    """Adds the halo for a module that maps `[B, D, h, w]` to the same shape and sees one row up and down.
 
     Args:
         group: as in `with_halo`.
@@ -77,17 +77,17 @@ class HaloHook(ModelHook):
         return (with_halo(hidden_states, self.group),), {}
 
     def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
-        """Takes off the rows that other processes have."""
+        """Removes the rows of the other processes."""
         rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
         return output[:, :, rank > 0 : output.shape[2] - (rank < size - 1)]
 
 
 class RowsHook(ModelHook):
-    """On `patch_embed`: raises where the rows of the picture cannot be shared.
+    """On `patch_embed`: raises if the rows of the image cannot be split between the processes.
 
     Args:
         group: the processes.
-        is_even: whether all must have as many.
+        is_even: whether all must have the same number of rows.
     """
 
     def __init__(self, group: dist.ProcessGroup, is_even: bool) -> None:
@@ -99,8 +99,8 @@ class RowsHook(ModelHook):
         rows = hidden_states.shape[-2] // module.proj.stride[0]
         if rows < self.size:
             raise ValueError(
-                f"`hidden_states` must have a row of tokens for each of the {self.size} processes, got {rows}. Draw "
-                "a larger picture, or with fewer processes."
+                f"`hidden_states` must have at least one row of tokens per process ({self.size}), got {rows}. "
+                "Generate a larger image, or use fewer processes."
             )
         if self.is_even and rows % self.size:
             raise ValueError(
@@ -109,28 +109,28 @@ class RowsHook(ModelHook):
             )
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
             raise RuntimeError(
-                "A model with `enable_parallelism` has no gradients: what the processes send each other would have "
+                "A model with `enable_parallelism` has no gradients, because communication between the processes has "
                 "none. Run it under `torch.no_grad()`; train with data parallelism."
             )
         return (hidden_states,), {}
 
 
 class SequenceParallelMixin:
-    """What `enable_parallelism` of diffusers lacks for a model with Sana's blocks."""
+    """`enable_parallelism` for models with Sana's blocks."""
 
     patch_embed: nn.Module
     transformer_blocks: nn.ModuleList
 
     def enable_parallelism(self, *, config: Any, cp_plan: dict[str, Any] | None = None) -> None:
-        """Shares the tokens of each picture among processes, which all get the same result.
+        """Splits the tokens of each image between processes, which all get the same result.
 
-        Call it in each process, after `torch.distributed` has been initialized. Ring and Ulysses are the same here:
-        only the product of their degrees matters.
+        Call it in each process after initializing `torch.distributed`. Ring and Ulysses are equivalent here: only the
+        product of their degrees matters.
 
         Args:
-            config: a `ContextParallelConfig` of diffusers. With `ulysses_anything=True` or `ring_anything=True` any
-                number of token rows will do, else the number must be divisible by that of the processes.
-            cp_plan: where to split and to gather, in place of the model's own plan.
+            config: a `ContextParallelConfig` of diffusers. With `ulysses_anything=True` or `ring_anything=True` the
+                number of token rows is arbitrary; otherwise it must be divisible by the number of processes.
+            cp_plan: where to split and gather, instead of the model's own plan.
         """
         super().enable_parallelism(config=config, cp_plan=cp_plan)  # type: ignore[misc]
         resolved = self._parallel_config.context_parallel_config  # type: ignore[attr-defined]

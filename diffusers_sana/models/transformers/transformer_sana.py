@@ -4,7 +4,8 @@ Legend: B batch, C latent channels, H W latent height and width, p patch size, h
 tokens, L text tokens, D inner width, F feed-forward width.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +33,7 @@ from diffusers_sana.models.layers import (
     hooks_of,
     takes_adapter_scale,
 )
-from diffusers_sana.models.single_file import SingleFileMixin
-from diffusers_sana.models.strict_loading import StrictModelMixin
+from diffusers_sana.models.loading import SingleFileMixin, StrictModelMixin
 from diffusers_sana.models.transformers.attention_sana import (
     SanaAttention,
     SanaAttnProcessor,
@@ -42,13 +42,13 @@ from diffusers_sana.models.transformers.attention_sana import (
     SanaTextState,
 )
 from diffusers_sana.models.transformers.cache_sana import SanaCacheMixin
-from diffusers_sana.models.transformers.config_sana import check_fields, check_widths
+from diffusers_sana.models.transformers.config_sana import check_transformer_config
 from diffusers_sana.models.transformers.sequence_parallel import SequenceParallelMixin, split_plan
 from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTextMixin
 
 
 class SanaModulatedNorm(nn.LayerNorm):
-    """Layer norm, then the adaLN modulation `x * (1 + scale) + shift` (DiT, arXiv 2212.09748)."""
+    """Layer norm followed by the adaLN modulation `x * (1 + scale) + shift` (DiT, arXiv 2212.09748)."""
 
     def forward(self, hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """Maps `[B, N, D]` to the same shape; `shift` and `scale` are `[B or 1, 1, D]`."""
@@ -76,12 +76,12 @@ class SanaMixFeedForward(nn.Module):
         self.conv_point = PointwiseConv2d(hidden_dim, dim, 1, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Maps `[B, D, h, w]` to the same shape; best when channels-last in memory, and then so is the output."""
+        """Maps `[B, D, h, w]` to the same shape; fastest if channels-last in memory; the output then is too."""
         return gated_bottleneck(hidden_states, self.conv_inverted, self.conv_depth, self.conv_point)
 
 
 class SanaTransformerBlock(nn.Module):
-    """Modulated linear self-attention, cross-attention to the text, modulated Mix-FFN; each added to the stream.
+    """Modulated linear self-attention, cross-attention to the text, modulated Mix-FFN; each is residual.
 
     Args: see `SanaTransformer2DModel`; `dim` is D.
     """
@@ -128,9 +128,9 @@ class SanaTransformerBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
     def can_encode_text(self) -> bool:
-        """Whether the text's share of the cross-attention can be done outside of `forward`.
+        """Whether keys and values of the text can be computed outside of `forward`.
 
-        Not with a foreign processor, nor while a group offloading hook keeps the weights away until `forward`.
+        Not with a custom processor, and not while group offloading loads the weights only for `forward`.
         """
         return isinstance(self.attn2.processor, SanaAttnProcessor) and "group_offloading" not in hooks_of(self)
 
@@ -147,7 +147,7 @@ class SanaTransformerBlock(nn.Module):
 
         Args:
             hidden_states: `[B, N, D]`, `N = height * width`, rows first.
-            encoder_hidden_states: projected text `[B, L, D]`, or what this block's `attn2` made of it.
+            encoder_hidden_states: projected text `[B, L, D]`, or the state that this block's `attn2` computed from it.
             encoder_attention_mask: broadcastable to `[B, heads, N, L]`; boolean (True: attend) or additive.
             timestep: modulation `[B or 1, 6 * D]`.
             height, width: token grid.
@@ -166,10 +166,33 @@ class SanaTransformerBlock(nn.Module):
         )
 
         norm_hidden_states = self.norm2(hidden_states, shift_mlp, scale_mlp)
-        # The tokens seen as an image are channels-last: a view, before and after. Of parallel processes, each has some
+        # As an image the tokens are channels-last, so this is a view. With sequence parallelism, each process has some
         # of the rows.
         ff_output = self.ff(norm_hidden_states.unflatten(1, (-1, width)).movedim(-1, 1))  # [B, D, h, w]
         return gated_residual(hidden_states, ff_output.movedim(1, -1).flatten(1, 2), gate_mlp)
+
+
+def make_sana_blocks(config: Mapping[str, Any]) -> nn.ModuleList:
+    """The blocks of a `SanaTransformer2DModel` or `SanaControlNetModel`, from its config."""
+    of_block = inspect.signature(SanaTransformerBlock).parameters.keys() & config.keys()
+    fields = {name: config[name] for name in of_block}
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    return nn.ModuleList(SanaTransformerBlock(dim, **fields) for _ in range(config["num_layers"]))
+
+
+def check_conditions(batch_size: int, attention_mask: Tensor | None, **per_image: Tensor | None) -> None:
+    """Raises a ValueError for an attention mask, and for a tensor of `per_image` that is not `[B]` or `[1]`."""
+    if attention_mask is not None:
+        raise ValueError(
+            "`attention_mask` must be None: linear self-attention has no mask, got a tensor. "
+            "For the text, use `encoder_attention_mask`."
+        )
+    for name, value in per_image.items():
+        if value is not None and (value.ndim != 1 or value.shape[0] not in (1, batch_size)):
+            raise ValueError(
+                f"`{name}` must have shape ({batch_size},) or (1,), got {tuple(value.shape)}. "
+                f"Use `{name}.expand({batch_size})`."
+            )
 
 
 def sincos_position_axes(
@@ -177,16 +200,16 @@ def sincos_position_axes(
 ) -> tuple[Tensor, Tensor]:
     """The two halves of the sine-cosine position table of a token grid.
 
-    The table of DiT (arXiv 2212.09748) gives half of the channels to the column and half to the row, so it is held
-    as one small table per axis: a 4K image needs under 1 MB in place of 147 MB. So small that nothing is kept between
-    calls; kept tensors would outlive the model on the device, and could not be trained with after inference mode.
+    In the table of DiT (arXiv 2212.09748) half of the channels depend on the column and half on the row, so one small
+    table per axis suffices: a 4K image needs less than 1 MB instead of 147 MB. They are not cached between calls:
+    cached tensors would outlive the model on the device, and inference tensors could not be used in training.
 
     Args:
         height, width: token grid.
         dim: D, a multiple of 4.
-        base_size: grid side the model was built for; positions are scaled to it.
+        base_size: grid side in training; positions are scaled to it.
         interpolation_scale: positions are divided by it.
-        device: where they are computed, in fp64 where the device has it.
+        device: where they are computed, in fp64 if the device supports it.
 
     Returns:
         Columns `[w, D/2]` and rows `[h, D/2]`, fp32.
@@ -200,11 +223,11 @@ class SanaPatchEmbed(nn.Module):
     """Latent patches to tokens, with a position table if `interpolation_scale` is given.
 
     Args:
-        sample_size: latent side the model was built for.
+        sample_size: latent side in training.
         patch_size: p.
         in_channels: C.
         dim: D.
-        interpolation_scale: None for models without positions (all but 2K and 4K).
+        interpolation_scale: None for models without a position table (all but 2K and 4K).
     """
 
     def __init__(
@@ -214,7 +237,7 @@ class SanaPatchEmbed(nn.Module):
         self.base_size = sample_size // patch_size
         self.interpolation_scale = interpolation_scale
         self.proj = Conv2d(in_channels, dim, patch_size, stride=patch_size)
-        self.flatten = nn.Flatten(1, 2)  # a layer, because before it is where `_cp_plan` can split the rows
+        self.flatten = nn.Flatten(1, 2)  # a layer, because `_cp_plan` splits the rows at its input
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, N, D]`, contiguous, rows first."""
@@ -225,12 +248,12 @@ class SanaPatchEmbed(nn.Module):
                 height, width, dim, self.base_size, self.interpolation_scale, hidden_states.device
             )
             table = torch.cat([columns.expand(height, -1, -1), rows[:, None].expand(-1, width, -1)], dim=-1)
-            hidden_states = (hidden_states + table).to(hidden_states.dtype)  # fp32 sum, whatever the dtype
+            hidden_states = (hidden_states + table).to(hidden_states.dtype)  # summed in fp32 for any dtype
         return self.flatten(hidden_states).contiguous()
 
 
 class SanaCombinedTimestepGuidanceEmbeddings(nn.Module):
-    """Time and guidance scale to the modulation of all blocks (SANA-Sprint, arXiv 2503.09641).
+    """Timestep and guidance scale to the modulation of all blocks (SANA-Sprint, arXiv 2503.09641).
 
     Args:
         embedding_dim: D.
@@ -243,7 +266,7 @@ class SanaCombinedTimestepGuidanceEmbeddings(nn.Module):
         self.linear = nn.Linear(embedding_dim, 6 * embedding_dim)
 
     def forward(self, timestep: Tensor, guidance: Tensor, hidden_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Time `[B]` and guidance `[B]` to the modulation `[B, 6 * D]` and the embedding `[B, D]`."""
+        """Timestep `[B]` and guidance `[B]` to the modulation `[B, 6 * D]` and the embedding `[B, D]`."""
         time, scale = (
             get_timestep_embedding(value, 256, flip_sin_to_cos=True, downscale_freq_shift=0).to(hidden_dtype)
             for value in (timestep, guidance)
@@ -264,8 +287,8 @@ class SanaTransformer2DModel(
 ):
     """The denoiser of Sana (arXiv 2410.10629), SANA-1.5 (arXiv 2501.18427) and SANA-Sprint (arXiv 2503.09641).
 
-    Configuration, state-dict keys, `forward` and outputs are those of the diffusers class of the same name. Beyond
-    it, `encode_text` does the text's share of the work once per prompt in place of once per step.
+    Configuration, state-dict keys, `forward` and outputs are those of the diffusers class of the same name. In
+    addition, `encode_text` does the text-dependent work once per prompt instead of once per step.
 
     Args:
         in_channels, out_channels: latent channels; `out_channels` None means as many as in.
@@ -278,26 +301,25 @@ class SanaTransformer2DModel(
         dropout: probability, on the attention outputs.
         attention_bias: bias in the query, key and value projections of the self-attention.
         sample_size: latent side the model was trained for.
-        patch_size: latent pixels a token, along one side.
+        patch_size: latent pixels per token along one side.
         norm_elementwise_affine: weight and bias in the norm before the Mix-FFN.
         norm_eps: of the norms inside the blocks.
-        interpolation_scale: None for no positional table; else positions are divided by it (2K: 1, 4K: 2).
-        guidance_embeds: the guidance scale is an input (SANA-Sprint).
+        interpolation_scale: None for no position table; else positions are divided by it (2K: 1, 4K: 2).
+        guidance_embeds: whether the guidance scale is an input (SANA-Sprint).
         guidance_embeds_scale, timestep_scale: applied by the pipelines.
         qk_norm: None, or "rms_norm_across_heads" (SANA-1.5, SANA-Sprint).
 
     Raises:
-        TypeError, ValueError: a field that cannot be meant, widths that do not fit together, an unknown
-            `qk_norm`.
+        TypeError, ValueError: an invalid field, inconsistent widths, or an unknown `qk_norm`.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SanaTransformerBlock", "SanaPatchEmbed", "SanaModulatedNorm"]  # type: ignore[assignment]
     _repeated_blocks = ["SanaTransformerBlock"]
     _skip_layerwise_casting_patterns = ["patch_embed", "norm"]  # type: ignore[assignment]
-    # `encode_text` calls these outside of `forward`, so each must bring its own weights onto the device.
+    # `encode_text` calls these outside of `forward`, so each must load its own weights onto the device.
     _group_offload_block_modules = ["caption_projection", "caption_norm"]
-    # Rows of tokens go to the processes, and what becomes of them comes together at the end.
+    # Rows of tokens are split between processes; the outputs are gathered at the end.
     _cp_plan = split_plan()  # type: ignore[assignment]
 
     @register_to_config
@@ -326,35 +348,13 @@ class SanaTransformer2DModel(
         timestep_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        check_fields(self.config)
+        check_transformer_config(self.config)
         dim = num_attention_heads * attention_head_dim
-        of_the_text = check_widths(
-            dim,
-            num_cross_attention_heads,
-            cross_attention_head_dim,
-            cross_attention_dim,
-            qk_norm=qk_norm,
-            interpolation_scale=interpolation_scale,
-        )
         self.patch_embed = SanaPatchEmbed(sample_size, patch_size, in_channels, dim, interpolation_scale)
         self.time_embed = SanaCombinedTimestepGuidanceEmbeddings(dim) if guidance_embeds else AdaLayerNormSingle(dim)
         self.caption_projection = PixArtAlphaTextProjection(in_features=caption_channels, hidden_size=dim)
         self.caption_norm = SanaRMSNorm(dim)
-        self.transformer_blocks = nn.ModuleList(
-            SanaTransformerBlock(
-                dim,
-                num_attention_heads,
-                attention_head_dim,
-                *of_the_text,
-                mlp_ratio=mlp_ratio,
-                dropout=dropout,
-                attention_bias=attention_bias,
-                norm_elementwise_affine=norm_elementwise_affine,
-                norm_eps=norm_eps,
-                qk_norm=qk_norm,
-            )
-            for _ in range(num_layers)
-        )
+        self.transformer_blocks = make_sana_blocks(self.config)
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
         self.norm_out = SanaModulatedNorm(dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = Linear(dim, patch_size * patch_size * (out_channels or in_channels))
@@ -379,23 +379,23 @@ class SanaTransformer2DModel(
         Args:
             hidden_states: latents `[B, C, H, W]`.
             encoder_hidden_states: text encoder output `[B, L, caption_channels]`; None with `text_context`.
-            timestep: `[B]`, or `[1]` for all samples.
+            timestep: `[B]`, or `[1]` for the whole batch.
             guidance: guidance scale `[B]` or `[1]`, times `config.guidance_embeds_scale`; for models with
                 `config.guidance_embeds`, and only for them.
             encoder_attention_mask: `[B, L]`, 1 for tokens to attend to and 0 for others, or additive `[B, 1 or N, L]`.
             attention_mask: must be None: linear self-attention has no mask.
-            attention_kwargs: may hold `scale`, the weight of the loaded LoRAs.
-            controlnet_block_samples: `[B, N, D]` each; number i is added to the output of block i + 1. Or a function
-                that makes them of the first block's output `[B, N, D]`; then number i is added to the output of block
-                i (`SanaControlNetModel` with `wiring="nvlabs"`).
-            return_dict: return a `Transformer2DModelOutput` in place of a tuple.
-            text_context: from `encode_text`, in place of `encoder_hidden_states` and `encoder_attention_mask`.
+            attention_kwargs: may contain `scale`, the weight of the loaded LoRAs.
+            controlnet_block_samples: `[B, N, D]` each; sample i is added to the output of block i + 1. Or a function
+                that computes them from the first block's output `[B, N, D]`; then sample i is added to the output of
+                block i (`SanaControlNetModel` with `wiring="nvlabs"`).
+            return_dict: return a `Transformer2DModelOutput` instead of a tuple.
+            text_context: from `encode_text`, instead of `encoder_hidden_states` and `encoder_attention_mask`.
 
         Returns:
             `sample`, `[B, out_channels, H, W]`.
 
         Raises:
-            ValueError: shapes that do not fit the configuration, or arguments that this model would not use.
+            ValueError: shapes that do not match the config, or arguments that this model does not use.
         """
         self._check_inputs(hidden_states, timestep, guidance, attention_mask)
         if controlnet_block_samples is not None:
@@ -424,7 +424,7 @@ class SanaTransformer2DModel(
                 if 0 <= number < len(controlnet_block_samples):
                     hidden_states = hidden_states + controlnet_block_samples[number]
 
-        # The last modulation takes the time embedding itself, not its projection as the blocks do.
+        # The last modulation uses the timestep embedding itself; the blocks use its projection.
         table = self.scale_shift_table
         shift, scale = (table + embedded_timestep[:, None].to(table.device)).chunk(2, dim=1)  # [B, 1, D]
         hidden_states = self.proj_out(self.norm_out(hidden_states, shift, scale))  # [B, N, p * p * C]
@@ -442,21 +442,11 @@ class SanaTransformer2DModel(
                 f"`hidden_states` must be latents [batch, {channels}, height, width] with sides divisible by "
                 f"`patch_size` {p}, got {shape}. Check the VAE and the image size."
             )
-        if attention_mask is not None:
+        has_guidance = self.config["guidance_embeds"]
+        if has_guidance != (guidance is not None):
             raise ValueError(
-                "`attention_mask` must be None: linear self-attention has no mask, got a tensor. "
-                "For the text, use `encoder_attention_mask`."
+                f"`guidance` must {'be given' if has_guidance else 'be None'} for a model with "
+                f"`guidance_embeds={has_guidance}`, got {guidance if guidance is None else 'a tensor'}. "
+                + ("Pass the guidance scale." if has_guidance else "Use classifier-free guidance in the pipeline.")
             )
-        guided = self.config["guidance_embeds"]
-        if guided != (guidance is not None):
-            raise ValueError(
-                f"`guidance` must {'be given' if guided else 'be None'} for a model with `guidance_embeds={guided}`, "
-                f"got {guidance if guidance is None else 'a tensor'}. "
-                + ("Pass the guidance scale." if guided else "Use classifier-free guidance in the pipeline.")
-            )
-        for name, value in (("timestep", timestep), ("guidance", guidance)):
-            if value is not None and (value.ndim != 1 or value.shape[0] not in (1, shape[0])):
-                raise ValueError(
-                    f"`{name}` must have shape ({shape[0]},) or (1,), got {tuple(value.shape)}. "
-                    f"Use `{name}.expand({shape[0]})`."
-                )
+        check_conditions(shape[0], attention_mask, timestep=timestep, guidance=guidance)

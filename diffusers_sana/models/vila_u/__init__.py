@@ -1,4 +1,4 @@
-"""VILA-U (arXiv 2409.04429) for transformers: reads and writes text, pictures and videos.
+"""VILA-U (arXiv 2409.04429) for transformers: reads and writes text, images and videos.
 
 The auto classes of transformers look classes up by name in this package, so names are imported on first use.
 """
@@ -13,7 +13,7 @@ _MODULES = {
     "VilaUForConditionalGeneration": "modeling",
     "VilaUImageProcessor": "image_processing",
     "VilaUModel": "modeling",
-    "VilaUOfficialConfig": "official",
+    "VilaUOfficialConfig": "configuration",
     "VilaUProcessor": "processing",
     "VilaUVisionConfig": "configuration",
     "VilaUVisionModel": "vision",

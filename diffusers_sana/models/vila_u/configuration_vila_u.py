@@ -12,14 +12,14 @@ from diffusers_sana._compat import SubConfigSpec
 
 
 class NeverCopied:
-    """A class that saved folders do not carry the code of: it is in an installed package.
+    """A class whose code is never copied into saved folders, because it is in an installed package.
 
-    Loading with `trust_remote_code=True` asks for that, and would put a second class of the name next to this one.
+    Loading with `trust_remote_code=True` would otherwise create a second class of the same name.
     """
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Does nothing; `diffusers_sana.loaders.vila_u.hub.add_remote_code` makes a folder loadable that way."""
+        """Does nothing; `diffusers_sana.add_remote_code` makes a folder loadable that way."""
 
 
 def _require_at_least(config: PreTrainedConfig, least: int, *names: str) -> None:
@@ -44,25 +44,25 @@ class VilaUVisionConfig(PreTrainedConfig):
         hidden_size: width of the encoder, which is also the width of a codebook entry.
         intermediate_size, num_attention_heads, hidden_act, layer_norm_eps, attention_dropout: of the encoder blocks.
         num_hidden_layers: blocks of the SigLIP encoder; the tower runs all but the last.
-        num_channels, image_size, patch_size: of the picture; pixels beyond the last whole patch are dropped.
+        num_channels, image_size, patch_size: of the image; pixels beyond the last whole patch are dropped.
         codebook_size: entries of the codebook.
-        num_codebooks: depth D, the codes of one grid cell.
-        codebook_decay: of the moving averages that train the codebook.
-        commitment_loss_weight: for who adds up the losses of the tower.
-        restart_unused_codes: whether training replaces entries nobody uses by vectors of the batch.
-        quantizer_dtype: in which the nearest entry is searched. None: that of the tower, as the official model does.
+        num_codebooks: depth D, the codes of one image token.
+        codebook_decay: of the EMA that trains the codebook.
+        commitment_loss_weight: for training code that adds up the losses of the tower.
+        restart_unused_codes: whether training replaces unused entries by vectors of the batch.
+        quantizer_dtype: dtype of the nearest-entry search. None: that of the tower, as in the official model.
         latent_channels, decoder_base_channels, decoder_channel_multipliers, decoder_num_res_blocks: of the pixel
             decoder; each multiplier after the first doubles the resolution.
-        decoder_norm_groups: of the group norms of the pixel decoder; 32 in the released models. With as many groups as
-            channels nothing tells how strong a channel is, and narrow decoders draw a spot that does.
-        decoder_latent_size: side to which the grid is resized before it is decoded, where patch size and decoder do
-            not match (384 pixel model: 24).
+        decoder_norm_groups: of the group norms of the pixel decoder; 32 in the released models. With one channel per
+            group the norm removes the strength of each channel, and narrow decoders encode it in a bright spot.
+        decoder_latent_size: side to which the grid is resized before decoding, if patch size and decoder do not match
+            (384 pixel model: 24).
         use_semantic_head: also build the last encoder block and the attention pooling of SigLIP.
         use_text_tower: also build SigLIP's text tower, described by the fields `text_*`.
-        initializer_range: standard deviation of fresh weights.
+        initializer_range: standard deviation of newly initialized weights.
 
     Raises:
-        StrictDataclassClassValidationError: naming what does not fit together.
+        StrictDataclassClassValidationError: naming the fields that are inconsistent.
     """
 
     model_type = "vila_u_vision"
@@ -107,11 +107,11 @@ class VilaUVisionConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Cells of the grid, T: the positions a picture takes in the language model."""
+        """T: tokens per image, each of which is one position in the language model."""
         return self.grid_size**2
 
     def validate_architecture(self) -> None:
-        """Run by `@strict`: what would otherwise fail deep inside the model, or silently."""
+        """Run by `@strict`: catches what would otherwise fail deep inside the model, or silently."""
         _require_whole_heads(self)
         _require_at_least(self, 2, "num_hidden_layers")  # the last one is not run
         _require_at_least(self, 1, "num_codebooks", "codebook_size", "grid_size")
@@ -143,20 +143,20 @@ class VilaUVisionConfig(PreTrainedConfig):
 
 @strict
 class VilaUDepthConfig(PreTrainedConfig):
-    """The depth transformer, which writes the D codes of one grid cell one after the other.
+    """The depth transformer, which generates the D codes of one image token one after the other.
 
     Args:
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, hidden_act, layer_norm_eps: of its
             blocks.
         num_codebooks: depth D, rows of its position table.
-        codebook_size: codes it chooses from.
+        codebook_size: codes to choose from.
         codebook_dim: width of a codebook entry.
         backbone_hidden_size: width of the language model.
         dropout: after attention and feed-forward; in training only.
-        initializer_range: standard deviation of fresh weights.
+        initializer_range: standard deviation of newly initialized weights.
 
     Raises:
-        StrictDataclassClassValidationError: naming what does not fit together.
+        StrictDataclassClassValidationError: naming the fields that are inconsistent.
     """
 
     model_type = "vila_u_depth"
@@ -183,22 +183,22 @@ class VilaUDepthConfig(PreTrainedConfig):
 
 @strict
 class VilaUConfig(NeverCopied, PreTrainedConfig):
-    """VILA-U: vision tower, projector, language model, and the depth transformer as its head for pictures.
+    """VILA-U: vision tower, projector, language model, and the depth transformer as its head for images.
 
     Args:
         text_config: of the language model, any decoder that transformers knows; Llama by default.
         vision_config, depth_config: of the other two parts.
-        image_token_id: stands in `input_ids` for one grid cell of a picture. May lie outside the vocabulary: the
-            official tables have no row for it.
-        image_start_token_id, image_end_token_id: around a generated picture.
+        image_token_id: placeholder in `input_ids` for one image token. It may lie outside the vocabulary: the official
+            tables have no row for it.
+        image_start_token_id, image_end_token_id: around a generated image.
         video_start_token_id, video_end_token_id: around a generated video.
         num_video_frames: frames of a video.
         projector_hidden_act: between the two layers of the projector.
-        visual_loss_weight: of the loss of the codes, beside that of the text.
+        visual_loss_weight: weight of the loss on codes relative to the loss on text.
         tie_word_embeddings: whether the text head shares the weights of the input embeddings.
 
     Raises:
-        StrictDataclassClassValidationError: naming what does not fit together.
+        StrictDataclassClassValidationError: naming the fields that are inconsistent.
     """
 
     model_type = "vila_u"
@@ -212,7 +212,7 @@ class VilaUConfig(NeverCopied, PreTrainedConfig):
         "depth_config": SubConfigSpec(config_class=VilaUDepthConfig),
     }
 
-    # Each a configuration, a dictionary of its fields, or None for the default; configurations once all is set up.
+    # Each is a config, a dictionary of its fields, or None for the default; after initialization, a config.
     text_config: Any = None
     vision_config: Any = None
     depth_config: Any = None
@@ -241,4 +241,22 @@ class VilaUConfig(NeverCopied, PreTrainedConfig):
                 )
 
 
-__all__ = ["VilaUConfig", "VilaUDepthConfig", "VilaUVisionConfig"]
+class VilaUOfficialConfig(PreTrainedConfig):
+    """The config of the official checkpoint: an error that says what to do with it.
+
+    Raises:
+        ValueError: always.
+    """
+
+    model_type = "vila_u_llama"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "VilaUOfficialConfig":
+        """Raises a ValueError that explains how to convert the checkpoint."""
+        raise ValueError(
+            "this is a checkpoint in the official layout of VILA-U, with three folders of weights. Convert it once "
+            "with `diffusers_sana.convert_vila_u(folder, target)` and load `target`."
+        )
+
+
+__all__ = ["VilaUConfig", "VilaUDepthConfig", "VilaUOfficialConfig", "VilaUVisionConfig"]

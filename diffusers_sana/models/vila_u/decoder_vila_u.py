@@ -1,7 +1,7 @@
-"""The pixel decoder of VILA-U: the convolutional decoder of VQGAN (arXiv 2012.09841), with its names of weights.
+"""The pixel decoder of VILA-U: the convolutional decoder of VQGAN (arXiv 2012.09841), with its weight names.
 
-Level `i` of `up` works at 1/2^i of the resolution of the picture; the last one, the coarsest, comes first, and it
-alone has attention.
+Level `i` of `up` works at 1/2^i of the image resolution. The last and coarsest level runs first, and only this level
+has attention.
 """
 
 from itertools import pairwise
@@ -18,7 +18,7 @@ def _norm(channels: int, groups: int) -> nn.GroupNorm:
 
 
 class VilaUDecoderResBlock(GradientCheckpointingLayer):
-    """Norm, SiLU, convolution, twice, beside a shortcut."""
+    """Twice norm, SiLU and convolution, with a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int):
         super().__init__()
@@ -36,7 +36,7 @@ class VilaUDecoderResBlock(GradientCheckpointingLayer):
 
 
 class VilaUDecoderAttention(nn.Module):
-    """Attention between all pixels, with one head as wide as the features."""
+    """Single-head attention between all pixels."""
 
     def __init__(self, channels: int, norm_groups: int):
         super().__init__()
@@ -81,7 +81,7 @@ class VilaUDecoderMiddle(nn.Module):
 
 
 class VilaUDecoderLevel(nn.Module):
-    """The blocks of one resolution, each with attention after it or none; then the step to the next, if any."""
+    """The blocks of one resolution, each optionally followed by attention, and the upsampling to the next level."""
 
     def __init__(
         self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, upsample: bool, norm_groups: int

@@ -1,8 +1,10 @@
-"""The depth transformer of VILA-U: from one hidden state of the language model to the D codes of one grid cell.
+"""The depth transformer of VILA-U: from one hidden state of the language model to the D codes of one image token.
 
-Legend: N cells, D codes a cell (slots), K codebook entries, C width of an entry, H width of the language model, E
-inner width. Slot 1 sees the hidden state, slot d the sum of the entries of the codes before it (arXiv 2409.04429, eq.
-6); slot d predicts code d. Cells do not see each other.
+Slot 1 sees the hidden state, slot d the sum of the codebook entries of the codes before it (arXiv 2409.04429, eq. 6);
+slot d predicts code d. Image tokens do not attend to each other.
+
+Legend: N image tokens, D codes per image token (slots), K codebook entries, C width of an entry, H width of the
+language model, E inner width.
 """
 
 from collections.abc import Callable
@@ -18,31 +20,15 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from diffusers_sana._compat import capture_outputs, merge_with_config_defaults
+from diffusers_sana.models.layers import eager_attention
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUDepthConfig
 
 
-def _eager_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention written out, in the form of transformers' attention functions; the mask is added."""
-    scores = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
 class VilaUDepthCache:
-    """Keys and values of the slots of N cells, for one run through the slots in order.
+    """Keys and values of the slots of N image tokens, for one pass through the slots in order.
 
-    A layer's memory for all D slots is allocated when slot 0 is written, so the same cache serves cell after cell.
+    Memory for all D slots of a layer is allocated when slot 0 is written, so a cache can be reused for the next
+    tokens.
     """
 
     def __init__(self, config: VilaUDepthConfig) -> None:
@@ -51,21 +37,21 @@ class VilaUDepthCache:
         self.values: list[Tensor | None] = [None] * config.num_hidden_layers
 
     def write(self, layer: int, slot: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores `[N, heads, 1, width]` of one slot; returns those of all slots up to it."""
+        """Stores `[N, heads, 1, width]` of one slot and returns those of all slots up to it."""
         if slot == 0:
             batch, heads, _, width = key.shape
             self.keys[layer] = key.new_empty(batch, heads, self.num_slots, width)
             self.values[layer] = value.new_empty(batch, heads, self.num_slots, width)
         keys, values = self.keys[layer], self.values[layer]
         if keys is None or values is None:
-            raise ValueError(f"slots must be written in order from 0, but slot {slot} comes first")
+            raise ValueError(f"slots must be written in order from 0, got slot {slot} first")
         keys[:, :, slot : slot + 1] = key
         values[:, :, slot : slot + 1] = value
         return keys[:, :, : slot + 1], values[:, :, : slot + 1]
 
 
 class VilaUDepthAttention(nn.Module):
-    """Causal self-attention over the slots of a cell."""
+    """Causal self-attention over the slots of an image token."""
 
     def __init__(self, config: VilaUDepthConfig, layer_idx: int) -> None:
         super().__init__()
@@ -86,7 +72,7 @@ class VilaUDepthAttention(nn.Module):
         cache: VilaUDepthCache | None = None,
         slot: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """Maps `[N, slots, E]` to the same shape, and the attention weights where the implementation has them.
+        """Maps `[N, slots, E]` to the same shape; also returns the attention weights, if the implementation has them.
 
         With a `cache`, the input is the one slot `slot`.
         """
@@ -96,7 +82,7 @@ class VilaUDepthAttention(nn.Module):
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         if cache is not None:
             key, value = cache.write(self.layer_idx, slot, key, value)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
         return self.out_proj(output.flatten(2)), weights
 
@@ -116,7 +102,7 @@ class VilaUDepthMLP(nn.Module):
 
 
 class VilaUDepthLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward, each after a layer norm, with dropout, and added to the stream."""
+    """Pre-norm attention and feed-forward with dropout, each added to the residual stream."""
 
     def __init__(self, config: VilaUDepthConfig, layer_idx: int) -> None:
         super().__init__()
@@ -134,10 +120,10 @@ class VilaUDepthLayer(GradientCheckpointingLayer):
 
 
 class VilaUDepthTransformer(PreTrainedModel):
-    """Writes the D codes of a cell one after the other.
+    """Predicts the D codes of an image token autoregressively.
 
-    `forward` treats all slots at once, for training, where the codes are known; `step` one slot, for generation. Both
-    compute the same.
+    `forward` processes all slots at once, for training with known codes; `step` processes one slot, for generation.
+    Both compute the same.
     """
 
     config: VilaUDepthConfig
@@ -172,14 +158,14 @@ class VilaUDepthTransformer(PreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> BaseModelOutput:
-        """All slots of each cell, with the codes given.
+        """Processes all slots of each image token, given the codes.
 
         Args:
             backbone_hidden_states: `[N, H]`, of the language model, after its last norm, at the position before the
-                cell.
-            code_embeddings: `[N, D, C]` or `[N, D - 1, C]`, the codebook entries of the codes. That of the last code
-                is not used.
-            output_hidden_states, output_attentions: also return those; None: as the configuration says.
+                token.
+            code_embeddings: `[N, D, C]` or `[N, D - 1, C]`, the codebook entries of the codes. The last one is
+                not used.
+            output_hidden_states, output_attentions: also return those; None: as in the config.
 
         Returns:
             `last_hidden_state` `[N, D, E]`; `head` maps it to the logits `[N, D, K]`.
@@ -197,13 +183,13 @@ class VilaUDepthTransformer(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
     def step(self, inputs: Tensor, slot: int, cache: VilaUDepthCache) -> Tensor:
-        """One slot of each cell; the slots must come in order.
+        """Processes one slot of each image token; slots must come in order.
 
         Args:
             inputs: slot 0: hidden states of the language model `[N, H]`; later: the sum of the codebook entries of the
                 codes so far `[N, C]`.
-            slot: counted from 0.
-            cache: of this cell; what it holds of another is overwritten.
+            slot: index from 0.
+            cache: reused for the next image tokens.
 
         Returns:
             Logits `[N, K]` of code number `slot`.

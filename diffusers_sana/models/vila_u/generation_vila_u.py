@@ -1,11 +1,11 @@
-"""`generate` of VILA-U: text as in any model of transformers, pictures and videos by a loop of their own.
+"""`generate` of VILA-U: text as in any model of transformers, images and videos in a separate loop.
 
-The loop has as many rounds as there are cells. In each, the depth transformer writes the D codes of a cell, guided at
-every code, and the language model reads the cell. Nothing is read on the host in between, so that the rounds can be
-queued ahead of an accelerator and captured in CUDA graphs.
+The loop has one round per image token. In each, the depth transformer generates the D codes of the token, with
+guidance at every code, and the language model reads the token. Nothing is read on the host in between, so the rounds
+can be queued ahead of an accelerator and captured in CUDA graphs.
 
-Legend: N samples, R rows (2N with guidance: conditional, then unconditional), P prompt length, T cells of a picture, D
-codes a cell, K codebook entries, H width of the language model.
+Legend: N samples, R rows (2N with guidance: conditional, then unconditional), P prompt length, T tokens per image,
+D codes per image token, K codebook entries, H width of the language model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +24,11 @@ from diffusers_sana.models.vila_u.batching_vila_u import (
     LogitsProcessorsWithoutPlaceholder,
     cache_for,
     heal_last_tokens,
+    repeat_features,
     rows_of_samples,
     scales_of_cells,
     scales_of_samples,
     stack_rows,
-    twice,
     without_placeholder,
 )
 from diffusers_sana.models.vila_u.depth_vila_u import VilaUDepthCache
@@ -37,12 +37,12 @@ from diffusers_sana.models.vila_u.sampling_vila_u import CodeNoise, VisualSampli
 
 logger = logging.get_logger(__name__)
 
-GUIDANCE_SCALE = 3.0  # the best of the paper, table 9
+GUIDANCE_SCALE = 3.0  # the best value in the paper, table 9
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class VilaUGenerationMixin(GenerationMixin):
-    """What `VilaUForConditionalGeneration` can write."""
+    """`generate` of `VilaUForConditionalGeneration`."""
 
     config: Any
     model: Any
@@ -59,15 +59,15 @@ class VilaUGenerationMixin(GenerationMixin):
         image_codes: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Writes text, pictures or videos.
+        """Generates text, images or videos.
 
         Args:
-            inputs: `[B, P]`, the same as `input_ids`; prompts, padded on the left.
-            generation_config: for text as in transformers. For pictures, its entries `visual_guidance_scale`,
+            inputs: `[B, P]`, the same as `input_ids`: prompts, padded on the left.
+            generation_config: for text as in transformers. For images, its entries `visual_guidance_scale`,
                 `visual_guidance_interval`, `visual_do_sample`, `visual_temperature`, `visual_top_k` and `visual_top_p`
-                are the defaults of the arguments without "visual_"; the other entries say nothing about pictures.
+                are the defaults of the arguments without "visual_"; the other entries do not affect images.
             generation_mode: "text", "image" or "video".
-            image_codes: `[n, T, D]`, codes of the pictures in the prompts, in place of `pixel_values`.
+            image_codes: `[n, T, D]`, codes of the images in the prompts, instead of `pixel_values`.
             kwargs: for "text", those of `transformers.GenerationMixin.generate`; else those of `generate_codes`, for
                 "video" `num_frames`, and `return_dict_in_generate`.
 
@@ -76,7 +76,8 @@ class VilaUGenerationMixin(GenerationMixin):
             `decode_image_tokens` turns into pixels; with `return_dict_in_generate` they are its `sequences`.
 
         Raises:
-            ValueError: an unknown mode; an option that prompts with images cannot have; or see `generate_codes`.
+            ValueError: an unknown mode, an option that is not supported for prompts with images, or see
+                `generate_codes`.
         """
         if image_codes is not None:
             kwargs["mm_encoder_outputs"] = {
@@ -86,10 +87,12 @@ class VilaUGenerationMixin(GenerationMixin):
             inputs = self._prepare_images(inputs, generation_config or self.generation_config, kwargs)
             return super().generate(inputs, generation_config=generation_config, **kwargs)
         if generation_mode not in ("image", "video"):
-            raise ValueError(f'`generation_mode` must be "text", "image" or "video", but is {generation_mode!r}')
+            raise ValueError(f'`generation_mode` must be "text", "image" or "video", got {generation_mode!r}')
         if inputs is not None:
             kwargs["input_ids"] = inputs
-        kwargs.pop("max_new_tokens", None)  # the grid decides, and the pipeline "any-to-any" always passes it
+        kwargs.pop(
+            "max_new_tokens", None
+        )  # the grid determines the length, but the "any-to-any" pipeline always passes it
         frames = kwargs.pop("num_frames", None)
         if generation_mode == "image" and frames is not None:
             raise ValueError('`num_frames` is for generation_mode="video"')
@@ -107,7 +110,7 @@ class VilaUGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers, which never shows the images to an assistant model: here it reads the prompt first."""
+        """As in transformers, but an assistant model, which gets no images there, reads the prompt first."""
         is_unread = past_key_values is not None and int(past_key_values.get_seq_length()) == 0
         return super().prepare_inputs_for_generation(
             input_ids,
@@ -120,35 +123,35 @@ class VilaUGenerationMixin(GenerationMixin):
     def _prepare_images(
         self, inputs: Tensor | None, config: GenerationConfig, kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """Heals prompts with images, which transformers would decode to text and encode again.
+        """Applies token healing to prompts with images, which transformers would decode to text and encode again.
 
         Args:
-            inputs: `[B, P]`, or None where `kwargs` have `input_ids`; changed in the one place where they are.
-            config: says `token_healing` where `kwargs` do not.
-            kwargs: of `generate`; changed.
+            inputs: `[B, P]`, or None where `kwargs` have `input_ids`.
+            config: gives `token_healing` where `kwargs` do not.
+            kwargs: of `generate`; modified.
 
         Returns:
             `inputs`.
 
         Raises:
-            ValueError: an option that can only be had for prompts without images.
+            ValueError: an option that is only supported for prompts without images.
         """
         negative = kwargs.get("negative_prompt_ids")
         if negative is not None and self.model.is_placeholder(negative).any():
-            raise ValueError("`negative_prompt_ids` must be text alone, but hold an image")
+            raise ValueError("`negative_prompt_ids` must be text only, got an image")
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if ids is None or not self.model.is_placeholder(ids).any():
             return inputs
         if kwargs.get("assistant_tokenizer") is not None:
             raise ValueError(
-                "`assistant_tokenizer` must be None where the prompt has images, which are no text to encode again."
-                " Take an `assistant_model` with the same tokenizer."
+                "`assistant_tokenizer` must be None for prompts with images, which cannot be encoded again as text."
+                " Use an `assistant_model` with the same tokenizer."
             )
         if not kwargs.get("token_healing", config.token_healing):
             return inputs
         tokenizer = kwargs.get("tokenizer")
         if tokenizer is None:
-            raise ValueError("`token_healing` needs `tokenizer`, the processor's")
+            raise ValueError("`token_healing` needs `tokenizer`: pass that of the processor")
         if (pixel_values := kwargs.pop("pixel_values", None)) is not None:
             kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(pixel_values, return_dict=True)}
         _, mask = rows_of_samples("input_ids", ids, kwargs.get("attention_mask"), self._pad, len(ids))
@@ -209,27 +212,27 @@ class VilaUGenerationMixin(GenerationMixin):
         callback_on_cell: Callable[[int, Tensor], Any] | None = None,
         progress_bar: bool = False,
     ) -> Tensor:
-        """Writes the codes of `num_pictures` pictures, one after the other, after each prompt.
+        """Generates the codes of `num_pictures` images, one after the other, after each prompt.
 
         Args:
-            num_pictures: a video is several, without anything between them.
+            num_pictures: images per sample; a video is several images with nothing between them.
             input_ids, attention_mask: `[B, P]`, prompts that end with the start token, padded on the left. Without a
                 mask, leading pad tokens are padding.
-            negative_input_ids, negative_attention_mask: `[B or 1, P']`, what to guide away from: the prompt without
-                its words, or with others. The processor makes them. Not needed where no scale differs from 1.
-            pixel_values: `[n, 3, H, W]`, pictures in the prompts.
-            mm_encoder_outputs: the same as `get_image_features` returns it, {"image": ...}.
-            guidance_scale: one, or one for each prompt: 1 for none. Default 3.
-            guidance_interval: from which to which share of its cells a picture is guided. Default (0, 1), all.
+            negative_input_ids, negative_attention_mask: `[B or 1, P']`, the unconditional prompt: the prompt without
+                its words, or with others, as returned by the processor. Not needed if all scales are 1.
+            pixel_values: `[n, 3, H, W]`, images in the prompts.
+            mm_encoder_outputs: instead of pixels, {"image": result of `get_image_features`}.
+            guidance_scale: one, or one per prompt; 1 for no guidance. Default 3.
+            guidance_interval: start and end of guidance, as fractions of the tokens of an image. Default (0, 1), all.
             do_sample, temperature, top_k, top_p: see `VisualSampling`; for their defaults also `generate`.
-            num_return_sequences: samples of each prompt, beside each other in the result.
-            generator: None, one, or one for each sample. With the latter a sample's noise does not depend on which
-                others are made with it. On another device than the model, the noise is copied, which waits.
-            past_key_values: an empty cache to use, instead of
-            cache_implementation: "static" or "dynamic".
-            compile_config: compile the rounds with it; kept for later calls with the same one.
-            callback_on_cell: called with the number of each cell and its codes `[N, D]`.
-            progress_bar: show one.
+            num_return_sequences: samples per prompt, adjacent in the result.
+            generator: None, one, or one per sample. In the last case a sample's noise does not depend on the rest of
+                the batch. If it is on another device than the model, the noise is copied.
+            past_key_values: an empty cache to use.
+            cache_implementation: "static" or "dynamic", without `past_key_values`.
+            compile_config: compile the rounds with it; the result is kept for later calls with the same config.
+            callback_on_cell: called with the index of each image token and its codes `[N, D]`.
+            progress_bar: whether to show one.
 
         Returns:
             Codes `[N, num_pictures, T, D]`, N = B * num_return_sequences.
@@ -239,7 +242,7 @@ class VilaUGenerationMixin(GenerationMixin):
         """
         if num_pictures < 1 or num_return_sequences < 1:
             counts = f"{num_pictures} and {num_return_sequences}"
-            raise ValueError(f"`num_frames` and `num_return_sequences` must be 1 or more, but are {counts}")
+            raise ValueError(f"`num_frames` and `num_return_sequences` must be at least 1, got {counts}")
         configs = (generation_config, self.generation_config)
         sampling = VisualSampling.from_options(
             configs, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p
@@ -249,24 +252,28 @@ class VilaUGenerationMixin(GenerationMixin):
         vision, depth = self.config.vision_config, self.config.depth_config
         scales = scales_of_samples(guidance_scale, len(input_ids), num_return_sequences)
         scales_by_cell = scales_of_cells(scales, interval, num_pictures, vision.num_image_tokens)
-        pad, samples = self._pad, len(scales)
+        pad, num_samples = self._pad, len(scales)
         if pixel_values is not None:
             mm_encoder_outputs = {"image": self.get_image_features(pixel_values, return_dict=True)}
         if mm_encoder_outputs and num_return_sequences > 1:
             mm_encoder_outputs = private(self, "_expand_multimodal_outputs")(
                 input_ids, mm_encoder_outputs, num_return_sequences
             )  # type: ignore[arg-type]
-        ids, mask = rows_of_samples("input_ids", input_ids, attention_mask, pad, samples)
+        ids, mask = rows_of_samples("input_ids", input_ids, attention_mask, pad, num_samples)
         is_guided = bool((scales_by_cell != 1).any())
         if is_guided:
-            others = rows_of_samples("negative_input_ids", negative_input_ids, negative_attention_mask, pad, samples)
-            if mm_encoder_outputs and self.model.is_placeholder(others[0]).any():
-                mm_encoder_outputs = {"image": twice(mm_encoder_outputs["image"])}
-            ids, mask = stack_rows(ids, others[0], pad), stack_rows(mask, others[1], 0)
+            negative = rows_of_samples(
+                "negative_input_ids", negative_input_ids, negative_attention_mask, pad, num_samples
+            )
+            if mm_encoder_outputs and self.model.is_placeholder(negative[0]).any():
+                mm_encoder_outputs = {"image": repeat_features(mm_encoder_outputs["image"])}
+            ids, mask = stack_rows(ids, negative[0], pad), stack_rows(mask, negative[1], 0)
 
         cells = len(scales_by_cell)
         cache = cache_for(past_key_values, cache_implementation, self.config, ids.shape[1] + cells - 1)
-        noise = CodeNoise(generator, (samples, vision.grid_size, depth.num_codebooks, depth.codebook_size), ids.device)
+        noise = CodeNoise(
+            generator, (num_samples, vision.grid_size, depth.num_codebooks, depth.codebook_size), ids.device
+        )
         written = self._write_cells(
             ids,
             mask,
@@ -278,7 +285,7 @@ class VilaUGenerationMixin(GenerationMixin):
             sampling=sampling,
             compile_config=compile_config,
         )
-        codes = ids.new_empty(samples, cells, depth.num_codebooks)
+        codes = ids.new_empty(num_samples, cells, depth.num_codebooks)
         for cell, of_cell in enumerate(logging.tqdm(written, total=cells, disable=not progress_bar)):
             codes[:, cell] = of_cell
             if callback_on_cell is not None:
@@ -297,10 +304,10 @@ class VilaUGenerationMixin(GenerationMixin):
         sampling: VisualSampling,
         compile_config: CompileConfig | None,
     ) -> Iterator[Tensor]:
-        """The loop: yields the codes `[N, D]` of cell after cell. Prompts and mask are `[R, P]`.
+        """The loop: yields the codes `[N, D]` of each image token in order. Prompts and mask are `[R, P]`.
 
         Raises:
-            ValueError: after the last cell, where logits were NaN or infinite.
+            ValueError: after the last token, if logits were NaN or infinite.
         """
         positions = mask.cumsum(-1) - 1
         hidden_states = self.model(
@@ -314,26 +321,26 @@ class VilaUGenerationMixin(GenerationMixin):
         prompt, position = ids.shape[1], positions[:, -1:]
         mask = F.pad(mask, (0, cells - 1))
         read_and_write = self._compiled_round(compile_config)
-        row = self.config.vision_config.grid_size  # of cells: for so many at once noise is drawn
+        row = self.config.vision_config.grid_size  # noise is sampled for one row of image tokens at a time
         for cell in range(cells):
             if noise is not None and cell % row == 0:
-                row_noise = noise.draw()
+                row_noise = noise.sample()
             cell_noise = None if noise is None else row_noise[:, cell % row]
             scales = None if scales_by_cell is None else scales_by_cell[cell]
             if cell == 0:
                 codes, inputs = self.write_cell(hidden_states, cell_noise, scales, sampling)
             else:
-                seen = prompt + cell
-                mask[:, seen - 1] = 1
-                # A static cache is as long as the whole mask, in which the cells to come are masked.
-                mask_seen = mask if cache.is_compileable else mask[:, :seen]
+                length = prompt + cell
+                mask[:, length - 1] = 1
+                # A static cache has the length of the whole mask, in which future image tokens are masked.
+                current_mask = mask if cache.is_compileable else mask[:, :length]
                 position = position + 1
-                codes, inputs = read_and_write(inputs, mask_seen, position, cache, cell_noise, scales, sampling)
+                codes, inputs = read_and_write(inputs, current_mask, position, cache, cell_noise, scales, sampling)
             yield codes
         if not bool(inputs.isfinite().all()):
             raise ValueError(
-                f"the model gave NaN or infinite logits in {inputs.dtype}. If that is float16, load it in bfloat16;"
-                " else its weights are damaged, or `guidance_scale` is too large."
+                f"the model produced NaN or infinite logits in {inputs.dtype}. If that is float16, load it in "
+                "bfloat16; otherwise its weights are damaged, or `guidance_scale` is too large."
             )
 
     def read_and_write_cell(
@@ -346,7 +353,7 @@ class VilaUGenerationMixin(GenerationMixin):
         scales: Tensor | None,
         sampling: VisualSampling,
     ) -> tuple[Tensor, Tensor]:
-        """One round of the loop: the language model reads a cell `[R, 1, H]`, then `write_cell`."""
+        """One round of the loop: the language model reads an image token `[R, 1, H]`, then `write_cell`."""
         outputs = self.model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -359,17 +366,17 @@ class VilaUGenerationMixin(GenerationMixin):
     def write_cell(
         self, hidden_states: Tensor, noise: Tensor | None, scales: Tensor | None, sampling: VisualSampling
     ) -> tuple[Tensor, Tensor]:
-        """The codes of the next cell.
+        """Generates the codes of the next image token.
 
         Args:
             hidden_states: `[R, H]`, of the language model, at the last position.
             noise: `[N, D, K]`, see `CodeNoise`.
-            scales: `[N, 1]` where the rows are conditional and unconditional ones.
-            sampling: how to choose.
+            scales: `[N, 1]` if the rows are conditional and unconditional, else None.
+            sampling: how to choose codes.
 
         Returns:
-            Codes `[N, D]`, and what the language model is to read next, `[R, 1, H]`; NaN after logits that were not
-            finite, so that one look at the end of the loop finds them.
+            Codes `[N, D]`, and the next input of the language model, `[R, 1, H]`. The input is NaN after logits that
+            were not finite, so that a single check at the end of the loop finds them.
         """
         cache = VilaUDepthCache(self.config.depth_config)
         inputs, codes, entries = hidden_states, [], 0.0
@@ -390,6 +397,6 @@ class VilaUGenerationMixin(GenerationMixin):
 
         def run(*args: Any) -> tuple[Tensor, Tensor]:
             codes, inputs = self._compiled_read_and_write(*args)
-            return codes.clone(), inputs.clone()  # the next run of a CUDA graph writes over them
+            return codes.clone(), inputs.clone()  # the next replay of a CUDA graph overwrites them
 
         return run

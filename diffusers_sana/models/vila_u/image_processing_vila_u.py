@@ -1,4 +1,4 @@
-"""Pictures to and from the [-1, 1] tensors of VILA-U's vision tower."""
+"""Images to and from the [-1, 1] tensors of VILA-U's vision tower."""
 
 import base64
 from io import BytesIO
@@ -27,18 +27,18 @@ class VilaUImageProcessorKwargs(ImagesKwargs, total=False):
     """What the image processor takes beyond the arguments that all image processors have.
 
     Attributes:
-        image_aspect_ratio: how a picture becomes a square. "resize" squashes it, as the released model was trained
-            for understanding; "pad" adds bars of the mean colour; "crop" takes the top square of a portrait and the
-            central one of a landscape, as the released model was trained for generation.
+        image_aspect_ratio: how an image becomes a square. "resize" ignores the aspect ratio, as in the released
+            model's training for understanding; "pad" adds bars of the mean color; "crop" takes the top square of a
+            portrait and the central one of a landscape, as in its training for generation.
     """
 
     image_aspect_ratio: Literal["resize", "pad", "crop"]
 
 
 class VilaUImageProcessor(NeverCopied, PilBackend):
-    """Makes pictures square, resizes them (bicubic, by PIL) and maps 0..255 to [-1, 1].
+    """Makes images square, resizes them (bicubic, by PIL) and maps 0..255 to [-1, 1].
 
-    Every argument is a default for `preprocess`, where it can be given again.
+    Every argument is a default for `preprocess`, where it can be overridden.
     """
 
     valid_kwargs = VilaUImageProcessorKwargs
@@ -64,7 +64,7 @@ class VilaUImageProcessor(NeverCopied, PilBackend):
         super()._validate_preprocess_kwargs(**kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Images as they are, or those of paths, addresses and base64, read as by `diffusers_sana.images`."""
+        """Reads images from paths, URLs and base64 as `diffusers_sana.images` does; passes on anything else."""
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(item) for item in image_url_or_urls]
         if isinstance(image_url_or_urls, str):
@@ -72,7 +72,7 @@ class VilaUImageProcessor(NeverCopied, PilBackend):
         return super().fetch_images(image_url_or_urls)
 
     def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> np.ndarray:
-        """An image `[C, H, W]`, upright, with integers of 16 bits and booleans scaled to bytes."""
+        """An image as `[C, H, W]`, with EXIF orientation applied; 16-bit integers and booleans are scaled to bytes."""
         if isinstance(image, Image.Image):
             image = to_rgb(image) if do_convert_rgb else upright(image)
         elif str(getattr(image, "dtype", "")).endswith("uint16"):
@@ -81,7 +81,7 @@ class VilaUImageProcessor(NeverCopied, PilBackend):
             image = np.asarray(image).astype(np.uint8) * 255
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
 
-    def _preprocess(  # type: ignore[override]  # the base class names more arguments, which are in `kwargs`
+    def _preprocess(  # type: ignore[override]  # the base class has more named arguments, which are in `kwargs`
         self,
         images: list[np.ndarray],
         do_resize: bool,
@@ -102,7 +102,7 @@ class VilaUImageProcessor(NeverCopied, PilBackend):
                 if not np.isfinite(image).all():
                     raise ValueError("`images` must be finite, but one has NaN or infinite values.")
                 if do_rescale and rescale_factor == 1 / 255 and image.max() <= 1:
-                    image = image * 255  # it was in [0, 1]; to 255 it would be black
+                    image = image * 255  # values in [0, 1] would otherwise be almost black
             if do_resize:
                 image = self.resize(self.square(image, image_aspect_ratio, image_mean), size, resample)
             if do_rescale:
@@ -114,7 +114,7 @@ class VilaUImageProcessor(NeverCopied, PilBackend):
 
     @staticmethod
     def square(image: np.ndarray, image_aspect_ratio: str, image_mean: list[float]) -> np.ndarray:
-        """A picture [C, H, W] made square; with "resize" it stays as it is and `resize` squashes it."""
+        """Makes an image `[C, H, W]` square; with "resize" it is unchanged, and `resize` ignores its aspect ratio."""
         height, width = image.shape[1:]
         side = min(height, width) if image_aspect_ratio == "crop" else max(height, width)
         if height == width or image_aspect_ratio == "resize":
@@ -131,13 +131,13 @@ class VilaUImageProcessor(NeverCopied, PilBackend):
     def postprocess(
         self, images: Tensor | list[Tensor], output_type: str = "pil", rounding: str = "round", **kwargs: Any
     ) -> Any:
-        """Decoded pixels as pictures.
+        """Decoded pixels as images.
 
         Args:
             images: about [-1, 1], [3, H, W], [N, 3, H, W] or, for videos, [N, F, 3, H, W]; or a list of one of these.
             output_type: "pil" for `PIL.Image` (lists follow the leading dimensions), "np" for floats in [0, 1] with
                 channels last, "uint8" for integers with channels last, "pt" for a tensor in [0, 1], channels first.
-            rounding: to 8 bit. "round" errs least; "truncate" is what the official scripts do.
+            rounding: to 8 bits. "round" has the smaller error; "truncate" is what the official scripts do.
 
         Raises:
             ValueError: an unknown option, a shape without 3 channels.
@@ -155,11 +155,11 @@ class VilaUImageProcessor(NeverCopied, PilBackend):
         if output_type == "np":
             return (pixels / 255).numpy()
         integers = (pixels.round() if rounding == "round" else pixels).to(torch.uint8).numpy()
-        return integers if output_type == "uint8" else _pictures(integers)
+        return integers if output_type == "uint8" else _to_pil(integers)
 
 
 def _fetched(place: str) -> Image.Image:
-    """The image at a path or an address, or in base64, with or without a `data:` header."""
+    """The image at a path or URL, or in base64 with or without a `data:` header."""
     if place.startswith(("http://", "https://")):
         import httpx  # of huggingface_hub
 
@@ -183,8 +183,8 @@ def _fetched(place: str) -> Image.Image:
     return read_image(BytesIO(content))
 
 
-def _pictures(pixels: np.ndarray) -> Any:
-    return Image.fromarray(pixels) if pixels.ndim == 3 else [_pictures(item) for item in pixels]
+def _to_pil(pixels: np.ndarray) -> Any:
+    return Image.fromarray(pixels) if pixels.ndim == 3 else [_to_pil(item) for item in pixels]
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

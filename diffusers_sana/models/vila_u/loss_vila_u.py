@@ -1,9 +1,10 @@
-"""The two losses of VILA-U (arXiv 2409.04429, eq. 5 and 7): cross-entropy of the text and of the codes.
+"""The two losses of VILA-U (arXiv 2409.04429, eq. 5 and 7): cross-entropy of text and of codes.
 
-Both are means over their own targets and then added, so that the 1024 codes of a picture do not drown a sentence. An
-empty term is 0, and its weights still take part, with zero gradients: then all ranks of a distributed run do the same.
+Each is the mean over its own targets; then they are added, so that the 1024 codes of an image do not outweigh a
+sentence. An empty term is 0, and its weights still get zero gradients, so that all ranks of a distributed run do the
+same.
 
-Legend: B rows, L positions, H width of the language model, V cells that are targets, D codes a cell.
+Legend: B rows, L positions, H width of the language model, V image tokens that are targets, D codes per image token.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from diffusers_sana._compat import torch_compilable_check
 
 
-IGNORED = -100  # label of what is not a target
-CHUNK_SIZE = 1024  # rows of logits that exist at a time
+IGNORED = -100  # label of positions that are not targets
+CHUNK_SIZE = 1024  # rows of logits in memory at a time
 
 
 def find_targets(
@@ -26,15 +27,15 @@ def find_targets(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Which positions are to be predicted from the position before them.
+    """Which positions are predicted from the position before them.
 
-    The first position of a sample has none before it; in packed rows it is where `position_ids` is 0, in padded ones
-    where what comes before is masked.
+    The first position of a sample has none before it. In packed rows it is where `position_ids` is 0, in padded rows
+    where the position before is masked.
 
     Args:
         labels: `[B, L]`, -100 where ignored.
-        is_placeholder: bool `[B, L]`, true at cells of pictures.
-        attention_mask: `[B, >= L]`, 0 at padding; masks of other ranks say nothing here.
+        is_placeholder: bool `[B, L]`, true at image tokens.
+        attention_mask: `[B, >= L]`, 0 at padding.
         position_ids: `[B or 1, L]`.
 
     Returns:
@@ -50,24 +51,22 @@ def find_targets(
 
 
 def unshift(shift_labels: Tensor, is_placeholder: Tensor, image_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels that were shifted by whoever split the sequences: what is predicted at each position of a part.
+    """Undoes the shift of labels of a part of the sequences.
 
     Args:
-        shift_labels: `[B, L]`, -100 where ignored. The last column is about the first position of the next part.
-        is_placeholder: bool `[B, L]`, true at cells of images.
-        image_token_id: the label of such a cell.
+        shift_labels: `[B, L]`, -100 where ignored. The last column belongs to the first position of the next part.
+        is_placeholder: bool `[B, L]`, true at image tokens.
+        image_token_id: the label of such an image token.
 
     Returns:
         Labels `[B, L + 1]`, and two bool masks `[B, L + 1]` as `find_targets` returns them.
 
     Raises:
-        ValueError: the next part begins with a cell of an image, whose codes are not here.
+        ValueError: the next part begins with an image token, whose codes are not available.
     """
     torch_compilable_check(
         (shift_labels[:, -1] != image_token_id).all(),
-        lambda: (
-            "`shift_labels` must not end with a cell of an image: split the sequences elsewhere, or set it to -100"
-        ),
+        lambda: "`shift_labels` must not end with an image token. Split the sequences elsewhere, or set it to -100",
     )
     labels, is_cell = F.pad(shift_labels, (1, 0), value=IGNORED), F.pad(is_placeholder, (0, 1))
     is_target = labels != IGNORED
@@ -75,14 +74,14 @@ def unshift(shift_labels: Tensor, is_placeholder: Tensor, image_token_id: int) -
 
 
 def states_before(hidden_states: Tensor, is_target: Tensor) -> Tensor:
-    """From `[B, L, H]` the states `[n, H]` at the positions before the n targets of `[B, L or L + 1]`."""
+    """The states `[n, H]`, of `[B, L, H]`, at the positions before the n targets of `[B, L or L + 1]`."""
     return hidden_states[:, : is_target.shape[1] - 1][is_target[:, 1:]]
 
 
 def at_least_one(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """States `[n, H]` and targets `[n, ...]` as they are; where n is 0, one zero state with ignored targets.
+    """States `[n, H]` and targets `[n, ...]` unchanged; if n is 0, one zero state with ignored targets.
 
-    The zero state is padding, so that the gradient, zero as well, still reaches whatever the states come from.
+    The zero state is padding, so that a zero gradient still reaches the layers that produced the states.
     """
     if len(states):
         return states, targets
@@ -92,19 +91,19 @@ def at_least_one(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def chunked_cross_entropy(
     states: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], chunk_size: int | None = None
 ) -> Tensor:
-    """Sum of the cross-entropies of `head(states)`, without ever holding more than one chunk of logits.
+    """Sum of the cross-entropies of `head(states)`, with at most one chunk of logits in memory.
 
-    The logits of a chunk are made again in the backward pass: one 256 pixel picture has 67 MB of them in float32.
+    The logits of a chunk are recomputed in the backward pass: those of one 256 pixel image take 67 MB in float32.
 
     Args:
         states: `[n, E]`.
         targets: `[n]`, -100 where ignored.
         head: maps `[m, E]` to logits `[m, classes]`.
-        chunk_size: rows of a chunk; None for `CHUNK_SIZE`.
+        chunk_size: rows per chunk; None for `CHUNK_SIZE`.
     """
 
-    def of_chunk(rows: Tensor, their_targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(rows).float(), their_targets, ignore_index=IGNORED, reduction="sum")
+    def of_chunk(rows: Tensor, chunk_targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(rows).float(), chunk_targets, ignore_index=IGNORED, reduction="sum")
 
     chunk_size = chunk_size or CHUNK_SIZE
     if len(states) <= chunk_size:
@@ -115,6 +114,6 @@ def chunked_cross_entropy(
     ).sum()
 
 
-def mean_of(total: Tensor, count: int, given_count: Tensor | int | None) -> Tensor:
-    """A loss from its sum: over the targets here, or over as many as the caller says a whole batch has."""
-    return total / (max(count, 1) if given_count is None else given_count)
+def mean_of(total: Tensor, count: int, total_count: Tensor | int | None) -> Tensor:
+    """A loss from its sum, divided by the number of targets here, or by `total_count`, that of the whole batch."""
+    return total / (max(count, 1) if total_count is None else total_count)

@@ -1,4 +1,4 @@
-"""Pictures and videos as users hand them over: which belongs to which prompt, and which frames are taken."""
+"""Images and videos as users pass them: which belongs to which prompt, and which frames are used."""
 
 import re
 from collections.abc import Callable
@@ -15,66 +15,64 @@ from transformers.video_utils import load_video
 from diffusers_sana.models.vila_u.prompts_vila_u import IMAGE, VIDEO
 
 
-def is_picture(item: Any) -> bool:
-    """A picture, or where to find one."""
+def is_image(item: Any) -> bool:
+    """Whether `item` is an image, or a path or URL of one."""
     if isinstance(item, np.ndarray | Tensor):
         return item.ndim in (2, 3)
     return isinstance(item, str | Path | Image.Image)
 
 
-def codes_of_pictures(items: list[Any], num_cells: int) -> list[Tensor]:
-    """The items if they are codes `[num_cells, D]` of pictures, none if they are pictures.
+def codes_of_images(items: list[Any], num_image_tokens: int) -> list[Tensor]:
+    """The items if they are codes `[num_image_tokens, D]`, an empty list if they are images.
 
     Raises:
-        ValueError: they are mixed, or have another number of cells.
+        ValueError: images and codes are mixed, or codes have another number of image tokens.
     """
     integers = (torch.int32, torch.int64)
     codes = [item for item in items if isinstance(item, Tensor) and item.ndim == 2 and item.dtype in integers]
     if not codes:
         return []
     if len(codes) != len(items):
-        raise ValueError(f"`images` must all be pictures or all codes, got {len(codes)} codes among {len(items)}.")
+        raise ValueError(f"`images` must all be images or all codes, got {len(codes)} codes among {len(items)}.")
     for item in codes:
-        if len(item) != num_cells or item.shape != codes[0].shape:
-            raise ValueError(f"codes in `images` must be [{num_cells}, D], got {list(item.shape)}.")
+        if len(item) != num_image_tokens or item.shape != codes[0].shape:
+            raise ValueError(f"codes in `images` must be [{num_image_tokens}, D], got {list(item.shape)}.")
     return codes
 
 
 def is_video(item: Any) -> bool:
-    """A video, or where to find one: a file, a folder of frames, frames in a list or along the first axis."""
+    """Whether `item` is a video: a file, a folder of frames, a list of frames, or frames along the first axis."""
     if isinstance(item, np.ndarray | Tensor):
         return item.ndim == 4
     if isinstance(item, list | tuple):
-        return len(item) > 0 and all(is_picture(frame) and not isinstance(frame, str | Path) for frame in item)
+        return len(item) > 0 and all(is_image(frame) and not isinstance(frame, str | Path) for frame in item)
     return isinstance(item, str | Path)
 
 
-def media_of_rows(media: Any, counts: list[int], name: str, is_one: Callable[[Any], bool]) -> list[list[Any]]:
-    """Hands out media to the prompts of a batch.
+def media_of_rows(media: Any, counts: list[int], name: str, is_item: Callable[[Any], bool]) -> list[list[Any]]:
+    """Assigns media to the prompts of a batch.
 
     Args:
-        media: None, one item, a list of items for the whole batch in order, or a list with a list for each prompt.
+        media: None, one item, a list of items for the whole batch in order, or one list per prompt.
         counts: placeholders in each prompt.
-        name: what the caller calls `media`, "images" or "videos".
-        is_one: whether something is an item.
+        name: the caller's name of `media`, "images" or "videos".
+        is_item: whether something is an item.
 
     Raises:
         ValueError: a placeholder without an item, an item without a placeholder, a list that mixes items and lists,
-            something that is no item.
+            something that is not an item.
     """
-    items = [] if media is None else [media] if is_one(media) else _listed(media, name)
-    if items and all(isinstance(item, list | tuple) and not is_one(item) for item in items):
+    items = [] if media is None else [media] if is_item(media) else _listed(media, name)
+    if items and all(isinstance(item, list | tuple) and not is_item(item) for item in items):
         rows = [list(item) for item in items]
         if len(rows) != len(counts):
-            raise ValueError(
-                f"`{name}` must have a list for each of the {len(counts)} prompts, got {len(rows)} lists."
-            )
+            raise ValueError(f"`{name}` must have one list per prompt ({len(counts)}), got {len(rows)} lists.")
     else:
         rows = [items]
         counts = [sum(counts)] if len(counts) != 1 else counts
     for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
         for item in row:
-            if not is_one(item):
+            if not is_item(item):
                 raise ValueError(
                     f"`{name}` must hold {name} or, for every prompt, a list of {name}; got {type(item).__name__}"
                     f"{_shape(item)} among them."
@@ -89,16 +87,16 @@ def media_of_rows(media: Any, counts: list[int], name: str, is_one: Callable[[An
 
 
 def media_in_order(texts: list[str], images: Any, videos: Any, num_frames: int, sample: bool) -> list[Any]:
-    """All pictures and frames of a batch, in the order in which its prompts have `<image>` and `<video>`.
+    """All images and frames of a batch, in the order in which its prompts have `<image>` and `<video>`.
 
     Args:
         texts: prompts.
         images, videos: see `media_of_rows`.
         num_frames, sample: see `frames_of_video`.
     """
-    pictures = media_of_rows(images, [text.count(IMAGE) for text in texts], "images", is_picture)
-    films = media_of_rows(videos, [text.count(VIDEO) for text in texts], "videos", is_video)
-    next_of = {IMAGE: chain.from_iterable(pictures), VIDEO: chain.from_iterable(films)}
+    image_rows = media_of_rows(images, [text.count(IMAGE) for text in texts], "images", is_image)
+    video_rows = media_of_rows(videos, [text.count(VIDEO) for text in texts], "videos", is_video)
+    next_of = {IMAGE: chain.from_iterable(image_rows), VIDEO: chain.from_iterable(video_rows)}
     ordered: list[Any] = []
     for mark in re.findall(f"{IMAGE}|{VIDEO}", "".join(texts)):
         item = next(next_of[mark])
@@ -107,12 +105,12 @@ def media_in_order(texts: list[str], images: Any, videos: Any, num_frames: int, 
 
 
 def frames_of_video(video: Any, num_frames: int, sample: bool) -> list[Any]:
-    """Frames of a video at equal distances, the first and the last among them; of a short video some more than once.
+    """Equally spaced frames of a video, including the first and the last; a short video repeats frames.
 
     Args:
         video: see `is_video`; files are decoded by `transformers.video_utils.load_video` (PyAV).
-        num_frames: how many.
-        sample: False to take a video as it is, which must then have `num_frames` frames.
+        num_frames: number of frames.
+        sample: False for a video that already has `num_frames` frames.
 
     Raises:
         ValueError: no frames, or without `sample` another number of them.
@@ -123,7 +121,7 @@ def frames_of_video(video: Any, num_frames: int, sample: bool) -> list[Any]:
         return _checked([str(path) for path in video], num_frames)
     if isinstance(video, str | Path):
         frames, _ = load_video(
-            str(video),  # type: ignore[arg-type]  # its annotation lacks the paths it is for
+            str(video),  # type: ignore[arg-type]  # its annotation lacks paths
             sample_indices_fn=lambda metadata, **_: (
                 _indices(metadata.total_num_frames, num_frames, video)
                 if sample

@@ -1,10 +1,10 @@
-"""VILA-U (arXiv 2409.04429): one language model that reads and writes text, pictures and videos.
+"""VILA-U (arXiv 2409.04429): one language model that reads and writes text, images and videos.
 
-    pixels -> vision tower -> codes -> sum of their entries -> projector -> T positions of the language model
-    hidden state -> text head -> next token;  hidden state -> depth transformer -> D codes of the next cell
+    pixels -> vision tower -> codes -> sum of their codebook entries -> projector -> T positions of the language model
+    hidden state -> text head -> next token;  hidden state -> depth transformer -> D codes of the next image token
 
-Legend: B rows, L positions, H width of the language model, T cells of a picture, D codes a cell, K codebook entries, C
-width of an entry, V cells that are targets.
+Legend: B rows, L positions, H width of the language model, T tokens per image, D codes per image token, K codebook
+entries, C width of an entry, V image tokens that are targets.
 """
 
 from dataclasses import dataclass
@@ -35,12 +35,12 @@ from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModel, VilaUVi
 
 @dataclass
 class VilaUImageFeatures(BaseModelOutputWithPooling):
-    """What the language model gets to see of n pictures.
+    """Features of n images for the language model.
 
     Attributes:
         last_hidden_state: `[n, T, C]`, sums of codebook entries.
-        pooler_output: `[n, T, H]`, the same after the projector; the name is the one transformers looks for.
-        hidden_states, attentions: of the encoder, where they were asked for.
+        pooler_output: `[n, T, H]`, the same after the projector; transformers looks for this name.
+        hidden_states, attentions: of the encoder, if requested.
         codes: `[n, T, D]`.
     """
 
@@ -49,7 +49,7 @@ class VilaUImageFeatures(BaseModelOutputWithPooling):
 
 @dataclass
 class VilaUModelOutputWithPast(BaseModelOutputWithPast):
-    """Output of the language model, and `image_hidden_states` `[n, T, H]`, the n pictures as it saw them."""
+    """Output of the language model, and `image_hidden_states` `[n, T, H]`, the projected features of the n images."""
 
     image_hidden_states: Tensor | None = None
 
@@ -60,11 +60,11 @@ class VilaUCausalLMOutputWithPast(ModelOutput):
 
     Attributes:
         loss: `text_loss + config.visual_loss_weight * visual_loss`.
-        text_loss, visual_loss: means over the supervised text positions, and over the codes of the target cells.
+        text_loss, visual_loss: means over the supervised text positions and over the codes of the target tokens.
         logits: `[B, kept positions, vocabulary]`; None in training with labels.
-        depth_logits: `[V, D, K]` of the target cells, in the order of the rows; None without labels and in training.
+        depth_logits: `[V, D, K]` of the target tokens, in row order; None without labels and in training.
         past_key_values, hidden_states, attentions: of the language model.
-        image_hidden_states: `[n, T, H]`, the pictures as the language model saw them.
+        image_hidden_states: `[n, T, H]`, the projected features of the images.
     """
 
     loss: Tensor | None = None
@@ -79,7 +79,7 @@ class VilaUCausalLMOutputWithPast(ModelOutput):
 
 
 class VilaUPreTrainedModel(PreTrainedModel):
-    """What the two models share: what they can do, in the words of transformers."""
+    """What the two models share: their capabilities, as transformers states them."""
 
     config: VilaUConfig
     config_class = VilaUConfig
@@ -97,8 +97,8 @@ class VilaUPreTrainedModel(PreTrainedModel):
 class VilaUModel(VilaUPreTrainedModel):
     """Vision tower, projector and language model, without heads.
 
-    The tower is frozen here and stays in eval mode: its codebook must not move while codes are learned. To train it,
-    use `VilaUVisionModel` alone.
+    The tower is frozen and stays in eval mode: its codebook must not change while its codes are targets. To train the
+    tower, use `VilaUVisionModel` alone.
     """
 
     def __init__(self, config: VilaUConfig) -> None:
@@ -114,9 +114,9 @@ class VilaUModel(VilaUPreTrainedModel):
         self.train()
 
     def train(self, mode: bool = True) -> "VilaUModel":
-        """As in any module, but the tower stays in eval mode, and frozen.
+        """Like `nn.Module.train`, but the tower stays in eval mode and frozen.
 
-        Loading makes new parameters, which require gradients, and then calls this.
+        Loading creates new parameters, which require gradients, and then calls this.
         """
         super().train(mode)
         self.vision_tower.eval().requires_grad_(False)
@@ -135,18 +135,18 @@ class VilaUModel(VilaUPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> VilaUImageFeatures:
-        """Images as the language model sees them.
+        """Images as inputs of the language model.
 
         Args:
             pixel_values: `[n, 3, H, W]`, in [-1, 1].
-            image_codes: `[n, T, D]`, if they are known already: then the encoder does not run.
-            output_hidden_states, output_attentions: also return those of the encoder; None: as the configuration says.
+            image_codes: `[n, T, D]`, if already known: the encoder then does not run.
+            output_hidden_states, output_attentions: also return those of the encoder; None: as in the config.
 
         Raises:
-            ValueError: both are given, or neither; or states of an encoder that does not run are wanted.
+            ValueError: both are given, or neither; or states are requested of an encoder that does not run.
         """
         if (pixel_values is None) == (image_codes is None):
-            raise ValueError("give exactly one of `pixel_values` and `image_codes`")
+            raise ValueError("exactly one of `pixel_values` and `image_codes` must be given")
         tower: Any = self.vision_tower
         if pixel_values is None:
             if output_hidden_states or output_attentions:
@@ -155,57 +155,57 @@ class VilaUModel(VilaUPreTrainedModel):
                     " does not run"
                 )
             with torch.no_grad():  # nothing in the frozen tower could use a gradient
-                seen = VilaUVisionModelOutput(codes=image_codes, quantized=tower.embed_codes(image_codes))
+                tokens = VilaUVisionModelOutput(codes=image_codes, quantized=tower.embed_codes(image_codes))
         else:
             states = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-            wanted = {name: value for name, value in states.items() if value is not None}
-            seen = tower.tokenize(pixel_values.to(tower.dtype), return_dict=True, **wanted)
-        entries: Any = seen.quantized
+            requested = {name: value for name, value in states.items() if value is not None}
+            tokens = tower.tokenize(pixel_values.to(tower.dtype), return_dict=True, **requested)
+        entries: Any = tokens.quantized
         return VilaUImageFeatures(
             last_hidden_state=entries,
             pooler_output=self.project(entries),
-            hidden_states=seen.hidden_states,
-            attentions=seen.attentions,
-            codes=seen.codes,
+            hidden_states=tokens.hidden_states,
+            attentions=tokens.attentions,
+            codes=tokens.codes,
         )
 
     def is_placeholder(self, input_ids: Tensor) -> Tensor:
-        """Where `input_ids` stand for cells of pictures: bool, of the same shape."""
+        """Which of `input_ids` are placeholders of image tokens: bool, of the same shape."""
         return input_ids == self.config.image_token_id
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
-        """Inputs of the language model, `[B, L, H]`, with the pictures in their places.
+        """Inputs of the language model, `[B, L, H]`, with image features at the placeholders.
 
         Args:
-            input_ids: `[B, L]`, with `config.image_token_id` at each cell of each picture.
-            image_features: `[n, T, H]`, the pictures in the order of their placeholders.
+            input_ids: `[B, L]`, with `config.image_token_id` at each token of each image.
+            image_features: `[n, T, H]`, in the order of the placeholders.
 
         Raises:
             ValueError: the number of placeholders is not n * T.
         """
         is_placeholder = self.is_placeholder(input_ids)
-        # The placeholder may have no row in the table.
+        # The placeholder may lie outside the embedding table.
         pad = self.config.text_config.pad_token_id or 0
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_placeholder, pad))
         if image_features is None:
             image_features = self._no_image_features(embeddings)
         if image_features is None:
             return embeddings
-        cells, given = is_placeholder.sum(), image_features.shape[0] * image_features.shape[1]
+        num_placeholders, num_features = is_placeholder.sum(), image_features.shape[0] * image_features.shape[1]
         torch_compilable_check(
-            cells == given,
+            num_placeholders == num_features,
             lambda: (
-                f"`input_ids` must hold `image_token_id` = {self.config.image_token_id} once for each cell of each "
-                f"picture, that is {given} times for what was given, but holds it {int(cells)} times"
+                f"`input_ids` must contain `image_token_id` = {self.config.image_token_id} once per token of each "
+                f"image, {num_features} times for the given images, got {int(num_placeholders)}"
             ),
         )
         features = image_features.to(embeddings.device, embeddings.dtype)
         return embeddings.masked_scatter(is_placeholder[..., None], features)
 
     def _no_image_features(self, embeddings: Tensor) -> Tensor | None:
-        """An empty `[0, T, H]` where there should be no placeholder; None in decoding steps, where nobody looks.
+        """An empty `[0, T, H]`, with which any placeholder is an error; None in decoding steps, which are not checked.
 
-        In training it passes through the projector, so that all ranks use it whether or not they have pictures.
+        In training it passes through the projector, so that all ranks use it whether or not they have images.
         """
         if embeddings.shape[1] == 1:
             return None
@@ -231,27 +231,27 @@ class VilaUModel(VilaUPreTrainedModel):
         """Runs the language model.
 
         Args:
-            input_ids: `[B, L]`; or `inputs_embeds`, `[B, L, H]`, which `embed` makes.
+            input_ids: `[B, L]`; or `inputs_embeds`, `[B, L, H]`, as returned by `embed`.
             attention_mask, position_ids, past_key_values, use_cache, kwargs: of the language model.
-            pixel_values: `[n, 3, H, W]`, the pictures of all rows, in order.
-            image_codes: `[n, T, D]`, in place of `pixel_values`.
-            mm_encoder_outputs: in place of both, {"image": result of `get_image_features`}.
+            pixel_values: `[n, 3, H, W]`, the images of all rows, in order.
+            image_codes: `[n, T, D]`, instead of `pixel_values`.
+            mm_encoder_outputs: instead of both, {"image": result of `get_image_features`}.
 
         Raises:
-            ValueError: input ids and embeddings, or pictures, are given in two ways; or pictures with embeddings.
+            ValueError: input ids and embeddings, or images, are given in two ways; or images with embeddings.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
+            raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
         features = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None or image_codes is not None:
             if features is not None:
-                raise ValueError("give `pixel_values`, `image_codes` or `mm_encoder_outputs`, not two of them")
+                raise ValueError("only one of `pixel_values`, `image_codes` and `mm_encoder_outputs` may be given")
             features = self.get_image_features(pixel_values, image_codes, return_dict=True)
-        seen = None if features is None else features.pooler_output
+        image_hidden_states = None if features is None else features.pooler_output
         if input_ids is not None:
-            inputs_embeds = self.embed(input_ids, seen)
-        elif seen is not None:
-            raise ValueError("pictures need `input_ids`; with `inputs_embeds`, put them there with `embed`")
+            inputs_embeds = self.embed(input_ids, image_hidden_states)
+        elif image_hidden_states is not None:
+            raise ValueError("images need `input_ids`; with `inputs_embeds`, insert them with `embed`")
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -261,17 +261,17 @@ class VilaUModel(VilaUPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        return VilaUModelOutputWithPast(**outputs, image_hidden_states=seen)
+        return VilaUModelOutputWithPast(**outputs, image_hidden_states=image_hidden_states)
 
 
 class VilaUForConditionalGeneration(VilaUPreTrainedModel, VilaUGenerationMixin):
-    """VILA-U with both heads: `generate` writes text, pictures and videos, `forward` gives the losses of training."""
+    """VILA-U with both heads: `generate` writes text, images and videos, `forward` gives the losses of training."""
 
     output_modalities = ("image", "text", "video")  # type: ignore[assignment]
-    accepts_loss_kwargs = False  # the trainer's one count of items would mix text and codes
+    accepts_loss_kwargs = False  # the trainer's single count of items would mix text and codes
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    # A decoding step sees few rows: 16-bit activations cost nothing there.
+    # A decoding step has few rows, so 16-bit activations cost nothing.
     _svdquant_modules = {"model.language_model.layers.*": "w4a16", "depth_transformer.layers.*": "w4a16"}
 
     def __init__(self, config: VilaUConfig) -> None:
@@ -279,7 +279,7 @@ class VilaUForConditionalGeneration(VilaUPreTrainedModel, VilaUGenerationMixin):
         self.model = VilaUModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.depth_transformer = VilaUDepthTransformer._from_config(config.depth_config)
-        self.add_model_tags(["vila-u", "diffusers_sana"])  # on the Hub, `push_to_hub` says whose model it is
+        self.add_model_tags(["vila-u", "diffusers_sana"])  # which `push_to_hub` writes
         self.post_init()
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> VilaUImageFeatures:
@@ -306,23 +306,22 @@ class VilaUForConditionalGeneration(VilaUPreTrainedModel, VilaUGenerationMixin):
         num_code_targets: Tensor | int | None = None,
         **kwargs: Any,
     ) -> VilaUCausalLMOutputWithPast:
-        """Predicts, and with `labels` scores, the next token or the codes of the next cell of each position.
+        """Predicts the next token or the codes of the next image token at each position; with `labels` also the loss.
 
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, pixel_values, image_codes,
                 use_cache, mm_encoder_outputs, kwargs: see `VilaUModel.forward`. Packed samples: no mask, and
                 `position_ids` that start at 0 in each.
-            labels: `[B, L]`, not shifted: -100 where nothing is to be learned. A picture is a target where the labels
-                at its placeholders are anything else; its codes are then learned. Needs `input_ids`.
-            shift_labels: `[B, L]`, in place of `labels`: what is to be predicted *at* each position, as trainers that
-                split sequences over processes give it. A part must not end before a cell of an image that is a
-                target.
-            logits_to_keep: of how many last positions, or of which, to make `logits`; 0 for all.
-            return_logits: whether to make `logits` and `depth_logits`; None: unless training with labels, where the
-                losses are computed in chunks and all the logits together would not fit.
-            num_text_targets, num_code_targets: by what to divide the sum of each loss, where the batch is larger than
-                this call (gradient accumulation, several ranks); codes count one by one, D a cell. None: the
-                targets in this call.
+            labels: `[B, L]`, not shifted, -100 where ignored. An image whose placeholders have any other label is a
+                target: the loss then covers its codes. Needs `input_ids`.
+            shift_labels: `[B, L]`, instead of `labels`: the target *at* each position, as passed by trainers that
+                split sequences over processes. A part must not end before an image token that is a target.
+            logits_to_keep: the number of last positions, or the positions, of `logits`; 0 for all.
+            return_logits: whether to return `logits` and `depth_logits`. None: yes, except in training with labels,
+                where the losses are computed in chunks because all logits together would not fit.
+            num_text_targets, num_code_targets: divisors of the summed losses where the batch is larger than this call
+                (gradient accumulation, several ranks); an image token counts as D codes. None: the targets in this
+                call.
 
         Raises:
             ValueError: see `VilaUModel.forward`.
@@ -339,7 +338,7 @@ class VilaUForConditionalGeneration(VilaUPreTrainedModel, VilaUGenerationMixin):
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             image_codes=image_codes,
-            # A cache is of no use to a loss, and with one transformers does not look for packed samples.
+            # A loss needs no cache, and with a cache transformers does not detect packed samples.
             use_cache=False if use_cache is None and targets is not None else use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
@@ -356,7 +355,7 @@ class VilaUForConditionalGeneration(VilaUPreTrainedModel, VilaUGenerationMixin):
                 is_placeholder = self.model.is_placeholder(input_ids)
             if shift_labels is None:
                 is_text, is_visual = find_targets(targets, is_placeholder, attention_mask, position_ids)
-            else:  # whoever shifted them has left out what is not to be learned
+            else:  # already set to -100 where ignored
                 targets, is_text, is_visual = unshift(shift_labels, is_placeholder, self.config.image_token_id)
             codes = self._target_codes(is_visual[:, : states.shape[1]], is_placeholder, mm_encoder_outputs)
             text_loss = self._text_loss(states_before(states, is_text), targets[is_text], num_text_targets)
@@ -369,7 +368,7 @@ class VilaUForConditionalGeneration(VilaUPreTrainedModel, VilaUGenerationMixin):
                 "visual_loss": visual_loss,
                 "depth_logits": depth_logits,
             }
-        # Made at once: a `ModelOutput` has its fields in the order in which they were set.
+        # Created in one call: a `ModelOutput` keeps its fields in the order in which they were set.
         return VilaUCausalLMOutputWithPast(
             **result,
             past_key_values=outputs.past_key_values,
@@ -381,20 +380,20 @@ class VilaUForConditionalGeneration(VilaUPreTrainedModel, VilaUGenerationMixin):
     def _target_codes(
         self, is_visual: Tensor, is_placeholder: Tensor, mm_encoder_outputs: dict[str, VilaUImageFeatures] | None
     ) -> Tensor:
-        """`[V, D]`: of all cells in order, those that are targets."""
+        """Codes `[V, D]` of the image tokens that are targets, in order."""
         features = (mm_encoder_outputs or {}).get("image")
         if features is None:
             return torch.zeros(0, self.config.depth_config.num_codebooks, dtype=torch.long, device=is_visual.device)
         if features.codes is None:
-            raise ValueError("`labels` of pictures need the codes in `mm_encoder_outputs`, or `image_codes`")
+            raise ValueError("`labels` of images need their codes, in `mm_encoder_outputs` or as `image_codes`")
         return features.codes.flatten(0, 1)[is_visual[is_placeholder]]
 
-    def _text_loss(self, states: Tensor, targets: Tensor, given_count: Tensor | int | None) -> Tensor:
+    def _text_loss(self, states: Tensor, targets: Tensor, total_count: Tensor | int | None) -> Tensor:
         total = chunked_cross_entropy(*at_least_one(states, targets), self.lm_head)
-        return mean_of(total, len(targets), given_count)
+        return mean_of(total, len(targets), total_count)
 
     def _visual_loss(
-        self, states: Tensor, codes: Tensor, given_count: Tensor | int | None, return_logits: bool
+        self, states: Tensor, codes: Tensor, total_count: Tensor | int | None, return_logits: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Mean cross-entropy of codes `[V, D]` after states `[V, H]`, and the logits `[V, D, K]`."""
         count = codes.numel()
@@ -403,23 +402,23 @@ class VilaUForConditionalGeneration(VilaUPreTrainedModel, VilaUGenerationMixin):
         slots = self.depth_transformer(states, entries, return_dict=True).last_hidden_state
         total = chunked_cross_entropy(slots.flatten(0, 1), targets.flatten(), self.depth_transformer.head)
         logits = self.depth_transformer.head(slots[: len(codes)]) if return_logits else None
-        return mean_of(total, count, given_count), logits
+        return mean_of(total, count, total_count), logits
 
     @torch.no_grad()
     def decode_image_tokens(self, codes: Tensor, chunk_size: int = 8) -> Tensor:
-        """Pixels of codes.
+        """Decodes codes to pixels.
 
         Args:
-            codes: `[N, T, D]` or `[N, F, T, D]`; also `[N * T, D]`, as transformers' pipeline has them.
-            chunk_size: so many pictures are decoded at a time.
+            codes: `[N, T, D]` or `[N, F, T, D]`; also `[N * T, D]`, as transformers' pipeline passes them.
+            chunk_size: images per call of the decoder.
 
         Returns:
             `[N, 3, H, W]` or `[N, F, 3, H, W]`, about -1 to 1 and not clamped.
         """
         vision = self.config.vision_config
-        pictures = codes.reshape(-1, vision.num_image_tokens, vision.num_codebooks)
+        images = codes.reshape(-1, vision.num_image_tokens, vision.num_codebooks)
         decode = self.model.vision_tower.decode_codes
-        pixels = torch.cat([decode(chunk) for chunk in pictures.split(chunk_size)])
+        pixels = torch.cat([decode(chunk) for chunk in images.split(chunk_size)])
         return pixels if codes.ndim == 2 else pixels.unflatten(0, codes.shape[:-2])
 
 

@@ -1,4 +1,4 @@
-"""From chats, pictures and videos to the inputs of VILA-U, and from its outputs back."""
+"""From chats, images and videos to the inputs of VILA-U, and from its outputs back."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +10,8 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Text
 from diffusers_sana._compat import MultiModalData, private
 from diffusers_sana.models.vila_u.configuration_vila_u import NeverCopied
 from diffusers_sana.models.vila_u.image_processing_vila_u import VilaUImageProcessorKwargs
-from diffusers_sana.models.vila_u.labels_vila_u import labels_of, places_of_tokens
-from diffusers_sana.models.vila_u.media_vila_u import codes_of_pictures, media_in_order
+from diffusers_sana.models.vila_u.labels_vila_u import labels_of, token_spans
+from diffusers_sana.models.vila_u.media_vila_u import codes_of_images, media_in_order
 from diffusers_sana.models.vila_u.prompts_vila_u import (
     ASSISTANT,
     CHAT_TEMPLATE,
@@ -28,7 +28,7 @@ from diffusers_sana.models.vila_u.prompts_vila_u import (
 
 START_TOKENS = {"text": None, "image": IMAGE_START, "video": VIDEO_START}
 
-# Of what the processors of transformers take: what this one does for texts. Anything else is refused, not ignored.
+# The text options of transformers' processors that this one supports. Any other is rejected, not ignored.
 TEXT_OPTIONS = (
     "add_special_tokens",
     "max_length",
@@ -46,16 +46,16 @@ TEXT_OPTIONS = (
 
 
 class VilaUProcessorKwargs(ProcessingKwargs, total=False):
-    """What the processor takes beyond the arguments that all processors have.
+    """Arguments beyond those of all processors.
 
     Attributes:
-        generation_mode: what the model is to write.
-        negative_prompt: for guidance, what the unconditional rows say in place of nothing: one text, or one for each
+        generation_mode: what the model is to generate.
+        negative_prompt: the text of the unconditional rows for guidance, by default empty: one text, or one per
             prompt. For modes "image" and "video".
-        wrap_image_tokens: put `<im_start>` and `<im_end>` around pictures in the prompt. Off by default, as in the
+        wrap_image_tokens: put `<im_start>` and `<im_end>` around images in the prompt. Off by default, as in the
             official scripts; the released model was trained with and without.
-        do_sample_frames: take `num_video_frames` frames of each video at equal distances. False for videos that
-            already have so many.
+        do_sample_frames: take `num_video_frames` equally spaced frames of each video. False for videos that already
+            have that many.
     """
 
     text_kwargs: TextKwargs
@@ -68,18 +68,18 @@ class VilaUProcessorKwargs(ProcessingKwargs, total=False):
 
 
 class VilaUProcessor(NeverCopied, ProcessorMixin):
-    """Prompts of VILA-U.
+    """Processor of VILA-U: prompts, images and videos.
 
     Args:
         image_processor: a `VilaUImageProcessor`.
         tokenizer: LLaMA's with `legacy=False`, and with `<im_start>`, `<im_end>`, `<vi_start>`, `<vi_end>`, `<image>`.
         chat_template: by default the official one.
-        num_image_tokens: positions of one picture, T; `num_image_tokens` of the vision config.
-        num_video_frames: pictures of one video.
+        num_image_tokens: tokens per image, T; `num_image_tokens` of the vision config.
+        num_video_frames: frames per video.
         wrap_image_tokens: see `VilaUProcessorKwargs`.
 
     Raises:
-        ValueError: a tokenizer without these tokens or with another rule for the start of a text.
+        ValueError: a tokenizer without these tokens, or with another rule for the start of a text.
     """
 
     valid_processor_kwargs = VilaUProcessorKwargs  # type: ignore[assignment]  # a TypedDict with more fields
@@ -109,16 +109,15 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
     def __call__(  # type: ignore[override]  # no audio
         self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any
     ) -> BatchFeature:
-        """Inputs of the model.
+        """Makes the inputs of the model.
 
         Args:
             images: for the placeholders `<image>`: one, a list in the order of the placeholders, or a list for each
-                prompt. PIL, array, tensor, path or address; or the codes that the vision tower made of it, an int64
-                or int32 tensor [T, D]: then all must be codes, and `image_codes` [n, T, D] takes the place of
-                `pixel_values`.
-            text: one prompt or a list. In mode "text" it is taken as it is. In the other modes it is what
-                `apply_chat_template` writes (it ends in "ASSISTANT:"), or what the user says, which is then put into
-                the template.
+                prompt. PIL, array, tensor, path or URL; or codes of the vision tower, an int64 or int32 tensor
+                [T, D]: then all must be codes, and `image_codes` [n, T, D] replaces `pixel_values`.
+            text: one prompt or a list. In mode "text" it is used unchanged. In the other modes it is the
+                output of `apply_chat_template` (it ends in "ASSISTANT:"), or the user's message, which is then put
+                into the template.
             videos: for `<video>`, as `images`: a file, a folder of frames, an array [F, H, W, 3] or a list of frames.
             **kwargs: see `VilaUProcessorKwargs` and `TEXT_OPTIONS`; those of the image processor.
 
@@ -126,19 +125,19 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
             `input_ids` and `attention_mask` [B, L], every image and frame as `num_image_tokens` times `<image>`, and
             `pixel_values` [n, 3, H, W] of all images in order, if any. For modes "image" and "video" also
             `negative_input_ids` and `negative_attention_mask` [B, L'] for guidance: the prompt without its words.
-            With `return_mm_token_type_ids` also `mm_token_type_ids` [B, L], 1 at the cells of images and frames.
+            With `return_mm_token_type_ids` also `mm_token_type_ids` [B, L], 1 at image tokens.
 
         Raises:
-            ValueError: images and placeholders that do not match, an unknown mode, what is not an image, an option
-                that processors of transformers have and this one does not obey.
+            ValueError: images and placeholders that do not match, an unknown mode, something that is not an image, an
+                option of transformers' processors that this one does not support.
         """
         if kwargs.pop("audio", None) is not None:
-            raise ValueError("`audio` must be None: VILA-U neither hears nor speaks.")
+            raise ValueError("`audio` must be None: VILA-U does not support audio.")
         texts = [text] if isinstance(text, str) else list(text or [])
         if not texts or not all(isinstance(item, str) for item in texts):
             raise ValueError(f"`text` must be a string or a list of strings, got {text!r}.")
         if "padding_side" not in kwargs.get("text_kwargs", {}):
-            kwargs.setdefault("padding_side", "left")  # whatever the tokenizer has: the model writes at the right
+            kwargs.setdefault("padding_side", "left")  # whatever the tokenizer says: the model generates on the right
         options: dict[str, Any] = private(self, "_merge_kwargs")(
             tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
@@ -182,25 +181,25 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """A chat, or a list of chats, as text or (`tokenize=True, return_dict=True`) as inputs of the model.
+        """Formats a chat, or a list of chats, as text or (`tokenize=True, return_dict=True`) as inputs of the model.
 
         Args:
             conversation: messages `{"role": ..., "content": ...}`. Content is a string or a list of parts
                 `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}`, `{"type": "video", "video": ...}`.
-            chat_template: in place of the processor's.
+            chat_template: instead of the processor's.
             generation_mode, negative_prompt: see `VilaUProcessorKwargs`. Modes "image" and "video" open the
-                assistant's turn by themselves.
-            output_labels: also return `labels` [B, L] to train with: what the assistant says, pictures included, and
-                -100 elsewhere. `return_assistant_tokens_mask` is the same as a mask.
+                assistant's turn automatically.
+            output_labels: also return `labels` [B, L] for training: the assistant tokens, images included, and -100
+                elsewhere. `return_assistant_tokens_mask` returns the same as a mask.
             processor_kwargs: for `__call__`.
             **kwargs: those of `ProcessorMixin.apply_chat_template`.
 
         Raises:
-            ValueError: labels of what has no answer, or where they do not belong.
+            ValueError: labels for a chat without an answer, or without tokenization.
         """
         options = dict(processor_kwargs or {})
-        given = {"generation_mode": generation_mode, "negative_prompt": negative_prompt}
-        options |= {key: value for key, value in given.items() if value is not None}
+        named = {"generation_mode": generation_mode, "negative_prompt": negative_prompt}
+        options |= {key: value for key, value in named.items() if value is not None}
         is_text = options.get("generation_mode", "text") == "text"
         if not is_text:
             kwargs["add_generation_prompt"] = True
@@ -217,7 +216,7 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
         return batch
 
     def postprocess(self, images: Any, **kwargs: Any) -> Any:
-        """Decoded pixels as pictures, see `VilaUImageProcessor.postprocess`."""
+        """Decoded pixels as images, see `VilaUImageProcessor.postprocess`."""
         return self.image_processor.postprocess(images, **kwargs)
 
     def post_process_multimodal_output(  # type: ignore[override]
@@ -227,7 +226,7 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
         generation_mode: str | None = None,
         **kwargs: Any,
     ) -> list[Any]:
-        """What the model wrote, as the pipeline "any-to-any" wants it.
+        """Output of the model as the "any-to-any" pipeline expects it.
 
         Args:
             generated_outputs: token ids for mode "text" (also None), otherwise pixels from `decode_image_tokens`.
@@ -236,7 +235,7 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
             **kwargs: for the tokenizer's `batch_decode`, or for `postprocess`.
 
         Returns:
-            A list of texts, of pictures, or of lists of frames.
+            A list of texts, of images, or of lists of frames.
 
         Raises:
             ValueError: an unknown mode.
@@ -250,18 +249,19 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
+        """Names of the model inputs that the processor returns."""
         of_text = ["input_ids", "attention_mask"]
         return [*of_text, *(f"negative_{name}" for name in of_text), "pixel_values", "image_codes"]
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any
     ) -> MultiModalData:
-        """How many placeholders media of these sizes take, as servers ask before they have seen any.
+        """The number of placeholders for media of given sizes, which servers request before they have the media.
 
         Args:
-            image_sizes: height and width of each image; all take `num_image_tokens`.
-            video_sizes: frames, height and width of each video; of each, `num_video_frames` are taken.
-            kwargs: those of `__call__`, none of which changes the numbers.
+            image_sizes: height and width of each image, which always has `num_image_tokens`.
+            video_sizes: frames, height and width of each video, of which `num_video_frames` frames are used.
+            kwargs: those of `__call__`, none of which changes the result.
         """
         counts = {}
         if image_sizes is not None:
@@ -272,23 +272,23 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
         return MultiModalData(**counts)
 
     def _check_options(self, options: dict[str, Any]) -> None:
-        """Raises where `options`, as `_merge_kwargs` returns them, ask for what the processor would not do."""
+        """Raises for `options`, as returned by `_merge_kwargs`, that the processor does not support."""
         of_text = options["text_kwargs"]
         ignored = {name for name, value in of_text.items() if name not in TEXT_OPTIONS and value not in (None, False)}
-        obeyed = of_text | options["images_kwargs"]  # by which frames are processed, too
+        supported = of_text | options["images_kwargs"]  # which also apply to frames
         for modality in ("videos_kwargs", "audio_kwargs"):
             for name, value in options[modality].items():
                 default = options.get(name, getattr(self.image_processor, name, False))
-                if value is not None and value != obeyed.get(name, default):
+                if value is not None and value != supported.get(name, default):
                     ignored.add(name)
         if ignored:
             raise ValueError(
-                f"`{'`, `'.join(sorted(ignored))}` must be left out: this processor would not obey it. Of texts it"
-                f" takes {TEXT_OPTIONS}; for frames it takes the options of images, and `do_sample_frames`."
+                f"`{'`, `'.join(sorted(ignored))}` must be left out: this processor does not support it. Text options"
+                f" are {TEXT_OPTIONS}; frames use the options of images, and `do_sample_frames`."
             )
 
     def _open(self, text: str, mode: str) -> str:
-        """The prompt up to the mark behind which the model writes codes."""
+        """The prompt up to the token after which the model generates codes."""
         prompt = text if text.endswith(ASSISTANT) else user_turn(text)
         return f"{prompt} {START_TOKENS[mode]}"
 
@@ -297,12 +297,13 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
             if negative is not None:
                 raise ValueError("`negative_prompt` must be None in mode 'text', which has no guidance.")
             return []
-        said = [negative or ""] * len(texts) if negative is None or isinstance(negative, str) else negative
-        if len(said) != len(texts):
-            raise ValueError(f"`negative_prompt` must be one for each of {len(texts)} prompts, got {len(said)}.")
+        negatives = [negative or ""] * len(texts) if negative is None or isinstance(negative, str) else negative
+        if len(negatives) != len(texts):
+            raise ValueError(f"`negative_prompt` must have one text per prompt ({len(texts)}), got {len(negatives)}.")
         heads = [text.partition(USER)[0] if text.endswith(ASSISTANT) else None for text in texts]
         turns = [
-            user_turn(item) if head is None else user_turn(item, head) for item, head in zip(said, heads, strict=True)
+            user_turn(item) if head is None else user_turn(item, head)
+            for item, head in zip(negatives, heads, strict=True)
         ]
         return [self._open(turn, mode) for turn in turns]
 
@@ -311,13 +312,10 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
         ordered = media_in_order(texts, images, videos, self.num_video_frames, options["do_sample_frames"])
         if not ordered:
             return {}
-        if codes := codes_of_pictures(ordered, self.num_image_tokens):
+        if codes := codes_of_images(ordered, self.num_image_tokens):
             return {"image_codes": torch.stack(codes)}
-        is_place = (isinstance(item, str | Path) for item in ordered)
-        loaded = [
-            self.image_processor.fetch_images(str(item)) if place else item
-            for item, place in zip(ordered, is_place, strict=True)
-        ]
+        fetch = self.image_processor.fetch_images
+        loaded = [fetch(str(item)) if isinstance(item, str | Path) else item for item in ordered]
         of_images = options["images_kwargs"] | {"return_tensors": options["text_kwargs"].get("return_tensors")}
         return dict(self.image_processor(loaded, **of_images))
 
@@ -325,7 +323,7 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
         """Ids and mask of a batch of prompts."""
         of_text = options["text_kwargs"]
         if of_text.get("truncation"):
-            raise ValueError("`truncation` must be off: it could cut through a picture. Shorten the text instead.")
+            raise ValueError("`truncation` must be off, because it could cut an image. Shorten the text instead.")
         rows = []
         for text in texts:
             pieces = self._expand(text, options)[0].split(IMAGE)
@@ -342,9 +340,9 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
         return expand_media(text, self.num_video_frames, options["wrap_image_tokens"])
 
     def _offsets(self, texts: list[str], masks: Any, options: dict[str, Any]) -> list[list[tuple[int, int]]]:
-        """Where the tokens of a batch stand in the expanded texts."""
+        """The character spans of the tokens of a batch in the expanded texts."""
         expanded = [self._expand(text, options)[0] for text in texts]
         return [
-            places_of_tokens(self.tokenizer, text, self.num_image_tokens, mask)
+            token_spans(self.tokenizer, text, self.num_image_tokens, mask)
             for text, mask in zip(expanded, masks, strict=True)
         ]

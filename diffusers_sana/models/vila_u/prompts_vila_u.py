@@ -1,4 +1,4 @@
-"""The prompts of VILA-U: their text, and the rule by which text becomes ids."""
+"""The prompts of VILA-U: chat template, media placeholders, and tokenization of text."""
 
 import re
 from typing import Any
@@ -14,9 +14,9 @@ SYSTEM_PROMPT = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
-# Vicuna's first template. An empty message is its role alone: neither space nor separator. A picture that the
-# assistant shows stands between its marks, a picture that the user shows is followed by a new line. What is to be
-# learned is marked by `generation`, a tag of transformers that writes nothing.
+# Vicuna's first template. An empty message is its role alone, without space or separator. Images of the assistant are
+# enclosed in markers, images of the user are followed by a newline. `generation`, a tag of transformers that produces
+# no text, marks the training targets.
 CHAT_TEMPLATE = """\
 {%- macro text_of(message) -%}
 {%- if message.content is string -%}
@@ -63,19 +63,19 @@ CHAT_TEMPLATE = """\
 
 
 def user_turn(text: str, head: str = f"{SYSTEM_PROMPT} ") -> str:
-    """A prompt of one turn, open for the answer. `head` is what stands before the first turn."""
+    """A prompt of one turn, open for the answer. `head` precedes the first turn."""
     text = text.strip()
     return f"{head}{USER} {text} {ASSISTANT}" if text else f"{head}{USER}{ASSISTANT}"
 
 
 def expand_media(text: str, num_frames: int, wrap: bool) -> tuple[str, list[dict[str, tuple[int, int]]]]:
-    """`<video>` as one `<image>` a frame; with `wrap`, `<image>` between its marks where they are missing.
+    """Replaces `<video>` by one `<image>` per frame; with `wrap`, adds missing markers around `<image>`.
 
-    Frames that the user shows stand on a line each; in an answer they follow one another.
+    Frames of the user are on separate lines; in an answer they follow one another.
 
     Returns:
-        The text, and of everything replaced, where it was ("span") and where it is now ("new_span"), from character
-        to character, as processors of transformers have it.
+        The text, and for each replacement its character range before ("span") and after ("new_span"), as in processors
+        of transformers.
     """
     video = IMAGE * num_frames
     written = {f"{VIDEO_START}{VIDEO}": VIDEO_START + video, VIDEO: "\n".join([IMAGE] * num_frames)}
@@ -93,9 +93,9 @@ def expand_media(text: str, num_frames: int, wrap: bool) -> tuple[str, list[dict
 def encode_piece(tokenizer: Any, text: str) -> list[int]:
     """The ids of a text by the rule of LLaMA's slow tokenizer with `legacy=False`, without the first token `<s>`.
 
-    A "▁" is put before the text, also before one that starts with a space; alone in front of a special token it is
-    dropped again. Nothing is put behind special tokens. The tokenizer must be of the kind that puts a "▁" only where
-    the text has no space at its start (`check_tokenizer`), so a space in front is that "▁" in either case.
+    A "▁" is put before the text, also if it starts with a space; directly before a special token it is dropped again.
+    Nothing is added after special tokens. The tokenizer must add a "▁" only if the text does not start with a space
+    (`check_tokenizer`), so a leading space gives that "▁" in either case.
     """
     if not text:
         return []
@@ -106,17 +106,17 @@ def encode_piece(tokenizer: Any, text: str) -> list[int]:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Says what is wrong with a tokenizer.
+    """Checks that a tokenizer is suitable.
 
     Raises:
-        ValueError: it has not the tokens of VILA-U, or treats the start of a text by another rule.
+        ValueError: it lacks the tokens of VILA-U, or treats the start of a text differently.
     """
     known = tokenizer.get_vocab()
     missing = [token for token in (IMAGE_START, IMAGE_END, VIDEO_START, VIDEO_END, IMAGE) if token not in known]
     if missing:
         raise ValueError(
-            f"`tokenizer` must have the tokens {missing}, but has not. Add them at the ids that the model's config "
-            "gives them, `<image>` last, with `tokenizer.add_tokens(..., special_tokens=True)`."
+            f"`tokenizer` must have the tokens {missing}, but lacks them. Add them with the ids in the model's "
+            "config, `<image>` last, with `tokenizer.add_tokens(..., special_tokens=True)`."
         )
     plain, spaced, after = (
         tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -124,7 +124,8 @@ def check_tokenizer(tokenizer: Any) -> None:
     )
     if plain != spaced or plain[0][0] != "▁" or after[1][0] == "▁":
         raise ValueError(
-            "`tokenizer` must be a LLaMA tokenizer with `legacy=False`, that puts '▁' before a text without a space "
-            f"at its start and none behind special tokens, but it makes {plain} of 'a', {spaced} of ' a' and {after} "
+            "`tokenizer` must be a LLaMA tokenizer with `legacy=False`, which puts '▁' before a text without a "
+            f"leading space and none after special tokens, but it returns {plain} of 'a', {spaced} of ' a' and "
+            f"{after} "
             f"of '{IMAGE_END}a'."
         )

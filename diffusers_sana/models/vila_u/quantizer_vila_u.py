@@ -4,14 +4,14 @@ One codebook of K entries e_k serves all depths. A vector z becomes D codes:
 
     r_0 = z,   k_d = argmin_k |r_(d-1) - e_k|^2,   r_d = r_(d-1) - e_(k_d),   zq = e_(k_1) + ... + e_(k_D)
 
-The codebook has no gradient. It is trained by moving averages (EMA) of how many residuals chose an entry, N_k, and of
-their sum, m_k. After every depth d, with n_k the residuals r_(d-1) of this batch that chose k, and decay g:
+The codebook has no gradient. It is trained by an EMA of the number of residuals that chose an entry, N_k, and an EMA
+of their sum, m_k. After every depth d, with n_k residuals r_(d-1) of this batch that chose k, and decay g:
 
     N_k <- g N_k + (1 - g) n_k,     m_k <- g m_k + (1 - g) (sum of these residuals)
     where N_k < 1:  m_k <- a random residual of the batch,  N_k <- 1          (restart of unused entries)
     e_k <- m_k / (N (N_k + eps) / (N + K eps)),     N = sum of N_k
 
-so depth d + 1 searches the table that depth d has changed, while zq sums what each depth found.
+so depth d + 1 searches the table that depth d has updated, while zq sums the entries found at each depth.
 
 Legend: n vectors, C channels, K entries, D depths.
 """
@@ -27,8 +27,8 @@ from diffusers_sana.models.vila_u.configuration_vila_u import VilaUVisionConfig
 
 
 EMA_EPSILON = 1e-5
-MAX_DISTANCES = 2**24  # held at a time: 64 MiB in fp32, whatever the number of vectors
-RESTART_NOISE = 0.01  # times 1/sqrt(C): keeps apart the entries that restart from one and the same vector
+MAX_DISTANCES = 2**24  # in memory at a time: 64 MiB in fp32, for any number of vectors
+RESTART_NOISE = 0.01  # times 1/sqrt(C): separates entries that restart from the same vector
 
 
 class VilaUQuantizerOutput(NamedTuple):
@@ -40,17 +40,17 @@ class VilaUQuantizerOutput(NamedTuple):
 
 
 class VilaUResidualQuantizer(nn.Module):
-    """Turns vectors into D codes each, and codes into vectors.
+    """Maps each vector to D codes, and codes back to vectors.
 
-    The codebook is `embedding.weight`, `[K, C]`. It stays as it is, in training mode too, until `start_ema` is called:
-    so nobody who trains the language model can change it by accident. From then on every `forward` in training mode
-    updates it; `encode` never does. The EMA state, the fp32 buffers `embed_ema` `[K, C]` and `cluster_size_ema` `[K]`,
-    is part of `state_dict()`, for resuming a run, and not of what `save_pretrained` writes.
+    The codebook is `embedding.weight`, `[K, C]`. It is fixed, in training mode too, until `start_ema` is called, so
+    training the language model cannot change it by accident. After that, every `forward` in training mode updates it;
+    `encode` never does. The EMA state, the fp32 buffers `embed_ema` `[K, C]` and `cluster_size_ema` `[K]`,
+    is part of `state_dict()`, for resuming a run, but `save_pretrained` does not write it.
 
     Distances are computed in the dtype of the codebook, as the official model does, or with
-    `config.quantizer_dtype="float32"` in fp32, which finds other codes for some vectors of a bf16 model. In fp16 they
-    would overflow: that is always raised to fp32. Of equally near entries the first is taken. Training gives the same
-    bits for the same seed; on a GPU only with `torch.use_deterministic_algorithms(True)`, which orders the sums.
+    `config.quantizer_dtype="float32"` in fp32, which finds other codes for some vectors of a bf16 model. They
+    would overflow in fp16, which is always promoted to fp32. Ties go to the first entry. Training is bitwise
+    reproducible for a seed; on a GPU only with `torch.use_deterministic_algorithms(True)`, which orders the sums.
     """
 
     embed_ema: Any  # Tensor, None without EMA
@@ -64,7 +64,7 @@ class VilaUResidualQuantizer(nn.Module):
         self.register_buffer("cluster_size_ema", None)
 
     def forward(self, features: Tensor) -> VilaUQuantizerOutput:
-        """`[..., C]` to sums of D entries. In training mode, after `start_ema`, this also trains the codebook."""
+        """`[..., C]` to sums of D entries. In training mode, after `start_ema`, also trains the codebook."""
         codes, entries = self._search(features, train=self.training and self.embed_ema is not None)
         exact = features.to(torch.promote_types(features.dtype, torch.float32))
         losses, total = [], torch.zeros_like(exact.detach())
@@ -87,31 +87,31 @@ class VilaUResidualQuantizer(nn.Module):
         return total.to(dtype)
 
     def start_ema(self, initial_count: float = 0.0) -> None:
-        """From now on `forward` in training mode trains the codebook, from fresh fp32 state.
+        """Makes `forward` train the codebook in training mode, starting from new fp32 state.
 
         Args:
-            initial_count: N_k to begin with. 0 is for a new codebook: the first batch replaces nearly all of it. A
-                trained one is kept with, say, 100: then an entry is restarted after 460 depths without use (decay
+            initial_count: the initial N_k. 0 is for a new codebook: the first batch replaces nearly all of it. To keep
+                a trained one, use for example 100: an entry is then restarted after 460 depths without use (decay
                 0.99).
         """
         if initial_count < 0:
-            raise ValueError(f"`initial_count` must not be negative, but is {initial_count}")
+            raise ValueError(f"`initial_count` must not be negative, got {initial_count}")
         if initial_count == 0 and not self.config.restart_unused_codes:
             raise ValueError(
-                "`initial_count` must be positive, but is 0: without `config.restart_unused_codes` the entries that "
-                "no vector has chosen yet would be divided by it"
+                "`initial_count` must be positive, got 0: without `config.restart_unused_codes` the entries that no "
+                "vector has chosen yet would be divided by it"
             )
         table = self.embedding.weight.requires_grad_(False).detach().float()
         self.embed_ema = table * (initial_count or 1.0)
         self.cluster_size_ema = torch.full_like(table[:, 0], initial_count)
 
     def stop_ema(self) -> None:
-        """Drops the EMA state: the codebook is fixed from now on."""
+        """Drops the EMA state; the codebook is fixed again."""
         self.embed_ema = self.cluster_size_ema = None
 
     @torch.no_grad()
     def _search(self, features: Tensor, train: bool) -> tuple[Tensor, list[Tensor]]:
-        """Codes `[..., D]`, and of each depth the entries `[..., C]`."""
+        """Codes `[..., D]`, and for each depth the entries `[..., C]`."""
         residual = features.detach().reshape(-1, features.shape[-1])
         codes, entries = [], []
         with without_autocast(features.device.type):
@@ -135,7 +135,7 @@ class VilaUResidualQuantizer(nn.Module):
         return table
 
     def _update_ema(self, vectors: Tensor, codes: Tensor) -> None:
-        """One step of the moving averages with `vectors` `[n, C]` that chose `codes` `[n]`, summed over all ranks."""
+        """One EMA step with `vectors` `[n, C]` that chose `codes` `[n]`, summed over all ranks."""
         means, counts = self.embed_ema, self.cluster_size_ema
         if means.dtype != torch.float32 or counts.dtype != torch.float32:
             raise RuntimeError(
@@ -160,10 +160,10 @@ class VilaUResidualQuantizer(nn.Module):
 
 
 def nearest_entry(vectors: Tensor, table: Tensor) -> Tensor:
-    """The row of `table` `[K, C]` nearest to each of `vectors` `[n, C]`: `[n]`, int64, the first among equals.
+    """The row of `table` `[K, C]` nearest to each of `vectors` `[n, C]`: `[n]`, int64; ties go to the first.
 
-    Distances are |v|^2 + |e|^2 - 2 v.e, in blocks of at most `MAX_DISTANCES` of them. |v|^2 does not change the order,
-    yet it does change the rounding: in bf16 the official codes depend on it.
+    Distances are |v|^2 + |e|^2 - 2 v.e, in blocks of at most `MAX_DISTANCES`. |v|^2 does not change the order, but it
+    changes the rounding: in bf16 the official codes depend on it.
     """
     norms = table.square().sum(dim=1)
     nearest = [
@@ -176,8 +176,8 @@ def nearest_entry(vectors: Tensor, table: Tensor) -> Tensor:
 def _random_vectors(vectors: Tensor, count: int) -> Tensor:
     """`count` of `vectors` `[n, C]` in random order, the same on all ranks: those of rank 0.
 
-    None is taken twice, unless there are fewer than `count`: then all are repeated, with a little noise. Draws a
-    permutation, then the noise, from the default generator.
+    If there are fewer than `count`, vectors are repeated with a little noise. Samples a permutation, then the noise,
+    from the default generator.
     """
     number, channels = vectors.shape
     repeats = -(-count // number)

@@ -1,7 +1,7 @@
-"""SigLIP (arXiv 2303.15343), the encoders of VILA-U's vision tower: image blocks, pooling of an image, text tower.
+"""SigLIP (arXiv 2303.15343), the encoders of VILA-U's vision tower: image blocks, attention pooling, text tower.
 
-Names of weights are those of SigLIP's checkpoints. There are no masks: SigLIP pads its texts to full length and
-attends to the padding.
+Weights are named as in SigLIP's checkpoints. There are no masks: SigLIP pads texts to full length and attends to the
+padding.
 """
 
 import math
@@ -15,26 +15,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from diffusers_sana.kernels.precision import without_autocast
+from diffusers_sana.models.layers import eager_attention
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUVisionConfig
 
 
-LOGIT_SCALE, LOGIT_BIAS = math.log(10.0), -10.0  # SigLIP's at the start of training: of N^2 pairs only N belong
-
-
-def eager_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    scaling: float,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T scaling) v with the softmax in fp32: `[B, H, T, C]` each to `[B, T, H, C]` and the weights."""
-    weights = torch.softmax(query @ key.mT * scaling, dim=-1, dtype=torch.float32).to(query.dtype)
-    dropped = nn.functional.dropout(weights, dropout, training=module.training)
-    return (dropped @ value).transpose(1, 2).contiguous(), weights
+LOGIT_SCALE, LOGIT_BIAS = math.log(10.0), -10.0  # SigLIP's initial values: of N^2 pairs only N match
 
 
 class VilaUVisionAttention(nn.Module):
@@ -52,7 +37,7 @@ class VilaUVisionAttention(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """`[B, T, C]` to the same, and the attention weights if the implementation has them."""
+        """`[B, T, C]` to the same shape, and the attention weights if the implementation has them."""
         query, key, value = (
             layer(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
@@ -87,7 +72,7 @@ class VilaUVisionMLP(nn.Module):
 
 
 class VilaUVisionBlock(GradientCheckpointingLayer):
-    """Attention and MLP, each normed before and added to its input."""
+    """Pre-norm attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: VilaUVisionConfig, hidden_size: int, intermediate_size: int, num_heads: int):
         super().__init__()
@@ -108,7 +93,7 @@ def vision_block(config: VilaUVisionConfig) -> VilaUVisionBlock:
 
 
 class VilaUVisionEmbeddings(nn.Module):
-    """Patches to tokens, with a learned position each. Pixels beyond the last whole patch are dropped."""
+    """Patches to tokens, with learned positions. Pixels beyond the last complete patch are dropped."""
 
     def __init__(self, config: VilaUVisionConfig):
         super().__init__()
@@ -123,7 +108,7 @@ class VilaUVisionEmbeddings(nn.Module):
 
 
 class VilaUAttentionPooling(nn.Module):
-    """One learned query attends to all tokens; then an MLP."""
+    """Attention pooling: one learned query attends to all tokens, followed by an MLP."""
 
     def __init__(self, config: VilaUVisionConfig):
         super().__init__()
@@ -154,7 +139,7 @@ class VilaUSemanticHead(nn.Module):
 
 
 class VilaUTextEmbeddings(nn.Module):
-    """Token ids to vectors, with a learned position each."""
+    """Token ids to vectors, with learned positions."""
 
     def __init__(self, config: VilaUVisionConfig):
         super().__init__()
@@ -168,7 +153,7 @@ class VilaUTextEmbeddings(nn.Module):
 
 
 class VilaUTextTower(nn.Module):
-    """SigLIP's text encoder. Its embedding is made from the last token."""
+    """SigLIP's text encoder. The text embedding comes from the last token."""
 
     def __init__(self, config: VilaUVisionConfig):
         super().__init__()
@@ -186,7 +171,7 @@ class VilaUTextTower(nn.Module):
         """`[B, S]`, padded to full length with the tokenizer's padding token, to `[B, C]`."""
         if input_ids.ndim != 2 or not 0 < input_ids.shape[1] <= self.max_length:
             raise ValueError(
-                f"`input_ids` must be [batch, 1 to {self.max_length} tokens], but is {list(input_ids.shape)}; "
+                f"`input_ids` must be [batch, 1 to {self.max_length} tokens], got {list(input_ids.shape)}; "
                 "truncate the texts"
             )
         hidden_states = self.embeddings(input_ids)
@@ -196,12 +181,12 @@ class VilaUTextTower(nn.Module):
 
 
 def sigmoid_contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """SigLIP's loss: each of the N x N pairs of image and text is judged on its own; pairs of equal index belong.
+    """SigLIP's loss: each of the N x N image-text pairs is classified independently; pairs of equal index match.
 
-        -1/N sum_ij log sigmoid(s_ij (exp(scale) x_i.y_j + bias)),   s_ii = 1, else -1,   x, y of length one
+        -1/N sum_ij log sigmoid(s_ij (exp(scale) x_i.y_j + bias)),   s_ii = 1, else -1,   x, y of unit length
 
     Args:
-        image_embeds, text_embeds: `[N, C]`, of any length.
+        image_embeds, text_embeds: `[N, C]`, of any norm.
         scale, bias: `[1]`.
 
     Returns:
@@ -209,8 +194,8 @@ def sigmoid_contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, scale: T
     """
     if image_embeds.shape != text_embeds.shape or image_embeds.ndim != 2:
         raise ValueError(
-            f"`image_embeds` and `text_embeds` must both be [N, C], but are {list(image_embeds.shape)} and "
-            f"{list(text_embeds.shape)}; give one text an image"
+            f"`image_embeds` and `text_embeds` must both be [N, C], got {list(image_embeds.shape)} and "
+            f"{list(text_embeds.shape)}; pass one text per image"
         )
     with without_autocast(image_embeds.device.type):
         images, texts = (nn.functional.normalize(embeds.float(), dim=-1) for embeds in (image_embeds, text_embeds))

@@ -1,13 +1,12 @@
-"""The vision tower of VILA-U (arXiv 2409.04429): pictures to codes and codes to pictures.
+"""The vision tower of VILA-U (arXiv 2409.04429): images to codes and codes to images.
 
     pixels [B, 3, H, W] in [-1, 1] -> SigLIP encoder without its last block -> features [B, h, w, C]
       -> residual quantizer -> codes [B, T, D], zq [B, T, C] -> 1x1 convolution -> pixel decoder -> pixels
 
-Optional, for training the tower and for zero-shot classification: the rest of SigLIP, which makes one vector from zq,
-and SigLIP's text tower. This route is not in the released code; it is the one that fits the weights of the official
-checkpoint.
+Optional, for training the tower and for zero-shot classification: the rest of SigLIP, which maps zq to one vector, and
+SigLIP's text tower. The released code does not contain this path; it is the one that fits the official weights.
 
-Legend: C encoder width, h x w grid, T = h w cells, D codes a cell.
+Legend: C encoder width, h x w grid, T = h w image tokens, D codes per image token.
 """
 
 import math
@@ -43,12 +42,12 @@ class VilaUVisionModelOutput(ModelOutput):
 
     Args:
         codes: `[B, T, D]`, int64.
-        quantized: zq, `[B, T, C]`: the sum of the entries the codes name; its gradient passes to `features` unchanged.
+        quantized: zq, `[B, T, C]`: the sum of the codebook entries; its gradient passes to `features` unchanged.
         reconstruction: `[B, 3, H, W]`, about -1 to 1 and not clamped.
-        commitment_loss: scalar; weigh it by `config.commitment_loss_weight`.
+        commitment_loss: scalar; weight it by `config.commitment_loss_weight`.
         features: `[B, h, w, C]`, before quantization.
         image_embeds: `[B, C]`, with `config.use_semantic_head`.
-        hidden_states, attentions: of the encoder, when asked for.
+        hidden_states, attentions: of the encoder, if requested.
     """
 
     codes: Tensor | None = None
@@ -62,10 +61,10 @@ class VilaUVisionModelOutput(ModelOutput):
 
 
 class VilaUVisionModel(PreTrainedModel):
-    """Image tokenizer: `encode_to_codes` and `decode_codes`. Works alone or as the tower of a VILA-U.
+    """Image tokenizer: `encode_to_codes` and `decode_codes`. Works alone or as the vision tower of VILA-U.
 
-    To train it, call `quantizer.start_ema()` and use `forward` in training mode. Pictures must have the size of the
-    config; the image processor resizes them and brings them to [-1, 1].
+    To train it, call `quantizer.start_ema()` and use `forward` in training mode. Images must have the size in the
+    config; the image processor resizes them and maps them to [-1, 1].
     """
 
     config: VilaUVisionConfig
@@ -124,11 +123,11 @@ class VilaUVisionModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> VilaUVisionModelOutput:
-        """Encodes, quantizes and decodes `[B, 3, H, W]`; everything that a training step of the tower needs.
+        """Encodes, quantizes and decodes `[B, 3, H, W]`: everything that a training step of the tower needs.
 
         Args:
             pixel_values: in [-1, 1].
-            output_hidden_states, output_attentions: also return those of the encoder; None: as the configuration says.
+            output_hidden_states, output_attentions: also return those of the encoder; None: as in the config.
         """
         features = self.encode(pixel_values, output_attentions)
         quantized, codes, commitment_loss = self.quantizer(features.flatten(1, 2))
@@ -142,15 +141,15 @@ class VilaUVisionModel(PreTrainedModel):
         )
 
     def encode(self, pixel_values: Tensor, output_attentions: bool | None = None) -> Tensor:
-        """`[B, 3, H, W]` to features `[B, h, w, C]`: raw output of the last block but one, as it is quantized.
+        """`[B, 3, H, W]` to features `[B, h, w, C]`: the output of the second-to-last block, which is quantized.
 
-        With `output_attentions` an attention implementation that cannot return its weights says so.
+        With `output_attentions`, an attention implementation that cannot return its weights raises.
         """
         size = [self.config.num_channels, self.config.image_size, self.config.image_size]
         if pixel_values.ndim != 4 or list(pixel_values.shape[1:]) != size:
             raise ValueError(
-                f"`pixel_values` must be [batch, {', '.join(map(str, size))}], but is {list(pixel_values.shape)}; "
-                "resize the pictures (the image processor does)"
+                f"`pixel_values` must be [batch, {', '.join(map(str, size))}], got {list(pixel_values.shape)}; "
+                "resize the images (the image processor does)"
             )
         hidden_states = self.embeddings(pixel_values)
         for layer in self.layers:
@@ -172,15 +171,15 @@ class VilaUVisionModel(PreTrainedModel):
 
     @torch.no_grad()
     def encode_to_codes(self, pixel_values: Tensor) -> Tensor:
-        """`[B, 3, H, W]` to codes `[B, T, D]`, int64, cells in raster order."""
+        """`[B, 3, H, W]` to codes `[B, T, D]`, int64, image tokens in raster order."""
         return self.quantizer.encode(self.encode(pixel_values).flatten(1, 2))
 
     def embed_code(self, codes: Tensor) -> Tensor:
-        """Codes of any one depth, `[...]`, to their entries `[..., C]`. Not checked: this is for loops."""
+        """Codes of a single depth, `[...]`, to their entries `[..., C]`. Unchecked, for use in loops."""
         return self.quantizer.embedding(codes)
 
     def embed_codes(self, codes: Tensor) -> Tensor:
-        """`[B, T, D]` to zq `[B, T, C]`, for any number of cells."""
+        """`[B, T, D]` to zq `[B, T, C]`, for any number of image tokens."""
         self._check_codes(codes, cells=None)
         return self.quantizer.decode(codes)
 
@@ -191,7 +190,7 @@ class VilaUVisionModel(PreTrainedModel):
         if self.config.decoder_latent_size is not None:
             latents = resize_latents(latents, self.config.decoder_latent_size)
         latents = self.post_quant_conv(latents)
-        if latents.device.type == "cpu":  # else a single picture's convolutions in bf16 take many times as long
+        if latents.device.type == "cpu":  # otherwise the convolutions of a single bf16 image take many times as long
             latents = latents.contiguous(memory_format=torch.channels_last)
         return self.decoder(latents)
 
@@ -201,13 +200,13 @@ class VilaUVisionModel(PreTrainedModel):
         return self.decode(self.quantizer.decode(codes))
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """`[B, 3, H, W]` to one vector a picture, `[B, C]`, made from its codes. Does not train the codebook."""
+        """`[B, 3, H, W]` to one vector per image, `[B, C]`, computed from its codes. Does not train the codebook."""
         if self.semantic_head is None:
             raise ValueError("this tower has no semantic head; build it with `use_semantic_head=True`")
         return self.semantic_head(self.quantizer.decode(self.encode_to_codes(pixel_values)))
 
     def get_text_features(self, input_ids: Tensor) -> Tensor:
-        """`[B, S]`, padded to `config.text_max_position_embeddings`, to one vector a text, `[B, C]`."""
+        """`[B, S]`, padded to `config.text_max_position_embeddings`, to one vector per text, `[B, C]`."""
         return self._require_text_model()(input_ids)
 
     def contrastive_loss(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
@@ -221,17 +220,17 @@ class VilaUVisionModel(PreTrainedModel):
         return self.text_model
 
     def _check_codes(self, codes: Tensor, cells: int | None) -> None:
-        """Raises where codes have another shape (`cells=None`: any number), dtype or range than the model's.
+        """Raises for codes of a wrong shape (`cells=None`: any number of tokens), dtype or range.
 
-        The range is looked at on a CPU, and before decoding; else an accelerator would have to be waited for.
+        The range is checked on a CPU and before decoding; elsewhere the check would synchronize with the device.
         """
         depth, entries = self.config.num_codebooks, self.config.codebook_size
         if codes.ndim != 3 or codes.shape[2] != depth or cells not in (None, codes.shape[1]):
-            raise ValueError(f"`codes` must be [batch, {cells or 'cells'}, {depth}], but is {list(codes.shape)}")
+            raise ValueError(f"`codes` must be [batch, {cells or 'tokens'}, {depth}], got {list(codes.shape)}")
         if codes.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"`codes` must be int32 or int64, but is {codes.dtype}")
+            raise TypeError(f"`codes` must be int32 or int64, got {codes.dtype}")
         readable = codes.device.type == "cpu" or (cells is not None and codes.device.type != "meta")
         if readable and codes.numel() and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in codes.aminmax())
             if low < 0 or high >= entries:
-                raise ValueError(f"`codes` must lie in 0 to {entries - 1}, but lie in {low} to {high}")
+                raise ValueError(f"`codes` must be in 0 to {entries - 1}, got {low} to {high}")

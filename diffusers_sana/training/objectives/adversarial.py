@@ -41,6 +41,7 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))
 
     def forward(self, images: Tensor) -> Tensor:
+        """`[B, 3, H, W]` to logits `[B, 1, h, w]`, one per patch."""
         return self.layers(images)
 
 

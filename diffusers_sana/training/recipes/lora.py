@@ -9,7 +9,11 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch.utils.data import Dataset
 
+from diffusers_sana._compat import warn_if_untested
 from diffusers_sana.training.data.images import ImageFolder, Images
+
+
+warn_if_untested("peft")
 
 
 class WithPrior(Dataset):

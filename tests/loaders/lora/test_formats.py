@@ -70,7 +70,7 @@ def test_alpha_of_a_tensor_counts_for_more():
         ({"lora_alpha": None}, "must have numbers for the rank and alpha of .*to_q', got 2, None"),
         (
             {"lora_alpha": 4, "alpha_pattern": "x"},
-            "`alpha_pattern` of the LoRA's config must be a dictionary, got 'x'",
+            "`alpha_pattern` of the LoRA config must be a dictionary, got 'x'",
         ),
         ({"lora_alpha": 4, "alpha_pattern": {"(": 2}}, "`alpha_pattern` of .* must have regular expressions"),
     ],
@@ -82,7 +82,7 @@ def test_configs_that_cannot_be_meant(fields, message):
 
 @pytest.mark.parametrize("shape", [(), (8, 8), (1, 8)])
 def test_magnitudes_of_other_shapes(shape):
-    with pytest.raises(ValueError, match="must have a number for each of 8 outputs, but has the shape"):
+    with pytest.raises(ValueError, match=r"must have one number per output \(8\), got the shape"):
         convert_sana_lora({**LAYER, f"{KOHYA}.dora_scale": torch.ones(shape)})
 
 
@@ -93,11 +93,11 @@ QKV = "diffusion_model.blocks.0.attn.qkv"
 @pytest.mark.parametrize(
     ("state_dict", "message"),
     [
-        ({}, "must hold a LoRA for the transformer, but is empty"),
-        ({f"{QKV}.lokr_w1": DOWN}, r"'diffusion_model.blocks.0.attn.qkv.lokr_w1': a tensor 'lokr_w2_a' must be there"),
-        ({f"{QKV}.hada_w1_a": DOWN}, r"'diffusion_model.blocks.0.attn.qkv.hada_w1_a': a tensor 'hada_w1_b' must be"),
-        ({f"{QKV}.hada_w1_a": DOWN, f"{QKV}.lokr_w1": DOWN}, "must belong to one method, but .*'hada_w1_a', 'lok"),
-        ({f"{QKV}.oft_R.weight": DOWN}, r"belongs to OFT, which rotates weights: it cannot be loaded .* train a LoRA"),
+        ({}, "must have a LoRA for the transformer, but is empty"),
+        ({f"{QKV}.lokr_w1": DOWN}, rf"'{QKV}.lokr_w1': the layer must have a tensor 'lokr_w2_a'"),
+        ({f"{QKV}.hada_w1_a": DOWN}, rf"'{QKV}.hada_w1_a': the layer must have a tensor 'hada_w1_b'"),
+        ({f"{QKV}.hada_w1_a": DOWN, f"{QKV}.lokr_w1": DOWN}, "must belong to one method, got .*'hada_w1_a', 'lok"),
+        ({f"{QKV}.oft_R.weight": DOWN}, r"belongs to OFT, .*It cannot be loaded .* train a LoRA"),
         ({f"{KOHYA}.lora_mid.weight": DOWN}, "LoCon with a Tucker decomposition"),
         ({f"{KOHYA}.hada_t1": DOWN}, "LoHa with a Tucker decomposition"),
         ({f"{KOHYA}.lokr_t2": DOWN}, "LoKr with a Tucker decomposition"),
@@ -105,24 +105,24 @@ QKV = "diffusion_model.blocks.0.attn.qkv"
         ({f"{KOHYA}.on_input": DOWN}, "belongs to IA3"),
         ({f"{KOHYA}.a1.weight": DOWN}, "belongs to GLoRA"),
         ({f"{KOHYA}.weight": DOWN}, r"is a whole weight of a layer \(`modules_to_save` or `bias` of PEFT\)"),
-        ({f"{KOHYA}.unknown": DOWN}, r"is no part of a LoRA. A key must end in one of \['alpha', "),
+        ({f"{KOHYA}.unknown": DOWN}, r"is not part of a LoRA. A key must end in one of \['alpha', "),
         ({"lora_te_model_layers_0_q.lora_up.weight": UP}, "all of it is for a text encoder"),
-        ({f"{KOHYA}.dora_scale": UP}, r"must have factors of a LoRA beside it in the file"),
-        ({**LAYER, f"{KOHYA}.alpha": UP}, rf"'{KOHYA}.alpha' must be one number, but has the shape \[8, 2\]"),
-        ({**LAYER, f"{KOHYA}.lora_up.weight": torch.ones(8)}, r"must have 2 or 4 axes, but has the shape \[8\]"),
-        ({**LAYER, f"{KOHYA}.lora_up.weight": UP.int()}, r"must have floating-point numbers, got torch.int32"),
+        ({f"{KOHYA}.dora_scale": UP}, r"must have LoRA factors next to it in the file"),
+        ({**LAYER, f"{KOHYA}.alpha": UP}, rf"'{KOHYA}.alpha' must be one number, got the shape \[8, 2\]"),
+        ({**LAYER, f"{KOHYA}.lora_up.weight": torch.ones(8)}, r"must have 2 or 4 axes, got the shape \[8\]"),
+        ({**LAYER, f"{KOHYA}.lora_up.weight": UP.int()}, r"must be floating-point, got torch.int32"),
         ({"lora_unet_double_blocks_0_qkv.lora_up.weight": UP, "lora_unet_double_blocks_0_qkv.lora_down.weight": DOWN},
-         "'lora_unet_double_blocks_0_qkv.*' names no layer of Sana"),
+         "'lora_unet_double_blocks_0_qkv.*' is not a layer of Sana"),
         ({f"{KOHYA}.lora_up.weight": UP}, rf"'{KOHYA}.lora_up.weight' must have a second key .*'lora_down.weight'"),
-        ({f"{KOHYA}.alpha": DOWN}, "must hold a LoRA for the transformer, but has no factors"),
-        ({**LAYER, f"{KOHYA}.lora_up.weight": torch.ones(8, 3)}, r"must have one rank.*\[2, 8\], \[8, 3\]"),
-        ({**LAYER, f"{KOHYA}.lora_A.weight": DOWN}, rf"'{KOHYA}.lora_A.weight' is what '{KOHYA}.lora_down.weight' is"),
-        ({**LAYER, f"{OURS}.lora_A.weight": DOWN, f"{OURS}.lora_B.weight": UP}, r"which another key of the file is"),
+        ({f"{KOHYA}.alpha": DOWN}, "must have a LoRA for the transformer, but has no factors"),
+        ({**LAYER, f"{KOHYA}.lora_up.weight": torch.ones(8, 3)}, r"must have the same rank.*\[2, 8\], \[8, 3\]"),
+        ({**LAYER, f"{KOHYA}.lora_A.weight": DOWN}, r"lora_A.weight' and .*lora_down.weight' are the same tensor"),
+        ({**LAYER, f"{OURS}.lora_A.weight": DOWN, f"{OURS}.lora_B.weight": UP}, "another key of the file both map to"),
         ({f"{QKV}.lora_down.weight": DOWN, f"{QKV}.lora_up.weight": UP}, r"must have 3 equal parts, .*\[8, 2\]"),
-        ({**LAYER, f"{KOHYA}.dora_scale": torch.ones(1, 8)}, r"DoRA over inputs scales what goes into the layer"),
+        ({**LAYER, f"{KOHYA}.dora_scale": torch.ones(1, 8)}, r"DoRA over inputs scales the input of the layer"),
         ({f"{DEPTH}.lora_A.weight": torch.ones(2, 8, 3, 3), f"{DEPTH}.lora_B.weight": torch.ones(1, 2, 1, 1),
           f"{DEPTH}.dora_scale": torch.ones(8, 1, 1, 1)}, "is DoRA of a depthwise convolution"),
-        ({f"{DEPTH}.lokr_w1": DOWN, f"{DEPTH}.lokr_w2": DOWN}, "must make 3x3 weights for each channel"),
+        ({f"{DEPTH}.lokr_w1": DOWN, f"{DEPTH}.lokr_w2": DOWN}, "must give 3x3 weights per channel"),
     ],
 )  # fmt: skip
 def test_refused(state_dict, message):
@@ -135,15 +135,15 @@ def test_the_text_encoders_part_is_left_out(caplog):
     bundled = {"bundle_emb.token.gemma": DOWN}
     converted, _ = convert_sana_lora({**LAYER, **text, **bundled})
     assert converted.keys() == {f"{OURS}.lora_A.weight", f"{OURS}.lora_B.weight"}
-    assert "also changes a text encoder (4 tensors, 'text_encoder.layers.0" in caplog.text
-    assert "images differ from those of the training" in caplog.text
+    assert "also changes a text encoder (4 tensors, such as 'text_encoder.layers.0" in caplog.text
+    assert "images differ from those in training" in caplog.text
 
 
 def test_an_alpha_without_factors_changes_nothing(caplog):
     other = "lora_unet_transformer_blocks_0_attn1_to_k.alpha"
     converted, _ = convert_sana_lora({**LAYER, other: torch.tensor(4.0)})
     assert converted.keys() == {f"{OURS}.lora_A.weight", f"{OURS}.lora_B.weight"}
-    assert "1 layers of the LoRA have an `alpha` and no factors" in caplog.text
+    assert "1 layers of the LoRA have an `alpha` but no factors" in caplog.text
 
 
 def product(converted, metadata, name=OURS):

@@ -36,7 +36,7 @@ def layer(rows=8, columns=128, rank=3, precision="int4", row_scale=1.0):
 
 
 def matrix(unpacked):
-    return dequantize_weight(**vars(unpacked.native(torch.float32)), dtype=torch.float32)
+    return dequantize_weight(**vars(unpacked.to_quantized_weight(torch.float32)), dtype=torch.float32)
 
 
 def awq_source(codes, scales, zeros):
@@ -74,7 +74,7 @@ def test_shape_of_weight_only_scales():
 
 @pytest.mark.parametrize("precision", ["int4", "nvfp4"])
 def test_what_a_file_may_leave_out(precision):
-    """The low-rank branch, and the scales that NVFP4 has beside those of groups."""
+    """The low-rank branch, and NVFP4's scales other than those of groups."""
     written = files.quantize(torch.randn(100, 200), None, precision)
     optional = ("lora_down", "lora_up", "wtscale")
     least = {f"x.{name}": value for name, value in written.tensors.items() if name not in optional}
@@ -108,13 +108,13 @@ def test_merged_layers_add_up(precision):
 
 
 def test_layers_that_cannot_be_merged():
-    with pytest.raises(ValueError, match=r"'x' .* 100 features in whole groups of 64"):
+    with pytest.raises(ValueError, match=r"'x' .* 100 features, must be a multiple of the group size 64"):
         merge_columns(layer().columns(100), layer(), "x")
-    with pytest.raises(ValueError, match=r"'x' .* in the format of the second"):
+    with pytest.raises(ValueError, match=r"'x' .* have the format of the second"):
         merge_columns(layer(), layer(precision="nvfp4"), "x")
     second = layer(precision="nvfp4")
     second = replace(second, row_scales=torch.linspace(1, 2, 8))
-    with pytest.raises(ValueError, match=r"must have one ratio in all rows, got 0.5 to 1.0"):
+    with pytest.raises(ValueError, match=r"must have the same ratio in all rows, got 0.5 to 1.0"):
         merge_columns(layer(precision="nvfp4"), second, "x")
 
 
@@ -136,15 +136,15 @@ def test_columns_and_rows():
     whole = layer(8, 192)
     index = torch.tensor([5, 0])
     assert_close_fp32(matrix(whole.columns(100).rows(index)), matrix(whole)[index][:, :100])
-    assert whole.columns(100).native(torch.float32).wscales.shape == (8, 2)
+    assert whole.columns(100).to_quantized_weight(torch.float32).wscales.shape == (8, 2)
 
 
 def test_what_16_bits_would_round_stays_fp32():
     unpacked = layer(precision="nvfp4")
-    native = unpacked.native(torch.bfloat16)
+    native = unpacked.to_quantized_weight(torch.bfloat16)
     assert native.smooth_factor.dtype == torch.float32
     assert native.wtscale.dtype == native.proj_up.dtype == torch.bfloat16
     rounded = replace(unpacked, row_scales=torch.full((8,), 0.3), smooth=unpacked.smooth.bfloat16())
-    native = rounded.native(torch.bfloat16)
+    native = rounded.to_quantized_weight(torch.bfloat16)
     assert native.smooth_factor.dtype == torch.bfloat16
     assert native.wtscale.dtype == torch.float32

@@ -157,7 +157,10 @@ def mixed():
     [
         (lambda: files.flux(2, 64, 1), "has none"),
         (lambda: quantized(model=files.sana()), r"linear layers only, .*conv_inverted"),
-        (lambda: quantized(model=files.flux(3, 64, 1)), "multiples of 128, 'transformer_blocks.0.attn.to_q' is 192"),
+        (
+            lambda: quantized(model=files.flux(3, 64, 1)),
+            "multiples of 128, but 'transformer_blocks.0.attn.to_q' is 192",
+        ),
         (lambda: quantized(dtype=torch.float32), r"one dtype of .* got \['torch.float32'\]"),
         (mixed, r"one format of .* got \['int4', 'nvfp4'\]"),
         (with_adapters, "must have no adapters"),
@@ -184,7 +187,7 @@ def test_what_cannot_be_loaded(tmp_path):
 
     refused("must be \"nunchaku_lite\", got 'gguf'", {"quant_method": "gguf"})
     refused("must list at least one layer", {"svdq_w4a4": None})
-    refused(r"must have a layer 'no.layer'", {"svdq_w4a4": {"targets": ["no.layer"]}})
+    refused(r"has no layer 'no.layer'", {"svdq_w4a4": {"targets": ["no.layer"]}})
     refused("must have 'x_embedder.qweight'", {"svdq_w4a4": {"targets": ["x_embedder"]}})
     refused("names 'NoModel', which diffusers has not", _class_name="NoModel")
     with pytest.raises(ValueError, match="`torch_dtype` must be one of"):

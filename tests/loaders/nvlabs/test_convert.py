@@ -80,7 +80,9 @@ def test_a_file_without_positions_must_be_told_its_size():
 
 def test_a_table_that_published_models_lack_is_not_believed_unasked():
     checkpoint = official_sana(sana(), 1.0)
-    with pytest.raises(ValueError, match=r"`interpolation_scale` must be given: the table .* says 1.0, .* have None"):
+    with pytest.raises(
+        ValueError, match=r"`interpolation_scale` must be given: the position table .* has 1.0, .* have None"
+    ):
         SanaTransformer2DModel.from_single_file(checkpoint, **HEADS)
     model = SanaTransformer2DModel.from_single_file(checkpoint, interpolation_scale=1.0, **HEADS)
     assert model.config.interpolation_scale == 1.0
@@ -139,7 +141,7 @@ def test_every_layout_of_the_autoencoder_is_recognised(name, tmp_path):
 
 def test_scaling_factors():
     sana_ae = official_dc(small_model("sana"))
-    with pytest.raises(ValueError, match="`scaling_factor` must be given: tensors do not tell it"):
+    with pytest.raises(ValueError, match="`scaling_factor` must be given: the tensors do not determine it"):
         AutoencoderDC.from_single_file({"model": official_dc(small_model("in"))})
     sana_ae["encoder.project_out.main.op_list.0.conv.weight"] = torch.zeros(32, 32, 3, 3)
     assert read_official(AutoencoderDC, sana_ae).config["scaling_factor"] == 0.41407
@@ -156,13 +158,16 @@ def test_damaged_files(cls, tmp_path):
     for suffix in (".pth", ".safetensors"):
         path = write(tmp_path / f"cut{suffix}", whole)
         path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises(ValueError, match=rf"cut{suffix}' must be a whole .safetensors file, .* Download or copy"):
+        with pytest.raises(
+            ValueError,
+            match=rf"cut{suffix}' must be a complete .safetensors or PyTorch .pth file, .* Download or copy",
+        ):
             cls.from_single_file(path, **options)
     for checkpoint, message in (
-        ({**whole, "blocks.0.adaln.weight": torch.zeros(1)}, "'blocks.0.adaln.weight' is unknown"),
+        ({**whole, "blocks.0.adaln.weight": torch.zeros(1)}, "'blocks.0.adaln.weight' is in no original"),
         ({name: value for name, value in whole.items() if name != key}, "the file must have a tensor for '.*'"),
         ({**whole, key: whole[key][:-2]}, f"'{key}' must make"),
-        ({**whole, key: 3}, f"must hold tensors by their names, but '{key}' is of type int"),
+        ({**whole, key: 3}, f"must be a dictionary of tensors, but '{key}' is of type int"),
     ):
         with pytest.raises(ValueError, match=message):
             cls.from_single_file(checkpoint, **options)
@@ -188,14 +193,14 @@ def test_code_in_a_file_is_not_run(place, is_zip, tmp_path):
     torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=is_zip)
     for weights in ("model", "ema"):
         with pytest.raises(
-            ValueError, match=r"evil.pth' must hold nothing but tensors .* names \w+.mkdir, which could"
+            ValueError, match=r"evil.pth' must contain only tensors .* references \w+.mkdir, which could"
         ):
             plan_conversion(tmp_path / "evil.pth", weights=weights, **HEADS)
     assert not (tmp_path / "made").exists()
 
 
 def test_a_file_of_another_model(tmp_path):
-    with pytest.raises(ValueError, match="must be a file of Sana or DC-AE by the authors' names, but has 'a'"):
+    with pytest.raises(ValueError, match="must be an original file of Sana or DC-AE, but has a tensor 'a'"):
         plan_conversion(write(tmp_path / "a.pth", {"a": torch.zeros(1)}))
 
 
@@ -232,7 +237,7 @@ def test_a_file_of_the_authors_trainer(numpy_names, tmp_path, capsys):
 
     command = ["convert", str(path), "--set", "num_cross_attention_heads=2", "--weights", "ema"]
     cli.main([*command, "-o", str(tmp_path / "out")])
-    assert "weights: ema; the file also holds model" in capsys.readouterr().out
+    assert "weights: ema; the file also has model" in capsys.readouterr().out
     assert_equal_weights(SanaTransformer2DModel.from_pretrained(tmp_path / "out"), average.state_dict())
 
 
@@ -245,7 +250,7 @@ def test_averaged_weights_of_other_trainers(tmp_path):
         loaded = SanaTransformer2DModel.from_single_file(content, weights=weights, **HEADS)
         assert_equal_weights(loaded, model.state_dict())
     for change, weights, message in (
-        ({"ema": {0.9: named, 0.99: named}}, "ema", r"averaged weights of the decays \[0.9, 0.99\]"),
+        ({"ema": {0.9: named, 0.99: named}}, "ema", r"EMA weights for the decays \[0.9, 0.99\]"),
         ({"ema": None}, "ema", "`weights` must be 'model' for this file"),
         ({}, "average", r"`weights` must be one of \['model', 'ema'\], got 'average'"),
     ):
@@ -263,9 +268,9 @@ def test_odd_nesting_ends(tmp_path):
         deep = {"module": deep}
     for content in (itself, two, {"ema": itself}, deep, {0: {}}, {"state_dict": []}, [1], torch.zeros(1), {}):
         torch.save(content, tmp_path / "odd.pth")
-        with pytest.raises(ValueError, match="must hold tensors by their names"):
+        with pytest.raises(ValueError, match="must be a dictionary of tensors"):
             plan_conversion(tmp_path / "odd.pth")
-    with pytest.raises(ValueError, match="must hold tensors by their names"):
+    with pytest.raises(ValueError, match="must be a dictionary of tensors"):
         SanaTransformer2DModel.from_single_file({"ema": itself}, weights="ema")
 
 
@@ -318,10 +323,12 @@ def test_a_pipeline_around_the_file(tmp_path, capsys):
 def test_a_pipeline_of_another_family(tmp_path):
     base = tiny.write_official_folder(tmp_path / "base", **SANA)
     sprint = write(tmp_path / "sprint.pth", official_sana(sana(**VARIANTS["sprint"])))
-    with pytest.raises(ValueError, match="must have a transformer with guidance_embeds = True, as the file"):
+    with pytest.raises(ValueError, match="must have a transformer with guidance_embeds = True, as in the file"):
         convert(sprint, tmp_path / "out", base, **HEADS)
     controlnet = diffusers.SanaControlNetModel(**SANA)
     both = {**official_sana(sana()), **official_sana(controlnet, block="controlnet.{}.copied_block")}
-    with pytest.raises(ValueError, match=r"`base` must be a pipeline with a 'controlnet', but .* Convert it alone"):
+    with pytest.raises(
+        ValueError, match=r"`base` must be a pipeline with a 'controlnet', but .* Convert the model alone"
+    ):
         convert(write(tmp_path / "c.pth", both), tmp_path / "out", base, **HEADS)
     assert not (tmp_path / "out").exists()

@@ -111,7 +111,7 @@ def test_card(folder):
     card = ModelCard.load(folder / "README.md")
     assert (card.data.license, card.data.base_model) == ("llama2", "mit-han-lab/vila-u-7b-256")
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "any-to-any")
-    assert "| 32 x 32 pixels, 16 cells of 3 codes of 64 |" in card.text
+    assert "| 32 x 32 pixels, 16 tokens with 3 codes each, codebook of 64 |" in card.text
     code = card.text.split("```python")[1].split("```")[0].replace("me/cats", str(folder))
     said: dict = {}
     torch.manual_seed(0)
@@ -123,9 +123,9 @@ def test_card(folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "config.json is not there"),
-        ({"model_type": "vila_u_llama"}, "is 'vila_u_llama'. Convert an official"),
-        ({}, "of type 'vila_u', but that of .* is None"),
+        (None, "config.json is missing"),
+        ({"model_type": "vila_u_llama"}, "got 'vila_u_llama' in .* Convert an official"),
+        ({}, "of type 'vila_u', got None"),
     ],
 )
 def test_refused(tmp_path, content, message):

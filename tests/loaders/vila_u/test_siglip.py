@@ -35,5 +35,5 @@ def test_a_tower_of_another_layout_is_refused():
     config.use_text_tower = False
     with pytest.raises(ValueError, match=r"`tower` must have the layout of `siglip`.*logit_bias"):
         load_siglip(VilaUVisionModel(config), siglip)
-    with pytest.raises(ValueError, match="does not take"):
+    with pytest.raises(ValueError, match="does not match in"):
         load_siglip(VilaUVisionModel(tower_config_like(tiny_siglip(layers=2).config)), siglip)

@@ -43,13 +43,13 @@ ERRORS = [
     ({"generation_mode": "audio"}, "`generation_mode` must be"),
     ({"num_frames": 2}, "`num_frames` is for"),
     ({"negative_input_ids": None}, "guidance needs `negative_input_ids`"),
-    ({"guidance_scale": [1.0, 2.0, 3.0]}, "`guidance_scale` must be a number or one for each of 2 prompts"),
+    ({"guidance_scale": [1.0, 2.0, 3.0]}, r"`guidance_scale` must be a number or have one entry per prompt \(2\)"),
     *(
         ({"guidance_interval": interval}, "`guidance_interval` must be .* but is")
         for interval in ((0.5, 0.5), (-0.1, 1), (0, 1.1), (0.5,))
     ),
-    ({"generator": [torch.Generator()]}, "`generator` must be one for each of 2 samples, but is 1"),
-    ({"num_return_sequences": 0}, "must be 1 or more, but are 1 and 0"),
+    ({"generator": [torch.Generator()]}, r"`generator` must have one generator per sample \(2\), got 1"),
+    ({"num_return_sequences": 0}, "must be at least 1, got 1 and 0"),
     ({"cache_implementation": "none"}, "`cache_implementation` must be"),
     ({"temperature": 0.0}, "`temperature` must be above 0"),
     ({"top_k": -1}, "`top_k` must be 0"),

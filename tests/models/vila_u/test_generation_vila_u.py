@@ -94,7 +94,7 @@ def test_caches_agree():
         {"past_key_values": DynamicCache(config=model.config.text_config)},
     ):
         assert torch.equal(model.generate(**prompt(*PROMPTS), **GREEDY, **options), gold), options
-    with pytest.raises(ValueError, match="`past_key_values` must be empty, but holds"):
+    with pytest.raises(ValueError, match="`past_key_values` must be empty, got"):
         model.generate(**prompt(*PROMPTS), **GREEDY, **options)  # it is full now
     longer = StaticCache(config=model.config.text_config, max_cache_len=50)
     assert torch.equal(model.generate(**prompt(*PROMPTS), **GREEDY, past_key_values=longer), gold)

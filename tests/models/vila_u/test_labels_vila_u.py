@@ -134,9 +134,9 @@ def test_refused():
         PROCESSOR.apply_chat_template(chat, output_labels=True)
     with pytest.raises(ValueError, match="no `generation_mode`"):
         inputs_of(chat, generation_mode="image")
-    with pytest.raises(ValueError, match="in chat 1 it says nothing"):
+    with pytest.raises(ValueError, match="chat 1 has none"):
         inputs_of([chat, chat[:1]])
-    with pytest.raises(ValueError, match=r"must mark it by \{% generation %\}"):
+    with pytest.raises(ValueError, match=r"must mark answers with \{% generation %\}"):
         PROCESSOR.apply_chat_template(
             chat, "{{ messages[1].content }}", output_labels=True, tokenize=True, return_dict=True
         )

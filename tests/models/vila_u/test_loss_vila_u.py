@@ -164,7 +164,7 @@ def test_parts_of_a_sequence_have_the_losses_of_the_whole():
     gold = cross_entropy(states.logits[0, :-1], torch.tensor(row[1:]), reduction="none")
     part, shifted = torch.tensor([row[:3]]), torch.tensor([row[1:4]])
     assert model(input_ids=part, shift_labels=shifted).text_loss.item() == pytest.approx(gold[:3].mean().item())
-    with pytest.raises(ValueError, match="`shift_labels` must not end with a cell"):
+    with pytest.raises(ValueError, match="`shift_labels` must not end with an image token"):
         model(input_ids=part, shift_labels=torch.tensor([[-100, -100, IMAGE]]))
 
 

@@ -160,12 +160,12 @@ def test_a_picture_in_its_place():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_codes": codes(2)}, "that is 32 times for what was given, but holds it 16 times"),
-        ({"image_codes": None}, "that is 0 times for what was given, but holds it 16 times"),
+        ({"image_codes": codes(2)}, "32 times for the given images, got 16"),
+        ({"image_codes": None}, "0 times for the given images, got 16"),
         ({"pixel_values": torch.zeros(1, 3, 32, 32)}, "exactly one of `pixel_values` and `image_codes`"),
         ({"inputs_embeds": torch.zeros(1, 2, WIDTH)}, "exactly one of `input_ids` and `inputs_embeds`"),
-        ({"inputs_embeds": torch.zeros(1, 2, WIDTH), "input_ids": None}, "pictures need `input_ids`"),
-        ({"mm_encoder_outputs": {"image": object()}}, "not two of them"),
+        ({"inputs_embeds": torch.zeros(1, 2, WIDTH), "input_ids": None}, "images need `input_ids`"),
+        ({"mm_encoder_outputs": {"image": object()}}, "only one of `pixel_values`"),
     ],
 )
 def test_errors(change, message):

@@ -256,7 +256,7 @@ class TestMedia:
             ({"text": "<image>"}, "the text has 1, got 0"),
             ({"text": "a", "images": picture()}, "the text has 0, got 1"),
             ({"text": ["<image>", "a"], "images": [[], [picture()]]}, "prompt 0 has 1, got 0"),
-            ({"text": ["<image>", "a"], "images": [[picture()]]}, "a list for each of the 2 prompts, got 1"),
+            ({"text": ["<image>", "a"], "images": [[picture()]]}, r"one list per prompt \(2\), got 1"),
             ({"text": ["<image>"] * 2, "images": [[picture()], picture()]}, "a list of images; got list"),
             ({"text": "<image>", "images": 3}, "one of the image kinds or a list, got int"),
             ({"text": "<image>", "images": [3]}, "got int among them"),
@@ -288,7 +288,7 @@ def test_codes_in_place_of_pictures():
     assert torch.equal(batch["image_codes"], torch.stack(codes))
     assert "pixel_values" not in batch
     gray = torch.zeros(32, 32, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="must all be pictures or all codes, got 1 codes among 2"):
+    with pytest.raises(ValueError, match="must all be images or all codes, got 1 codes among 2"):
         processor(text="<image>\n<image>\na", images=[codes[0], gray])
     with pytest.raises(ValueError, match=r"must be \[16, D\], got \[15, 3\]"):
         processor(text="<image>\na", images=[codes[0][1:]])
@@ -348,7 +348,7 @@ class TestOptionsOfTransformers:
         ids=str,
     )
     def test_refused(self, options):
-        with pytest.raises(ValueError, match="must be left out: this processor would not obey it"):
+        with pytest.raises(ValueError, match="must be left out: this processor does not support it"):
             self.call(**options)
 
     def test_obeyed(self):

@@ -132,9 +132,9 @@ def test_state_dict_resumes_training():
 
 def test_errors():
     module = quantizer(training=True)
-    with pytest.raises(ValueError, match="`initial_count` must not be negative, but is -1"):
+    with pytest.raises(ValueError, match="`initial_count` must not be negative, got -1"):
         module.start_ema(-1)
-    with pytest.raises(ValueError, match="`initial_count` must be positive, but is 0"):
+    with pytest.raises(ValueError, match="`initial_count` must be positive, got 0"):
         quantizer(restart_unused_codes=False).start_ema()
     module.start_ema()
     module.bfloat16()

@@ -42,7 +42,7 @@ def test_candidates(name, options):
 def test_draws_follow_the_probabilities():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0]).expand(40_000, 5)
     sampling = VisualSampling(top_k=4, top_p=1.0)
-    noise = CodeNoise(torch.Generator().manual_seed(0), (40_000, 1, 1, 5), torch.device("cpu")).draw()
+    noise = CodeNoise(torch.Generator().manual_seed(0), (40_000, 1, 1, 5), torch.device("cpu")).sample()
     drawn = sampling.choose(logits, noise[:, 0, 0]).bincount(minlength=5) / 40_000
     gold = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf]).softmax(0)
     torch.testing.assert_close(drawn, gold, atol=0.01, rtol=0)
@@ -54,7 +54,7 @@ def test_noise_of_each_sample_is_its_own():
     many = CodeNoise([torch.Generator().manual_seed(seed) for seed in (5, 6, 7)], shape, cpu)
     alone = CodeNoise([torch.Generator().manual_seed(6)], (1, *shape[1:]), cpu)
     for _ in range(2):
-        assert torch.equal(many.draw()[1:2], alone.draw())
+        assert torch.equal(many.sample()[1:2], alone.sample())
 
 
 def test_guidance_formula():

@@ -138,7 +138,7 @@ def test_what_images_cannot_have():
         model.generate(
             **inputs(ROW), assistant_model=model, tokenizer=tiny_tokenizer(), assistant_tokenizer=tiny_tokenizer()
         )
-    with pytest.raises(ValueError, match="`negative_prompt_ids` must be text alone"):
+    with pytest.raises(ValueError, match="`negative_prompt_ids` must be text only"):
         model.generate(**inputs(ROW), guidance_scale=2.0, negative_prompt_ids=torch.tensor([[BOS, *PICTURE]]))
     text = model.generate(torch.tensor([[BOS, 5, 6]]), **NEW, assistant_model=copy.deepcopy(model))
     assert text.equal(model.generate(torch.tensor([[BOS, 5, 6]]), **NEW))

@@ -250,21 +250,21 @@ def test_overfits_four_pictures():
 
 def test_errors():
     model = tower()
-    with pytest.raises(ValueError, match=r"`pixel_values` must be \[batch, 3, 32, 32\], but is \[1, 3, 40, 32\]"):
+    with pytest.raises(ValueError, match=r"`pixel_values` must be \[batch, 3, 32, 32\], got \[1, 3, 40, 32\]"):
         model.encode(torch.zeros(1, 3, 40, 32))
-    with pytest.raises(ValueError, match=r"but is \[3, 32, 32\]; resize"):
+    with pytest.raises(ValueError, match=r"got \[3, 32, 32\]; resize"):
         model(torch.zeros(3, 32, 32))
     codes = torch.zeros(1, CELLS, DEPTH, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"`codes` must be \[batch, 16, 3\], but is \[1, 5, 3\]"):
+    with pytest.raises(ValueError, match=r"`codes` must be \[batch, 16, 3\], got \[1, 5, 3\]"):
         model.decode_codes(codes[:, :5])
     assert model.embed_codes(codes[:, :5]).shape == (1, 5, 32)
-    with pytest.raises(ValueError, match=r"`codes` must be \[batch, cells, 3\], but is \[1, 16, 2\]"):
+    with pytest.raises(ValueError, match=r"`codes` must be \[batch, tokens, 3\], got \[1, 16, 2\]"):
         model.embed_codes(codes[..., :2])
-    with pytest.raises(ValueError, match=r"`codes` must lie in 0 to 63, but lie in 0 to 64"):
+    with pytest.raises(ValueError, match=r"`codes` must be in 0 to 63, got 0 to 64"):
         model.embed_codes(codes.index_fill(1, torch.tensor(3), CODES))
     with pytest.raises(ValueError, match=r"but lie in -1 to -1"):
         model.decode_codes(codes - 1)
-    with pytest.raises(TypeError, match=r"`codes` must be int32 or int64, but is torch.float32"):
+    with pytest.raises(TypeError, match=r"`codes` must be int32 or int64, got torch.float32"):
         model.decode_codes(codes.float())
     with pytest.raises(ValueError, match="use_semantic_head=True"):
         model.get_image_features(pictures())
@@ -273,7 +273,7 @@ def test_errors():
     with pytest.raises(ValueError, match="use_text_tower=True"):
         model.contrastive_loss(torch.zeros(1, 32), torch.zeros(1, 32))
     semantic = tower(**SEMANTIC)
-    with pytest.raises(ValueError, match=r"\[batch, 1 to 16 tokens\], but is \[1, 17\]"):
+    with pytest.raises(ValueError, match=r"\[batch, 1 to 16 tokens\], got \[1, 17\]"):
         semantic.get_text_features(torch.zeros(1, 17, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"must both be \[N, C\], but are \[2, 32\] and \[1, 32\]"):
+    with pytest.raises(ValueError, match=r"must both be \[N, C\], got \[2, 32\] and \[1, 32\]"):
         semantic.contrastive_loss(torch.zeros(2, 32), torch.zeros(1, 32))

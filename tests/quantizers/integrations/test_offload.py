@@ -9,6 +9,7 @@ from accelerate.utils import compute_module_sizes
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 
 from diffusers_sana import SanaTransformer2DModel, SVDQuantConfig
+from diffusers_sana._compat import release, version_of
 from diffusers_sana.quantizers.svdquant.integrations.diffusers import SVDQuantQuantizer
 from diffusers_sana.quantizers.svdquant.layers.linear import quantized_layers
 from tests.numerics import relative_error
@@ -69,7 +70,14 @@ def test_dtype_of_loading(saved, dtype):
 
 @pytest.mark.parametrize("offload", [cpu_offload, disk_offload], ids=lambda offload: offload.__name__)
 def test_sequential_offload(model, saved, offload, tmp_path):
-    offload(model, *([tmp_path] if offload is disk_offload else []), execution_device=CPU)
+    arguments = [tmp_path] if offload is disk_offload else []
+    # Older versions of accelerate cannot write fp8 numbers, which scales of NVFP4 are, into its files.
+    has_fp8_files = release(version_of("accelerate")) >= (1, 15)
+    if offload is disk_offload and saved[2].precision == "nvfp4" and not has_fp8_files:
+        with pytest.raises(TypeError, match="Float8_e4m3fn"):
+            offload(model, *arguments, execution_device=CPU)
+        return
+    offload(model, *arguments, execution_device=CPU)
     assert all(parameter.is_meta for layer in quantized_layers(model) for parameter in layer.parameters())
     assert_twice_the_same(model, saved)
 

@@ -12,6 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from diffusers_sana import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.api import quantize
+from diffusers_sana.quantizers.svdquant.integrations.checkpoint import check_layers
 from diffusers_sana.quantizers.svdquant.layers.linear import quantized_layers
 from tests import tiny
 from tests.numerics import relative_error
@@ -174,9 +175,9 @@ def test_bad_arguments(original, arguments, message):
     [
         ("qweight", None, f"lacks 1 tensors .*{LAYER}.qweight"),
         ("qweight", lambda x: x.float(), "qweight' must be torch.uint8 .*, got torch.float32"),
-        ("qweight", lambda x: x[:-1], "ignore_mismatched_sizes"),  # the library's own error
+        ("qweight", lambda x: x[:-1], r"qweight' must be torch.uint8 of shape \[32, 32\], got .* \[31, 32\]"),
         ("wscales", lambda x: x.to(torch.float8_e4m3fn), "wscales' must be torch.float32"),
-        ("proj_up", lambda x: x[:-1], rf"`proj_down` and `proj_up` of '{LAYER}' must be"),
+        ("proj_up", lambda x: x[:-1], r"proj_up' must be torch.float32 of shape \[32, 'rank'\], got .* \[31, 4\]"),
         ("proj_up", lambda x: x[:, :-1], rf"`proj_down` and `proj_up` of '{LAYER}' must be"),
     ],
 )
@@ -188,6 +189,27 @@ def test_damaged_checkpoint(saved, leaf, change, message):
     save_file(tensors, saved / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises((ValueError, RuntimeError), match=message):
         load(saved)
+
+
+def test_damaged_state_dict(saved):
+    """Which the library takes in place of files, and older versions do not check."""
+    tensors = load_file(saved / WEIGHTS)
+    tensors[f"{LAYER}.wscales"] = tensors[f"{LAYER}.wscales"][:-1]
+    config = type(tiny.text_encoder()).config_class.from_pretrained(saved)
+    with pytest.raises((ValueError, RuntimeError), match=r"wscales' must be torch.float32|ignore_mismatched_sizes"):
+        load(None, config=config, state_dict=tensors)
+
+
+@pytest.mark.parametrize("part", ["qweight", "wscales", "wtscale", "smooth_factor", "proj_down", "bias"])
+def test_parts_that_do_not_fit(part):
+    """Whatever a library has put into the layers."""
+    model = clip()
+    quantize(model, SVDQuantConfig(rank=4, precision="nvfp4", modules={"*": "w4a4"}), progress=False)
+    check_layers(model)
+    layer = next(quantized_layers(model))
+    setattr(layer, part, nn.Parameter(getattr(layer, part)[..., :-1].clone(), requires_grad=False))
+    with pytest.raises(ValueError, match=rf"`{part}` and|\.{part}' must be torch\."):
+        check_layers(model)
 
 
 @pytest.mark.parametrize("change", [lambda x: x.fill_(torch.nan), None])

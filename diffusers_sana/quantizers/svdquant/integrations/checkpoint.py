@@ -1,17 +1,19 @@
 """Loading a checkpoint into a model with SVDQuant layers: the part that diffusers and transformers have in common.
 
 From a 16-bit checkpoint each weight is quantized when it arrives (`quantize_weight`). For a quantized checkpoint the
-layers are replaced by empty ones first (`insert_empty_layers`), and each tensor is checked (`check_tensor`,
-`check_layers`).
+layers are replaced by empty ones first (`insert_empty_layers`), and each tensor is checked (`check_files`,
+`check_tensor`, `check_layers`).
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from diffusers_sana.checkpoint_files import meta_tensors
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
 from diffusers_sana.quantizers.svdquant.config import LAYOUT, SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.layers.linear import (
@@ -127,17 +129,48 @@ def check_tensor(name: str, expected: Tensor, shape: tuple[int, ...], dtype: tor
         )
 
 
+def check_files(model: nn.Module, files: Iterable[str]) -> None:
+    """Whether the tensors in safetensors files can be what the quantized layers of a model expect.
+
+    Some hosts cast tensors to the dtype of the empty layer before a quantizer can see them: transformers 5.17 does.
+
+    Raises:
+        OSError: a damaged file.
+        ValueError: see `check_tensor`.
+    """
+    expected = {
+        f"{name}.{leaf}": parameter
+        for name, module in model.named_modules()
+        if isinstance(module, SVDQuantLayer)
+        for leaf, parameter in module.named_parameters(recurse=False)
+    }
+    for file in files:
+        tensors = meta_tensors(Path(file)) if file.endswith(".safetensors") else {}
+        for name in expected.keys() & tensors.keys():
+            check_tensor(name, expected[name], tuple(tensors[name].shape), tensors[name].dtype)
+
+
 def check_layers(model: nn.Module) -> None:
-    """Raises ValueError if a low-rank branch does not fit its layer; called when all tensors are loaded."""
+    """Raises ValueError if the tensors of a layer do not fit together; called when all tensors are loaded."""
     for name, module in model.named_modules():
         if not isinstance(module, SVDQuantLayer):
             continue
+        outputs, inputs = weight_shape(module)
         down, up = list(module.proj_down.shape), list(module.proj_up.shape)
-        if down[1:] != list(module.smooth_factor.shape) or up != [module.qweight.shape[0], down[0]]:
+        if down[1:] != [inputs] or up != [outputs, down[0]]:
             raise ValueError(
-                f"`proj_down` and `proj_up` of {name!r} must be [rank, {module.smooth_factor.shape[0]}] and "
-                f"[{module.qweight.shape[0]}, rank], got {down} and {up}. The file was changed; download or quantize "
-                "the model again."
+                f"`proj_down` and `proj_up` of {name!r} must be [rank, {inputs}] and [{outputs}, rank], got {down} "
+                f"and {up}. The file was changed; download or quantize the model again."
+            )
+        precision = "int4" if module.wtscale is None else "nvfp4"
+        expected = empty_weight(outputs, inputs, down[0], precision, module.proj_up.dtype)
+        for item in fields(expected):
+            if (wanted := getattr(expected, item.name)) is not None:
+                part = getattr(module, item.name)
+                check_tensor(f"{name}.{item.name}", wanted, tuple(part.shape), part.dtype)
+        if module.bias is not None:
+            check_tensor(
+                f"{name}.bias", torch.empty(outputs, device="meta"), tuple(module.bias.shape), module.bias.dtype
             )
 
 

@@ -13,11 +13,15 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.utils import logging
 from torch import Tensor, nn
 
+from diffusers_sana._compat import warn_if_untested
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.integrations import checkpoint
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
 from diffusers_sana.quantizers.svdquant.layers.lora import enable_weight_lookup
 from diffusers_sana.quantizers.svdquant.targets import find_targets
+
+
+warn_if_untested("accelerate")
 
 
 class SVDQuantQuantizer(DiffusersQuantizer):

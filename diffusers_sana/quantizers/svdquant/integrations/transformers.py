@@ -1,21 +1,15 @@
 """SVDQuant in `from_pretrained` and `save_pretrained` of transformers, for text encoders; see `diffusers.py`."""
 
-from dataclasses import fields
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 from diffusers_sana._compat import ConversionOps
-from diffusers_sana.quantizers.svdquant.algorithm.decompose import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.integrations import checkpoint
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
 from diffusers_sana.quantizers.svdquant.targets import find_targets
-
-
-TENSORS = {item.name for item in fields(QuantizedWeight)}
 
 
 class SVDQuantTransformersQuantizer(HfQuantizer):
@@ -38,13 +32,16 @@ class SVDQuantTransformersQuantizer(HfQuantizer):
         """Raises ValueError for requests that are not supported; see `checkpoint.check_request`."""
         checkpoint.check_request(self.quantization_config, self.pre_quantized, device_map)
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         if self.pre_quantized:
             checkpoint.check_layout(self.quantization_config)
             checkpoint.insert_empty_layers(model, self.quantization_config)
             for name, module in model.named_modules():
                 if isinstance(module, SVDQuantLayer):
                     _skip_initialization(model, name)
+            checkpoint.check_files(model, checkpoint_files or [])
         else:
             self.targets = find_targets(model, self.quantization_config)
             self.quantization_config = checkpoint.recorded_config(self.quantization_config, model, self.targets)
@@ -81,15 +78,6 @@ class SVDQuantTransformersQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> "QuantizeWeight":
         """The conversion of a weight to a quantized layer."""
         return QuantizeWeight(self)
-
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The dtype for a tensor of a quantized checkpoint; raises ValueError for one of another kind."""
-        name = converter.target_patterns[0]
-        if dtype is None or name.rpartition(".")[2] not in TENSORS:
-            return super().get_new_dtype(converter, param, dtype)
-        shape = tuple(param.get_shape() if hasattr(param, "get_shape") else param.shape)
-        checkpoint.check_tensor(name, torch.empty(shape, dtype=dtype, device="meta"), shape, param[:0].dtype)
-        return dtype
 
     @property
     def quantized_element_size(self) -> float | None:

@@ -233,6 +233,7 @@ class SVDQuantLinear(SVDQuantLayer, nn.Linear):
         return self.matmul(input)
 
     def extra_repr(self) -> str:
+        """The sizes, format, rank and mode, for `print(model)`."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"precision={self.precision}, rank={self.rank}, compute_mode={self.compute_mode}"

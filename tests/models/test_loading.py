@@ -73,7 +73,7 @@ class TestTensors:
 
     def test_another_shape(self, name, folder, way):
         edit(folder, lambda weights: weights.update({TENSORS[name][0]: torch.zeros(3, 5)}))
-        with pytest.raises(ValueError, match=rf"'{TENSORS[name][0]}' in .*{WEIGHTS} has the shape \[3, 5\], but"):
+        with pytest.raises(ValueError, match=rf"'{TENSORS[name][0]}' in .*{WEIGHTS} must have .*got \[3, 5\]"):
             load(name, folder, **way)
 
     def test_block_behind_the_last(self, name, folder, way):
@@ -153,7 +153,7 @@ class TestDamage:
     def test_cut_off_weights(self, name, folder, way):
         file = folder / WEIGHTS
         file.write_bytes(file.read_bytes()[:-100])
-        with pytest.raises(OSError, match=rf"{WEIGHTS} is damaged or cut off: .* Download it again"):
+        with pytest.raises(OSError, match=rf"{WEIGHTS} is damaged or truncated: .* Download it again"):
             load(name, folder, **way)
 
     @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_saved_with_a_lora_beside_the_layers(tmp_path):
     model = tiny.transformer(diffusers_sana)
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     diffusers.ModelMixin.save_pretrained(model, tmp_path)
-    with pytest.raises(ValueError, match="was saved while a LoRA was beside the layers"):
+    with pytest.raises(ValueError, match="was saved with a LoRA attached"):
         diffusers_sana.SanaTransformer2DModel.from_pretrained(tmp_path)
 
 

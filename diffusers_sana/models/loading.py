@@ -1,24 +1,30 @@
-"""`from_pretrained` that leaves no weight without a value and says which file is wrong.
+"""How models are loaded: `from_pretrained` that checks its files, and `from_single_file`.
 
-diffusers warns where a checkpoint lacks tensors, and the model then computes with what is in memory.
+diffusers warns where a checkpoint lacks tensors, and the model then computes with uninitialized memory. Here that is
+an error, which names the file.
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from accelerate import init_empty_weights
+from diffusers.loaders import FromOriginalModelMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
+from diffusers_sana._compat import warn_if_untested
 from diffusers_sana.checkpoint_files import check_readable, named, read_object, read_shards, tensor_shapes
 
 
+warn_if_untested("accelerate")
+
+
 class StrictModelMixin(ModelMixin):
-    """`ModelMixin` for models whose checkpoints are whole."""
+    """`ModelMixin` whose `from_pretrained` requires complete checkpoints."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Self:
@@ -26,12 +32,12 @@ class StrictModelMixin(ModelMixin):
 
         Raises:
             OSError: naming the file of a local folder that is missing, cut off or otherwise damaged.
-            ValueError: naming the file for a config that cannot be meant, and for tensors that the model needs and the
-                checkpoint lacks, that have another shape, or that belong to blocks which the model does not have.
+            ValueError: naming the file, for an invalid config, and for tensors that are missing, have another shape,
+                or belong to blocks that the model does not have.
         """
         if kwargs.get("use_flashpack"):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        wants_info = kwargs.pop("output_loading_info", False)
+        return_info = kwargs.pop("output_loading_info", False)
         source = _Source(str(pretrained_model_name_or_path), kwargs.get("subfolder"), kwargs.get("variant"))
         default_dtype = torch.get_default_dtype()
         try:
@@ -43,15 +49,51 @@ class StrictModelMixin(ModelMixin):
             source.explain(cls, kwargs, error)
             raise
         finally:
-            torch.set_default_dtype(default_dtype)  # which diffusers changes, and leaves so after an error
+            torch.set_default_dtype(default_dtype)  # diffusers changes it, and does not restore it after an error
         model, info = loaded
-        missing, beyond = set(info["missing_keys"]), beyond_the_blocks(model, info["unexpected_keys"])
+        missing, beyond = set(info["missing_keys"]), tensors_of_missing_blocks(model, info["unexpected_keys"])
         if getattr(model, "hf_quantizer", None) is not None:
-            missing = set()  # it makes tensors of others, and knows which it needs
+            missing = set()  # it derives tensors from others, and knows which it needs
         if kwargs.get("device_map") is None:  # which may keep weights elsewhere
             missing |= {name for name, weight in model.named_parameters() if weight.is_meta}
         check_tensors(str(source.weights), missing, beyond, info["unexpected_keys"])
-        return loaded if wants_info else model
+        return loaded if return_info else model
+
+
+class SingleFileMixin(FromOriginalModelMixin):
+    """`from_single_file` of Sana, its ControlNets and DC-AE."""
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path_or_dict: str | Path | Mapping[str, Any] | None = None,
+        config: str | None = None,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        weights: str = "model",
+        **kwargs: Any,
+    ) -> Self:
+        """Loads a model in eval mode from one original (NVlabs) file. A local file needs no network.
+
+        Args:
+            pretrained_model_link_or_path_or_dict: a `.pth` or `.safetensors` file, its address on the Hub, or the
+                tensors in it.
+            config: folder or Hub id with the `config.json` of the model; by default it is derived from the tensors.
+            subfolder: of `config`.
+            torch_dtype, dtype: of the weights; by default the file's.
+            weights: "model", or "ema" for the EMA weights that the original trainers store beside them.
+            kwargs: config fields that the file does not state or states wrongly, and arguments for the Hub.
+
+        Raises:
+            ValueError: the file is damaged or belongs to another architecture (the tensor is named), or a required
+                field is missing.
+            TypeError: an argument that is neither a config field nor one for the Hub.
+        """
+        from diffusers_sana.loaders.nvlabs.load import load_single_file
+
+        source = pretrained_model_link_or_path_or_dict
+        return load_single_file(cls, source, config, subfolder, dtype or torch_dtype, weights, **kwargs)
 
 
 class _Source:
@@ -67,16 +109,16 @@ class _Source:
 
     @property
     def weights(self) -> Path:
-        """What to call the weights in a message: their file or index, or the place they came from."""
+        """The weights in messages: their file or index, or the folder they came from."""
         return next((path for path in (self.index, self.file) if path.is_file()), self.folder)
 
     def check_index(self) -> None:
-        """Raises OSError where the index of a local folder does not say what is in its files."""
+        """Raises OSError if the index of a local folder does not match its files."""
         if self.index.is_file():
             read_shards(self.index)
 
     def explain(self, model_cls: type[Any], kwargs: dict[str, Any], error: Exception) -> None:
-        """Raises, with the name of the file, if a file of a local folder is why loading ended with `error`."""
+        """Raises an error that names the file, if a file of a local folder is the reason for `error`."""
         config_file = self.folder / CONFIG_NAME
         if not config_file.is_file():
             return
@@ -99,43 +141,43 @@ class _Source:
         for name in expected.keys() & shapes.keys():
             if expected[name] != shapes[name] and not kwargs.get("ignore_mismatched_sizes"):
                 raise ValueError(
-                    f"{name!r} in {self.weights} has the shape {list(shapes[name])}, but by {CONFIG_NAME} must have"
-                    f" {list(expected[name])}. They are of different models."
+                    f"{name!r} in {self.weights} must have the shape {list(expected[name])} according to "
+                    f"{CONFIG_NAME}, got {list(shapes[name])}. Weights and config belong to different models."
                 )
         unexpected = list(shapes.keys() - expected.keys())
         missing = expected.keys() - shapes.keys()
-        check_tensors(str(self.weights), missing, beyond_the_blocks(model, unexpected), unexpected)
+        check_tensors(str(self.weights), missing, tensors_of_missing_blocks(model, unexpected), unexpected)
 
 
 def check_tensors(source: str, missing: Collection[str], beyond: list[str], unexpected: list[str]) -> None:
-    """Raises where a checkpoint is not whole, or not of this model.
+    """Raises if a checkpoint is incomplete or belongs to another model.
 
     Args:
         source: the file, for the message.
         missing: tensors of the model that are not in the checkpoint.
-        beyond: tensors of the checkpoint whose block the model does not have.
+        beyond: tensors of the checkpoint that belong to blocks beyond those of the model.
         unexpected: all tensors of the checkpoint that the model does not have.
     """
     if missing and any(".base_layer." in name for name in unexpected):
         raise ValueError(
-            f"{source} was saved while a LoRA was beside the layers, which then have other names. Load it where it was"
-            " made, fuse or unload the LoRA, and save the model again."
+            f"{source} was saved with a LoRA attached, which renames the layers. Load it where it was made, fuse or"
+            " unload the LoRA, and save the model again."
         )
     if missing:
         raise ValueError(
-            f"{source} lacks {len(missing)} tensors of the model, such as {sorted(missing)[0]!r}. It is not whole, or"
-            f" of another model than its {CONFIG_NAME} says; download it again."
+            f"{source} lacks {len(missing)} tensors of the model, such as {sorted(missing)[0]!r}. The file is"
+            f" incomplete, or for a different architecture than {CONFIG_NAME} states; download it again."
         )
     if beyond:
         raise ValueError(
             f"{source} has {len(beyond)} tensors of blocks that the model lacks, such as {sorted(beyond)[0]!r}."
-            f" Its {CONFIG_NAME} must give the number of layers that the weights have. To leave blocks out, load all"
-            " and delete them."
+            f" Its {CONFIG_NAME} must state the number of layers of the weights. To drop blocks, load all of them"
+            " and delete some."
         )
 
 
-def beyond_the_blocks(model: nn.Module, names: list[str]) -> list[str]:
-    """Those of the tensors that belong to numbered modules of which the model has fewer."""
+def tensors_of_missing_blocks(model: nn.Module, names: list[str]) -> list[str]:
+    """The names that belong to numbered modules beyond those of the model."""
     return [name for name in names if _is_beyond(model, name)]
 
 
