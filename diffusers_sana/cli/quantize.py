@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> None:
         prompts = [line.strip() for _, line in read_lines(args.prompts)]
     if args.gptq and not prompts:
         raise ValueError("--gptq needs calibration data: pass --prompts FILE")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ValueError(f"--out must be new or empty, got {str(args.out)!r}, which is not; choose another")
     pipeline_class_name(args.model)  # an error at once if there is no such model
 
     import torch

@@ -62,6 +62,7 @@ def test_help(command):
         (["chat", "none.png", "what?"], "there is no file none.png"),
         (["quantize", SANA_EMOJI, "-o", "none", "--gptq"], "--gptq needs calibration data"),
         (["quantize", SANA_EMOJI, "-o", "none", "--prompts", "none.txt"], "none.txt"),
+        (["quantize", SANA_EMOJI, "-o", SANA_EMOJI], "--out must be new or empty"),
         (["evaluate", "some/model", "--detector", "x"], "--clip must be given, because checks ask for colors"),
         (["evaluate", "some/model", "--checks", "clip"], "--checks clip needs --clip"),
         (["evaluate", "sana-emoji", "--against", "none"], "there is no folder none"),
