@@ -12,6 +12,7 @@ from typing import Any
 
 from diffusers_sana.checks import LARGEST, check_integer, check_number
 from diffusers_sana.files import InUse
+from diffusers_sana.loading import checkpoint_path
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -60,6 +61,13 @@ def check_file(name: str, place: str | Path) -> None:
     """Raises an OSError where `place` is neither a file nor an address; what reads it would call it a bad address."""
     if not str(place).startswith(("http://", "https://", "data:")) and not Path(place).is_file():
         raise OSError(f"{name} must be a file or an address, but there is no file {place}")
+
+
+def add_model(parser: argparse.ArgumentParser, default: str, meaning: str) -> None:
+    """`--model`, whose value becomes the folder of a bundled checkpoint or stays a folder or Hub id."""
+    parser.add_argument(
+        "--model", type=checkpoint_path, default=default, help=f"{meaning}; default: {default} (bundled)"
+    )
 
 
 def add_dtype(parser: argparse.ArgumentParser, default: str = "float32") -> None:

@@ -19,10 +19,9 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffusers_sana.arguments import ArgumentParser, add_dtype, integer, number, run_script, seed
-from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.arguments import ArgumentParser, add_dtype, add_model, integer, number, run_script, seed
 from diffusers_sana.files import atomic_write, differences, locked, model_identity, read_lines
-from diffusers_sana.loading import checkpoint_path, pipeline_class_name
+from diffusers_sana.loading import pipeline_class_name
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def generate_all(pipe: Any, tasks: Sequence[Task], batch_size: int, **options: A
 
 def add_model_arguments(parser: ArgumentParser, batch_size: int) -> None:
     """The options of a pipeline that generates from many prompts, shared with the examples for Ray."""
-    parser.add_argument("--model", type=checkpoint_path, default=SANA_EMOJI, help="Hub id or folder; default: bundled")
+    add_model(parser, "sana-emoji", "Hub id or folder")
     parser.add_argument("--batch-size", type=integer(), default=batch_size, help="images generated at a time, at most")
     parser.add_argument("--steps", type=integer(), default=20, help="denoising steps")
     parser.add_argument("--guidance-scale", type=number(), default=4.5, help="weight of the prompt")

@@ -35,6 +35,7 @@ TOP_LEVEL = {"__init__.py", "_entries.py", "_registration.py", "loading.py", "cl
 # `from_single_file` of the models is one call of the loaders, imported inside the method.
 DELEGATIONS = {"models/loading.py": {"diffusers_sana.loaders.nvlabs.load"}}
 MAY_IMPORT |= {f"{name}.py": set() for name in COMMON}
+MAY_IMPORT["arguments.py"] = {"loading"}  # `--model` takes names of bundled checkpoints
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -2,20 +2,15 @@
 
 import argparse
 
-from diffusers_sana.arguments import add_device, check_file, find_device, integer, seed
-from diffusers_sana.loading import checkpoint_path, pipeline_class_name
+from diffusers_sana.arguments import add_device, add_model, check_file, find_device, integer, seed
+from diffusers_sana.loading import pipeline_class_name
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of the command."""
     command.add_argument("image", help="file or address of the image")
     command.add_argument("question", help="what to answer")
-    command.add_argument(
-        "--model",
-        type=checkpoint_path,
-        default="vila-u-emoji",
-        help="Hub id or folder of a VILA-U; default: the small bundled vila-u-emoji",
-    )
+    add_model(command, "vila-u-emoji", "Hub id or folder of a VILA-U")
     command.add_argument("--max-new-tokens", type=integer(), default=256, help="length limit of the answer")
     command.add_argument("--seed", type=seed, help="sample an answer; default: the most probable one")
     add_device(command)

@@ -4,19 +4,14 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from diffusers_sana.arguments import add_device, find_device, integer
+from diffusers_sana.arguments import add_device, add_model, find_device, integer
 from diffusers_sana.checkpoints import VILA_U_EMOJI
-from diffusers_sana.loading import checkpoint_path, find_pipeline_class, pipeline_class_name
+from diffusers_sana.loading import find_pipeline_class, pipeline_class_name
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    command.add_argument(
-        "--model",
-        type=checkpoint_path,
-        default="sana-emoji",
-        help="Hub id or folder of a Sana or SANA-Sprint, not quantized; default: the small bundled sana-emoji",
-    )
+    add_model(command, "sana-emoji", "Hub id or folder of a Sana or SANA-Sprint, not quantized")
     command.add_argument("--port", type=integer(at_most=65535), help="default: the first free one from 7860")
     command.add_argument("--share", action="store_true", help="also serve a public address, through Gradio's servers")
     add_device(command, dtype="bfloat16")

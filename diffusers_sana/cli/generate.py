@@ -5,19 +5,14 @@ import sys
 import time
 from pathlib import Path
 
-from diffusers_sana.arguments import add_device, find_device, integer, number, seed
-from diffusers_sana.loading import checkpoint_path, pipeline_class_name
+from diffusers_sana.arguments import add_device, add_model, find_device, integer, number, seed
+from diffusers_sana.loading import pipeline_class_name
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of the command."""
     command.add_argument("prompt", help="what to generate")
-    command.add_argument(
-        "--model",
-        type=checkpoint_path,
-        default="sana-emoji",
-        help="Hub id or folder of a Sana or VILA-U, or a bundled one: sana-emoji (the default), vila-u-emoji",
-    )
+    add_model(command, "sana-emoji", "Hub id or folder of a Sana or VILA-U, or vila-u-emoji (bundled)")
     command.add_argument("--out", type=Path, default=Path("outputs/generated.png"), help="the file to write")
     command.add_argument("--negative-prompt", default="", help="what to avoid")
     command.add_argument("--height", type=integer(), help="in pixels; default: the checkpoint's")

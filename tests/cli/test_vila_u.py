@@ -8,7 +8,7 @@ from PIL import Image
 
 from diffusers_sana import VilaUPipeline, checkpoints, cli
 from tests.models.vila_u.tiny import shared_model
-from tests.models.vila_u.tiny_processor import tiny_processor
+from tests.models.vila_u.tiny_processor import tiny_processor, write_folders
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +20,9 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def folders(pipe, tmp_path_factory):
-    """One of a pipeline and one of transformers, with the same contents."""
-    ours, theirs = (tmp_path_factory.mktemp(name) for name in ("pipeline", "transformers"))
-    pipe.save_pretrained(ours)
-    pipe.model.save_pretrained(theirs)
-    pipe.processor.save_pretrained(theirs)
-    return {"pipeline": str(ours), "transformers": str(theirs)}
+    """Of a pipeline and of transformers, by kind."""
+    folders = write_folders(pipe, tmp_path_factory.mktemp("folders"))
+    return {kind: str(folder) for kind, folder in folders.items()}
 
 
 @pytest.fixture

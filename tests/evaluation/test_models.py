@@ -1,17 +1,9 @@
 """CLIP and detectors of transformers, tiny and random: that they are asked and read rightly."""
 
-import string
-
 import pytest
 import torch
 from PIL import Image
 from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTokenizerFast,
-    CLIPVisionConfig,
     OwlViTConfig,
     OwlViTForObjectDetection,
     OwlViTImageProcessorPil,
@@ -26,35 +18,12 @@ from diffusers_sana.evaluation.checks import Check, Wanted
 from diffusers_sana.evaluation.clip import Clip
 from diffusers_sana.evaluation.detector import COLORS, Detector
 from diffusers_sana.evaluation.images import to_images
-
-
-WIDTHS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-TEXT = {"vocab_size": 80, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-VISION = {"image_size": 32, "patch_size": 16}
-
-
-def tokenizer() -> CLIPTokenizerFast:
-    """One token a letter; none of the texts begins with token 0, which OWL-ViT takes for no text."""
-    tokens = [
-        "!",
-        "<|startoftext|>",
-        "<|endoftext|>",
-        *string.ascii_lowercase,
-        *(c + "</w>" for c in string.ascii_lowercase),
-    ]
-    return CLIPTokenizerFast(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=16)
+from tests.evaluation.tiny_models import TEXT, VISION, WIDTHS, tokenizer, write_clip
 
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip")
-    text, vision = CLIPTextConfig(**WIDTHS, **TEXT), CLIPVisionConfig(**WIDTHS, **VISION)
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
-    CLIPModel(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
-    return str(folder)
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,12 @@
 """Captioning a folder, with stand-ins and with tiny models of two families."""
 
 import json
-import string
 
 import pytest
 import torch
 from PIL import Image
 from transformers import (
-    CLIPConfig,
     CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTokenizerFast,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -30,13 +25,12 @@ from diffusers_sana.training.recipes.captions import (
     load_captioner,
 )
 from examples.caption_images import main
+from tests.evaluation.tiny_models import VISION, WIDTHS, write_clip
 from tests.models.vila_u.tiny import tiny_model
 from tests.models.vila_u.tiny_processor import tiny_processor, tiny_tokenizer
 from tests.training.tiny import write_image_folder
 
 
-WIDTHS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-VISION = {"image_size": 32, "patch_size": 16}
 TEMPLATE = (
     "{% for message in messages %}USER: {% for part in message.content %}"
     "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %} a:"
@@ -76,17 +70,7 @@ def llava_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip")
-    letters = [*string.ascii_lowercase, *(c + "</w>" for c in string.ascii_lowercase)]
-    vocab = {token: i for i, token in enumerate(["[UNK]", "<|startoftext|>", "<|endoftext|>", *letters])}
-    text = {"vocab_size": 80, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    text_config, vision_config = CLIPTextConfig(**WIDTHS, **text), CLIPVisionConfig(**WIDTHS, **VISION)
-    config = CLIPConfig(text_config=text_config.to_dict(), vision_config=vision_config.to_dict(), projection_dim=8)
-    CLIPModel(config).save_pretrained(folder)
-    CLIPTokenizerFast(vocab=vocab, merges=[], model_max_length=16).save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
-    return str(folder)
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from PIL import Image
 import diffusers_sana
 from diffusers_sana import VilaUPipeline
 from tests.models.vila_u.tiny import CELLS, DEPTH, shared_model, tiny_model
-from tests.models.vila_u.tiny_processor import tiny_processor
+from tests.models.vila_u.tiny_processor import tiny_processor, write_folders
 
 
 PROMPTS = ["a cat", "a USER, a cat and a cat", "c"]  # of different lengths
@@ -41,12 +41,8 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def folders(pipe, tmp_path_factory):
-    """A pipeline's folder and one of transformers, with the same contents."""
-    ours, theirs = (tmp_path_factory.mktemp(name) for name in ("pipeline", "transformers"))
-    pipe.save_pretrained(ours)
-    pipe.model.save_pretrained(theirs)
-    pipe.processor.save_pretrained(theirs)
-    return {"pipeline": ours, "transformers": theirs}
+    """Of a pipeline and of transformers, by kind."""
+    return write_folders(pipe, tmp_path_factory.mktemp("folders"))
 
 
 class TestPictures:

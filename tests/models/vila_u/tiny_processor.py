@@ -1,9 +1,11 @@
 """A processor that fits the model of `tiny.py`: its tokenizer is LLaMA's in small, 124 pieces and 5 special tokens."""
 
+from pathlib import Path
 from string import ascii_letters
 
 from transformers import LlamaTokenizer
 
+from diffusers_sana import VilaUPipeline
 from diffusers_sana.models.vila_u.image_processing_vila_u import VilaUImageProcessor
 from diffusers_sana.models.vila_u.processing_vila_u import VilaUProcessor
 from tests.models.vila_u.tiny import CELLS, VOCABULARY
@@ -38,3 +40,12 @@ def tiny_processor(**options) -> VilaUProcessor:
     size = {"height": 32, "width": 32}
     fields = {"num_image_tokens": CELLS, "num_video_frames": 2}
     return VilaUProcessor(VilaUImageProcessor(size=size), tiny_tokenizer(), **(fields | options))
+
+
+def write_folders(pipe: VilaUPipeline, folder: Path) -> dict[str, Path]:
+    """The folder of a pipeline and one of transformers, with the same contents."""
+    folders = {kind: folder / kind for kind in ("pipeline", "transformers")}
+    pipe.save_pretrained(folders["pipeline"])
+    pipe.model.save_pretrained(folders["transformers"])
+    pipe.processor.save_pretrained(folders["transformers"])
+    return folders
