@@ -47,8 +47,8 @@ def check_kernel(operation: Callable[..., Tensor], tensors: Tensors, backward: b
             return [output.detach(), *torch.autograd.grad(output, inputs, cotangent.to(output.dtype))]
 
     names = ["output", *(f"gradient of {name}" for name, tensor in tensors.items() if tensor is not None)]
-    actual, again, eager, gold = run("triton"), run("triton"), run("torch"), run("torch", torch.float64)
-    for name, *results in zip(names, actual, again, eager, gold, strict=False):
+    actual, again, eager, reference = run("triton"), run("triton"), run("torch"), run("torch", torch.float64)
+    for name, *results in zip(names, actual, again, eager, reference, strict=False):
         assert torch.equal(results[0], results[1]), f"{name} differs from run to run"
         assert_kernel(results[0], results[2], results[3], name)
 

@@ -1,4 +1,4 @@
-"""The matrix that a quantized layer stands for: the reference by its definition, the kernel by the reference."""
+"""The matrix that a quantized layer represents: the reference by its definition, the kernel by the reference."""
 
 import pytest
 import torch
@@ -38,18 +38,18 @@ def test_equals_the_formula(precision, rank):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_rounded_once(dtype):
     given = tensors(32, 128, 8, "int4", dtype)
-    gold = formula(**given)
+    exact = formula(**given)
     out = dequantize_weight(**given, dtype=dtype)
     assert out.dtype == dtype
-    assert_no_worse(out, gold.to(dtype), gold, factor=1.0)
+    assert_no_worse(out, exact.to(dtype), exact, factor=1.0)
 
 
 def check_kernel(given, dtype):
     with kernel_mode("triton"):
         actual = dequantize_weight(**given, dtype=dtype)
         assert torch.equal(actual, dequantize_weight(**given, dtype=dtype))
-    gold = dequantize_weight_reference(**given, dtype=torch.float64)
-    assert_kernel(actual, dequantize_weight_reference(**given, dtype=dtype), gold)
+    exact = dequantize_weight_reference(**given, dtype=torch.float64)
+    assert_kernel(actual, dequantize_weight_reference(**given, dtype=dtype), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -26,21 +26,21 @@ def tensors(batch, tokens, channels, dtype=torch.float32, rows=None):
 def test_equals_the_formula(shape, rows):
     given = tensors(*shape, rows=rows)
     assert_close_fp32(gated_residual(**given), formula(**given))
-    gold = gated_residual(**{name: tensor.double() for name, tensor in given.items()})
-    assert relative_error(gold, formula(**given)) < 1e-15
+    reference = gated_residual(**{name: tensor.double() for name, tensor in given.items()})
+    assert relative_error(reference, formula(**given)) < 1e-15
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_rounded_once(dtype):
     given = {name: tensor.cpu() for name, tensor in tensors(2, 64, 300, dtype).items()}
-    gold = formula(**given)
+    reference = formula(**given)
     out = gated_residual(**given)
     assert out.dtype == dtype
-    assert_no_worse(out, gold.to(dtype), gold, factor=1.0)
+    assert_no_worse(out, reference.to(dtype), reference, factor=1.0)
     # All but the rare sums that fp32 rounds onto the middle between two halves are the nearest half.
-    assert (out != gold.to(dtype)).float().mean() < 1e-3
+    assert (out != reference.to(dtype)).float().mean() < 1e-3
     twice = given["residual"] + given["gate"] * given["hidden_states"]
-    assert relative_error(out, gold) < 0.9 * relative_error(twice, gold)
+    assert relative_error(out, reference) < 0.9 * relative_error(twice, reference)
 
 
 def test_returns_the_dtype_of_the_residual():

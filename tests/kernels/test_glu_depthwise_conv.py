@@ -46,11 +46,11 @@ def test_equals_the_formula(shape, bias):
 def test_half_precision_is_rounded_once(dtype):
     x, weight, bias = (tensor.to(dtype) for tensor in tensors((2, 9, 7, 64)).values())
     before = x.clone()
-    gold = formula(x, weight, bias)
+    reference = formula(x, weight, bias)
     out = glu_depthwise_conv(x, weight, bias)
     assert out.dtype == dtype
     assert torch.equal(x, before)
-    assert_no_worse(out, gold.to(dtype), gold, factor=1.0)
+    assert_no_worse(out, reference.to(dtype), reference, factor=1.0)
 
 
 def test_inputs_are_left_alone():

@@ -44,8 +44,8 @@ def formula(codes, scales, low, qweight, wscales, wtscale, proj_up, bias, activa
 @pytest.mark.parametrize(("precision", "activation_format"), PAIRS)
 def test_equals_the_formula(precision, activation_format):
     given = tensors((5, 9, 100, 3), precision, activation_format)
-    gold = formula(**given, activation_format=activation_format)
-    assert_close_fp32(lowbit_linear(**given, activation_format=activation_format), gold)
+    exact = formula(**given, activation_format=activation_format)
+    assert_close_fp32(lowbit_linear(**given, activation_format=activation_format), exact)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -69,8 +69,8 @@ def check_kernel(given, activation_format):
     with kernel_mode("triton"):
         actual = lowbit_linear(**given, **options)
         assert torch.equal(actual, lowbit_linear(**given, **options))
-    gold = lowbit_linear_reference(**given, **options, dtype=torch.float64)
-    assert_kernel(actual, lowbit_linear_reference(**given, **options), gold)
+    exact = lowbit_linear_reference(**given, **options, dtype=torch.float64)
+    assert_kernel(actual, lowbit_linear_reference(**given, **options), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -29,8 +29,8 @@ def modulation(shape, rows=None):
 def test_equals_the_formula(shape):
     x, (scale, shift) = torch.randn(shape) * 3 + 1, modulation(shape)
     assert_close_fp32(modulated_layer_norm(x, scale, shift), formula(x, scale, shift))
-    gold = modulated_layer_norm(x.double(), scale.double(), shift.double())
-    assert relative_error(gold, formula(x, scale, shift)) < 1e-13
+    reference = modulated_layer_norm(x.double(), scale.double(), shift.double())
+    assert relative_error(reference, formula(x, scale, shift)) < 1e-13
 
 
 def test_scale_and_shift_are_not_exchanged():
@@ -55,12 +55,12 @@ def test_epsilon():
 def test_half_precision_is_rounded_once(dtype):
     x = (torch.randn(4, 64, 300) * 5).to(dtype)
     scale, shift = (tensor.to(dtype) for tensor in modulation(x.shape))
-    gold = formula(x, scale, shift)
+    reference = formula(x, scale, shift)
     out = modulated_layer_norm(x, scale, shift)
     assert out.dtype == dtype
-    assert_no_worse(out, gold.to(dtype), gold, factor=1.0)
+    assert_no_worse(out, reference.to(dtype), reference, factor=1.0)
     eager = F.layer_norm(x, (300,), eps=1e-6) * (1 + scale) + shift
-    assert relative_error(out, gold) < relative_error(eager, gold)
+    assert relative_error(out, reference) < relative_error(eager, reference)
 
 
 def test_strided_input():

@@ -40,9 +40,9 @@ def tensors(shape, group_size=16, kernel_size=5):
 @pytest.mark.parametrize("shape", [(1, 1, 1, 4), (2, 5, 3, 6), (1, 4, 17, 200)], ids=str)
 def test_equals_the_formula(shape, kernel_size):
     given = tensors(shape, group_size=2, kernel_size=kernel_size).values()
-    gold = formula(*given)
-    assert_close_fp32(multiscale_projection(*given), gold)
-    assert relative_error(multiscale_projection(*(tensor.double() for tensor in given)), gold) < 1e-14
+    reference = formula(*given)
+    assert_close_fp32(multiscale_projection(*given), reference)
+    assert relative_error(multiscale_projection(*(tensor.double() for tensor in given)), reference) < 1e-14
 
 
 def test_equals_the_module():
@@ -56,10 +56,10 @@ def test_equals_the_module():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_rounded_once(dtype):
     given = [tensor.to(dtype) for tensor in tensors((2, 9, 7, 64)).values()]
-    gold = formula(*given)
+    reference = formula(*given)
     out = multiscale_projection(*given)
     assert out.dtype == dtype
-    assert_no_worse(out, gold.to(dtype), gold, factor=1.0)
+    assert_no_worse(out, reference.to(dtype), reference, factor=1.0)
 
 
 def test_strided_input():

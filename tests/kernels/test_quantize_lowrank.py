@@ -83,8 +83,8 @@ def check_kernel(given, activation_format):
     assert (ours != theirs).double().mean() <= MAX_FLIPPED
     assert torch.allclose(actual[1].float(), expected[1].float(), rtol=1e-6, atol=0)
     wider = {name: tensor.double() for name, tensor in given.items()}
-    gold = quantize_lowrank_reference(**wider, activation_format=activation_format)[2]
-    assert_close_fp32(actual[2], gold)
+    exact = quantize_lowrank_reference(**wider, activation_format=activation_format)[2]
+    assert_close_fp32(actual[2], exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -115,6 +115,16 @@ def test_kernel_with_mixed_dtypes_and_strides():
     check_kernel(given, "int4")
     check_kernel(given | {"hidden_states": given["hidden_states"].t().contiguous().t()}, "int8")
     check_kernel(given | {"proj_down": given["proj_down"].float()}, "nvfp4")
+
+
+def test_kernel_has_no_backward():
+    """An error, not a gradient that is silently missing."""
+    given = to_device(tensors(3, 64, 5), torch.float32)
+    given["hidden_states"].requires_grad_()
+    with kernel_mode("triton"):
+        _, _, low = quantize_lowrank(**given, activation_format="int8")
+    with pytest.raises(RuntimeError, match="the kernel `quantize_lowrank_forward` has no backward pass"):
+        low.sum().backward()
 
 
 def test_no_tokens():

@@ -40,7 +40,7 @@ def test_equals_the_quadratic_formula(shape):
     assert_close_fp32(out, quadratic(query, key, value))
 
 
-def test_float64_is_gold():
+def test_float64_is_the_reference():
     query, key, value = (x.double() for x in qkv((2, 63, 3, 16)))
     assert relative_error(relu_linear_attention(query, key, value), quadratic(query, key, value)) < 1e-13
 
@@ -48,10 +48,10 @@ def test_float64_is_gold():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_rounded_once(dtype):
     query, key, value = qkv((2, 1000, 2, 32), dtype)
-    gold = quadratic(query, key, value)
+    reference = quadratic(query, key, value)
     out = relu_linear_attention(query, key, value)
     assert out.dtype == dtype
-    assert_no_worse(out, gold.to(dtype), gold, factor=1.0)
+    assert_no_worse(out, reference.to(dtype), reference, factor=1.0)
 
 
 def test_sums_beyond_the_range_of_fp16():
@@ -149,9 +149,9 @@ def test_kernel_keeps_the_state_in_fp32_beside_half_queries(dtype):
     query = query.to(dtype)
     with kernel_mode("triton"), torch.no_grad():
         out = relu_linear_attention(query, key, value)
-    gold = relu_linear_attention_reference(query.double(), key.double(), value.double())
+    reference = relu_linear_attention_reference(query.double(), key.double(), value.double())
     assert out.dtype == torch.float32
-    assert relative_error(out, gold) < 5e-7
+    assert relative_error(out, reference) < 5e-7
 
 
 def test_kernel_with_one_token():
@@ -203,9 +203,9 @@ def test_kernel_with_entries_of_all_sizes(dtype):
     check_kernel(relu_linear_attention, {name: tensor.to(dtype) for name, tensor in given.items()})
     with kernel_mode("triton"):
         out = relu_linear_attention(*(tensor.to(dtype) for tensor in given.values()))
-    gold = relu_linear_attention_reference(*(tensor.to(dtype).double() for tensor in given.values()))
+    reference = relu_linear_attention_reference(*(tensor.to(dtype).double() for tensor in given.values()))
     for channel in (0, 31):
-        assert relative_error(out[..., channel], gold[..., channel]) < max(1e-6, torch.finfo(dtype).eps)
+        assert relative_error(out[..., channel], reference[..., channel]) < max(1e-6, torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -51,13 +51,13 @@ def test_epsilon():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_rounded_once(dtype):
     x, weight = (torch.randn(64, 300) * 30).to(dtype), torch.randn(300).to(dtype)
-    gold = formula(x, weight)
+    reference = formula(x, weight)
     out = rms_norm(x, weight)
     assert out.dtype == dtype
-    assert_no_worse(out, gold.to(dtype), gold, factor=1.0)
+    assert_no_worse(out, reference.to(dtype), reference, factor=1.0)
     stock = RMSNorm(300, eps=1e-5).to(dtype)
     stock.weight.data.copy_(weight)
-    assert relative_error(out, gold) < relative_error(stock(x), gold)
+    assert relative_error(out, reference) < relative_error(stock(x), reference)
 
 
 def test_fp16_squares_do_not_overflow():

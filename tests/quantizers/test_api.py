@@ -59,19 +59,19 @@ def interrupt_after(layers, monkeypatch):
     monkeypatch.setattr(UnfinishedRun, "save_layer", dying)
 
 
-def draw(pipe):
+def generate(pipe):
     arguments = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "pt"}
     return pipe("a cat", generator=torch.Generator().manual_seed(0), **arguments).images
 
 
 def test_without_data(pipe, out):
-    plain = draw(pipe)
+    plain = generate(pipe)
     report = quantize(pipe, CONFIG, folder=out, progress=False)
     assert len(report.layers) == len(list(quantized_layers(pipe.transformer))) > 10
-    quantized = draw(pipe)
+    quantized = generate(pipe)
     assert not torch.equal(quantized, plain)
     pipe.transformer = SanaPipeline.from_pretrained(out).transformer
-    assert torch.equal(draw(pipe), quantized)
+    assert torch.equal(generate(pipe), quantized)
     assert not out.with_name("quantized.unfinished").exists()
     assert json.loads((out / "quantization_report.json").read_text())["prompts"] == 0
 
@@ -97,7 +97,7 @@ def test_two_components(pipe):
     report = quantize(pipe, CONFIG, components=("text_encoder", "transformer"), **PROMPTS)
     assert {layer.layer.split(".")[0] for layer in report.layers} == {"transformer", "text_encoder"}
     assert any(True for _ in quantized_layers(pipe.text_encoder))
-    assert draw(pipe).isfinite().all()
+    assert generate(pipe).isfinite().all()
 
 
 def test_prompts_change_the_result_and_repeat():
@@ -143,7 +143,7 @@ def test_interrupted_and_continued(pipe, out, arguments, monkeypatch):
 
 def test_interrupted_without_a_folder(pipe, monkeypatch):
     """While layers are fitted, and while they are replaced."""
-    before, modules = draw(pipe), list(pipe.transformer.modules())
+    before, modules = generate(pipe), list(pipe.transformer.modules())
     for name, calls in (("decompose", 3), ("replace_layer", 7)):
         original, left = getattr(module, name), [calls]
 
@@ -156,7 +156,7 @@ def test_interrupted_without_a_folder(pipe, monkeypatch):
             with pytest.raises(ZeroDivisionError):
                 quantize(pipe, CONFIG, progress=False)
         assert all(one is other for one, other in zip(pipe.transformer.modules(), modules, strict=True))
-    assert torch.equal(draw(pipe), before)
+    assert torch.equal(generate(pipe), before)
     quantize(pipe, CONFIG, progress=False)
     assert not any(module.training for module in pipe.transformer.modules())
 

@@ -1,4 +1,4 @@
-"""The report in JSON, as a picture and as a model card."""
+"""The report in JSON, as a plot and as a model card."""
 
 import json
 
@@ -55,7 +55,7 @@ def test_files(report, tmp_path):
     assert len(colors) > 3
 
 
-def test_no_picture_without_matplotlib(report, tmp_path, monkeypatch):
+def test_no_plot_without_matplotlib(report, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     report.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["quantization_report.json"]

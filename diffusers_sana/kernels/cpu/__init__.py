@@ -1,1 +1,1 @@
-"""What processors compute otherwise than the PyTorch reference: in 8 bits, or in pieces that stay in the cache."""
+"""Implementations for processors: 8-bit products, and operations in blocks that stay in the cache."""

@@ -26,17 +26,17 @@ import triton.language as tl
 from torch import Tensor
 
 
-REDUCING_PROGRAMS = 512  # four for each multiprocessor of the largest GPUs, three blocks in flight each
+REDUCING_PROGRAMS = 512  # four per multiprocessor of the largest GPUs, each with three blocks in flight
 APPLYING_PROGRAMS = 2048
-MAX_FOLDED = 4  # partial states that the next kernel sums by itself; more are summed in between
+MAX_FOLDED = 4  # partial states that the next kernel adds itself; more are added beforehand
 OPTIONS = {"num_warps": 4, "num_stages": 3}
 
 
 def _launch_config(heads: int, head_dim: int, tokens: int, itemsize: int, programs: int) -> tuple[int, int, int]:
-    """Rows and channels of a block, and rows of a program, for `heads` in all of the batch.
+    """Rows and channels of a block, and rows of a program, for `heads` of the whole batch.
 
-    A program has so many rows that its state is small beside them: an eighth, for two half tensors. Blocks have so few
-    that the backward pass stays in registers, which fp32 products fill most.
+    A program has enough rows for its state to be small in comparison: an eighth, for two half-precision tensors.
+    Blocks are small enough for the backward pass to stay in registers, of which fp32 products need the most.
     """
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_n = 16 if block_d > 32 else 128 // itemsize
@@ -247,7 +247,7 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _reduce(partials: Tensor) -> Tensor:
-    """As few partial states as the next kernel sums by itself."""
+    """At most `MAX_FOLDED` partial states."""
     return partials if partials.shape[0] <= MAX_FOLDED else partials.sum(dim=0, keepdim=True)
 
 

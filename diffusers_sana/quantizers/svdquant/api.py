@@ -29,7 +29,7 @@ from diffusers_sana.quantizers.svdquant.integrations.transformers import SVDQuan
 from diffusers_sana.quantizers.svdquant.layers.linear import quantized_layers, replace_layer
 from diffusers_sana.quantizers.svdquant.model_card import model_card, save_card
 from diffusers_sana.quantizers.svdquant.report import LayerResult, QuantizationReport
-from diffusers_sana.quantizers.svdquant.targets import LayerGroup, find_targets, layer_groups
+from diffusers_sana.quantizers.svdquant.targets import LayerGroup, check_finite, find_targets, layer_groups
 from diffusers_sana.quantizers.svdquant.unfinished_run import UnfinishedRun, digest, settings_digest
 
 
@@ -211,10 +211,7 @@ def _check_weights(model: nn.Module, names: Iterable[str]) -> None:
                 f"the weight of {name!r} must be in memory, got one that was offloaded. Quantize the model first, "
                 "offload it afterwards."
             )
-        if not weight.isfinite().all():
-            raise ValueError(
-                f"the weight of {name!r} must be finite, got NaN or infinity. Load the model in bf16 or fp32."
-            )
+        check_finite(name, weight)
 
 
 def _opened_run(

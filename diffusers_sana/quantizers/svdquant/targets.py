@@ -97,6 +97,14 @@ def find_targets(model: nn.Module, config: SVDQuantConfig) -> dict[str, str]:
     return targets
 
 
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raises ValueError for NaN or infinity in the weight of a layer, naming the layer."""
+    if not weight.isfinite().all():
+        raise ValueError(
+            f"the weight of {name!r} must be finite, got NaN or infinity. Load the model in bf16 or fp32."
+        )
+
+
 def weight_shape(module: nn.Module) -> tuple[int, int]:
     """Output and input features of a linear layer or a 1x1 convolution."""
     shape = cast(Tensor, module.weight).shape

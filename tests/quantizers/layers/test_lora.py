@@ -243,12 +243,12 @@ def test_safely_fused_is_the_same_and_goes_back(models, files, dtype):
 def test_half_precision(files, adapter_dtype):
     half = quantized(tiny_model(num_layers=1).to(torch.bfloat16))
     eager = dense_twin(half)
-    gold = copy.deepcopy(eager).float()
+    reference = copy.deepcopy(eager).float()
     file = {name: tensor.to(adapter_dtype) for name, tensor in files[0].items()}
-    for model in (half, eager, gold):
+    for model in (half, eager, reference):
         load(model, file, "first")
     inputs = to_dtype(tiny_inputs(half), torch.bfloat16)
-    output, expected = run(half, inputs), run(gold, to_dtype(inputs, torch.float32))
+    output, expected = run(half, inputs), run(reference, to_dtype(inputs, torch.float32))
     assert output.dtype == torch.bfloat16
     assert_no_worse(output, run(eager, inputs), expected)
     half.fuse_lora()
@@ -343,27 +343,27 @@ def as_lora_of_old_diffusers(file):
 
 @pytest.mark.parametrize("rename", [prefixed, as_lora_of_old_diffusers])
 def test_pipeline(rename, tmp_path):
-    def picture():
+    def generate():
         generator = torch.Generator().manual_seed(0)
         return pipe("a cat", num_inference_steps=2, height=32, width=32, generator=generator, output_type="pt").images
 
     pipe = tiny.pipeline(diffusers_sana)
     model = quantized(pipe.transformer)
-    base = picture()
+    base = generate()
     for index, name in enumerate(["first", "second"]):
         save_file(rename(lora_file(model, seed=index)), tmp_path / f"{name}.safetensors")
         pipe.load_lora_weights(tmp_path, weight_name=f"{name}.safetensors", adapter_name=name)
     pipe.set_adapters(["first", "second"], [0.5, 0.8])
-    beside = picture()
+    beside = generate()
     pipe.transformer = dense_twin(model)
-    assert_close_fp32(beside, picture(), tolerance=1e-4)  # a few steps of the sampler and the decoder
+    assert_close_fp32(beside, generate(), tolerance=1e-4)  # a few steps of the sampler and the decoder
     pipe.transformer = model
     pipe.fuse_lora(components=["transformer"])
     assert pipe.fused_loras == {"first", "second"}
-    assert_close_fp32(picture(), beside, tolerance=1e-4)
+    assert_close_fp32(generate(), beside, tolerance=1e-4)
     pipe.unfuse_lora(components=["transformer"])
     assert pipe.num_fused_loras == 0
-    assert torch.equal(picture(), beside)
+    assert torch.equal(generate(), beside)
     pipe.unload_lora_weights()
-    assert torch.equal(picture(), base)
+    assert torch.equal(generate(), base)
     assert relative_error(beside, base) > 1e-3

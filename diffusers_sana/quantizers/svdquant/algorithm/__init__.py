@@ -1,1 +1,1 @@
-"""The numbers: 16-bit weights to 4-bit ones and their low-rank branch."""
+"""From 16-bit weights to 4-bit weights with a low-rank branch."""

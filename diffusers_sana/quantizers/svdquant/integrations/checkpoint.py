@@ -22,7 +22,7 @@ from diffusers_sana.quantizers.svdquant.layers.linear import (
     quantized_layers,
     replace_layer,
 )
-from diffusers_sana.quantizers.svdquant.targets import as_patterns, find_targets, weight_shape
+from diffusers_sana.quantizers.svdquant.targets import as_patterns, check_finite, find_targets, weight_shape
 
 
 FULL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -74,10 +74,7 @@ def quantize_weight(model: nn.Module, name: str, weight: Tensor, mode: str, conf
     """
     original = cast(nn.Linear | nn.Conv2d, model.get_submodule(name))
     matrix = weight.detach().to(original.weight.dtype).flatten(1)
-    if not matrix.isfinite().all():
-        raise ValueError(
-            f"the weight of {name!r} must be finite, got NaN or infinity. Load the model in bf16 or fp32."
-        )
+    check_finite(name, matrix)
     (quantized,), _ = decompose([matrix], config.for_layer(mode))
     return replace_layer(model, name, quantized, mode, config.compute_mode)
 

@@ -1,1 +1,1 @@
-"""Quantized layers, and what adapters ask of them."""
+"""Quantized layers, their compute modes, and the support for adapters on them."""
