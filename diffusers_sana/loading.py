@@ -60,12 +60,14 @@ def _find(place: str, file: str) -> Path | None:
     """A file of a folder or Hub repository, None if it has no such file."""
     if Path(place).is_dir():
         return path if (path := Path(place) / file).is_file() else None
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(place, file))
     except LocalEntryNotFoundError as error:
+        if try_to_load_from_cache(place, file) is not None:  # the cache knows that there is no such file
+            return None
         raise OSError(f"there is no folder {place}, and the Hub cannot be reached: {error}") from error
     except EntryNotFoundError:
         return None

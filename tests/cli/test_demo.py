@@ -160,7 +160,7 @@ def test_the_queue_is_bounded(monkeypatch):
 def test_other_models():
     with pytest.raises(ValueError, match="--model must be a Sana or a SANA-Sprint"):
         run("--model", VILA_U_EMOJI)
-    with pytest.raises(ValueError, match="no-such-folder"):
+    with pytest.raises(OSError, match=r"there is no folder \./no-such-folder"):
         run("--model", "./no-such-folder")
 
 
