@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_sana.checks import LARGEST, check_integer, check_number
-from diffusers_sana.files import InUse
+from diffusers_sana.files import UserError
 from diffusers_sana.loading import checkpoint_path
 
 
@@ -100,7 +100,7 @@ def run_script(main: Callable[[], None]) -> None:
     """Runs the `main` of a script. Errors that the user can fix end it with one line in place of a traceback."""
     try:
         main()
-    except (ValueError, TypeError, OSError, InUse) as error:
+    except (ValueError, TypeError, OSError, UserError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 

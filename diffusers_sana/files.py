@@ -99,7 +99,11 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
         raise
 
 
-class InUse(RuntimeError):
+class UserError(RuntimeError):
+    """Something that the user can correct; the message says what is wrong, what is safe, and what to do."""
+
+
+class InUse(UserError):
     """Another process works on the same file or folder."""
 
 

@@ -16,7 +16,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Modules of the package's root that everything may import: they import nothing of ours but each other.
 COMMON = {"_compat", "arguments", "checkpoint_files", "checks", "files", "images", "saving"}
 # Folder -> what else its files may import from this package. A folder's own files are always allowed. For a file in
-# several of these folders the innermost counts.
+# several of these folders the innermost counts. Only recipes may import recipes.
 MAY_IMPORT = {
     "kernels": set(),
     "models": {"kernels"},
@@ -26,11 +26,11 @@ MAY_IMPORT = {
     "quantizers": {"kernels"},
     "loaders": {"kernels", "models", "quantizers"},
     "training": {"models", "prompts", "schedulers"},
-    "training/recipes": {"evaluation", "loading", "models", "pipelines", "prompts", "schedulers"},
+    "training/recipes": {"evaluation", "kernels", "loaders", "loading", "models", "pipelines", "prompts", "quantizers", "schedulers"},
     "evaluation": {"checkpoints", "loading", "quantizers"},
     "checkpoints": set(),
 }
-# Nothing in the package but these may import a pipeline: data flows from pipelines down.
+# Nothing in the package but these and recipes may import a pipeline: data flows from pipelines down.
 TOP_LEVEL = {"__init__.py", "_entries.py", "_registration.py", "loading.py", "cli", "demo"}
 # `from_single_file` of the models is one call of the loaders, imported inside the method.
 DELEGATIONS = {"models/loading.py": {"diffusers_sana.loaders.nvlabs.load"}}
@@ -67,6 +67,8 @@ def test_imports(path: Path):
         allowed = MAY_IMPORT[room] | {folder} | COMMON
         ours = {name.split(".")[1] for name in modules if name.startswith("diffusers_sana.")}
         assert ours <= allowed, f"{room} may not import {sorted(ours - allowed)}"
+        recipes = {name for name in modules if name.startswith("diffusers_sana.training.recipes")}
+        assert room == "training/recipes" or not recipes, f"{room} may not import {sorted(recipes)}"
     roots = {name.split(".")[0] for name in modules}
     if folder == "kernels":
         of_its_own = {"dispatch.py": {"diffusers"}}.get(path.name, set())  # diffusers' logger

@@ -1,23 +1,28 @@
-"""Training settings as dataclasses, and the command line made from them."""
+"""Options of a training as dataclasses, the command line made from them, and what a resumed run compares.
+
+Options come in groups: `TrainingConfig` and its subclasses say how to train, others which data and which models a
+script loads. Nothing here imports torch, so a mistyped option costs a fraction of a second.
+"""
 
 import argparse
 import json
-import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from diffusers_sana.files import differences
+from diffusers_sana.arguments import ArgumentParser
+from diffusers_sana.files import UserError, differences
+from diffusers_sana.training.run_folder import check_run_folder
 
 
-Config = TypeVar("Config", bound="TrainingConfig")
+OPTIMIZERS = ("adamw", "adamw8bit")
 
 
-class RunError(RuntimeError):
-    """A run that cannot go on; the message says why, what is safe, and what to do."""
+class RunError(UserError):
+    """A run that cannot continue; the message says why, what is safe, and what to do."""
 
 
 def option(default: Any, help: str, changeable: bool = False) -> Any:
@@ -34,7 +39,7 @@ def option(default: Any, help: str, changeable: bool = False) -> Any:
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """The settings every training run has: its budget, optimiser, precision and outputs.
+    """Budget, optimizer, precision and outputs of a training run.
 
     The run ends when `max_steps` or `max_minutes` is reached, whichever is first. The learning rate follows the
     larger of the two fractions of the budget used, so that a cosine also ends where the clock ends.
@@ -45,27 +50,25 @@ class TrainingConfig:
     max_minutes: float | None = option(
         None, "stop after this many minutes of training, resumed time included", changeable=True
     )
-    learning_rate: float | None = option(None, "peak learning rate; None takes the paper's", changeable=True)
+    learning_rate: float = option(1e-4, "peak learning rate", changeable=True)
     lr_schedule: str = option("constant", "`constant` or `cosine`, after the warm-up", changeable=True)
     warmup_steps: int = option(0, "steps of linear warm-up", changeable=True)
-    betas: tuple[float, float] | None = option(None, "AdamW betas; None takes the paper's", changeable=True)
-    weight_decay: float | None = option(
-        None, "AdamW weight decay of matrices and kernels; None takes the paper's", changeable=True
-    )
+    betas: tuple[float, float] = option((0.9, 0.999), "AdamW betas", changeable=True)
+    weight_decay: float = option(0.0, "AdamW weight decay of matrices and kernels", changeable=True)
     max_grad_norm: float = option(1.0, "clip the gradient norm; 0 does not clip", changeable=True)
     max_skipped_steps: int = option(
-        20, "end the run after so many steps in a row whose gradients are NaN or infinite", changeable=True
+        20, "end the run after this many steps in a row whose gradients are NaN or infinite", changeable=True
     )
     gradient_accumulation_steps: int = option(1, "batches per optimizer step", changeable=True)
     mixed_precision: str = option("no", "`no` or `bf16` autocast; fp16 overflows in Sana", changeable=True)
     ema_decay: float = option(
-        0.0, "decay of the averaged weights that are saved; 0 saves the trained weights", changeable=True
+        0.0, "decay of the EMA weights that are saved; 0 saves the trained weights", changeable=True
     )
     compile: bool = option(False, "torch.compile the model's parts in place", changeable=True)
     seed: int = option(0, "seed of all random numbers")
-    resume: bool = option(False, "continue from the newest checkpoint in `output_dir`", changeable=True)
+    resume: bool = option(False, "continue from the newest checkpoint in the output folder", changeable=True)
     save_minutes: float = option(10.0, "minutes between checkpoints", changeable=True)
-    keep_checkpoints: int = option(2, "so many of the newest checkpoints are kept", changeable=True)
+    keep_checkpoints: int = option(2, "number of newest checkpoints to keep", changeable=True)
     sample_minutes: float = option(5.0, "minutes between sample grids", changeable=True)
     log_every: int = option(10, "steps between lines of log.jsonl", changeable=True)
 
@@ -76,37 +79,37 @@ class TrainingConfig:
             raise ValueError(f"`max_steps` must be at least 1, got {self.max_steps}. Use `max_minutes` to limit time.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}. Use 0 to switch it off.")
-        for name in ("max_skipped_steps", "gradient_accumulation_steps", "keep_checkpoints", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        check_positive(self, "max_skipped_steps", "gradient_accumulation_steps", "keep_checkpoints", "log_every")
 
-    def record(self) -> dict[str, Any]:
-        """The settings as they look after a round trip through JSON: tuples are lists."""
-        return json.loads(json.dumps(asdict(self), default=str))
 
-    def check_resumable(self, recorded: Mapping[str, Any]) -> list[str]:
-        """What differs from the settings that a run was begun with, one phrase each, where it may differ.
+@dataclass(kw_only=True)
+class ImageDataOptions:
+    """Images to train on."""
 
-        Args:
-            recorded: a `record`. A setting that it lacks, since it is newer than the run, had its default.
+    data: str = option(
+        "",
+        "folder of images; WebDataset tars such as `shards/{000..099}.tar`; or the name of a dataset of the Hub",
+        changeable=True,
+    )
+    data_split: str = option("train", "split of the dataset, or of a folder that has some")
+    data_config: str = option("", "configuration of a dataset of the Hub")
+    image_column: str = option("", "column of the images; default: the only one")
+    caption_column: str = option("", "column of the captions; default: `text` or `caption`")
+    allow_outside: bool = option(
+        False, "read images outside of the data folder that its metadata names", changeable=True
+    )
+    batch_size: int = option(16, "images per batch and process")
+    num_workers: int = option(4, "processes that load images", changeable=True)
 
-        Raises:
-            ValueError: a setting differs that must not.
-        """
-        now = self.record()
-        defaults = json.loads(json.dumps({item.name: item.default for item in fields(self)}, default=str))
-        changed: dict[bool, list[str]] = {True: [], False: []}
-        for item in fields(self):
-            before = recorded.get(item.name, defaults[item.name])
-            may_change = item.metadata.get("changeable", False)
-            if item.name not in ("output_dir", "resume"):  # which say nothing about the training
-                changed[may_change] += differences({item.name: before}, {item.name: now[item.name]})
-        if changed[False]:
+    def __post_init__(self) -> None:
+        if not self.data:
             raise ValueError(
-                f"a run must be resumed with the settings it was begun with: {'; '.join(changed[False])}. Use the old "
-                f"values, or begin a new run in another folder, from {self.output_dir}/model."
+                "`data` must be a folder of images, WebDataset tars or the name of a dataset of the Hub, got ''."
+                " Pass --data."
             )
-        return changed[True]
+        if ".tar" not in self.data:
+            check_exists("data", self.data)
+        check_positive(self, "batch_size")
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -115,25 +118,113 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}. Use one of these.")
 
 
-def parse_config(config_class: type[Config], argv: list[str] | None, description: str | None = None) -> Config:
-    """Read a config from the command line: one `--option` a field, with the field's help and default."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    hints = typing.get_type_hints(config_class)
-    for item in fields(config_class):
-        if item.default is MISSING:
-            raise TypeError(f"`{item.name}` of {config_class.__name__} must have a default, got none. Use `option`.")
-        parser.add_argument(
-            f"--{item.name}", default=item.default, help=item.metadata.get("help"), **_argument(hints[item.name])
+def check_positive(options: Any, *names: str) -> None:
+    """Raise a ValueError that names the first of these integer options that is below 1."""
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(options, name)}.")
+
+
+def check_exists(name: str, place: str) -> None:
+    """Raise a ValueError for a local path that does not exist. `owner/name` may be a repository of the Hub."""
+    is_local = Path(place).is_absolute() or place.startswith((".", "~")) or len(Path(place).parts) > 2
+    if is_local and not Path(place).exists():
+        raise ValueError(f"`{name}` is {place!r}, but there is no such file or folder. Check the path.")
+
+
+def check_file(name: str, place: str) -> None:
+    """Raise a ValueError where a file is named that does not exist."""
+    if place and not Path(place).is_file():
+        raise ValueError(f"`{name}` must be a file, but there is no file {place!r}. Check the path.")
+
+
+def check_one_of(options: Any, *names: str) -> None:
+    """Raise a ValueError unless exactly one of these options is given."""
+    given = [name for name in names if getattr(options, name)]
+    if len(given) != 1:
+        listed = f"{', '.join(f'`{name}`' for name in names[:-1])} and `{names[-1]}`"
+        got = " and ".join(f"`{name}`" for name in given) or "none"
+        raise ValueError(f"exactly one of {listed} must be given, got {got}. Pass one of them.")
+
+
+def check_pretrained(place: str, what: str = "a SanaPipeline folder or repository") -> None:
+    """Raise a ValueError where `pretrained` is not given, or is a local folder that does not exist."""
+    if not place:
+        raise ValueError(f"`pretrained` must be {what}, got ''. Pass --pretrained.")
+    check_exists("pretrained", place)
+
+
+def record(groups: Sequence[Any]) -> dict[str, Any]:
+    """The options of all groups by name, as after a round trip through JSON: tuples are lists."""
+    values = {name: value for group in groups for name, value in asdict(group).items()}
+    return json.loads(json.dumps(values, default=str))
+
+
+def check_resumable(groups: Sequence[Any], recorded: Mapping[str, Any]) -> list[str]:
+    """What differs from the options that a run began with, one phrase each, where it may differ.
+
+    Args:
+        groups: option dataclasses, the `TrainingConfig` first.
+        recorded: a `record`. An option that it lacks, since it is newer than the run, had its default.
+
+    Raises:
+        ValueError: an option differs that must not.
+    """
+    now, items = record(groups), [item for group in groups for item in fields(group)]
+    defaults = json.loads(json.dumps({item.name: item.default for item in items}, default=str))
+    changed: dict[bool, list[str]] = {True: [], False: []}
+    for item in items:
+        before = recorded.get(item.name, defaults[item.name])
+        if item.name not in ("output_dir", "resume"):  # which say nothing about the training
+            may_change = item.metadata.get("changeable", False)
+            changed[may_change] += differences({item.name: before}, {item.name: now[item.name]})
+    if changed[False]:
+        raise ValueError(
+            f"a run must be resumed with the settings it began with: {'; '.join(changed[False])}. Use the old "
+            f"values, or begin a new run in another folder, from {groups[0].output_dir}/model."
         )
-    return config_class(**vars(parser.parse_args(argv)))
+    return changed[True]
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; what its user can mend ends it with one line in the place of a traceback."""
-    try:
-        main()
-    except (ValueError, OSError, RunError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+def parse_options(
+    groups: Sequence[type], arguments: Sequence[str] | None = None, description: str | None = None
+) -> list[Any]:
+    """Read groups of options from the command line: one `--option` per field, with the field's help and default.
+
+    Args:
+        groups: dataclasses whose fields are made by `option`; the first line of each docstring heads its options.
+        arguments: the command line; None: that of the process.
+        description: shown above the options.
+
+    Returns:
+        An instance of each class.
+
+    Raises:
+        SystemExit: an unknown option or a value of a wrong type, as in `argparse`.
+        ValueError: what the groups raise, and where `output_dir` has nothing to resume or holds another run.
+    """
+    parser = ArgumentParser(usage="%(prog)s [options]", description=description, formatter_class=_HelpFormatter)
+    for group in groups:
+        section = parser.add_argument_group((group.__doc__ or group.__name__).splitlines()[0].rstrip("."))
+        hints = typing.get_type_hints(group)
+        for item in fields(group):
+            if item.default is MISSING:
+                raise TypeError(f"`{item.name}` of {group.__name__} must have a default, got none. Use `option`.")
+            name, help = "--" + item.name.replace("_", "-"), item.metadata.get("help")
+            section.add_argument(name, default=item.default, help=help, **_argument(hints[item.name]))
+    values = vars(parser.parse_args(arguments))
+    parsed = [group(**{item.name: values[item.name] for item in fields(group)}) for group in groups]
+    for config in parsed:
+        if isinstance(config, TrainingConfig):
+            check_run_folder(config.output_dir, config.resume)
+    return parsed
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, unless they are empty, and leaves the line breaks of the description."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "", ()) else super()._get_help_string(action)
 
 
 def _argument(hint: Any) -> dict[str, Any]:

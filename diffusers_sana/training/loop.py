@@ -1,12 +1,14 @@
-"""The loop around the training step: clock, learning rate, averaged weights, log, checkpoints, stopping, resuming.
+"""The loop around the training step: clock, learning rate, EMA, log, checkpoints, stopping, resuming.
 
 A script writes only what is particular to it:
 
     loop = TrainingLoop(config, accelerator, [model], [optimizer], save=..., sample=...)
     for batch in loop.run(batches):
         with accelerator.accumulate(model):
-            ...  # loss, backward, optimizer step
-        loop.report(loss=loss)
+            ...  # the loss
+            loop.backward(loss)
+            loop.update()
+        loop.report(images=len(batch), loss=loss)
 """
 
 import contextlib
@@ -36,7 +38,7 @@ from tqdm import tqdm
 
 from diffusers_sana._compat import private, warn_if_untested
 from diffusers_sana.files import differences, locked, read_json
-from diffusers_sana.training.config import RunError, TrainingConfig
+from diffusers_sana.training.config import RunError, TrainingConfig, check_resumable, record
 from diffusers_sana.training.data.batches import Batches, count_items, iterate_batches
 from diffusers_sana.training.plots import plot_losses
 from diffusers_sana.training.run_folder import (
@@ -74,7 +76,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         ValueError: `output_dir` has nothing to resume, or holds another run. Said now, and not after an hour of
             encoding.
     """
-    check_run_folder(config)
+    check_run_folder(config.output_dir, config.resume)
     if (
         private(AcceleratorState, "_shared_state").get("_mixed_precision", config.mixed_precision)
         != config.mixed_precision
@@ -92,7 +94,7 @@ class TrainingLoop:
         config: budget, schedule and output settings.
         accelerator: the Accelerator that prepared the modules and optimizers.
         modules: the prepared modules that checkpoints hold.
-        optimizers: prepared optimizers; each keeps the learning rate it was made with as its peak.
+        optimizers: prepared optimizers, one per module; each keeps the learning rate it was made with as its peak.
         save: writes the models as they should be published into a folder; called with the averaged weights in place,
             on every process, at each checkpoint and at the end. Together the files are complete or absent.
         sample: writes an image of the state of training to a path; called like `save`, in evaluation by the callee.
@@ -101,6 +103,7 @@ class TrainingLoop:
             all.
         keep_frozen: whether checkpoints hold what does not train, too. False for a large base beside an adapter, which
             must then be the same at `resume`.
+        options: further groups of options, for data and models, that checkpoints record and a resumed run compares.
 
     A step whose gradients are not finite changes nothing. After SIGTERM or Ctrl-C the current step is finished, a
     checkpoint is written, and `run` ends normally; a second Ctrl-C interrupts at once.
@@ -130,6 +133,7 @@ class TrainingLoop:
         sample: Callable[[Path], None],
         averaged: Sequence[nn.Module] | None = None,
         keep_frozen: bool = True,
+        options: Sequence[Any] = (),
     ):
         self.config, self.accelerator, self.optimizers = config, accelerator, optimizers
         self.save, self.sample = save, sample
@@ -138,6 +142,7 @@ class TrainingLoop:
         self.mean_counts: dict[str, float] = {}
         self.weight = 1.0
         self._modules = modules
+        self._groups = (config, *options)
         self._averaged = modules if averaged is None else averaged
         self._keep_frozen = keep_frozen
         self._peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
@@ -154,7 +159,7 @@ class TrainingLoop:
         self._data: dict[str, Any] | None = None
         self._random_state: dict[str, Any] | None = None
         self._refuse_pickles()
-        check_run_folder(config)
+        check_run_folder(config.output_dir, config.resume)
         if found := checkpoints(self.output_dir):
             self._load(found[-1])
         for optimizer in optimizers:
@@ -214,6 +219,18 @@ class TrainingLoop:
             self._log(bar)
             self._checkpoint()
             self._sample()
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of a batch's mean loss, weighted so that every image of a step counts alike."""
+        self.accelerator.backward(loss * self.weight)
+
+    def update(self) -> None:
+        """Clip the gradients of each module and let its optimizer take a step, at the last batch of the step."""
+        for module, optimizer in zip(self._modules, self.optimizers, strict=True):
+            if self.accelerator.sync_gradients and self.config.max_grad_norm:
+                self.accelerator.clip_grad_norm_(module.parameters(), self.config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
 
     def report(self, images: int, **terms: Tensor) -> None:
         """Take note of what a step measured; the means over `log_every` steps go to log.jsonl.
@@ -468,7 +485,7 @@ class TrainingLoop:
                 "batches_used": self.batches_used,
                 "minutes": self._elapsed(),
                 "num_processes": self.accelerator.num_processes,
-                "settings": self.config.record(),
+                "settings": record(self._groups),
                 "data": self._data,
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
@@ -509,7 +526,7 @@ class TrainingLoop:
             raise ValueError(
                 f"{folder} has format {about['format']}, this version reads {FORMAT}. Update the package."
             )
-        if changed := self.config.check_resumable(about["settings"]):
+        if changed := check_resumable(self._groups, about["settings"]):
             logger.warning("Resuming %s with other settings: %s.", folder, "; ".join(changed))
         for index, module in enumerate(self._modules):
             path = folder / _numbered("model", index)
@@ -527,7 +544,7 @@ class TrainingLoop:
             self._random_state = read_state(folder / self._random_name())
         else:
             logger.warning(
-                "Resuming %s with %d processes, not %d: batches go on where they were, random numbers begin anew.",
+                "Resuming %s with %d processes, not %d: batches continue where they were, random numbers begin anew.",
                 folder,
                 self.accelerator.num_processes,
                 about["num_processes"],

@@ -1,4 +1,4 @@
-"""The optimizers of the training examples."""
+"""The optimizers of the recipes."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_sana.training.config import check_choice
+from diffusers_sana.training.config import OPTIMIZERS, check_choice
 
 
-OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 # Coefficients (a, b, c) of successive steps X <- a X + (b A + c A^2) X with A = X X^T, each the best one for what
 # the step before leaves ("Polar Express", arXiv 2505.16932, from singular values of at least 0.001).
 POLAR_STEPS = (
@@ -29,7 +28,7 @@ def make_optimizer(
     """The optimizer of a name; each decays matrices and kernels only.
 
     Args:
-        name: "adamw", or "adamw8bit", that of bitsandbytes, on GPUs and CPUs: its two moments take a byte each in
+        name: "adamw", or "adamw8bit", that of bitsandbytes, on GPUs and CPUs: its two moments take one byte each in
             place of four, in blocks of 256 numbers with a common scale (arXiv 2110.02861). Tensors of less than 4096
             numbers keep theirs in fp32. "muon" is `Muon`.
         parameters: what to train.
@@ -60,7 +59,7 @@ def make_adamw(
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """The groups of an optimizer: what is decayed, and what has one dimension or none and is not."""
+    """Parameter groups: what is decayed, and what has at most one dimension and is not."""
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},

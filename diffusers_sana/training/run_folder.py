@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 from diffusers_sana.files import atomic_write, read_json_lines
-from diffusers_sana.training.config import TrainingConfig
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -15,13 +14,12 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def check_run_folder(config: TrainingConfig) -> None:
+def check_run_folder(output_dir: str, resume: bool) -> None:
     """Raises a ValueError where there is nothing to resume, or a run that a new one would be mixed with."""
-    output_dir = Path(config.output_dir)
-    found = checkpoints(output_dir)
-    if config.resume and not found:
+    found = checkpoints(Path(output_dir))
+    if resume and not found:
         raise ValueError(f"`resume` needs a checkpoint, got none in {output_dir}. Check `output_dir`.")
-    if found and not config.resume:
+    if found and not resume:
         raise ValueError(f"`output_dir` must be new, but {output_dir} holds a run. Use `resume` or another.")
 
 

@@ -237,7 +237,7 @@ def copy_with_weights(
     `state` is what `Accelerator.get_state_dict` gathers, or its part for one submodule.
     """
     model_class: Any = type(model)
-    with torch.device("meta"):  # no time for an initialisation that is thrown away
+    with torch.device("meta"):  # an initialization would be thrown away
         if isinstance(model, PreTrainedModel):
             copy = model_class(model.config)
         else:

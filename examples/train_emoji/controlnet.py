@@ -22,7 +22,8 @@ from diffusers_sana import SanaControlNetModel, SanaControlNetPipeline, SanaPipe
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.images import sobel_edges
 from diffusers_sana.training.plots import save_image_grid
-from examples import train_sana_controlnet
+from diffusers_sana.training.recipes.controlnet import train as train_controlnet
+from diffusers_sana.training.recipes.options import ControlNetTrainingConfig
 
 from .data import EmojiArt, EmojiScenes, LatentScenes, Scene
 from .evaluate import held_out_scenes
@@ -57,7 +58,7 @@ def train(
     """Trains the ControlNet for `pipe`; returns its folder. `store` pictures are encoded at a time."""
     scenes = EmojiScenes(art, RESOLUTION, device(), seed=4)
     latents = EdgeScenes(scenes, pipe.vae.to(device()), store, renewed=batch_size // 8)
-    config = train_sana_controlnet.ControlNetTrainingConfig(
+    config = ControlNetTrainingConfig(
         output_dir=str(out),
         max_minutes=minutes,
         max_steps=10_000_000,
@@ -72,7 +73,7 @@ def train(
     )
     controlnet = SanaControlNetModel.from_transformer(pipe.transformer, NUM_LAYERS)
     parts = (pipe.transformer, pipe.text_encoder, pipe.tokenizer, pipe.vae)
-    train_sana_controlnet.train(config, latents.batches(batch_size), controlnet, *parts)
+    train_controlnet(config, latents.batches(batch_size), controlnet, *parts)
     return out / "model"
 
 

@@ -28,7 +28,8 @@ from diffusers_sana import SanaPipeline, quantize
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.files import read_json_lines
 from diffusers_sana.training.plots import save_image_grid
-from examples import train_sana_lora
+from diffusers_sana.training.recipes.lora import run as train_lora
+from diffusers_sana.training.recipes.options import LoraDataOptions, LoraModelOptions, LoraTrainingConfig
 
 from .data import COLORS, COMMON_OBJECTS, STYLES, EmojiArt, EmojiScenes, Scene, is_held_out
 from .evaluate import held_out_scenes, prompt_following
@@ -97,14 +98,8 @@ def write_pictures(scenes: PixelScenes, folder: Path, count: int) -> None:
 
 def train(pictures: Path, out: Path, base: str, steps: int, precision: str = "no") -> Path:
     """Trains on a folder of pictures; returns the folder of the LoRA. `precision` "int4" makes the base 4 bits."""
-    config = train_sana_lora.LoraTrainingConfig(
+    config = LoraTrainingConfig(
         output_dir=str(out),
-        data=str(pictures),
-        pretrained=base,
-        quantize=precision,
-        cache_dir=str(pictures.with_name("cache")),  # the same for every base
-        resolution=RESOLUTION,
-        batch_size=16,
         rank=8,
         target_modules=("to_q", "to_k", "to_v", "to_out.0"),
         mix_ffn=True,
@@ -116,7 +111,13 @@ def train(pictures: Path, out: Path, base: str, steps: int, precision: str = "no
         sample_minutes=1e9,
         resume=resumable(out),
     )
-    train_sana_lora.train(config, *train_sana_lora.prepare(config))
+    data = LoraDataOptions(
+        data=str(pictures),
+        cache_dir=str(pictures.with_name("cache")),  # the same for every base
+        resolution=RESOLUTION,
+        batch_size=16,
+    )
+    train_lora(config, data, LoraModelOptions(pretrained=base, quantize=precision))
     return out / "model"
 
 

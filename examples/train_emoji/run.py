@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_sana import AutoencoderDC, SanaPipeline
 from diffusers_sana.prompts.training_prompts import complex_human_instruction
-from examples import train_dc_ae, train_sana
+from diffusers_sana.training.recipes import dc_ae, sana
+from diffusers_sana.training.recipes.options import DCAETrainingConfig, SanaTrainingConfig
 
 from .data import COMMON_OBJECTS, EmojiArt, EmojiScenes, LatentScenes
 from .evaluate import evaluate, held_out_scenes
@@ -76,7 +77,7 @@ def train_autoencoder(
 ) -> Path:
     """Trains a new autoencoder, or only the decoder of `decoder_of`; returns the folder of the model."""
     scenes = EmojiScenes(art, RESOLUTION, device(), seed=2 if decoder_of else 1)
-    config = train_dc_ae.DCAETrainingConfig(
+    config = DCAETrainingConfig(
         output_dir=str(out),
         max_minutes=minutes,
         max_steps=10_000_000,
@@ -95,7 +96,7 @@ def train_autoencoder(
         resume=resumable(out),
     )
     model = AutoencoderDC.from_pretrained(decoder_of) if decoder_of else make_autoencoder()
-    train_dc_ae.train(config, scenes.autoencoder_batches(preset.autoencoder_batch), model)
+    dc_ae.train(config, scenes.autoencoder_batches(preset.autoencoder_batch), model)
     return out / "model"
 
 
@@ -105,7 +106,7 @@ def train_transformer(preset: Preset, art: EmojiArt, vae_folder: Path, out: Path
     vae = AutoencoderDC.from_pretrained(vae_folder).to(device())
     scenes = EmojiScenes(art, RESOLUTION, device(), seed=3, labels=taught(preset, art))
     latents = LatentScenes(scenes, vae, preset.store, preset.renewed)
-    config = train_sana.SanaTrainingConfig(
+    config = SanaTrainingConfig(
         output_dir=str(out),
         max_minutes=minutes,
         max_steps=10_000_000,
@@ -126,7 +127,7 @@ def train_transformer(preset: Preset, art: EmojiArt, vae_folder: Path, out: Path
     transformer, text_encoder = make_transformer(), make_text_encoder(tokenizer)
     # On a CPU the fused attention's backward pass is the slowest operation of the step, at 16 tokens a picture.
     with nullcontext() if device() == "cuda" else sdpa_kernel(SDPBackend.MATH):
-        train_sana.train(config, latents.batches(preset.sana_batch), transformer, text_encoder, tokenizer, vae)
+        sana.train(config, latents.batches(preset.sana_batch), transformer, text_encoder, tokenizer, vae)
     return out / "model"
 
 

@@ -23,7 +23,8 @@ from diffusers_sana import SanaPipeline, SanaSprintPipeline, SanaTransformer2DMo
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.schedulers.trigflow import STEP_ANGLES
 from diffusers_sana.training.plots import save_image_grid
-from examples import train_sana_sprint
+from diffusers_sana.training.recipes import sprint
+from diffusers_sana.training.recipes.options import SprintTrainingConfig
 
 from .data import COMMON_OBJECTS, EmojiArt, EmojiScenes, LatentScenes
 from .evaluate import held_out_scenes, prompt_following
@@ -60,10 +61,10 @@ def train(
         "log_every": 5,
         "resume": resumable(out),
     }
-    config = train_sana_sprint.SprintTrainingConfig(**settings | changes)
+    config = SprintTrainingConfig(**settings | changes)
     parts = (pipe.transformer, pipe.text_encoder, pipe.tokenizer, pipe.vae)
     with nullcontext() if device() == "cuda" else sdpa_kernel(SDPBackend.MATH):  # as in run.py
-        train_sana_sprint.train(config, latents.batches(batch_size), *parts)
+        sprint.train(config, latents.batches(batch_size), *parts)
     return out / "model"
 
 

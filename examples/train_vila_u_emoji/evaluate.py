@@ -24,9 +24,9 @@ from tqdm import tqdm
 from benchmarks.harness import environment
 from diffusers_sana import VilaUForConditionalGeneration, VilaUProcessor, VilaUVisionModel
 from diffusers_sana.checkpoints import VILA_U_EMOJI
+from diffusers_sana.training.recipes.vila_u_tower import tokenize
 from examples.train_emoji.data import COLORS, STYLES, EmojiArt, EmojiScenes, Scene
 from examples.train_emoji.evaluate import captioned_grid, held_out_scenes, prompt_following
-from examples.train_vila_u_tower import tokenize
 
 from .data import QUESTIONS, TAUGHT, answer
 from .models import RESOLUTION

@@ -18,7 +18,8 @@ from transformers import GenerationConfig
 from diffusers_sana import VilaUForConditionalGeneration, VilaUImageProcessor, VilaUProcessor, VilaUVisionModel
 from diffusers_sana.kernels.precision import arithmetic_dtype
 from diffusers_sana.training.data.chats import ChatCollator
-from examples import train_vila_u, train_vila_u_tower
+from diffusers_sana.training.recipes import vila_u, vila_u_tower
+from diffusers_sana.training.recipes.options import VilaUTowerTrainingConfig, VilaUTrainingConfig
 from examples.train_emoji.data import EmojiArt, EmojiScenes
 from examples.train_emoji.evaluate import held_out_scenes
 from examples.train_emoji.run import device, resumable
@@ -43,7 +44,7 @@ def train_tower(art: EmojiArt, out: Path, minutes: float, decoder_of: Path | Non
     """Trains a tower with its text tower, or only the decoder of `decoder_of`; returns the folder of the model."""
     tokenizer = make_tokenizer(art, list(QUESTIONS))
     scenes = EmojiScenes(art, RESOLUTION, device(), seed=2 if decoder_of else 1, labels=TAUGHT)
-    config = train_vila_u_tower.VilaUTowerTrainingConfig(
+    config = VilaUTowerTrainingConfig(
         output_dir=str(out),
         max_minutes=minutes,
         max_steps=10_000_000,
@@ -63,7 +64,7 @@ def train_tower(art: EmojiArt, out: Path, minutes: float, decoder_of: Path | Non
     torch.manual_seed(0)
     batches = TowerScenes(scenes).batches(PRESETS[device()][0])
     tower = VilaUVisionModel.from_pretrained(decoder_of) if decoder_of else make_tower(tokenizer)
-    train_vila_u_tower.train(config, batches, tower, tokenizer)
+    vila_u_tower.train(config, batches, tower, tokenizer)
     return out / "model"
 
 
@@ -91,7 +92,7 @@ def train_model(art: EmojiArt, tower_folder: Path, out: Path, minutes: float, st
         model = make_model(VilaUVisionModel.from_pretrained(tower_folder), processor.tokenizer)
     scenes = EmojiScenes(art, RESOLUTION, device(), seed=3, labels=TAUGHT)
     chats = EmojiChats(scenes, model.model.vision_tower.to(device()), store, renewed)
-    config = train_vila_u.VilaUTrainingConfig(
+    config = VilaUTrainingConfig(
         output_dir=str(out),
         max_minutes=minutes,
         max_steps=10_000_000,
@@ -107,7 +108,7 @@ def train_model(art: EmojiArt, tower_folder: Path, out: Path, minutes: float, st
         sample_minutes=10,
         resume=resumable(out),
     )
-    train_vila_u.train(config, chats.batches(ChatCollator(processor, 0.1), batch_size), model, processor)
+    vila_u.train(config, chats.batches(ChatCollator(processor, 0.1), batch_size), model, processor)
     return out / "model"
 
 

@@ -1,15 +1,15 @@
 """The autoencoder example, all phases, at tiny size."""
 
-import json
-
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderDC as DiffusersAutoencoderDC
 from safetensors.torch import load_file
 
-from examples.train_dc_ae import DCAETrainingConfig, main, train
-from tests.training.tiny import image_batches, smooth_images, tiny_autoencoder, write_image_folder
+from diffusers_sana.training.recipes.dc_ae import train
+from diffusers_sana.training.recipes.options import DCAETrainingConfig
+from examples.train_dc_ae import main
+from tests.training.tiny import image_batches, read_log, smooth_images, tiny_autoencoder, write_image_folder
 
 
 def make_config(folder, **changes):
@@ -25,10 +25,6 @@ def make_config(folder, **changes):
         "scaling_batches": 2,
     }
     return DCAETrainingConfig(**settings | changes)
-
-
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_phase_1_learns_a_fixed_batch(tmp_path):

@@ -1,8 +1,6 @@
 """The class-conditional example at tiny size."""
 
 import json
-import os
-import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +11,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from examples.train_dc_ae_dit import DiTTrainingConfig, class_images, load_autoencoder, main, make_dit, train
-from tests.training.tiny import tiny_autoencoder
+from diffusers_sana.training.recipes.dc_ae_dit import class_images, load_autoencoder, make_dit, train
+from diffusers_sana.training.recipes.options import DiTDataOptions, DiTModelOptions, DiTTrainingConfig
+from examples.train_dc_ae_dit import main
+from tests.training.tiny import interrupted, read_log, tiny_autoencoder
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -26,9 +26,6 @@ def make_config(folder, **changes):
         "output_dir": str(folder),
         "max_steps": 3,
         "log_every": 1,
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
         "sample_steps": 2,
         "ema_decay": 0.0,
     }
@@ -44,8 +41,9 @@ def two_classes(start):
         start += 1
 
 
-def tiny_dit(config):
-    return make_dit(config, torch.zeros(4, 4, 4))
+def tiny_dit(**changes):
+    settings = {"vae": ".", "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
+    return make_dit(DiTModelOptions(**settings | changes), torch.zeros(4, 4, 4))
 
 
 def tiny_kl(**changes):
@@ -63,14 +61,15 @@ def write_classes(folder):
 
 
 def read_losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in read_log(folder)]
 
 
 def test_classes_are_learned_and_guidance_sharpens_them(tmp_path):
     """The saved folder is diffusers' DiTPipeline; its samples have the means of their classes."""
-    sizes = {"num_layers": 1, "attention_head_dim": 16, "max_steps": 200, "log_every": 20}
-    config = make_config(tmp_path, learning_rate=2e-2, lr_schedule="cosine", class_dropout=0.3, **sizes)
-    train(config, two_classes, tiny_dit(config), CLASSES, tiny_autoencoder())
+    settings = {"learning_rate": 2e-2, "lr_schedule": "cosine", "class_dropout": 0.3}
+    config = make_config(tmp_path, max_steps=200, log_every=20, **settings)
+    transformer = tiny_dit(num_layers=1, attention_head_dim=16)
+    train(config, two_classes, transformer, CLASSES, tiny_autoencoder())
     losses = read_losses(tmp_path)
     assert losses[-1] < 0.6 * losses[0]
     pipe = DiTPipeline.from_pretrained(tmp_path / "model")
@@ -94,7 +93,7 @@ def test_classes_are_learned_and_guidance_sharpens_them(tmp_path):
 def test_a_dropped_label_is_dropped_in_every_block(tmp_path):
     """In training mode a DiT of diffusers would drop labels by itself, in each block others."""
     config = make_config(tmp_path)
-    transformer = tiny_dit(config)
+    transformer = tiny_dit()
     torch.nn.init.normal_(transformer.proj_out_2.weight)
     torch.nn.init.normal_(transformer.proj_out_1.weight)
     inputs = torch.randn(64, 4, 4, 4), torch.full((64,), 500.0), torch.ones(64, dtype=torch.long)
@@ -114,7 +113,7 @@ def test_a_dropped_label_is_dropped_in_every_block(tmp_path):
 def test_class_dropout(tmp_path, share):
     """Only what was seen is trained: the classes' vectors, or the one of no class."""
     config = make_config(tmp_path, class_dropout=share, learning_rate=1e-2)
-    transformer = tiny_dit(config)
+    transformer = tiny_dit()
     for parameter in (transformer.proj_out_1.weight, transformer.proj_out_2.weight):
         torch.nn.init.normal_(parameter)
     table = transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
@@ -125,17 +124,12 @@ def test_class_dropout(tmp_path, share):
 
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    start = tiny_dit(make_config(tmp_path)).state_dict()
+    start = tiny_dit().state_dict()
 
     def run(folder, resume=False, stop_at=None):
-        def batches(first):
-            for number, batch in enumerate(two_classes(first), first):
-                if number == stop_at:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                yield batch
-
+        batches = interrupted(two_classes, stop_at)
         config = make_config(folder, max_steps=5, lr_schedule="cosine", ema_decay=0.9, resume=resume)
-        transformer = tiny_dit(config)
+        transformer = tiny_dit()
         transformer.load_state_dict(start)
         train(config, batches, transformer, CLASSES, tiny_autoencoder())
         return load_file(folder / "model" / "transformer" / WEIGHTS)
@@ -181,10 +175,10 @@ def test_main_trains_from_folders_of_classes(tmp_path, autoencoder, patch_size):
 
 
 def test_compiling_and_gradient_checkpointing_change_nothing(tmp_path):
-    start, results = tiny_dit(make_config(tmp_path)).state_dict(), []
+    start, results = tiny_dit().state_dict(), []
     for name in ("plain", "compile", "gradient_checkpointing"):
         config = make_config(tmp_path / name, max_steps=1, **({} if name == "plain" else {name: True}))
-        transformer = tiny_dit(config)
+        transformer = tiny_dit()
         transformer.load_state_dict(start)
         with torch.compiler.set_stance("force_eager"):  # only the plumbing: compiling takes minutes
             train(config, two_classes, transformer, CLASSES)
@@ -195,12 +189,12 @@ def test_compiling_and_gradient_checkpointing_change_nothing(tmp_path):
 
 def test_images_outside_of_classes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`data` must be a folder with images"):
-        class_images(DiTTrainingConfig(data=str(tmp_path), resolution=16))
+        class_images(DiTDataOptions(data=str(tmp_path), resolution=16))
     write_classes(tmp_path)
-    assert class_images(DiTTrainingConfig(data=str(tmp_path), resolution=16))[1] == CLASSES
+    assert class_images(DiTDataOptions(data=str(tmp_path), resolution=16))[1] == CLASSES
     Image.new("RGB", (16, 16)).save(tmp_path / "stray.png")
     with pytest.raises(ValueError, match=r"`data` must say the class of each image.*'stray.png' has none"):
-        class_images(DiTTrainingConfig(data=str(tmp_path), resolution=16))
+        class_images(DiTDataOptions(data=str(tmp_path), resolution=16))
 
 
 def test_autoencoders_that_do_not_fit_are_refused(tmp_path):
@@ -209,15 +203,14 @@ def test_autoencoders_that_do_not_fit_are_refused(tmp_path):
     tiny_kl(shift_factor=0.1).save_pretrained(tmp_path / "shifted")
     with pytest.raises(ValueError, match="`vae` must have no `shift_factor`"):
         load_autoencoder(str(tmp_path / "shifted"))
-    tiny_dit(make_config(tmp_path)).save_config(tmp_path / "dit")
+    tiny_dit().save_config(tmp_path / "dit")
     with pytest.raises(ValueError, match=r"`vae` must be one of .*got 'DiTTransformer2DModel'"):
         load_autoencoder(str(tmp_path / "dit"))
 
 
 def test_transformers_and_classes_that_do_not_fit_are_refused(tmp_path):
-    config = make_config(tmp_path, patch_size=3)
     with pytest.raises(ValueError, match="`patch_size` must divide the latents' side 4, got 3"):
-        tiny_dit(config)
+        tiny_dit(patch_size=3)
     sizes = {"num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 1, "sample_size": 4, "patch_size": 1}
     small = DiTTransformer2DModel(num_embeds_ada_norm=10, **sizes)
     with pytest.raises(ValueError, match=r"`transformer` must have `num_embeds_ada_norm` 1000.*got 10"):
@@ -225,7 +218,7 @@ def test_transformers_and_classes_that_do_not_fit_are_refused(tmp_path):
     silent = DiTTransformer2DModel(in_channels=4, **sizes)
     with pytest.raises(ValueError, match=r"`transformer` must have `out_channels` equal.*got None and 4"):
         train(make_config(tmp_path), two_classes, silent, CLASSES)
-    transformer = tiny_dit(make_config(tmp_path))
+    transformer = tiny_dit()
     with pytest.raises(ValueError, match="`class_names` must be 1 to 1000 names, got 1001"):
         train(make_config(tmp_path), two_classes, transformer, ["x"] * 1001)
     with pytest.raises(ValueError, match=r"`sample_classes` must be one of \['cat', 'dog'\], got 'cow'"):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from diffusers_sana import VilaUForConditionalGeneration
 from diffusers_sana.training.data.chats import ChatCollator
-from examples import train_dc_ae, train_vila_u
+from diffusers_sana.training.recipes import dc_ae, vila_u
+from diffusers_sana.training.recipes.options import DCAETrainingConfig, VilaUTrainingConfig
 from tests.models.vila_u.tiny import CELLS, CODES, DEPTH, tiny_config
 from tests.models.vila_u.tiny_processor import tiny_processor
 from tests.training.tiny import smooth_images, tiny_autoencoder
@@ -42,10 +43,8 @@ def train_autoencoder(folder, process_index, num_processes):
         for step in range(start, 2):
             yield {"pixel_values": smooth_images(8, 32, seed=step).chunk(num_processes)[process_index]}
 
-    config = train_dc_ae.DCAETrainingConfig(
-        output_dir=str(folder), max_steps=2, log_every=1, phase=3, discriminator_channels=8
-    )
-    train_dc_ae.train(config, batches, new_autoencoder())
+    config = DCAETrainingConfig(output_dir=str(folder), max_steps=2, log_every=1, phase=3, discriminator_channels=8)
+    dc_ae.train(config, batches, new_autoencoder())
 
 
 def train_model(folder, process_index, num_processes):
@@ -66,8 +65,8 @@ def train_model(folder, process_index, num_processes):
             share = len(chats) // num_processes
             yield collate(chats[process_index * share :][:share])
 
-    config = train_vila_u.VilaUTrainingConfig(output_dir=str(folder), max_steps=2, log_every=1, lr_schedule="constant")
-    train_vila_u.train(config, batches, new_vila_u(), processor)
+    config = VilaUTrainingConfig(output_dir=str(folder), max_steps=2, log_every=1, lr_schedule="constant")
+    vila_u.train(config, batches, new_vila_u(), processor)
 
 
 # What trains, how it starts, its file of weights, and one of them that must change.

@@ -1,19 +1,20 @@
 """The text-to-image example at tiny size."""
 
-import json
-import os
-import signal
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from diffusers_sana import SanaPipeline
 from diffusers_sana.training.data.captions import Caption, caption_line
+from diffusers_sana.training.recipes.options import SanaTrainingConfig
+from diffusers_sana.training.recipes.sana import train
 from diffusers_sana.training.state_files import read_state
-from examples.train_sana import SanaTrainingConfig, main, train
+from examples.train_sana import main
 from tests.training.tiny import (
     image_batches,
+    interrupted,
+    latent_batch,
+    read_log,
     tiny_autoencoder,
     tiny_pipeline,
     tiny_text_encoder,
@@ -37,16 +38,6 @@ def make_config(folder, **changes):
         "caption_dropout": 0.5,
     }
     return SanaTrainingConfig(**settings | changes)
-
-
-def latent_batch():
-    """Cached latents and text vectors."""
-    embeds, mask = torch.randn(4, 6, 16), torch.ones(4, 6, dtype=torch.long)
-    return {"latents": torch.randn(4, 4, 4, 4), "prompt_embeds": embeds, "prompt_attention_mask": mask}
-
-
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_training_learns_a_fixed_batch(tmp_path):
@@ -96,12 +87,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, train_te
         transformer.load_state_dict(transformer_start)
         text_encoder.load_state_dict(encoder_start)
 
-        def batches(start):
-            for number, batch in enumerate(image_batches(start), start):
-                if number == stop_at:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                yield batch
-
+        batches = interrupted(image_batches, stop_at)
         config = make_config(
             folder,
             max_steps=5,

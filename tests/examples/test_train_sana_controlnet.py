@@ -1,8 +1,6 @@
 """Training a ControlNet at tiny size: on cached latents, on folders, resumed, and for the emoji checkpoint."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -13,11 +11,16 @@ from safetensors.torch import load_file
 from diffusers_sana import SanaControlNetModel, SanaPipeline
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.images import sobel_edges
+from diffusers_sana.training.recipes.controlnet import train
+from diffusers_sana.training.recipes.options import ControlNetTrainingConfig
 from examples.train_emoji import controlnet as emoji
 from examples.train_emoji.data import EmojiScenes
-from examples.train_sana_controlnet import ControlNetTrainingConfig, main, train
+from examples.train_sana_controlnet import main
 from tests.training.tiny import (
     image_batches,
+    interrupted,
+    latent_batch,
+    read_log,
     tiny_autoencoder,
     tiny_pipeline,
     tiny_text_encoder,
@@ -35,15 +38,10 @@ def make_config(folder, **changes):
     return ControlNetTrainingConfig(**settings | {"max_sequence_length": 32, "caption_dropout": 0.5} | changes)
 
 
-def latent_batch():
-    """Cached latents and text vectors; what is to be drawn is in the control latents."""
-    latents = torch.randn(4, 4, 4, 4)
-    text = {"prompt_embeds": torch.randn(4, 6, 16), "prompt_attention_mask": torch.ones(4, 6, dtype=torch.long)}
-    return {"latents": latents, "control_latents": -latents, **text}
-
-
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def controlled_batch():
+    """A batch of latents; what is to be generated is in the control latents."""
+    batch = latent_batch()
+    return batch | {"control_latents": -batch["latents"]}
 
 
 @pytest.mark.parametrize("wiring", ["diffusers", "nvlabs"])
@@ -53,7 +51,7 @@ def test_learns_and_leaves_the_transformer_alone(tmp_path, wiring):
     model = SanaControlNetModel.from_transformer(transformer, num_layers=1, wiring=wiring)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     config = make_config(tmp_path, max_steps=60, learning_rate=2e-2, caption_dropout=0.0)
-    train(config, [latent_batch()], model, transformer)
+    train(config, [controlled_batch()], model, transformer)
     losses = [row["loss"] for row in read_log(tmp_path)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     assert all(torch.equal(value, before[name]) for name, value in transformer.state_dict().items())
@@ -70,14 +68,11 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
     def run(folder, resume=False, stop_at=None):
         model = SanaControlNetModel.from_transformer(transformer, num_layers=1)
 
-        def batches(begin):
-            for number, batch in enumerate(image_batches(begin), begin):
-                if number == stop_at:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                yield batch | {"control_image": sobel_edges(batch["pixel_values"])}
+        def with_edges(start):
+            return (batch | {"control_image": sobel_edges(batch["pixel_values"])} for batch in image_batches(start))
 
         config = make_config(folder, max_steps=4, ema_decay=0.9, resume=resume, learning_rate=1e-2)
-        train(config, batches, model, transformer, text_encoder, tiny_tokenizer(), vae)
+        train(config, interrupted(with_edges, stop_at), model, transformer, text_encoder, tiny_tokenizer(), vae)
         return load_file(folder / "model" / WEIGHTS)
 
     whole = run(tmp_path / "whole")
@@ -90,7 +85,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
-    transformer, batch, results = tiny_transformer(), latent_batch(), []
+    transformer, batch, results = tiny_transformer(), controlled_batch(), []
     for checkpointing in (False, True):
         model = SanaControlNetModel.from_transformer(transformer, num_layers=1)
         folder = tmp_path / str(checkpointing)
@@ -100,7 +95,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 
 
 def test_says_which_part_a_batch_needs(tmp_path):
-    transformer, batch = tiny_transformer(), latent_batch()
+    transformer, batch = tiny_transformer(), controlled_batch()
     model = SanaControlNetModel.from_transformer(transformer, num_layers=1)
     image = {"control_image": torch.zeros(4, 3, 16, 16)}
     for changed, match in (

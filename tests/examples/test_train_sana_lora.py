@@ -1,8 +1,6 @@
 """Training a LoRA at tiny size: on cached latents, resumed, on 4 bits, on folders, and for the emoji checkpoint."""
 
 import json
-import os
-import signal
 from types import SimpleNamespace
 
 import diffusers
@@ -17,12 +15,20 @@ import diffusers_sana
 from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.prompts.training_prompts import complex_human_instruction
-from diffusers_sana.training.recipes.lora import WithPrior, captioned_folder
-from examples import train_sana_lora
+from diffusers_sana.training.recipes import lora
+from diffusers_sana.training.recipes.lora import WithPrior, captioned_folder, prepare, train
+from diffusers_sana.training.recipes.options import LoraDataOptions, LoraModelOptions, LoraTrainingConfig
 from examples.train_emoji import lora as emoji
-from examples.train_sana_lora import LoraTrainingConfig, main, prepare, train
+from examples.train_sana_lora import main
 from tests import tiny
-from tests.training.tiny import tiny_autoencoder, tiny_pipeline, tiny_transformer, write_image_folder
+from tests.training.tiny import (
+    interrupted,
+    read_log,
+    tiny_autoencoder,
+    tiny_pipeline,
+    tiny_transformer,
+    write_image_folder,
+)
 
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -42,10 +48,6 @@ def latent_batch(seed=0):
         "prompt_embeds": embeds,
         "prompt_attention_mask": torch.ones(4, 6, dtype=torch.long),
     }
-
-
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def copy_of(transformer):
@@ -107,12 +109,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, base):
         if base == "int4":
             quantize(transformer, SVDQuantConfig(rank=2), progress=False)
 
-        def batches(begin):
-            for number in range(begin, 100):
-                if number == stop_at:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                yield latent_batch(number)
-
+        batches = interrupted(lambda start: map(latent_batch, range(start, 100)), stop_at)
         config = make_config(folder, max_steps=4, ema_decay=0.9, lora_dropout=0.2, caption_dropout=0.5, resume=resume)
         train(config, batches, transformer, vae)
         return load_file(folder / "model" / WEIGHTS)
@@ -177,7 +174,6 @@ def test_loss_weight(tmp_path):
     ("changes", "match"),
     [
         ({"rank": 0}, "`rank` must be at least 1, got 0"),
-        ({"quantize": "int3"}, "`quantize` must be one of"),
         ({"target_modules": ("to_q", "to_x")}, "`target_modules` must name layers, got 'to_x'.*'to_k'"),
         ({"flow_shift": None}, "`flow_shift` must be a number"),
     ],
@@ -185,6 +181,8 @@ def test_loss_weight(tmp_path):
 def test_bad_settings(tmp_path, changes, match):
     with pytest.raises(ValueError, match=match):
         train(make_config(tmp_path, **changes), [latent_batch()], tiny_transformer())
+    with pytest.raises(ValueError, match="`quantize` must be one of"):
+        LoraModelOptions(pretrained="some/pipeline", quantize="int3")
 
 
 def test_captions(tmp_path):
@@ -239,9 +237,9 @@ def test_shift_is_the_schedulers(tmp_path):
     pipe = tiny_pipeline()
     pipe.register_modules(scheduler=type(pipe.scheduler)(flow_shift=1.5))
     pipe.save_pretrained(tmp_path / "pipeline")
-    settings = {"data": str(tmp_path / "data"), "pretrained": str(tmp_path / "pipeline"), "resolution": 32}
-    config = LoraTrainingConfig(output_dir=str(tmp_path / "out"), **settings)
-    batches, _, _, samples = prepare(config)
+    config = LoraTrainingConfig(output_dir=str(tmp_path / "out"))
+    data = LoraDataOptions(data=str(tmp_path / "data"), resolution=32)
+    batches, _, _, samples = prepare(config, data, LoraModelOptions(pretrained=str(tmp_path / "pipeline")))
     assert config.flow_shift == 1.5
     assert samples is None
     batch = next(iter(batches(0)))
@@ -291,8 +289,9 @@ def test_class_images_are_of_their_prompt(tmp_path):
 
     def run(prompt, count):
         asked.clear()
-        settings = {"class_prompt": prompt, "num_class_images": count, "pretrained": str(tmp_path / "base")}
-        train_sana_lora.generate_class_images(pipe, LoraTrainingConfig(**settings), folder)
+        data = LoraDataOptions(data=str(tmp_path), class_prompt=prompt, num_class_images=count)
+        model = LoraModelOptions(pretrained=str(tmp_path / "base"))
+        lora.generate_class_images(pipe, LoraTrainingConfig(), data, model, folder)
         return sorted(path.name for path in folder.iterdir())
 
     names = [f"class_{index:05d}.png" for index in range(3)]

@@ -1,8 +1,6 @@
 """Distilling at tiny size: on cached latents, on folders, resumed, and for the emoji checkpoint."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -12,10 +10,15 @@ from safetensors.torch import load_file
 
 from diffusers_sana import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel
 from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.training.recipes.options import SprintTrainingConfig
+from diffusers_sana.training.recipes.sprint import train
 from examples.train_emoji import sprint as emoji
-from examples.train_sana_sprint import SprintTrainingConfig, main, train
+from examples.train_sana_sprint import main
 from tests.training.tiny import (
     image_batches,
+    interrupted,
+    latent_batch,
+    read_log,
     tiny_autoencoder,
     tiny_pipeline,
     tiny_text_encoder,
@@ -31,16 +34,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def make_config(folder, **changes):
     settings = {"output_dir": str(folder), "max_steps": 3, "log_every": 1, "tangent_warmup_steps": 2}
     return SprintTrainingConfig(**settings | {"max_sequence_length": 32, "learning_rate": 1e-3} | changes)
-
-
-def latent_batch():
-    """Cached latents and text vectors."""
-    text = {"prompt_embeds": torch.randn(4, 6, 16), "prompt_attention_mask": torch.ones(4, 6, dtype=torch.long)}
-    return {"latents": torch.randn(4, 4, 4, 4), **text}
-
-
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("adversarial_weight", [0.5, 0.0])
@@ -62,12 +55,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
     teacher, vae, text_encoder = tiny_transformer(), tiny_autoencoder(), tiny_text_encoder()
 
     def run(folder, resume=False, stop_at=None):
-        def batches(begin):
-            for number, batch in enumerate(image_batches(begin), begin):
-                if number == stop_at:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                yield batch
-
+        batches = interrupted(image_batches, stop_at)
         config = make_config(folder, max_steps=4, ema_decay=0.9, resume=resume)
         train(config, batches, teacher, text_encoder, tiny_tokenizer(), vae)
         return load_file(folder / "model" / "transformer" / WEIGHTS)

@@ -8,10 +8,13 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from diffusers_sana import VilaUForConditionalGeneration
-from diffusers_sana.training.data.chats import ChatCollator, ChatFolder, encode_pictures, without_prompt
-from examples.train_vila_u import VilaUTrainingConfig, WithHiddenCells, main, train
+from diffusers_sana.training.data.chats import ChatCollator, ChatFolder, encode_images, without_prompt
+from diffusers_sana.training.recipes.options import VilaUTrainingConfig
+from diffusers_sana.training.recipes.vila_u import MaskedImageTokens, train
+from examples.train_vila_u import main
 from tests.models.vila_u.tiny import CELLS, CODES, DEPTH, IMAGE, tiny_model
 from tests.models.vila_u.tiny_processor import tiny_processor
+from tests.training.tiny import read_log
 
 
 def drawing(prompt, picture):
@@ -31,10 +34,6 @@ def random_codes(seed):
 def make_config(folder, **changes):
     settings = {"output_dir": str(folder), "max_steps": 3, "log_every": 1, "learning_rate": 1e-3, "warmup_steps": 2}
     return VilaUTrainingConfig(**settings | changes)
-
-
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def trainable():
@@ -123,12 +122,12 @@ def test_chats_with_separators_and_blank_lines(tmp_path):
 def test_pictures_of_a_folder_are_encoded_once(tmp_path):
     chats, model, processor = ChatFolder(chat_folder(tmp_path / "data")), tiny_model(), tiny_processor()
     tower, file = model.model.vision_tower, tmp_path / "codes.safetensors"
-    codes = encode_pictures(chats.pictures, tower, processor.image_processor, file, batch_size=1)
+    codes = encode_images(chats.images, tower, processor.image_processor, file, batch_size=1)
     assert codes.keys() == {"a.png", "b.png"}
     collate = ChatCollator(processor)
     from_pixels = collate([chats[index] for index in range(4)])
     before = file.stat().st_ino
-    chats.codes = encode_pictures(chats.pictures, tower, processor.image_processor, file)
+    chats.codes = encode_images(chats.images, tower, processor.image_processor, file)
     assert file.stat().st_ino == before  # nothing was encoded
     from_codes = collate([chats[index] for index in range(4)])
     assert torch.equal(from_codes["image_codes"], tower.encode_to_codes(from_pixels["pixel_values"]))
@@ -149,7 +148,7 @@ def test_codes_are_of_their_images_tower_and_processor(tmp_path):
     def codes(**options):
         encoded.clear()
         image_processor = type(processor.image_processor)(**processor.image_processor.to_dict() | options)
-        return encode_pictures(chats.pictures, tower, image_processor, file)
+        return encode_images(chats.images, tower, image_processor, file)
 
     first = codes()
     assert encoded == [2]
@@ -245,9 +244,9 @@ def test_hidden_cells_are_not_seen_but_still_learned():
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     plain = model(**batch)
-    assert torch.equal(WithHiddenCells(model, 0.0)(**batch).loss, plain.loss)
+    assert torch.equal(MaskedImageTokens(model, 0.0)(**batch).loss, plain.loss)
     torch.manual_seed(0)
-    hidden = WithHiddenCells(model, 1.0)(**batch)
+    hidden = MaskedImageTokens(model, 1.0)(**batch)
     is_cell = batch["input_ids"] == IMAGE
     is_hidden = (seen[2] == 0).all(-1) & is_cell
     assert 0 < is_hidden.sum() < is_cell.sum()

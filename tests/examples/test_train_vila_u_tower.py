@@ -1,15 +1,15 @@
 """The example that trains VILA-U's vision tower, at tiny size."""
 
-import json
-
 import pytest
 import torch
 
 from diffusers_sana import VilaUVisionModel
-from examples.train_vila_u_tower import VilaUTowerTrainingConfig, codes_used, main, tokenize, train
+from diffusers_sana.training.recipes.options import VilaUTowerTrainingConfig
+from diffusers_sana.training.recipes.vila_u_tower import codes_used, tokenize, train
+from examples.train_vila_u_tower import main
 from tests.models.vila_u.tiny import CODES, VOCABULARY, tiny_vision_config
 from tests.models.vila_u.tiny_processor import tiny_tokenizer
-from tests.training.tiny import image_batches, smooth_images, write_image_folder
+from tests.training.tiny import image_batches, read_log, smooth_images, write_image_folder
 
 
 def tiny_tower(**overrides):
@@ -21,10 +21,6 @@ def tiny_tower(**overrides):
 def make_config(folder, **changes):
     settings = {"output_dir": str(folder), "max_steps": 3, "log_every": 1, "learning_rate": 1e-3, "ema_decay": 0.9}
     return VilaUTowerTrainingConfig(**settings | changes)
-
-
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_it_learns_fixed_pictures_and_their_captions(tmp_path):

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from diffusers_sana.training.config import TrainingConfig, parse_config
+from diffusers_sana.training.config import TrainingConfig, parse_options
 from diffusers_sana.training.data.batches import iterate_batches
 from diffusers_sana.training.loop import TrainingLoop, budget_used, learning_rate_factor
 from diffusers_sana.training.plots import save_image_grid
@@ -49,11 +49,11 @@ def numbered(start):
         start += 1
 
 
-def test_parse_config_reads_every_kind_of_option():
+def test_parse_options_reads_every_kind_of_option():
     argv = ["--max_minutes", "2.5", "--betas", "0.5", "0.9", "--compile", "--max_steps", "7"]
-    config = parse_config(TrainingConfig, argv)
+    [config] = parse_options([TrainingConfig], argv)
     assert (config.max_minutes, config.betas, config.compile, config.max_steps) == (2.5, (0.5, 0.9), True, 7)
-    assert parse_config(TrainingConfig, []) == TrainingConfig()
+    assert parse_options([TrainingConfig], []) == [TrainingConfig()]
 
 
 def test_config_refuses_bad_values():

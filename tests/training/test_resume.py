@@ -15,13 +15,24 @@ from filelock import FileLock
 from torch import nn
 from torch.utils.data import Dataset
 
+from diffusers_sana.arguments import run_script
 from diffusers_sana.training import loop as loop_module
-from diffusers_sana.training.config import RunError, TrainingConfig, run_script
+from diffusers_sana.training.config import RunError, TrainingConfig
 from diffusers_sana.training.data.batches import make_loader
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
+from diffusers_sana.training.recipes.options import (
+    DCAEDataOptions,
+    DCAEModelOptions,
+    DCAETrainingConfig,
+    SanaDataOptions,
+    SanaModelOptions,
+    SanaTrainingConfig,
+    VilaUDataOptions,
+    VilaUModelOptions,
+    VilaUTrainingConfig,
+)
 from diffusers_sana.training.run_folder import checkpoints
 from diffusers_sana.training.state_files import read_state, write_state
-from examples import train_dc_ae, train_sana, train_vila_u
 from tests.training.test_loop import numbered, read_log
 
 
@@ -249,16 +260,17 @@ def test_settings_that_a_run_stands_on_are_refused_by_name(tmp_path):
 
 def test_every_option_of_the_scripts_says_whether_it_may_change():
     """What a script may not change is what its model, its start or the order of its data is made of."""
-    fixed = {
-        config: {item.name for item in fields(config) if not item.metadata["changeable"]}
-        for config in (
-            train_dc_ae.DCAETrainingConfig,
-            train_sana.SanaTrainingConfig,
-            train_vila_u.VilaUTrainingConfig,
-        )
+    groups = {
+        "dc_ae": (DCAETrainingConfig, DCAEDataOptions, DCAEModelOptions),
+        "sana": (SanaTrainingConfig, SanaDataOptions, SanaModelOptions),
+        "vila_u": (VilaUTrainingConfig, VilaUDataOptions, VilaUModelOptions),
     }
-    assert fixed[train_dc_ae.DCAETrainingConfig] >= {"seed", "batch_size", "resolution", "phase", "pretrained"}
-    assert fixed[train_sana.SanaTrainingConfig] >= {"seed", "batch_size", "optimizer", "train_text_encoder"}
+    fixed = {
+        recipe: {item.name for group in of_recipe for item in fields(group) if not item.metadata["changeable"]}
+        for recipe, of_recipe in groups.items()
+    }
+    assert fixed["dc_ae"] >= {"seed", "batch_size", "resolution", "phase", "pretrained"}
+    assert fixed["sana"] >= {"seed", "batch_size", "optimizer", "train_text_encoder"}
     for names in fixed.values():
         assert not names & {"max_steps", "max_minutes", "num_workers", "save_minutes", "learning_rate", "ema_decay"}
 

@@ -1,7 +1,9 @@
 """Tiny parts of a Sana pipeline and tiny data, built on the spot."""
 
 import json
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -113,3 +115,26 @@ def write_image_folder(folder: Path, sizes: list[tuple[int, int]]) -> None:
         Image.fromarray(pixels).save(folder / f"{index}.png")
         lines.append(json.dumps({"file_name": f"{index}.png", "text": CAPTIONS[index % len(CAPTIONS)]}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def latent_batch() -> dict[str, Any]:
+    """Four latents and text vectors, as a cache holds them."""
+    embeds, mask = torch.randn(4, 6, 16), torch.ones(4, 6, dtype=torch.long)
+    return {"latents": torch.randn(4, 4, 4, 4), "prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+
+def interrupted(batches: Callable[[int], Iterator], at: int | None) -> Callable[[int], Iterator]:
+    """The same batches, with a SIGTERM to this process before the one of number `at`."""
+
+    def from_number(start: int) -> Iterator:
+        for number, batch in enumerate(batches(start), start):
+            if number == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    return from_number
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

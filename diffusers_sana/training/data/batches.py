@@ -24,7 +24,7 @@ from diffusers_sana.files import digest
 from diffusers_sana.training.data.captions import SampledCaptions
 
 
-# Either an iterable, begun anew whenever it ends, or a function from the number of batches already used, by all
+# Either an iterable, started again whenever it ends, or a function from the number of batches already used, by all
 # processes together, to the iterable of those that follow for this process; only the latter resumes at the very batch
 # where the run had stopped.
 Batches = Iterable[dict[str, Any]] | Callable[[int], Iterable[dict[str, Any]]]
@@ -40,14 +40,16 @@ def iterate_batches(batches: Batches, start: int, num_processes: int = 1) -> Gen
     """
     while True:
         found = False
-        with unchanged_random_state():  # a DataLoader draws the seed of its workers
+        with unchanged_random_state():  # a DataLoader samples the seed of its workers
             iterator = iter(batches(start) if callable(batches) else batches)
         for batch in iterator:
             found = True
             start += num_processes
             yield batch
         if not found:
-            raise ValueError("`batches` must yield batches, got none. A generator cannot be begun anew; pass a list.")
+            raise ValueError(
+                "`batches` must yield batches, got none. A generator cannot be started again; pass a list."
+            )
 
 
 def count_items(batch: dict[str, Any]) -> dict[str, int]:
@@ -113,11 +115,11 @@ def bucket_batches(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> Iterator[list[int]]:
-    """Endless batches of item indices, every item once an epoch, one size a batch.
+    """Endless batches of item indices, every item once per epoch, one size per batch.
 
     Args:
         sizes_of_items: size of each item.
-        batch_size: largest number of items a batch; what is left of a size at the end of an epoch is a smaller batch.
+        batch_size: largest number of items per batch; the rest of a size at the end of an epoch is a smaller batch.
         seed: seed of the order, which differs between epochs.
         start: number of batches that all processes together have already used.
         process_index, num_processes: each process takes every `num_processes`-th batch.
@@ -227,7 +229,7 @@ def make_loader(
 
     Args:
         dataset: map-style, with `sizes_of_items`; or `SampledCaptions`, which is told the epoch.
-        batch_size: items a batch and process; the last batch of a size in an epoch may be smaller.
+        batch_size: items per batch and process; the last batch of a size in an epoch may be smaller.
         seed: seed of the order, and of what is random in items and in `collate_fn`.
         num_workers: processes that load items; their number changes no batch.
         collate_fn: makes a batch of items; default: `collate`, for dictionaries of tensors and strings.

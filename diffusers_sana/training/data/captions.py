@@ -1,11 +1,11 @@
-"""Several captions a picture, of which one is drawn each epoch, the better ones more often (arXiv 2410.10629).
+"""Several captions per image, of which one is sampled each epoch, the better ones more often (arXiv 2410.10629).
 
-`captions.jsonl` in a folder of pictures has a line for each picture:
+`captions.jsonl` in a folder of images has one line per image:
 
     {"file_name": "a.png", "captions": [{"model": "original", "text": "a cat", "clip_score": 27.1}, ...]}
 
-`clip_score` is 100 times the cosine of CLIP's vectors of picture and text, or null where it was not measured.
-`examples/caption_images.py` writes such files. Several lines of one picture count together, and of several captions by
+`clip_score` is 100 times the cosine of CLIP's embeddings of image and text, or null where it was not measured.
+`examples/caption_images.py` writes such files. Several lines of one image count together, and of several captions by
 one model the last counts: so a program that captions may add lines to the end.
 """
 
@@ -30,12 +30,12 @@ WEIGHTINGS = ("power", "softmax")
 
 @dataclass(frozen=True)
 class Caption:
-    """What one model says about a picture.
+    """What one model says about an image.
 
     Attributes:
-        model: its name; "original" for a caption the picture came with.
+        model: its name; "original" for a caption the image came with.
         text: the caption.
-        clip_score: 100 times the cosine of CLIP's vectors of picture and text; None: not measured.
+        clip_score: 100 times the cosine of CLIP's embeddings of image and text; None: not measured.
         made_from: a digest of the image and the settings that the text was made from; "" if nobody knows.
         scored_from: a digest of the image and the CLIP that the score was made from.
     """
@@ -58,9 +58,9 @@ def caption_line(file_name: str, captions: Iterable[Caption]) -> str:
 
 
 def read_captions(path: Path) -> dict[str, list[Caption]]:
-    """The captions of each picture of a `captions.jsonl`, in the order of the file.
+    """The captions of each image of a `captions.jsonl`, in the order of the file.
 
-    Half a line at the end, which a killed program leaves, does not count; nor does a picture without captions.
+    Half a line at the end, which a killed program leaves, does not count; nor does an image without captions.
 
     Raises:
         ValueError: a line is not as above; the message names the file and the line.
@@ -99,15 +99,15 @@ def best_caption(captions: Sequence[Caption]) -> Caption:
 def caption_probabilities(
     captions: Sequence[Caption], weighting: str = "power", temperature: float = 0.1, threshold: float = 25.0
 ) -> Tensor:
-    """How probable each of a picture's captions is: `[len(captions)]`, fp64, of sum 1.
+    """The probability of each of an image's captions: `[len(captions)]`, fp64, of sum 1.
 
     Args:
-        captions: of one picture. Without scores all are equally probable.
+        captions: of one image. Without scores all are equally probable.
         weighting: of a score c and temperature t: "power" c^(1/t), as in Sana's released code; "softmax" exp(c / t),
             as in the paper. Either is divided by the sum over the captions.
         temperature: the lower, the more the best caption is preferred. Scores are up to 100: what 0.1 is to "power"
             is about 2.5 to "softmax", where 0.1 leaves hardly any but the best.
-        threshold: captions of a lower score are not drawn; where all are lower, the best one is. 0 keeps all.
+        threshold: captions with a lower score are not sampled; where all are lower, the best one is. 0 keeps all.
 
     Raises:
         ValueError: where only some of the captions have a score.
@@ -130,20 +130,20 @@ def caption_probabilities(
 
 
 def embeds_name(number: int) -> str:
-    """What a latent cache calls the text vectors of a picture's `number`-th caption."""
+    """What a latent cache calls the text vectors of an image's `number`-th caption."""
     return f"prompt_embeds.{number}"
 
 
 class SampledCaptions(Dataset):
-    """Items of which each has, in each epoch, one of its captions, drawn by seed, epoch and index.
+    """Items of which each has, in each epoch, one of its captions, sampled by seed, epoch and index.
 
     It is indexed by pairs (epoch, index); `training.data.batches.make_loader` does so.
 
     Args:
         items: map-style, with `sizes_of_items`. The `text` of an item is replaced; of text vectors named as by
-            `embeds_name`, those of the drawn caption become `prompt_embeds`.
+            `embeds_name`, those of the sampled caption become `prompt_embeds`.
         captions: of each item.
-        seed: of the draws.
+        seed: of the sampling.
         weighting, temperature, threshold: see `caption_probabilities`.
     """
 
@@ -165,22 +165,22 @@ class SampledCaptions(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def draw(self, epoch: int, index: int) -> int:
+    def sample(self, epoch: int, index: int) -> int:
         """The number of the caption that an item has in an epoch."""
         generator = np.random.default_rng((self.seed, epoch, index))
         return int(generator.choice(len(self.captions[index]), p=self.probabilities[index]))
 
     def __getitem__(self, at: tuple[int, int]) -> dict[str, Any]:
         epoch, index = at
-        number, item = self.draw(epoch, index), self.items[index]
+        number, item = self.sample(epoch, index), self.items[index]
         cached = {name for name in item if name.startswith("prompt_embeds")}
         if cached and embeds_name(number) not in cached:
             raise ValueError(
                 f"`cache_dir` holds text vectors of {len(cached)} captions of item {index}, which has "
                 f"{len(self.captions[index])}. Fill the cache from the same captions."
             )
-        drawn = {name: value for name, value in item.items() if name not in cached | {"texts"}}
-        drawn["text"] = self.captions[index][number].text
+        sampled = {name: value for name, value in item.items() if name not in cached | {"texts"}}
+        sampled["text"] = self.captions[index][number].text
         if cached:
-            drawn["prompt_embeds"] = item[embeds_name(number)]
-        return drawn
+            sampled["prompt_embeds"] = item[embeds_name(number)]
+        return sampled

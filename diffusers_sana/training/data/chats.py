@@ -1,4 +1,4 @@
-"""Chats with pictures, as VILA-U is trained on them."""
+"""Chats with images, as VILA-U is trained on them."""
 
 import json
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ Chat = list[dict[str, Any]]
 
 
 class ChatFolder(Dataset):
-    """The chats of `folder/chats.jsonl`, a list of messages a line, whose pictures are files of the folder.
+    """The chats of `folder/chats.jsonl`, one list of messages per line, whose images are files of the folder.
 
     Attributes:
-        pictures: path of every picture, by the name it has in the chats.
-        codes: codes `[T, D]` by the same names, once somebody has set them: the items then have these as pictures.
+        images: path of every image, by the name it has in the chats.
+        codes: codes `[T, D]` by the same names, once they are set: the items then have these as images.
 
     Args:
         folder: with chats.jsonl.
@@ -44,22 +44,22 @@ class ChatFolder(Dataset):
         if not file.exists():
             raise ValueError(f"`data` must be a folder with chats.jsonl, got {str(folder)!r}. Check the path.")
         self.chats: list[Chat] = []
-        self.pictures: dict[str, Path] = {}
+        self.images: dict[str, Path] = {}
         for number, chat in read_json_lines(file):
             where = f"{str(file)!r}, line {number}"
             try:
-                names = [_string(part["image"]) for part in picture_parts(chat)]
+                names = [_string(part["image"]) for part in image_parts(chat)]
             except (KeyError, TypeError) as error:
                 raise ValueError(
                     f"{where}: a line must be a list of messages with `role` and `content`, a string or a list of"
                     f" parts with `type`; wrong is {error}."
                 ) from None
-            self.pictures |= {name: inside(root / name, root, where, allow_outside) for name in names}
+            self.images |= {name: inside(root / name, root, where, allow_outside) for name in names}
             self.chats.append(chat)
         self.codes: dict[str, Tensor] = {}
-        absent = [name for name, path in self.pictures.items() if not path.exists()]
+        absent = [name for name, path in self.images.items() if not path.exists()]
         if not self.chats or absent:
-            what = f"{len(absent)} of the pictures, {absent[0]!r} first" if absent else "any chat"
+            what = f"{len(absent)} of the images, {absent[0]!r} first" if absent else "any chat"
             raise ValueError(f"{file} lacks {what}. Give paths relative to its folder.")
         self.sizes_of_items = [(1, 1)] * len(self.chats)  # any chats can make a batch
 
@@ -67,7 +67,7 @@ class ChatFolder(Dataset):
         return len(self.chats)
 
     def __getitem__(self, index: int) -> Chat:
-        return with_pictures(self.chats[index], self.codes or {n: str(path) for n, path in self.pictures.items()})
+        return with_images(self.chats[index], self.codes or {n: str(path) for n, path in self.images.items()})
 
 
 class ChatCollator:
@@ -75,8 +75,8 @@ class ChatCollator:
 
     Args:
         processor: of the model.
-        caption_dropout: share of the prompts of pictures that are emptied, so that the model also learns to draw
-            without a prompt, which guidance needs. Drawn from PyTorch's global generator.
+        caption_dropout: fraction of the prompts of images that are emptied, so that the model also learns to
+            generate without a prompt, which guidance needs. Sampled by PyTorch's global generator.
     """
 
     def __init__(self, processor: VilaUProcessor, caption_dropout: float = 0.0):
@@ -88,17 +88,17 @@ class ChatCollator:
         return dict(self.processor.apply_chat_template(rows, tokenize=True, return_dict=True, output_labels=True))
 
 
-def picture_parts(chat: Chat) -> list[dict[str, Any]]:
-    """The parts of the messages that are pictures."""
+def image_parts(chat: Chat) -> list[dict[str, Any]]:
+    """The parts of the messages that are images."""
     contents = [message["content"] for message in chat if not isinstance(message["content"], str)]
     return [part for content in contents for part in content if part["type"] == "image"]
 
 
-def with_pictures(chat: Chat, pictures: dict[str, Any]) -> Chat:
-    """The chat with `pictures[name]` wherever a picture has a name."""
+def with_images(chat: Chat, images: dict[str, Any]) -> Chat:
+    """The chat with `images[name]` wherever an image has a name."""
 
     def replaced(part: dict[str, Any]) -> dict[str, Any]:
-        return part | {"image": pictures[part["image"]]} if part["type"] == "image" else part
+        return part | {"image": images[part["image"]]} if part["type"] == "image" else part
 
     return [
         message
@@ -109,16 +109,16 @@ def with_pictures(chat: Chat, pictures: dict[str, Any]) -> Chat:
 
 
 def without_prompt(chat: Chat) -> Chat:
-    """The chat with nothing in the user's turn, if it is one prompt of text and one answer that shows a picture."""
+    """The chat with nothing in the user's turn, if it is one prompt of text and one answer that shows an image."""
     if [message["role"] for message in chat[-2:]] != ["user", "assistant"] or len(chat) != 2:
         return chat
-    asked, answered = picture_parts(chat[:1]), picture_parts(chat[1:])
+    asked, answered = image_parts(chat[:1]), image_parts(chat[1:])
     return [chat[0] | {"content": ""}, chat[1]] if answered and not asked else chat
 
 
 @torch.no_grad()
-def encode_pictures(
-    pictures: dict[str, Path], tower: VilaUVisionModel, image_processor: Any, file: Path, batch_size: int = 32
+def encode_images(
+    images: dict[str, Path], tower: VilaUVisionModel, image_processor: Any, file: Path, batch_size: int = 32
 ) -> dict[str, Tensor]:
     """Codes `[T, D]` of image files, by their names.
 
@@ -126,29 +126,29 @@ def encode_pictures(
     for another tower or processor. Of several processes the first encodes, and the others read.
 
     Args:
-        pictures: name -> path.
+        images: name -> path.
         tower: encodes them.
         image_processor: of the model.
         file: a safetensors file.
         batch_size: images encoded at a time.
     """
     settings = digest(model_digest(tower), json.dumps(image_processor.to_dict(), sort_keys=True, default=str))
-    stamps = {name: digest(settings, file_stamp(path)) for name, path in pictures.items()}
+    stamps = {name: digest(settings, file_stamp(path)) for name, path in images.items()}
     with PartialState().main_process_first():
         codes = _kept_codes(file, stamps)
-        names = [name for name in pictures if name not in codes]
+        names = [name for name in images if name not in codes]
         tower.eval()
         for start in tqdm(range(0, len(names), batch_size), desc="encoding images", disable=not names):
             batch = names[start : start + batch_size]
-            images = image_processor.fetch_images([str(pictures[name]) for name in batch])
-            pixels = image_processor(images, return_tensors="pt")["pixel_values"]
+            loaded = image_processor.fetch_images([str(images[name]) for name in batch])
+            pixels = image_processor(loaded, return_tensors="pt")["pixel_values"]
             codes |= dict(zip(batch, tower.encode_to_codes(pixels.to(tower.device, tower.dtype)).cpu(), strict=True))
         if names:
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(file) as temporary:
                 tensors = {name: value.contiguous() for name, value in codes.items()}
                 save_file(tensors, temporary, metadata={"made_from": json.dumps(stamps)})
-    return {name: codes[name] for name in pictures}
+    return {name: codes[name] for name in images}
 
 
 def _kept_codes(file: Path, stamps: dict[str, str]) -> dict[str, Tensor]:

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from diffusers_sana.files import PathLike
 from diffusers_sana.images import image_size, read_image
+from diffusers_sana.training.config import ImageDataOptions
 from diffusers_sana.training.data.batches import nearest_size
 from diffusers_sana.training.data.sources import (
     Captions,
     FolderSource,
-    ImageDataConfig,
     ImageSource,
     find_source,
     image_digest,
@@ -103,6 +103,6 @@ class ImageFolder(Images):
         self.paths = source.paths
 
 
-def load_images(config: ImageDataConfig, sizes: list[tuple[int, int]], captions: Captions = "expected") -> Images:
-    """`Images` of `config.data`: a folder, WebDataset tars or a dataset of the Hub. See `find_source` for errors."""
-    return Images(find_source(config, captions), sizes)
+def load_images(options: ImageDataOptions, sizes: list[tuple[int, int]], captions: Captions = "expected") -> Images:
+    """`Images` of `options.data`: a folder, WebDataset tars or a dataset of the Hub. See `find_source` for errors."""
+    return Images(find_source(options, captions), sizes)

@@ -1,4 +1,4 @@
-"""Latents and text vectors computed once and kept on disk, one safetensors file an item.
+"""Latents and text vectors computed once and kept on disk, one safetensors file per item.
 
 A file's name is a digest of everything its tensors depend on: the image, its size, its texts, and the settings of the
 encoding with the encoders' weights. So a folder may serve several runs, and nothing is ever taken for what it is not.

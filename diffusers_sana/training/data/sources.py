@@ -13,12 +13,11 @@ import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
 from diffusers_sana.files import IMAGE_SUFFIXES, digest, read_text
-from diffusers_sana.training.config import TrainingConfig, option
+from diffusers_sana.training.config import ImageDataOptions
 from diffusers_sana.training.data.captions import CAPTIONS_FILE, Caption, best_caption, read_captions
 from diffusers_sana.training.data.metadata import (
     CAPTION_SUFFIXES,
@@ -46,25 +45,6 @@ UNREAD = (".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".tar", ".zip")
 LIKE_CAPTIONS = (".caption", ".captions", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
 NO_CAPTIONS = ("license", "readme")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-@dataclass(kw_only=True)
-class ImageDataConfig(TrainingConfig):
-    """Settings of a training on images: which ones."""
-
-    data: str = option(
-        "",
-        "folder of images; WebDataset tars such as `shards/{000..099}.tar`; or the name of a dataset of the Hub"
-        " (command line only)",
-        changeable=True,
-    )
-    data_split: str = option("train", "split of the dataset, or of a folder that has some (command line only)")
-    data_config: str = option("", "configuration of a dataset of the Hub (command line only)")
-    image_column: str = option("", "column of the images; default: the one there is (command line only)")
-    caption_column: str = option("", "column of the captions; default: `text` or `caption` (command line only)")
-    allow_outside: bool = option(
-        False, "read images outside of `data` that its metadata names (command line only)", changeable=True
-    )
 
 
 class ImageSource(Protocol):
@@ -416,24 +396,29 @@ class HubSource:
             self.captions[index] = text_of(row, repr(self.names[index]), column) or ""
 
 
-def find_source(config: ImageDataConfig, captions: Captions = "expected") -> ImageSource:
-    """The images that `config.data` names.
+def find_source(options: ImageDataOptions, captions: Captions = "expected") -> ImageSource:
+    """The images that `options.data` names.
 
     Raises:
         ImportError, ValueError: those of the sources.
     """
-    root = Path(config.data)
+    root = Path(options.data)
     if any(path.suffix.lower() in IMAGE_SUFFIXES for path in root.rglob("*")):
-        return FolderSource(root, config.data_split, config.caption_column, captions, config.allow_outside)
-    if tars := _tars(config.data):
-        if config.data_split != "train":
-            raise ValueError(f"`data_split` must be left out for tars, got {config.data_split!r}. Name their files.")
-        return TarSource(tars, config.image_column, config.caption_column, captions)
-    if config.data and (_is_saved_dataset(root) or (not root.exists() and HUB_NAME.fullmatch(config.data))):
+        return FolderSource(root, options.data_split, options.caption_column, captions, options.allow_outside)
+    if tars := _tars(options.data):
+        if options.data_split != "train":
+            raise ValueError(f"`data_split` must be left out for tars, got {options.data_split!r}. Name their files.")
+        return TarSource(tars, options.image_column, options.caption_column, captions)
+    if options.data and (_is_saved_dataset(root) or (not root.exists() and HUB_NAME.fullmatch(options.data))):
         return HubSource(
-            config.data, config.data_config, config.data_split, config.image_column, config.caption_column, captions
+            options.data,
+            options.data_config,
+            options.data_split,
+            options.image_column,
+            options.caption_column,
+            captions,
         )
-    return FolderSource(root, config.data_split, config.caption_column, captions, config.allow_outside)
+    return FolderSource(root, options.data_split, options.caption_column, captions, options.allow_outside)
 
 
 def _tars(data: str) -> list[Path]:

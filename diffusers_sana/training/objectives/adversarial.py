@@ -1,6 +1,9 @@
-"""The discriminator of the last autoencoder phase, as in latent diffusion (arXiv 2112.10752, appendix G).
+"""Adversarial objectives: on images, for the last autoencoder phase, and on latents, for SANA-Sprint.
 
-Legend: B batch, H/W height and width, h/w the grid of patches.
+Images: a patch discriminator as in latent diffusion (arXiv 2112.10752, appendix G). Latents: LADD (arXiv 2403.12015),
+where small heads read the features of a frozen teacher.
+
+Legend: B batch, H/W height and width, h/w grid of patches or of image tokens, C latent channels, D inner width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +19,7 @@ from diffusers_sana.training.objectives.flow_matching import ConditionedTransfor
 
 
 class PatchDiscriminator(nn.Module):
-    """Judges overlapping patches (PatchGAN, arXiv 1611.07004): images `[B, 3, H, W]` to logits `[B, 1, h, w]`.
+    """Classifies overlapping patches (PatchGAN, arXiv 1611.07004): images `[B, 3, H, W]` to logits `[B, 1, h, w]`.
 
     Group norm stands where the original has batch norm, so that real and generated batches do not mix statistics and
     small batches do not hurt.
@@ -59,12 +62,12 @@ PAPER_BLOCKS, PAPER_DEPTH = (2, 8, 14, 19), 20
 
 
 def default_blocks(num_layers: int) -> tuple[int, ...]:
-    """The blocks whose outputs are judged: the paper's 2, 8, 14 and 19 of 20, or those at the same relative depth."""
+    """The blocks whose outputs the heads read: the paper's 2, 8, 14 and 19 of 20, or those at equal relative depth."""
     return tuple(sorted({round(block * (num_layers - 1) / (PAPER_DEPTH - 1)) for block in PAPER_BLOCKS}))
 
 
 class DiscriminatorHeads(nn.Module):
-    """One small convolutional head for each judged block: features to logits `[B, 1, h, w]`.
+    """One small convolutional head for each of these blocks: features to logits `[B, 1, h, w]`.
 
     Args:
         width: D of the teacher.

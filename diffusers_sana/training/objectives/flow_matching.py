@@ -51,6 +51,16 @@ def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
     return noise - latents
 
 
+def noisy_batch(latents: Tensor, shift: float, mean: float = 0.0, std: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy latents `[B, C, h, w]`, their sigmas `[B]` and the velocities to predict, for clean latents.
+
+    `shift`, `mean` and `std` as in `sample_sigmas`.
+    """
+    noise = torch.randn_like(latents)
+    sigmas = sample_sigmas(len(latents), shift, mean, std, latents.device)
+    return interpolate(latents, noise, sigmas), sigmas, velocity_target(latents, noise)
+
+
 @torch.no_grad()
 def sample_euler(
     predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, num_steps: int = 20, shift: float = 3.0
@@ -68,6 +78,33 @@ def sample_euler(
     for sigma, next_sigma in pairwise(sigmas):
         sample = sample + (next_sigma - sigma) * predict(sample, sigma.expand(len(sample)))
     return sample
+
+
+@torch.no_grad()
+def sample_guided(
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    noise: Tensor,
+    guidance_scale: float,
+    num_steps: int = 20,
+    shift: float = 3.0,
+) -> Tensor:
+    """`sample_euler` with classifier-free guidance: v = v_empty + guidance_scale (v_conditional - v_empty).
+
+    Args:
+        predict: from x_sigma `[2 B, C, h, w]`, sigmas `[2 B]` and a mask `[2 B]`, true in the second half, of images
+            without their condition, to the velocity.
+        noise: x_1 `[B, C, h, w]`.
+        guidance_scale: 1 is without guidance.
+        num_steps, shift: as in `sample_euler`.
+    """
+    dropped = torch.arange(2 * len(noise), device=noise.device) >= len(noise)
+
+    def guided(latents: Tensor, sigmas: Tensor) -> Tensor:
+        velocity = predict(latents.repeat(2, 1, 1, 1), sigmas.repeat(2), dropped).float()
+        conditional, empty = velocity.chunk(2)
+        return empty + guidance_scale * (conditional - empty)
+
+    return sample_euler(guided, noise, num_steps, shift)
 
 
 class ConditionedTransformer(nn.Module):

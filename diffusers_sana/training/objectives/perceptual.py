@@ -2,7 +2,7 @@
 
 Legend: B batch, C channels, H/W height and width.
 
-LPIPS (arXiv 1801.03924) compares unit-normalised feature maps of a trained classifier. The structure of such a network
+LPIPS (arXiv 1801.03924) compares unit-normalized feature maps of a trained classifier. The structure of such a network
 already carries most of the effect: random weights serve as well for outputs with spatial structure (arXiv 2103.10571,
 "Generic Perceptual Loss for Modeling Structured Output Dependencies"). So the default here is a small VGG-shaped
 network with fixed random weights. Any module that returns a list of feature maps, such as a trained VGG-16 cut at its
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class RandomFeatures(nn.Module):
-    """VGG-shaped network with seeded orthogonal weights; returns one feature map a stage.
+    """VGG-shaped network with seeded orthogonal weights; returns one feature map per stage.
 
     Args:
         channels: width of each stage; every stage halves the resolution of the one before.

@@ -108,7 +108,7 @@ def consistency_tangent(
     sigma_data: float = 0.5,
     constant: float = 0.1,
 ) -> Tensor:
-    """Where F should move, `[B, C, h, w]`: minus cos(t) times the output's derivative along the path, normalised.
+    """Where F should move, `[B, C, h, w]`: minus cos(t) times the output's derivative along the path, normalized.
 
     Args:
         noisy, angles: x_t and t.
@@ -128,7 +128,7 @@ def consistency_tangent(
 def weighted_loss(prediction: Tensor, target: Tensor, log_variance: Tensor) -> Tensor:
     """Squared error of `[B, C, h, w]`, weighted so that all angles matter alike: mean of `exp(-u) error + u`.
 
-    The error is the sum over an image. A normalised tangent makes it nearly 1, so that u may begin with 0.
+    The error is the sum over an image. A normalized tangent makes it nearly 1, so that u may begin with 0.
 
     Args:
         prediction: F, with gradients.

@@ -1,8 +1,139 @@
-"""From one resolution to the next: a trained transformer made ready for another size (arXiv 2410.10629)."""
+"""Training of a Sana text-to-image transformer by flow matching (arXiv 2410.10629)."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from accelerate.utils import set_seed
+from torch import Tensor, nn
 
+from diffusers_sana.files import read_json
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
+from diffusers_sana.pipelines.pipeline_sana import SanaPipeline
+from diffusers_sana.schedulers.scheduling_flow_dpm_solver import FlowDPMSolverScheduler
+from diffusers_sana.training.data.batches import Batches, bucket_sizes, make_loader
+from diffusers_sana.training.data.captions import SampledCaptions
+from diffusers_sana.training.data.images import load_images
+from diffusers_sana.training.loop import TrainingLoop, make_accelerator
+from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer, noisy_batch
+from diffusers_sana.training.optimizers import make_optimizer
+from diffusers_sana.training.recipes.options import SanaDataOptions, SanaModelOptions, SanaTrainingConfig
+from diffusers_sana.training.recipes.text_to_image import (
+    NUM_SAMPLES,
+    SanaInputs,
+    prepare_blocks,
+    sample_noise,
+    save_guided_samples,
+    save_pipeline,
+)
+from diffusers_sana.training.state_files import copy_with_weights, sub_state
+
+
+def train(
+    config: SanaTrainingConfig,
+    batches: Batches,
+    transformer: Any,
+    text_encoder: Any = None,
+    tokenizer: Any = None,
+    vae: nn.Module | None = None,
+    options: tuple[Any, ...] = (),
+) -> None:
+    """Train `transformer`, and `text_encoder` with `config.train_text_encoder`; saved in `config.output_dir/model`.
+
+    Args:
+        config: the settings.
+        batches: see `Batches`. A batch holds the images as `pixel_values`
+            `[B, 3, H, W]` in [-1, 1], which need `vae`, or as scaled `latents` `[B, C, h, w]`; and the prompts as
+            `text`, a list of B strings, which needs `text_encoder` and `tokenizer`, or as `prompt_embeds`
+            `[B, L, D]` with `prompt_attention_mask` `[B, L]`.
+        transformer: a SanaTransformer2DModel.
+        text_encoder: a Gemma2Model.
+        tokenizer: its tokenizer.
+        vae: an AutoencoderDC; frozen. Sample grids need it.
+        options: groups of options for data and models, that checkpoints record; see `TrainingLoop`.
+    """
+    if config.train_text_encoder and text_encoder is None:
+        raise ValueError("`text_encoder` must be given to be trained, got None. Pass it and `tokenizer`.")
+    accelerator = make_accelerator(config)
+    set_seed(config.seed, device_specific=True)
+    inputs = SanaInputs(config, accelerator.device, vae, text_encoder, tokenizer, config.train_text_encoder)
+    prepare_blocks(config, transformer)
+    model = ConditionedTransformer(transformer, text_encoder if config.train_text_encoder else None).train()
+    optimizer = make_optimizer(
+        config.optimizer, model.parameters(), config.learning_rate, config.betas, config.weight_decay
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    shown: dict[str, Any] = {}  # what the sample grids show: a batch of prompts, each twice, and the noise
+
+    def sample(path: Path) -> None:
+        if vae is not None:
+            prompt = inputs.prompts(shown)  # anew, since the text encoder may have trained
+            predict = partial(model, prompt=prompt)
+            save_guided_samples(path, config, accelerator, model, vae, predict, shown["noise"])
+
+    def save(folder: Path) -> None:
+        state = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            trained = copy_with_weights(transformer, sub_state(state, "transformer."))
+            encoder = None
+            if config.train_text_encoder:
+                encoder = copy_with_weights(text_encoder, sub_state(state, "text_encoder."))
+            scheduler = FlowDPMSolverScheduler(flow_shift=config.flow_shift)
+            save_pipeline(folder, SanaPipeline, scheduler, trained, inputs, encoder)
+
+    loop = TrainingLoop(config, accelerator, [model], [optimizer], save=save, sample=sample, options=options)
+    for batch in loop.run(batches):
+        latents = inputs.latents(batch)
+        shown = shown or sample_inputs(config, batch, latents)
+        prompt = inputs.prompts(batch)
+        noisy, sigmas, target = noisy_batch(latents, config.flow_shift, config.logit_mean, config.logit_std)
+        dropped = torch.rand(len(latents), device=accelerator.device) < config.caption_dropout
+        with accelerator.accumulate(model):
+            loss = F.mse_loss(model(noisy, sigmas, prompt, dropped).float(), target)
+            loop.backward(loss)
+            loop.update()
+        loop.report(images=len(latents), loss=loss)
+
+
+def sample_inputs(config: SanaTrainingConfig, batch: dict[str, Any], latents: Tensor) -> dict[str, Any]:
+    """A batch of prompts for the sample grids, each twice for guidance, and the noise they always start from."""
+    inputs: dict[str, Any] = {}
+    if config.sample_prompts or config.train_text_encoder or "prompt_embeds" not in batch:
+        prompts = list(config.sample_prompts or batch["text"][:NUM_SAMPLES])
+        count = len(prompts)
+        inputs["text"] = prompts * 2
+    else:
+        count = min(NUM_SAMPLES, len(latents))
+        for name in ("prompt_embeds", "prompt_attention_mask"):
+            inputs[name] = torch.cat([batch[name][:count]] * 2)
+    return inputs | {"noise": sample_noise((count, *latents.shape[1:]), config.seed, latents.device)}
+
+
+def run(config: SanaTrainingConfig, data: SanaDataOptions, model: SanaModelOptions) -> None:
+    """Train on captioned images with the parts of a pipeline: what `examples/train_sana.py` does."""
+    accelerator = make_accelerator(config)
+    set_seed(config.seed)
+    pipeline = SanaPipeline.from_pretrained(model.pretrained)
+    transformer, text_encoder, tokenizer, vae = (
+        pipeline.components[name] for name in ("transformer", "text_encoder", "tokenizer", "vae")
+    )
+    if model.transformer_config:
+        transformer = SanaTransformer2DModel.from_config(read_json(model.transformer_config))
+    transformer = with_native_size(transformer, model.sample_size, model.interpolation_scale)
+    if not config.train_text_encoder and config.mixed_precision == "bf16":
+        text_encoder.to(torch.bfloat16)
+    images = load_images(data, bucket_sizes(data.resolution))
+    dataset: Any = images
+    if data.cache_dir:
+        inputs = SanaInputs(config, accelerator.device, vae, text_encoder, tokenizer, config.train_text_encoder)
+        dataset = inputs.cache(images, data.cache_dir, every_caption=True)
+    if images.choices is not None:
+        sampling = (data.caption_weighting, data.caption_temperature, data.caption_threshold)
+        dataset = SampledCaptions(dataset, images.choices, config.seed, *sampling)
+    batches = make_loader(dataset, data.batch_size, config.seed, data.num_workers)
+    train(config, batches, transformer, text_encoder, tokenizer, vae, options=(data, model))
 
 
 def with_native_size(

@@ -1,19 +1,57 @@
-"""The transformer that a SANA-Sprint training begins with, made of a Sana or SANA-1.5 (arXiv 2503.09641, section 3.2).
+"""Distillation of a Sana into a SANA-Sprint, which generates in one to four steps (arXiv 2503.09641).
 
-Three things differ. The guidance scale is an input; its embedding begins with zeros. The time is embedded densely: the
-network is told σ in [0, 1] and not 1000 σ, at which the derivative by the time would be a thousand times larger; the
-new embedding is fitted to the old one in closed form. Queries and keys are normed, as in SANA-1.5: without it the
-paper saw gradients explode in large models. Norms that the teacher lacks begin with weights of 1 and must be learned.
+The student begins as the teacher (`make_student`), learns by continuous-time consistency
+(`objectives/trigflow_distillation.py`), and from a discriminator that reads the frozen teacher's features
+(`objectives/adversarial.py`).
 """
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
+from diffusers.schedulers.scheduling_scm import SCMScheduler
 from torch import Tensor, nn
 
+from diffusers_sana.kernels.dispatch import kernel_mode
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
-from diffusers_sana.training.objectives.flow_matching import TRAIN_TIMESTEPS
+from diffusers_sana.pipelines.pipeline_sana import SanaPipeline
+from diffusers_sana.pipelines.pipeline_sana_sprint import SanaSprintPipeline
+from diffusers_sana.schedulers import trigflow
+from diffusers_sana.training.data.batches import Batches, bucket_sizes, make_loader
+from diffusers_sana.training.data.images import load_images
+from diffusers_sana.training.loop import TrainingLoop, make_accelerator
+from diffusers_sana.training.objectives.adversarial import (
+    DiscriminatorHeads,
+    default_blocks,
+    discriminator_loss,
+    generator_loss,
+    teacher_features,
+)
+from diffusers_sana.training.objectives.flow_matching import TRAIN_TIMESTEPS, ConditionedTransformer
+from diffusers_sana.training.objectives.trigflow_distillation import (
+    TrigFlowStudent,
+    consistency_tangent,
+    directional_derivative,
+    guided_prediction,
+    weighted_loss,
+)
+from diffusers_sana.training.optimizers import make_adamw
+from diffusers_sana.training.recipes.options import PretrainedOptions, SprintDataOptions, SprintTrainingConfig
+from diffusers_sana.training.recipes.text_to_image import (
+    NUM_SAMPLES,
+    Prompt,
+    SanaInputs,
+    freeze,
+    prepare_blocks,
+    sample_noise,
+    save_pipeline,
+    save_samples,
+)
+from diffusers_sana.training.state_files import copy_with_weights, sub_state
 
 
 DENSE_SCALE = 1 / TRAIN_TIMESTEPS
@@ -21,11 +59,189 @@ TIME_CHANNELS = 256
 RIDGE = 1e-3  # relative to the largest singular value: smooth between the points, weights of ordinary size
 
 
+def train(
+    config: SprintTrainingConfig,
+    batches: Batches,
+    teacher: Any,
+    text_encoder: nn.Module | None = None,
+    tokenizer: Any = None,
+    vae: nn.Module | None = None,
+    options: tuple[Any, ...] = (),
+) -> None:
+    """Distil `teacher`; the student is saved in `config.output_dir/model`, and everything else stays as it is.
+
+    Args:
+        config: the settings.
+        batches: as in `sana.train`: images as `pixel_values` `[B, 3, H, W]` in [-1, 1], which need `vae`, or as
+            scaled `latents` `[B, C, h, w]`; prompts as `text`, which needs `text_encoder` and `tokenizer`, or as
+            `prompt_embeds` `[B, L, D]` with `prompt_attention_mask` `[B, L]`.
+        teacher: a SanaTransformer2DModel without guidance embedding.
+        text_encoder, tokenizer, vae, options: as in `sana.train`.
+    """
+    accelerator = make_accelerator(config)
+    set_seed(config.seed, device_specific=True)
+    device = accelerator.device
+    inputs = SanaInputs(config, device, vae, text_encoder, tokenizer)
+    freeze(device, teacher)
+    guide = ConditionedTransformer(teacher, dense_timesteps=True)
+    transformer = make_student(teacher)
+    prepare_blocks(config, transformer, teacher)
+    blocks = config.discriminator_blocks or default_blocks(teacher.config.num_layers)
+    student = TrigFlowStudent(transformer).train()
+    heads = DiscriminatorHeads(teacher.proj_out.in_features, len(blocks)).train()
+    student, optimizer, heads, heads_optimizer = accelerator.prepare(
+        student,
+        make_adamw(student.parameters(), config.learning_rate, config.betas, config.weight_decay),
+        heads,
+        make_adamw(heads.parameters(), config.discriminator_learning_rate, config.betas, config.weight_decay),
+    )
+    discriminator = Discriminator(config, accelerator, guide, heads, blocks)
+    scales = torch.tensor(config.guidance_scales, device=device)
+    shown: dict[str, Any] = {}  # what the sample grids show: prompts and noise of the first batch
+
+    def tangent_of(noisy: Tensor, angles: Tensor, guidance: Tensor, prompt: Prompt) -> Tensor:
+        """Where the student's prediction should move, `[B, C, h, w]`."""
+        plain = accelerator.unwrap_model(student)
+        with accelerator.autocast():
+            direction = guided_prediction(guide, noisy, angles, guidance, prompt)
+        with accelerator.autocast(), kernel_mode("torch"):
+            prediction, derivative = directional_derivative(
+                lambda x, t: plain(x, t, guidance, prompt)[0], noisy, angles, direction
+            )
+        warmup = min(1.0, loop.step / config.tangent_warmup_steps) if config.tangent_warmup_steps else 1.0
+        settings = (warmup, config.sigma_data, config.tangent_constant)
+        return consistency_tangent(noisy, angles, prediction, derivative, direction, *settings)
+
+    def sample(path: Path) -> None:
+        if vae is None:
+            return
+        prompt, noise = shown["prompt"], shown["noise"]
+        guidance = torch.full([len(noise)], config.sample_guidance, device=device)
+        student.eval()
+        generated = [
+            trigflow.sample_consistency(
+                lambda x, t: student(x, t, guidance, prompt)[0], noise, angles, torch.Generator().manual_seed(0)
+            )
+            for angles in trigflow.STEP_ANGLES.values()
+        ]
+        student.train()
+        save_samples(path, vae, torch.cat(generated), accelerator, columns=len(noise))
+
+    def save(folder: Path) -> None:
+        state = accelerator.get_state_dict(student)
+        if accelerator.is_main_process:
+            trained = copy_with_weights(transformer, sub_state(state, "transformer."))
+            save_pipeline(folder, SanaSprintPipeline, SCMScheduler(sigma_data=config.sigma_data), trained, inputs)
+
+    modules, optimizers = [student, heads], [optimizer, heads_optimizer]
+    loop = TrainingLoop(
+        config, accelerator, modules, optimizers, save=save, sample=sample, averaged=[student], options=options
+    )
+    for batch in loop.run(batches):
+        latents, prompt = inputs.latents(batch), inputs.prompts(batch)
+        count = len(latents)
+        if not shown:
+            noise = sample_noise(latents[:NUM_SAMPLES].shape, config.seed, device)
+            shown |= {"prompt": tuple(part[:NUM_SAMPLES] for part in prompt), "noise": noise}
+        angles = trigflow.sample_angles(count, config.angle_mean, config.angle_std, config.sigma_data, device)
+        noisy = trigflow.mix(latents, torch.randn_like(latents), angles)
+        guidance = scales[torch.randint(len(scales), (count,), device=device)]
+        tangent = tangent_of(noisy, angles, guidance, prompt)
+        prompts = prompt
+        if config.adversarial_weight:  # some of the images once more, from pure noise
+            again = (torch.rand(count, device=device) < config.max_time_share).nonzero()[:, 0]
+            noisy = torch.cat([noisy, torch.randn_like(latents[again])])
+            angles = torch.cat([angles, torch.full([len(again)], trigflow.MAX_ANGLE, device=device)])
+            guidance = torch.cat([guidance, guidance[again]])
+            prompts = tuple(torch.cat([part, part[again]]) for part in prompt)
+        with accelerator.accumulate(student, heads):
+            prediction, log_variance = student(noisy, angles, guidance, prompts)
+            target = prediction[:count].detach() + tangent
+            loss = weighted_loss(prediction[:count], target, log_variance[:count])
+            terms = {"consistency": loss}
+            if config.adversarial_weight:
+                generated = trigflow.clean_latents(noisy, prediction, angles)
+                generated = generated[:count].index_copy(0, again, generated[count:])
+                terms["generator"], terms["discriminator"] = discriminator.losses(generated, latents, prompt)
+                loss = loss + config.adversarial_weight * terms["generator"]
+                loop.backward(terms["discriminator"])
+            loop.backward(loss)
+            loop.update()
+        loop.report(images=count, loss=loss, **terms)
+
+
+class Discriminator:
+    """Heads on the features that the teacher computes of noisy latents.
+
+    Args:
+        config: the settings.
+        accelerator: that prepared `heads`.
+        guide: the frozen teacher.
+        heads: prepared `DiscriminatorHeads`.
+        blocks: numbers of the teacher's blocks that the heads read.
+    """
+
+    def __init__(
+        self,
+        config: SprintTrainingConfig,
+        accelerator: Accelerator,
+        guide: ConditionedTransformer,
+        heads: nn.Module,
+        blocks: Sequence[int],
+    ):
+        self.config, self.accelerator, self.guide, self.heads, self.blocks = config, accelerator, guide, heads, blocks
+
+    def losses(self, generated: Tensor, latents: Tensor, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        """The losses of the student and of the heads on generated and true latents `[B, C, h, w]`."""
+        config, count = self.config, len(latents)
+        angles = trigflow.sample_angles(
+            count, config.discriminator_mean, config.discriminator_std, config.sigma_data, latents.device
+        )
+        fake = self._features(generated, angles, prompt)
+        # Without its DDP wrapper, which would wait for gradients that are not wanted here.
+        frozen = self.accelerator.unwrap_model(self.heads).requires_grad_(False)
+        generator = generator_loss(frozen(fake))
+        frozen.requires_grad_(True)
+        pairs = [prompt, tuple(part.roll(1, 0) for part in prompt)][: 1 + (config.misaligned_pairs and count > 1)]
+        prompts = tuple(torch.cat(parts) for parts in zip(*pairs, strict=True))
+        with torch.no_grad():
+            true = self._features(latents.repeat(len(pairs), 1, 1, 1), angles.repeat(len(pairs)), prompts)
+        logits = self.heads([torch.cat([a, b.detach()]) for a, b in zip(true, fake, strict=True)])
+        return generator, discriminator_loss(logits[:count], logits[count:])
+
+    def _features(self, latents: Tensor, angles: Tensor, prompt: Any) -> list[Tensor]:
+        """Outputs of the teacher's blocks for latents under new noise."""
+        noisy = trigflow.mix(latents, torch.randn_like(latents), angles)
+        with self.accelerator.autocast():
+            return teacher_features(self.guide, noisy, angles, prompt, self.blocks)
+
+
+def run(config: SprintTrainingConfig, data: SprintDataOptions, model: PretrainedOptions) -> None:
+    """Distil the transformer of a pipeline on captioned images: what `examples/train_sana_sprint.py` does."""
+    device = make_accelerator(config).device
+    set_seed(config.seed)
+    components = SanaPipeline.from_pretrained(model.pretrained).components
+    teacher, text_encoder, tokenizer, vae = (
+        components[name] for name in ("transformer", "text_encoder", "tokenizer", "vae")
+    )
+    dataset: Any = load_images(data, bucket_sizes(data.resolution))
+    if data.cache_dir:
+        dataset = SanaInputs(config, device, vae, text_encoder, tokenizer).cache(dataset, data.cache_dir)
+    batches = make_loader(dataset, data.batch_size, config.seed, data.num_workers)
+    train(config, batches, teacher, text_encoder, tokenizer, vae, options=(data, model))
+
+
 def make_student(teacher: SanaTransformer2DModel) -> SanaTransformer2DModel:
     """A transformer with a guidance embedding that predicts, at any guidance scale, what `teacher` does.
 
-    Exactly that where the teacher has query and key norms and a dense embedding of the time, which the published
-    teachers of SANA-Sprint have (`timestep_scale` 0.001); otherwise near to it.
+    Three things differ (section 3.2 of the paper). The guidance scale is an input; its embedding begins with zeros.
+    The network is told σ in [0, 1] and not 1000 σ, by which the derivative would be a thousand times larger; the new
+    time embedding is fitted to the old one in closed form. Queries and keys are normalized, as in SANA-1.5: without
+    it the paper saw gradients explode in large models. Norms that the teacher lacks begin with weights of 1 and must
+    be learned.
+
+    The student equals the teacher where that has query and key norms and a dense time embedding, which the published
+    teachers of SANA-Sprint have (`timestep_scale` 0.001); otherwise it is close to it.
 
     Raises:
         ValueError: the teacher has a guidance embedding already.

@@ -95,12 +95,12 @@ def test_draws_follow_the_probabilities(tmp_path):
     write_captions(tmp_path, scored(26.0, 28.0, 10.0))
     folder = ImageFolder(str(tmp_path), [(32, 32)])
     items = SampledCaptions(folder, folder.choices, seed=1)
-    share = Counter(items.draw(epoch, 0) for epoch in range(2000))[1] / 2000
+    share = Counter(items.sample(epoch, 0) for epoch in range(2000))[1] / 2000
     expected = 28**10 / (26**10 + 28**10)
     assert share == pytest.approx(expected, abs=0.04)
     assert items[0, 0].keys() == {"pixel_values", "text"}
     for epoch in range(5):
-        assert items[epoch, 0]["text"] == f"text {items.draw(epoch, 0)}"
+        assert items[epoch, 0]["text"] == f"text {items.sample(epoch, 0)}"
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -135,12 +135,12 @@ def test_the_vectors_of_the_drawn_caption_are_taken_from_a_cache():
 
     vectors = {embeds_name(i): torch.full((2, 3), float(i)) for i in range(2)}
     items = SampledCaptions(Cached([vectors | {"latents": torch.zeros(1), "text": "?"}]), [scored(None, None)])
-    drawn = {items.draw(epoch, 0) for epoch in range(20)}
+    drawn = {items.sample(epoch, 0) for epoch in range(20)}
     assert drawn == {0, 1}
     for epoch in range(20):
         item = items[epoch, 0]
         assert item.keys() == {"latents", "text", "prompt_embeds"}
-        assert (item["prompt_embeds"] == items.draw(epoch, 0)).all()
+        assert (item["prompt_embeds"] == items.sample(epoch, 0)).all()
     stale = SampledCaptions(Cached([{"prompt_embeds": torch.zeros(2, 3), "text": "?"}]), [scored(None, None)])
     with pytest.raises(ValueError, match="`cache_dir` holds text vectors of 1 captions of item 0, which has 2"):
         _ = stale[0, 0]

@@ -15,10 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusers_sana.training.config import ImageDataOptions
 from diffusers_sana.training.data.batches import make_loader
 from diffusers_sana.training.data.captions import read_captions
 from diffusers_sana.training.data.images import ImageFolder, load_images
-from diffusers_sana.training.data.sources import FolderSource, HubSource, ImageDataConfig, TarSource, image_digest
+from diffusers_sana.training.data.sources import FolderSource, HubSource, TarSource, image_digest
 from diffusers_sana.training.recipes.lora import captioned_folder
 
 
@@ -262,13 +263,13 @@ class TestTars:
     def test_samples(self, tmp_path):
         write_tar(tmp_path / "00.tar", samples(0, 100))
         write_tar(tmp_path / "01.tar", samples(200))
-        config = ImageDataConfig(data=str(tmp_path / "{00..01}.tar"))
+        config = ImageDataOptions(data=str(tmp_path / "{00..01}.tar"))
         images = load_images(config, [(8, 8), (8, 16)])
         assert images.captions == ["level 0", "level 100", "level 200"]
         for index, level in enumerate([0, 100, 200]):
             assert images[index]["pixel_values"][0].mean() == pytest.approx(level / 127.5 - 1, abs=0.02)
         for data in (tmp_path, tmp_path / "*.tar", tmp_path / "{00,01}.tar"):
-            assert load_images(ImageDataConfig(data=str(data)), [(8, 8)]).captions == images.captions
+            assert load_images(ImageDataOptions(data=str(data)), [(8, 8)]).captions == images.captions
 
     def test_captions_in_json(self, tmp_path):
         for key, options in {"text": {}, "caption": {}, "prompt": {"caption_column": "prompt"}}.items():
@@ -315,11 +316,11 @@ class TestTars:
     def test_damaged_images_are_named(self, tmp_path):
         write_tar(tmp_path / "a.tar", {"x.png": as_bytes(picture())[:-30], "x.txt": b"x"})
         with pytest.raises(ValueError, match=r"'a\.tar/x' cannot be read as an image"):
-            load_images(ImageDataConfig(data=str(tmp_path / "a.tar")), [(8, 8)])[0]
+            load_images(ImageDataOptions(data=str(tmp_path / "a.tar")), [(8, 8)])[0]
 
     def test_absent(self, tmp_path):
         with pytest.raises(ValueError, match="`data` must be tars, but there is no file"):
-            load_images(ImageDataConfig(data=str(tmp_path / "{0..3}.tar")), [(8, 8)])
+            load_images(ImageDataOptions(data=str(tmp_path / "{0..3}.tar")), [(8, 8)])
 
 
 def rows(count=4, column="text"):
@@ -333,7 +334,7 @@ class TestHub:
         (tmp_path / "owner" / "name" / "data").mkdir(parents=True)
         rows().to_parquet(tmp_path / "owner" / "name" / "data" / "train-00000-of-00001.parquet")
         monkeypatch.chdir(tmp_path)
-        images = load_images(ImageDataConfig(data="owner/name"), [(8, 8), (8, 16)])
+        images = load_images(ImageDataOptions(data="owner/name"), [(8, 8), (8, 16)])
         assert images.captions == [f"row {i}" for i in range(4)]
         assert images.sizes_of_items == [(8, 8), (8, 16), (8, 8), (8, 16)]
         assert images[3]["pixel_values"][0].unique().item() == pytest.approx(30 / 127.5 - 1)
@@ -341,10 +342,10 @@ class TestHub:
     def test_saved_to_disk(self, tmp_path):
         rows(column="caption").save_to_disk(tmp_path / "one")
         datasets.DatasetDict({"train": rows(2), "test": rows(3)}).save_to_disk(tmp_path / "two")
-        assert len(load_images(ImageDataConfig(data=str(tmp_path / "one")), [(8, 8)])) == 4
-        assert len(load_images(ImageDataConfig(data=str(tmp_path / "two"), data_split="test"), [(8, 8)])) == 3
+        assert len(load_images(ImageDataOptions(data=str(tmp_path / "one")), [(8, 8)])) == 4
+        assert len(load_images(ImageDataOptions(data=str(tmp_path / "two"), data_split="test"), [(8, 8)])) == 3
         with pytest.raises(ValueError, match="`datasets` cannot load"):
-            load_images(ImageDataConfig(data=str(tmp_path / "two"), data_split="more"), [(8, 8)])
+            load_images(ImageDataOptions(data=str(tmp_path / "two"), data_split="more"), [(8, 8)])
 
     def test_columns(self, tmp_path):
         features = datasets.Features(
@@ -370,10 +371,10 @@ class TestHub:
         with pytest.raises(
             ValueError, match="`data` must be a folder, tars or a dataset of the Hub, got 'nobody/nothing'"
         ):
-            load_images(ImageDataConfig(data="nobody/nothing"), [(8, 8)])
+            load_images(ImageDataOptions(data="nobody/nothing"), [(8, 8)])
         monkeypatch.setitem(sys.modules, "datasets", None)
         with pytest.raises(ImportError, match=r"pip install 'diffusers_sana\[data\]'"):
-            load_images(ImageDataConfig(data="nobody/nothing"), [(8, 8)])
+            load_images(ImageDataOptions(data="nobody/nothing"), [(8, 8)])
 
 
 class TestEverySource:
@@ -391,7 +392,7 @@ class TestEverySource:
 
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_resumes_at_the_batch(self, data, num_workers):
-        images = load_images(ImageDataConfig(data=data), [(8, 8), (8, 16)])
+        images = load_images(ImageDataOptions(data=data), [(8, 8), (8, 16)])
         load = make_loader(images, 2, seed=0, num_workers=num_workers)
         whole = list(islice(load(0), 8))
         assert len({text for batch in whole[:5] for text in batch["text"]}) == 9
@@ -400,8 +401,8 @@ class TestEverySource:
             assert torch.equal(batch["pixel_values"], again["pixel_values"])
 
     def test_stamps_and_digests_tell_images_apart(self, data):
-        source = load_images(ImageDataConfig(data=data), [(8, 8)]).source
-        again = load_images(ImageDataConfig(data=data), [(8, 8)]).source
+        source = load_images(ImageDataOptions(data=data), [(8, 8)]).source
+        again = load_images(ImageDataOptions(data=data), [(8, 8)]).source
         stamps = [source.stamp(index) for index in range(9)]
         assert stamps == [again.stamp(index) for index in range(9)]
         assert all(stamps)

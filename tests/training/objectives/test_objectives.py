@@ -16,7 +16,7 @@ from diffusers_sana.training.objectives.flow_matching import (
     velocity_target,
 )
 from diffusers_sana.training.objectives.perceptual import PerceptualLoss, RandomFeatures
-from diffusers_sana.training.recipes.dc_ae import draw_latent_prefix, mask_latents
+from diffusers_sana.training.recipes.dc_ae import mask_latents, sample_latent_prefix
 from tests.numerics import assert_close_fp32
 
 
@@ -177,7 +177,7 @@ def test_latent_prefixes_are_drawn_evenly():
     mask = torch.zeros(1, 10, 1, 1)
     counts = dict.fromkeys((4, 8, 10), 0)
     for _ in range(600):
-        draw_latent_prefix(mask, 4)
+        sample_latent_prefix(mask, 4)
         kept = int(mask.sum())
         assert mask.flatten().tolist() == [1.0] * kept + [0.0] * (10 - kept)
         counts[kept] += 1

@@ -1,0 +1,534 @@
+"""The options of each recipe: how it trains, on which data, from which models.
+
+Of the three groups, `train` of a recipe takes the first; the other two say what `run` loads for it. Field names are
+those of the settings in a run's `state.json`: renaming one would end the runs that have it.
+
+Nothing here imports torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from diffusers_sana.training.config import (
+    OPTIMIZERS,
+    ImageDataOptions,
+    TrainingConfig,
+    check_choice,
+    check_exists,
+    check_file,
+    check_one_of,
+    check_positive,
+    check_pretrained,
+    option,
+    parse_options,
+)
+
+
+CAPTION_WEIGHTINGS = ("power", "softmax")
+WIRINGS = ("diffusers", "nvlabs")
+QUANTIZED = ("no", "int4", "nvfp4")
+
+
+@dataclass(kw_only=True)
+class TransformerTrainingConfig(TrainingConfig):
+    """Settings of a diffusion transformer's training."""
+
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass to save memory", changeable=True
+    )
+    sample_guidance: float = option(4.5, "guidance scale of the sample grids", changeable=True)
+
+
+@dataclass(kw_only=True)
+class FlowTrainingConfig(TransformerTrainingConfig):
+    """Settings of a training by flow matching."""
+
+    flow_shift: float = option(3.0, "timestep shift; 6 for 4096 pixels", changeable=True)
+    logit_mean: float = option(0.0, "mean of the logit-normal sigmas before the shift", changeable=True)
+    logit_std: float = option(1.0, "standard deviation of the logit-normal sigmas before the shift", changeable=True)
+    sample_steps: int = option(20, "Euler steps of the sample grids", changeable=True)
+
+
+@dataclass(kw_only=True)
+class PromptTrainingConfig(TransformerTrainingConfig):
+    """Settings of a training on prompts."""
+
+    max_sequence_length: int = option(300, "largest number of text vectors that the transformer sees")
+    use_instruction: bool = option(True, "put the complex human instruction before prompts, as the pipeline does")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "max_sequence_length")
+
+
+@dataclass(kw_only=True)
+class PromptFlowTrainingConfig(FlowTrainingConfig, PromptTrainingConfig):
+    """Settings of a training by flow matching on prompts."""
+
+    caption_dropout: float = option(
+        0.1, "fraction of prompts replaced by the empty prompt, for guidance", changeable=True
+    )
+
+
+@dataclass(kw_only=True)
+class CaptionedDataOptions(ImageDataOptions):
+    """Images with captions."""
+
+    resolution: int = option(512, "side of the square whose area the buckets have, in pixels")
+
+
+@dataclass(kw_only=True)
+class CachedDataOptions(CaptionedDataOptions):
+    """Images with captions."""
+
+    cache_dir: str = option("", "folder to keep latents and text vectors in", changeable=True)
+
+
+@dataclass(kw_only=True)
+class PretrainedOptions:
+    """The pipeline to start from."""
+
+    pretrained: str = option("", "SanaPipeline folder or repository that provides the models")
+
+    def __post_init__(self) -> None:
+        check_pretrained(self.pretrained)
+
+
+# Sana
+
+
+@dataclass(kw_only=True)
+class SanaTrainingConfig(PromptFlowTrainingConfig):
+    """Training of a text-to-image transformer; defaults are the paper's where it gives any."""
+
+    output_dir: str = option("outputs/sana", "folder for checkpoints, samples, log and result", changeable=True)
+    optimizer: str = option("adamw", "`adamw`, or `adamw8bit` with a quarter of its memory (needs bitsandbytes)")
+    warmup_steps: int = option(2000, "steps of linear warm-up", changeable=True)
+    max_grad_norm: float = option(0.1, "clip the gradient norm; 0 does not clip", changeable=True)
+    train_text_encoder: bool = option(False, "train the text encoder too; for small ones")
+    sample_prompts: tuple[str, ...] = option(
+        (), "prompts of the sample grids; default: those of the first batch", changeable=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+
+
+@dataclass(kw_only=True)
+class SanaDataOptions(CachedDataOptions):
+    """Images with captions."""
+
+    batch_size: int = option(64, "images per batch and process")
+    caption_weighting: str = option(
+        "power", "`power` (released code) or `softmax` (paper) of the CLIP scores in captions.jsonl", changeable=True
+    )
+    caption_temperature: float = option(0.1, "the lower, the more often the best caption is sampled", changeable=True)
+    caption_threshold: float = option(25.0, "CLIP score below which captions are not sampled", changeable=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("caption_weighting", self.caption_weighting, CAPTION_WEIGHTINGS)
+
+
+@dataclass(kw_only=True)
+class SanaModelOptions(PretrainedOptions):
+    """The models to start from."""
+
+    transformer_config: str = option("", "config.json of a new transformer; default: the pretrained one is trained")
+    sample_size: int | None = option(None, "latent side that the model is for from now on")
+    interpolation_scale: int | None = option(None, "give the model a positional table: 1 at 2048 pixels, 2 at 4096")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_file("transformer_config", self.transformer_config)
+
+
+# ControlNet
+
+
+@dataclass(kw_only=True)
+class ControlNetTrainingConfig(PromptFlowTrainingConfig):
+    """Training of a ControlNet."""
+
+    output_dir: str = option(
+        "outputs/sana-controlnet", "folder for checkpoints, samples, log and result", changeable=True
+    )
+    warmup_steps: int = option(500, "steps of linear warm-up", changeable=True)
+
+
+@dataclass(kw_only=True)
+class ControlNetDataOptions(CaptionedDataOptions):
+    """Images with captions and control images."""
+
+    control_data: str = option(
+        "", "folder with a control image of the same name for each image; default: edges", changeable=True
+    )
+
+
+@dataclass(kw_only=True)
+class ControlNetModelOptions(PretrainedOptions):
+    """The pipeline to control, and the new ControlNet."""
+
+    num_layers: int = option(7, "number of the transformer's blocks that are copied")
+    wiring: str = option("diffusers", "`diffusers` or `nvlabs`, see SanaControlNetModel")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("wiring", self.wiring, WIRINGS)
+
+
+# SANA-Sprint
+
+
+@dataclass(kw_only=True)
+class SprintTrainingConfig(PromptTrainingConfig):
+    """Distillation into a few-step model; defaults are the paper's where it gives any."""
+
+    output_dir: str = option("outputs/sprint", "folder for checkpoints, samples, log and result", changeable=True)
+    max_steps: int = option(20_000, "optimizer steps", changeable=True)
+    learning_rate: float = option(2e-6, "peak learning rate of the student", changeable=True)
+    discriminator_learning_rate: float = option(
+        2e-6, "peak learning rate of the discriminator's heads", changeable=True
+    )
+    weight_decay: float = option(0.01, "AdamW weight decay of matrices and kernels", changeable=True)
+    max_grad_norm: float = option(0.1, "clip the gradient norm; 0 does not clip", changeable=True)
+    angle_mean: float = option(
+        0.0, "mean of the log of the noise-to-data ratio at the training angles", changeable=True
+    )
+    angle_std: float = option(1.6, "standard deviation of the same", changeable=True)
+    sigma_data: float = option(0.5, "TrigFlow's standard deviation of latents, also of the saved scheduler")
+    tangent_warmup_steps: int = option(
+        4000, "steps until the derivative along the path has its full weight", changeable=True
+    )
+    tangent_constant: float = option(0.1, "added to the norm that tangents are divided by", changeable=True)
+    guidance_scales: tuple[float, ...] = option(
+        (4.0, 4.5, 5.0), "guidance scales that the student learns", changeable=True
+    )
+    adversarial_weight: float = option(
+        0.5, "weight of the adversarial loss; 0 leaves the discriminator out", changeable=True
+    )
+    max_time_share: float = option(
+        0.5, "fraction of images that the discriminator sees generated from pure noise", changeable=True
+    )
+    discriminator_mean: float = option(
+        -0.6, "as `angle_mean`, for the noise under which the discriminator sees latents", changeable=True
+    )
+    discriminator_std: float = option(1.0, "standard deviation of the same", changeable=True)
+    discriminator_blocks: tuple[int, ...] = option(
+        (), "blocks of the teacher whose features the discriminator reads; default: the paper's"
+    )
+    misaligned_pairs: bool = option(
+        True, "show the discriminator true images with prompts of other images as fake", changeable=True
+    )
+
+
+@dataclass(kw_only=True)
+class SprintDataOptions(CachedDataOptions):
+    """Images with captions."""
+
+    resolution: int = option(1024, "side of the square whose area the buckets have, in pixels")
+
+
+# LoRA
+
+
+@dataclass(kw_only=True)
+class LoraTrainingConfig(PromptFlowTrainingConfig):
+    """Training of a LoRA; rank, layers and optimizer are those of diffusers' DreamBooth script for Sana."""
+
+    output_dir: str = option("outputs/sana-lora", "folder for checkpoints, samples, log and result", changeable=True)
+    rank: int = option(4, "rank of the adapter's matrices")
+    lora_alpha: int | None = option(None, "the adapter is scaled by lora_alpha / rank; default: the rank")
+    lora_dropout: float = option(0.0, "fraction of the adapter's inputs that is dropped", changeable=True)
+    target_modules: tuple[str, ...] = option(
+        ("to_q", "to_k", "to_v"), "layers that get an adapter, by the ends of their names"
+    )
+    mix_ffn: bool = option(False, "also the 1x1 convolutions of the Mix-FFN: conv_inverted, conv_point")
+    use_dora: bool = option(False, "learn the magnitude of each weight separately (arXiv 2402.09353)")
+    max_steps: int = option(500, "optimizer steps", changeable=True)
+    weight_decay: float = option(1e-4, "AdamW weight decay", changeable=True)
+    flow_shift: float | None = option(  # type: ignore[assignment]
+        None, "timestep shift; default: that of the pipeline's scheduler", changeable=True
+    )
+    caption_dropout: float = option(0.0, "fraction of prompts replaced by the empty prompt", changeable=True)
+    sample_prompts: tuple[str, ...] = option(
+        (), "prompts of the sample grids; default: those of the first batch", changeable=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"`rank` must be at least 1, got {self.rank}. 4 to 32 are usual.")
+
+
+@dataclass(kw_only=True)
+class LoraDataOptions(CachedDataOptions):
+    """Images of a thing or a style, and of its class."""
+
+    instance_prompt: str = option("", "caption of images that have none")
+    class_prompt: str = option("", "what the base model must not forget, such as `a dog`")
+    class_data: str = option("", "folder of images of the class; default: in the output folder", changeable=True)
+    num_class_images: int = option(100, "the base model generates what the class folder lacks of these")
+    prior_weight: float = option(1.0, "weight of the loss on images of the class", changeable=True)
+    cache_dir: str = option("", "folder of latents and text vectors; default: in the output folder", changeable=True)
+    batch_size: int = option(4, "images per batch and process")
+    num_workers: int = option(0, "processes that read the cache", changeable=True)
+
+
+@dataclass(kw_only=True)
+class LoraModelOptions(PretrainedOptions):
+    """The pipeline to adapt."""
+
+    pretrained: str = option("", "SanaPipeline folder or repository, also a quantized one")
+    quantize: str = option("no", "`no`, or `int4` or `nvfp4`: quantize the base to 4 bits first")
+    quantize_rank: int = option(32, "rank of the low-rank branch beside the 4-bit weights")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("quantize", self.quantize, QUANTIZED)
+
+
+# Class-conditional DiT on latents
+
+
+@dataclass(kw_only=True)
+class DiTTrainingConfig(FlowTrainingConfig):
+    """Training of a class-conditional DiT."""
+
+    output_dir: str = option("outputs/dit", "folder for checkpoints, samples, log and result", changeable=True)
+    ema_decay: float = option(
+        0.9999, "decay of the EMA weights that are saved; 0 saves the trained weights", changeable=True
+    )
+    flow_shift: float = option(1.0, "timestep shift", changeable=True)
+    class_dropout: float = option(0.1, "fraction of labels replaced by no class, for guidance", changeable=True)
+    sample_classes: tuple[str, ...] = option(
+        (), "classes of the sample grids; default: the first ones, 8 images", changeable=True
+    )
+    sample_guidance: float = option(4.0, "guidance scale of the sample grids", changeable=True)
+
+
+@dataclass(kw_only=True)
+class DiTDataOptions(ImageDataOptions):
+    """Images with classes."""
+
+    data: str = option(
+        "",
+        "folder with a sub-folder of images for each class; or WebDataset tars, or a dataset of the Hub, whose"
+        " `caption_column` is the class",
+        changeable=True,
+    )
+    cache_dir: str = option("", "folder of latents; default: in the output folder", changeable=True)
+    batch_size: int = option(256, "images per batch and process")
+    num_workers: int = option(0, "processes that read the cache", changeable=True)
+    resolution: int = option(512, "side of the square images in pixels")
+
+
+@dataclass(kw_only=True)
+class DiTModelOptions:
+    """The autoencoder, and the new transformer; by default DiT-S."""
+
+    vae: str = option("", "AutoencoderDC or AutoencoderKL, folder or repository")
+    vae_subfolder: str = option("", "folder in it, such as `vae` of a pipeline")
+    patch_size: int = option(1, "side of a token in latents")
+    num_layers: int = option(12, "blocks")
+    num_attention_heads: int = option(6, "attention heads")
+    attention_head_dim: int = option(64, "channels per head")
+
+    def __post_init__(self) -> None:
+        if not self.vae:
+            raise ValueError("`vae` must be an autoencoder's folder or repository, got ''. Pass --vae.")
+        check_exists("vae", self.vae)
+
+
+# DC-AE
+
+
+@dataclass(kw_only=True)
+class DCAETrainingConfig(TrainingConfig):
+    """Training of an autoencoder for one phase of DC-AE."""
+
+    output_dir: str = option("outputs/dc_ae", "folder for checkpoints, samples, log and result", changeable=True)
+    learning_rate: float | None = option(  # type: ignore[assignment]
+        None, "peak learning rate; default: the phase's", changeable=True
+    )
+    betas: tuple[float, float] | None = option(  # type: ignore[assignment]
+        None, "AdamW betas; default: the phase's", changeable=True
+    )
+    weight_decay: float | None = option(  # type: ignore[assignment]
+        None, "AdamW weight decay of matrices and kernels; default: the phase's", changeable=True
+    )
+    phase: int = option(1, "1: train all at low resolution, 2: latent side at high, 3: decoder head with GAN")
+    trained_prefixes: tuple[str, ...] | None = option(None, "key prefixes that train; default: the phase's")
+    perceptual_weight: float = option(0.25, "weight of the perceptual loss; 0 leaves it out", changeable=True)
+    perceptual_every: int = option(
+        1, "steps between uses of the perceptual loss, its weight raised to match", changeable=True
+    )
+    perceptual_crop: int = option(0, "side of the random square the perceptual loss sees; 0 is all", changeable=True)
+    gan_weight: float = option(0.5, "weight of the adversarial loss in phase 3", changeable=True)
+    gan_warmup_steps: int = option(
+        0, "steps in which only the discriminator trains against the GAN loss", changeable=True
+    )
+    discriminator_channels: int = option(64, "width of the discriminator's first layer")
+    latent_prefix_step: int = option(
+        0, "structured latents (DC-AE 1.5): keep a random multiple of this many channels; 0 keeps all"
+    )
+    scaling_batches: int = option(
+        16, "batches over which the latents' scaling factor is measured at the end", changeable=True
+    )
+    channels_last: bool = option(
+        True, "keep images channels-last in memory, which suits convolutions", changeable=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("phase", self.phase, (1, 2, 3))
+
+
+@dataclass(kw_only=True)
+class DCAEDataOptions(ImageDataOptions):
+    """Images to train on; captions are not read."""
+
+    resolution: int | None = option(None, "side of the training images; default: the phase's")
+
+
+@dataclass(kw_only=True)
+class DCAEModelOptions:
+    """The autoencoder to start from: a new one, or one trained by the phase before."""
+
+    model_config: str = option("", "config.json of a new AutoencoderDC")
+    pretrained: str = option("", "folder or repository of an AutoencoderDC to continue from")
+
+    def __post_init__(self) -> None:
+        check_one_of(self, "model_config", "pretrained")
+        check_file("model_config", self.model_config)
+        check_exists("pretrained", self.pretrained)
+
+
+# VILA-U
+
+
+@dataclass(kw_only=True)
+class VilaUTowerTrainingConfig(TrainingConfig):
+    """Training of a vision tower. The paper gives the sum of the losses only; the rest is RQ-VAE's recipe."""
+
+    output_dir: str = option(
+        "outputs/vila_u_tower", "folder for checkpoints, samples, log and result", changeable=True
+    )
+    learning_rate: float = option(4e-5, "peak learning rate", changeable=True)
+    betas: tuple[float, float] = option((0.5, 0.9), "AdamW betas", changeable=True)
+    reconstruction_weight: float = option(1.0, "weight of L1 and perceptual loss together", changeable=True)
+    perceptual_weight: float = option(1.0, "weight of the perceptual loss beside L1; 0 leaves it out", changeable=True)
+    perceptual_every: int = option(
+        1, "steps between uses of the perceptual loss, its weight raised to match", changeable=True
+    )
+    contrastive_weight: float = option(
+        1.0, "weight of the contrastive loss; 0 leaves it out, and needs no text tower", changeable=True
+    )
+    decoder_only: bool = option(
+        False, "train the pixel decoder alone; token ids do not change, so it can be done at any time"
+    )
+    train_text_tower: bool = option(False, "train the text tower too: for towers that begin from nothing")
+    initial_count: float = option(0.0, "use counts the codebook begins with: 0 if new, 100 if trained")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.contrastive_weight and self.decoder_only:
+            raise ValueError(
+                "`contrastive_weight` must be 0 with `decoder_only`, which trains nothing that the loss could reach."
+            )
+
+
+@dataclass(kw_only=True)
+class VilaUTowerDataOptions(ImageDataOptions):
+    """Images with captions."""
+
+    batch_size: int = option(64, "images per batch and process")
+
+
+@dataclass(kw_only=True)
+class VilaUTowerModelOptions:
+    """The tower to start from: SigLIP, a trained tower, or a new one."""
+
+    siglip: str = option("", "SiglipModel to begin from, a folder or repository")
+    pretrained: str = option("", "VilaUVisionModel to continue from")
+    model_config: str = option("", "config.json of a new VilaUVisionModel")
+    tokenizer: str = option("", "of the text tower; default: that of the SiglipModel")
+
+    def __post_init__(self) -> None:
+        check_one_of(self, "siglip", "pretrained", "model_config")
+        check_file("model_config", self.model_config)
+        for name in ("siglip", "pretrained", "tokenizer"):
+            check_exists(name, getattr(self, name))
+
+
+@dataclass(kw_only=True)
+class VilaUTrainingConfig(TrainingConfig):
+    """Training of language model, projector and depth transformer; defaults are the paper's."""
+
+    output_dir: str = option("outputs/vila_u", "folder for checkpoints, samples, log and result", changeable=True)
+    learning_rate: float = option(5e-5, "peak learning rate; the paper's fine-tuning has 1e-4", changeable=True)
+    lr_schedule: str = option("cosine", "`constant` or `cosine`, after the warm-up", changeable=True)
+    caption_dropout: float = option(
+        0.1, "fraction of the prompts of images that are emptied, for guidance", changeable=True
+    )
+    cell_dropout: float = option(
+        0.0, "hide up to this fraction of an image's tokens from the language model; see docs", changeable=True
+    )
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass to save memory", changeable=True
+    )
+    sample_prompts: tuple[str, ...] = option((), "prompts of the sample grids; none: no grids", changeable=True)
+    sample_guidance: float = option(3.0, "guidance scale of the sample grids", changeable=True)
+
+
+@dataclass(kw_only=True)
+class VilaUDataOptions:
+    """Chats to train on."""
+
+    data: str = option("", "folder of images with chats.jsonl", changeable=True)
+    allow_outside: bool = option(False, "read images outside of the data folder that its chats name", changeable=True)
+    cache_codes: bool = option(True, "encode every image once, before the training", changeable=True)
+    batch_size: int = option(64, "chats per batch and process")
+    num_workers: int = option(4, "processes that load chats", changeable=True)
+
+    def __post_init__(self) -> None:
+        if not Path(self.data, "chats.jsonl").exists():
+            raise ValueError(f"`data` must be a folder with chats.jsonl, got {self.data!r}. Check the path.")
+        check_positive(self, "batch_size")
+
+
+@dataclass(kw_only=True)
+class VilaUModelOptions:
+    """The model to start from."""
+
+    pretrained: str = option("", "folder or repository of model and processor")
+
+    def __post_init__(self) -> None:
+        check_pretrained(self.pretrained, "a folder or repository of a VILA-U")
+
+
+# Recipe -> its groups of options.
+RECIPES: dict[str, tuple[type, ...]] = {
+    "controlnet": (ControlNetTrainingConfig, ControlNetDataOptions, ControlNetModelOptions),
+    "dc_ae": (DCAETrainingConfig, DCAEDataOptions, DCAEModelOptions),
+    "dc_ae_dit": (DiTTrainingConfig, DiTDataOptions, DiTModelOptions),
+    "lora": (LoraTrainingConfig, LoraDataOptions, LoraModelOptions),
+    "sana": (SanaTrainingConfig, SanaDataOptions, SanaModelOptions),
+    "sprint": (SprintTrainingConfig, SprintDataOptions, PretrainedOptions),
+    "vila_u": (VilaUTrainingConfig, VilaUDataOptions, VilaUModelOptions),
+    "vila_u_tower": (VilaUTowerTrainingConfig, VilaUTowerDataOptions, VilaUTowerModelOptions),
+}
+
+
+def run_recipe(name: str, arguments: Sequence[str] | None = None, description: str | None = None) -> None:
+    """Read a recipe's options from the command line, then import the recipe, which imports torch, and run it.
+
+    Args:
+        name: a module of this folder.
+        arguments, description: as in `parse_options`, whose errors come first.
+    """
+    options = parse_options(RECIPES[name], arguments, description)
+    import_module(f"diffusers_sana.training.recipes.{name}").run(*options)
