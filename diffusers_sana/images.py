@@ -294,16 +294,16 @@ def _scaled(name: str, values: Tensor, is_mask: bool) -> Tensor:
 
 
 def sobel_edges(pixel_values: Tensor) -> Tensor:
-    """How strongly each pixel differs from its neighbours, white on black.
+    """The edges of images, white on black; a control image that needs no other model.
 
-    The length of the gradient by Sobel's 3x3 filters, the greatest over the colours: 1 for a step between the darkest
-    and the brightest value.
+    The magnitude of the gradient by Sobel's 3x3 filters, the largest over the color channels: 1 for a step between
+    the darkest and the brightest value.
 
     Args:
         pixel_values: `[B, C, H, W]` in [-1, 1].
 
     Returns:
-        `[B, 3, H, W]` in [-1, 1], three times the same, as an autoencoder for pictures takes it.
+        `[B, 3, H, W]` in [-1, 1], three equal channels, as image autoencoders take them.
     """
     across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=pixel_values.device)
     filters = torch.stack([across, across.T])[:, None] / 8  # a step of 2, from -1 to 1, gives 1

@@ -95,11 +95,11 @@ class TrainingLoop:
         accelerator: the Accelerator that prepared the modules and optimizers.
         modules: the prepared modules that checkpoints hold.
         optimizers: prepared optimizers, one per module; each keeps the learning rate it was made with as its peak.
-        save: writes the models as they should be published into a folder; called with the averaged weights in place,
+        save: writes the models as they should be published into a folder; called with the EMA weights in place,
             on every process, at each checkpoint and at the end. Together the files are complete or absent.
         sample: writes an image of the state of training to a path; called like `save`, in evaluation by the callee.
             Neither of the two changes the random numbers of the training.
-        averaged: those of `modules` whose trainable parameters are averaged when `config.ema_decay` is set; default:
+        ema_modules: those of `modules` whose trainable parameters have an EMA when `config.ema_decay` is set; default:
             all.
         keep_frozen: whether checkpoints hold what does not train, too. False for a large base beside an adapter, which
             must then be the same at `resume`.
@@ -131,7 +131,7 @@ class TrainingLoop:
         optimizers: Sequence[torch.optim.Optimizer],
         save: Callable[[Path], None],
         sample: Callable[[Path], None],
-        averaged: Sequence[nn.Module] | None = None,
+        ema_modules: Sequence[nn.Module] | None = None,
         keep_frozen: bool = True,
         options: Sequence[Any] = (),
     ):
@@ -143,7 +143,7 @@ class TrainingLoop:
         self.weight = 1.0
         self._modules = modules
         self._groups = (config, *options)
-        self._averaged = modules if averaged is None else averaged
+        self._ema_modules = modules if ema_modules is None else ema_modules
         self._keep_frozen = keep_frozen
         self._peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         decay = config.ema_decay
@@ -209,7 +209,7 @@ class TrainingLoop:
                 if self.step % self.config.log_every == 0:
                     self._log(bar)
                 bar.update()
-                self._end_if_hopeless(bar)
+                self._end_if_all_skipped(bar)
                 if self._shared_minutes - last_sample >= self.config.sample_minutes:
                     last_sample = self._shared_minutes
                     self._sample()
@@ -248,8 +248,8 @@ class TrainingLoop:
         return self._used() >= 1 or self._shared_stop
 
     @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Inside, the modules hold the averaged weights, if any are kept."""
+    def ema_weights(self) -> Iterator[None]:
+        """Inside, the modules hold the EMA weights, if there are any."""
         if self._ema is None:
             yield
             return
@@ -314,7 +314,7 @@ class TrainingLoop:
             for parameter in parameters:
                 parameter.grad = None
 
-    def _end_if_hopeless(self, bar: tqdm) -> None:
+    def _end_if_all_skipped(self, bar: tqdm) -> None:
         if self._skipped_in_row < self.config.max_skipped_steps:
             return
         self._log(bar)
@@ -404,7 +404,7 @@ class TrainingLoop:
 
     def _sample(self) -> None:
         # A few images pay no compilation.
-        with self.averaged_weights(), self._undisturbed(), torch.compiler.set_stance("force_eager"):
+        with self.ema_weights(), self._undisturbed(), torch.compiler.set_stance("force_eager"):
             self.sample(self.output_dir / "samples" / f"step_{self.step:07d}.png")
             # After a forward without backward FSDP keeps the root's weights gathered; restored ones would go unseen.
             for part in (part for module in self._modules for part in module.modules()):
@@ -449,13 +449,13 @@ class TrainingLoop:
         self.accelerator.wait_for_everyone()
 
     def _refuse_not_finite(self) -> None:
-        """Raise an error rather than put NaN in the place of the last sound weights."""
+        """Raise an error rather than replace the last finite weights by NaN."""
         named = [
             (name, tensor)
             for module in self._modules
             for name, tensor in module_state(module, self._keep_frozen).items()
         ]
-        named += [("the averaged weights", tensor) for tensor in self._ema.shadow_params] if self._ema else []
+        named += [("the EMA weights", tensor) for tensor in self._ema.shadow_params] if self._ema else []
         name = first_not_finite(named)
         if self._sum(torch.tensor(float(name is not None))).item() > 0:
             raise RunError(
@@ -492,7 +492,7 @@ class TrainingLoop:
             (folder / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
 
     def _save_model(self, folder: Path) -> None:
-        with self.averaged_weights(), self._undisturbed():
+        with self.ema_weights(), self._undisturbed():
             self.save(folder)
 
     def _states(self) -> dict[str, Any]:
@@ -552,14 +552,14 @@ class TrainingLoop:
             set_seed(self.config.seed + 7919 * self.step, device_specific=True)
 
     def _load_ema(self, path: Path, was_kept: bool) -> None:
-        """The averages of the checkpoint; where it has none, they begin with its weights."""
+        """The EMA of the checkpoint; where it has none, it starts from its weights."""
         assert self._ema is not None
         trained = self._trained()
         if was_kept:
             stored = read_state(path)
             self._ema.optimization_step, shadows = stored["steps"], stored["weights"]
             if [shadow.shape for shadow in shadows] != [own.shape for own in trained]:
-                raise ValueError(f"{str(path)!r} holds averages of other weights. Train what the run trained before.")
+                raise ValueError(f"{str(path)!r} holds the EMA of other weights. Train what the run trained before.")
         else:
             shadows = [gathered(own.detach()) for own in trained]
         parts = [laid_out_like(shadow, own.data) for shadow, own in zip(shadows, trained, strict=True)]
@@ -593,11 +593,11 @@ class TrainingLoop:
         return f"random_{self.accelerator.process_index}.safetensors"
 
     def _trained(self) -> list[nn.Parameter]:
-        """What is averaged."""
-        return [p for module in self._averaged for p in module.parameters() if p.requires_grad]
+        """The parameters that have an EMA."""
+        return [p for module in self._ema_modules for p in module.parameters() if p.requires_grad]
 
     def _parameters(self) -> list[nn.Parameter]:
-        """What is averaged, and of sharded parameters the part that this process holds."""
+        """The same, and of sharded parameters the part that this process holds."""
         # A parameter that aliases the shard: writing into it writes the sharded one.
         return [nn.Parameter(p.data.to_local()) if isinstance(p.data, DTensor) else p for p in self._trained()]
 

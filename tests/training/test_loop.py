@@ -152,7 +152,7 @@ def test_averaged_weights_are_saved_and_put_back(tmp_path):
     assert saved == [pytest.approx(averaged, abs=1e-6)]
     assert model.weight.item() == 3
     resumed, model, _ = make_loop(TrainingConfig(output_dir=str(tmp_path), max_steps=3, ema_decay=0.5, resume=True))
-    with resumed.averaged_weights():
+    with resumed.ema_weights():
         assert model.weight.item() == saved[0]
 
 

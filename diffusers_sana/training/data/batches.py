@@ -159,7 +159,7 @@ class BatchLoader:
     together, it returns a DataLoader of those that follow for this process.
 
     Attributes:
-        fingerprint: what the order of the batches depends on. A run that is taken up again must have the same.
+        fingerprint: what the order of the batches depends on. A resumed run must have the same.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ def make_loader(
     """Endless shuffled batches of one size each, as a function of the number of batches already used.
 
     Args:
-        dataset: map-style, with `sizes_of_items`; or `SampledCaptions`, which is told the epoch.
+        dataset: map-style, with `sizes_of_items`; or `SampledCaptions`, which also receives the epoch.
         batch_size: items per batch and process; the last batch of a size in an epoch may be smaller.
         seed: seed of the order, and of what is random in items and in `collate_fn`.
         num_workers: processes that load items; their number changes no batch.

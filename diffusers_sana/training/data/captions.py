@@ -50,10 +50,10 @@ class Caption:
 def caption_line(file_name: str, captions: Iterable[Caption]) -> str:
     """A line of `captions.jsonl`, with its end."""
     optional = ("made_from", "scored_from")
-    told = [
+    entries = [
         {key: value for key, value in asdict(caption).items() if value or key not in optional} for caption in captions
     ]
-    row = {"file_name": file_name, "captions": told}
+    row = {"file_name": file_name, "captions": entries}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 

@@ -3,7 +3,7 @@
 Legend: B batch, C latent channels, h/w latent height and width. sigma in [0, 1) is the noise level:
 x_sigma = (1 - sigma) x_0 + sigma eps, and the network predicts the velocity eps - x_0. As in the authors' code
 (NVlabs/Sana, `diffusion/model/respace.py` and `gaussian_diffusion.py`), sigma is one of 1000 levels 0, 0.001, ...,
-0.999, then shifted, and the network is told t = floor(1000 sigma): whole numbers, as Flow-DPM-Solver feeds it.
+0.999, then shifted, and the network is given t = floor(1000 sigma): whole numbers, as Flow-DPM-Solver feeds it.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def sample_sigmas(
 
 
 def timesteps_of(sigmas: Tensor) -> Tensor:
-    """What the network is told of noise levels: floor(1000 sigma), in floating point."""
+    """The timesteps that the network is given for sigmas: floor(1000 sigma), in floating point."""
     # 1000 times the fp32 number next to 0.007 may lie below 7, by at most 6e-5.
     return (sigmas * TRAIN_TIMESTEPS + 1e-4).floor()
 
@@ -82,7 +82,7 @@ def sample_euler(
 
 @torch.no_grad()
 def sample_guided(
-    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    predict: Callable[..., Tensor],
     noise: Tensor,
     guidance_scale: float,
     num_steps: int = 20,
@@ -91,8 +91,8 @@ def sample_guided(
     """`sample_euler` with classifier-free guidance: v = v_empty + guidance_scale (v_conditional - v_empty).
 
     Args:
-        predict: from x_sigma `[2 B, C, h, w]`, sigmas `[2 B]` and a mask `[2 B]`, true in the second half, of images
-            without their condition, to the velocity.
+        predict: from x_sigma `[2 B, C, h, w]`, sigmas `[2 B]` and `dropped`, a mask `[2 B]` that is true in the second
+            half, of images without their condition, to the velocity.
         noise: x_1 `[B, C, h, w]`.
         guidance_scale: 1 is without guidance.
         num_steps, shift: as in `sample_euler`.
@@ -100,7 +100,7 @@ def sample_guided(
     dropped = torch.arange(2 * len(noise), device=noise.device) >= len(noise)
 
     def guided(latents: Tensor, sigmas: Tensor) -> Tensor:
-        velocity = predict(latents.repeat(2, 1, 1, 1), sigmas.repeat(2), dropped).float()
+        velocity = predict(latents.repeat(2, 1, 1, 1), sigmas.repeat(2), dropped=dropped).float()
         conditional, empty = velocity.chunk(2)
         return empty + guidance_scale * (conditional - empty)
 

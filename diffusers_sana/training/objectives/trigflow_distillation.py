@@ -128,7 +128,7 @@ def consistency_tangent(
 def weighted_loss(prediction: Tensor, target: Tensor, log_variance: Tensor) -> Tensor:
     """Squared error of `[B, C, h, w]`, weighted so that all angles matter alike: mean of `exp(-u) error + u`.
 
-    The error is the sum over an image. A normalized tangent makes it nearly 1, so that u may begin with 0.
+    The error is the sum over an image. A normalized tangent makes it nearly 1, so u can start at 0.
 
     Args:
         prediction: F, with gradients.

@@ -29,11 +29,11 @@ from diffusers_sana.training.recipes.text_to_image import (
     NUM_SAMPLES,
     Prompt,
     SanaInputs,
+    doubled,
     freeze,
     prepare_blocks,
     sample_noise,
     save_guided_samples,
-    twice,
 )
 from diffusers_sana.training.state_files import copy_with_weights
 
@@ -84,7 +84,7 @@ def train(
     def sample(path: Path) -> None:
         if vae is not None:
             control = shown["control"]
-            both = partial(predict, prompt=twice(shown["prompt"]), control=control.repeat(2, 1, 1, 1))
+            both = partial(predict, prompt=doubled(shown["prompt"]), control=control.repeat(2, 1, 1, 1))
             save_guided_samples(path, config, accelerator, model, vae, both, shown["noise"], above=control)
 
     def save(folder: Path) -> None:

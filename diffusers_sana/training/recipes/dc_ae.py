@@ -105,14 +105,15 @@ def train(
     plain_model = accelerator.unwrap_model(model)
     latent_mask = plain_model.decoder.latent_mask if config.latent_prefix_step else None
     trained, optimizers = [model], [optimizer]
-    discriminator = None
+    discriminator: Any = None
     if phase.adversarial:
-        discriminator = PatchDiscriminator(config.discriminator_channels).to(memory_format=memory_format)
+        discriminator = PatchDiscriminator(config.discriminator_channels)
+        discriminator.to(memory_format=memory_format)
         optimizer = make_adamw(discriminator.parameters(), *optimizer_settings)
         discriminator, optimizer = accelerator.prepare(discriminator, optimizer)
         trained.append(discriminator)
         optimizers.append(optimizer)
-    perceptual = PerceptualLoss(perceptual_network, config.perceptual_crop)
+    perceptual: Any = PerceptualLoss(perceptual_network, config.perceptual_crop)
     perceptual.to(accelerator.device, memory_format=memory_format)
     shown: list[Tensor] = []  # the first batch of the run, for the sample grids
 
@@ -132,14 +133,14 @@ def train(
         state = accelerator.get_state_dict(model)
         if not accelerator.is_main_process:
             return
-        exported = copy_with_weights(plain_model, state)
+        exported: Any = copy_with_weights(plain_model, state)
         if trains_encoder and loop.is_ending:
             unseen = islice(iterate_batches(batches, loop.batches_used), config.scaling_batches)
             exported.register_to_config(scaling_factor=measure_scaling_factor(exported, unseen))
         exported.save_pretrained(folder)
 
     loop = TrainingLoop(
-        config, accelerator, trained, optimizers, save=save, sample=sample, averaged=[model], options=options
+        config, accelerator, trained, optimizers, save=save, sample=sample, ema_modules=[model], options=options
     )
     for batch in loop.run(batches):
         pixel_values = batch["pixel_values"].contiguous(memory_format=memory_format)

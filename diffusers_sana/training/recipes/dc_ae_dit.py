@@ -2,13 +2,16 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
@@ -38,7 +41,7 @@ NO_CLASS = 1000  # DiTPipeline's label for guidance, whatever the number of clas
 def train(
     config: DiTTrainingConfig,
     batches: Batches,
-    transformer: DiTTransformer2DModel,
+    transformer: Any,
     class_names: list[str],
     vae: nn.Module | None = None,
     options: tuple[Any, ...] = (),
@@ -49,8 +52,8 @@ def train(
         config: the settings.
         batches: see `Batches`. A batch holds scaled `latents` `[B, C, h, h]` and
             `class_labels` `[B]`, positions in `class_names`.
-        transformer: must have room for 1000 classes, since DiTPipeline takes label 1000 for none, and as many
-            channels out as in.
+        transformer: a DiTTransformer2DModel with room for 1000 classes, since DiTPipeline takes label 1000 for none,
+            and with as many output as input channels.
         class_names: at most 1000.
         vae: the autoencoder of the latents; frozen. Sample grids need it.
         options: groups of options for data and models, that checkpoints record; see `TrainingLoop`.
@@ -116,7 +119,7 @@ def train(
 
 
 def save_parts(
-    folder: Path, transformer: DiTTransformer2DModel, vae: nn.Module | None, class_names: list[str], flow_shift: float
+    folder: Path, transformer: Any, vae: nn.Module | None, class_names: list[str], flow_shift: float
 ) -> None:
     """Save a DiTPipeline that diffusers alone can load, or the transformer where there is no autoencoder."""
     if vae is None:
@@ -125,7 +128,7 @@ def save_parts(
     scheduler = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
     )
-    pipe = DiTPipeline(transformer, vae, scheduler)
+    pipe = DiTPipeline(transformer, cast(Any, vae), scheduler)
     pipe.register_to_config(id2label=dict(enumerate(class_names)), vae=("diffusers", type(vae).__name__))
     pipe.save_pretrained(folder)
 

@@ -36,11 +36,11 @@ from diffusers_sana.training.recipes.text_to_image import (
     NUM_SAMPLES,
     Prompt,
     SanaInputs,
+    doubled,
     freeze,
     prepare_blocks,
     sample_noise,
     save_guided_samples,
-    twice,
 )
 
 
@@ -90,7 +90,7 @@ def train(
 
     def sample(path: Path) -> None:
         if vae is not None:
-            predict = partial(model, prompt=twice(shown["prompt"]))
+            predict = partial(model, prompt=doubled(shown["prompt"]))
             save_guided_samples(path, config, accelerator, model, vae, predict, shown["noise"])
 
     def save(folder: Path) -> None:

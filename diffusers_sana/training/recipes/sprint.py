@@ -135,7 +135,7 @@ def train(
 
     modules, optimizers = [student, heads], [optimizer, heads_optimizer]
     loop = TrainingLoop(
-        config, accelerator, modules, optimizers, save=save, sample=sample, averaged=[student], options=options
+        config, accelerator, modules, optimizers, save=save, sample=sample, ema_modules=[student], options=options
     )
     for batch in loop.run(batches):
         latents, prompt = inputs.latents(batch), inputs.prompts(batch)
@@ -235,7 +235,7 @@ def make_student(teacher: SanaTransformer2DModel) -> SanaTransformer2DModel:
     """A transformer with a guidance embedding that predicts, at any guidance scale, what `teacher` does.
 
     Three things differ (section 3.2 of the paper). The guidance scale is an input; its embedding begins with zeros.
-    The network is told σ in [0, 1] and not 1000 σ, by which the derivative would be a thousand times larger; the new
+    The network is given σ in [0, 1] and not 1000 σ, by which the derivative would be a thousand times larger; the new
     time embedding is fitted to the old one in closed form. Queries and keys are normalized, as in SANA-1.5: without
     it the paper saw gradients explode in large models. Norms that the teacher lacks begin with weights of 1 and must
     be learned.
@@ -267,7 +267,7 @@ def make_student(teacher: SanaTransformer2DModel) -> SanaTransformer2DModel:
 
 @torch.no_grad()
 def fit_dense_time(embedder: TimestepEmbedding, teacher: SanaTransformer2DModel, points: int = 2001) -> None:
-    """Sets the weights of `embedder`, which is told σ, so that it gives what the teacher's makes of its time.
+    """Sets the weights of `embedder`, which is given σ, so that its output equals the teacher's.
 
     The hidden units become steps along σ, evenly spaced and alternating in direction; then the second layer is a
     least-squares problem.

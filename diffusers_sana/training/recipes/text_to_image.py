@@ -156,7 +156,7 @@ def encode_images(vae: Any, pixel_values: Tensor) -> Tensor:
     return latents.float() * vae.config.scaling_factor
 
 
-def twice(prompt: Prompt) -> Prompt:
+def doubled(prompt: Prompt) -> Prompt:
     """The prompts and, for guidance, the same again."""
     embeds, mask = prompt
     return torch.cat([embeds, embeds]), torch.cat([mask, mask])
@@ -173,7 +173,7 @@ def save_guided_samples(
     accelerator: Accelerator,
     model: nn.Module,
     vae: Any,
-    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    predict: Callable[..., Tensor],
     noise: Tensor,
     above: Tensor | None = None,
 ) -> None:

@@ -43,7 +43,7 @@ class MaskedImageTokens(nn.Module):
         """As `VilaUForConditionalGeneration.forward`."""
         if pixel_values is None and image_codes is None:
             return self.model(**batch)
-        features = self.model.get_image_features(pixel_values, image_codes, return_dict=True)
+        features: Any = self.model.get_image_features(pixel_values, image_codes, return_dict=True)
         fraction = torch.rand(len(features.codes), 1, 1, device=features.codes.device) * self.cell_dropout
         is_seen = torch.rand(*features.codes.shape[:2], 1, device=fraction.device) >= fraction
         features.pooler_output = features.pooler_output * is_seen
