@@ -26,7 +26,17 @@ MAY_IMPORT = {
     "quantizers": {"kernels"},
     "loaders": {"kernels", "models", "quantizers"},
     "training": {"models", "prompts", "schedulers"},
-    "training/recipes": {"evaluation", "kernels", "loaders", "loading", "models", "pipelines", "prompts", "quantizers", "schedulers"},
+    "training/recipes": {
+        "evaluation",
+        "kernels",
+        "loaders",
+        "loading",
+        "models",
+        "pipelines",
+        "prompts",
+        "quantizers",
+        "schedulers",
+    },
     "evaluation": {"checkpoints", "loading", "quantizers"},
     "checkpoints": set(),
 }

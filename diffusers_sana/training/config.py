@@ -18,7 +18,7 @@ from diffusers_sana.files import UserError, differences
 from diffusers_sana.training.run_folder import check_run_folder
 
 
-OPTIMIZERS = ("adamw", "adamw8bit")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 
 
 class RunError(UserError):

@@ -28,7 +28,8 @@ from benchmarks.harness import environment
 from diffusers_sana import AutoencoderDC
 from diffusers_sana.files import atomic_write, read_json, read_json_lines
 from diffusers_sana.training.plots import save_image_grid
-from examples import train_dc_ae
+from diffusers_sana.training.recipes.dc_ae import train as train_dc_ae
+from diffusers_sana.training.recipes.options import DCAETrainingConfig
 
 from .models import make_autoencoder_256
 from .run import device, resumable
@@ -41,7 +42,7 @@ JUDGED = 64  # scenes
 
 @dataclass(frozen=True)
 class Phase:
-    """What a phase trains on, and its settings of `train_dc_ae` beside those that belong to its number.
+    """What a phase trains on, and its settings of the recipe `dc_ae` beside those that belong to its number.
 
     Attributes:
         share: of the time budget of all phases.
@@ -173,7 +174,7 @@ def train(phase: int, art: Art, out: Path, minutes: float, state: Path | None = 
     def batches(used: int) -> Iterator[dict[str, Tensor]]:
         return image_batches(art, batch_size, chosen.side, seed=used)
 
-    train_dc_ae.train(train_dc_ae.DCAETrainingConfig(**settings), batches, model)
+    train_dc_ae(DCAETrainingConfig(**settings), batches, model)
     return run / "model"
 
 

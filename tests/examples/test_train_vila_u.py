@@ -211,13 +211,14 @@ def test_command_line(tmp_path, cached):
 
 
 def test_bad_input(tmp_path):
-    with pytest.raises(ValueError, match="`pretrained` must be a folder or repository of a VILA-U"):
-        main(["--data", str(tmp_path)])
-    with pytest.raises(ValueError, match=r"folder with chats\.jsonl"):
-        ChatFolder(tmp_path)
     folder = chat_folder(tmp_path / "data")
+    with pytest.raises(ValueError, match="`pretrained` must be a folder or repository of a VILA-U"):
+        main(["--data", str(folder)])
+    for read in (ChatFolder, lambda place: main(["--data", str(place)])):
+        with pytest.raises(ValueError, match=r"folder with chats\.jsonl"):
+            read(tmp_path)
     (folder / "b.png").unlink()
-    with pytest.raises(ValueError, match=r"lacks 1 of the pictures, 'b.png' first"):
+    with pytest.raises(ValueError, match=r"lacks 1 of the images, 'b.png' first"):
         ChatFolder(folder)
     good = (folder / "chats.jsonl").read_text()
     for line, message in {

@@ -29,7 +29,7 @@ from diffusers_sana.training.data.images import load_images
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.objectives.adversarial import PatchDiscriminator, discriminator_loss, generator_loss
 from diffusers_sana.training.objectives.perceptual import PerceptualLoss
-from diffusers_sana.training.optimizers import make_adamw
+from diffusers_sana.training.optimizers import make_adamw, make_optimizer
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.recipes.options import DCAEDataOptions, DCAEModelOptions, DCAETrainingConfig
 from diffusers_sana.training.state_files import copy_with_weights
@@ -95,7 +95,8 @@ def train(
         phase.betas if config.betas is None else config.betas,
         phase.weight_decay if config.weight_decay is None else config.weight_decay,
     )
-    optimizer = make_adamw(select_parameters(model, trained_prefixes), *optimizer_settings)
+    optimizer = make_optimizer(config.optimizer, select_parameters(model, trained_prefixes), *optimizer_settings)
+    latents = DecodedLatents(model, config.latent_noise)
     if config.latent_prefix_step:
         mask_latents(model)
     if config.compile:
@@ -151,6 +152,12 @@ def train(
             reconstructed = model(pixel_values).sample.float()
             l1 = F.l1_loss(reconstructed, pixel_values)
             loss, terms = l1, {"l1": l1}
+            if config.mse_weight:
+                terms["mse"] = F.mse_loss(reconstructed, pixel_values)
+                loss = loss + config.mse_weight * terms["mse"]
+            if config.latent_weight:
+                terms["latent"] = latents.distance_from_unit_scale()
+                loss = loss + config.latent_weight * terms["latent"]
             if config.perceptual_weight and loop.step % config.perceptual_every == 0:
                 with accelerator.autocast():
                     terms["perceptual"] = perceptual(reconstructed, pixel_values)

@@ -22,6 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from diffusers_sana._compat import warn_if_untested
 from diffusers_sana.files import IMAGE_SUFFIXES, atomic_write, model_identity
 from diffusers_sana.pipelines.pipeline_sana import SanaPipeline
 from diffusers_sana.quantizers.svdquant.api import quantize
@@ -43,6 +44,8 @@ from diffusers_sana.training.recipes.text_to_image import (
     save_guided_samples,
 )
 
+
+warn_if_untested("peft")
 
 RECORD = "diffusers_sana"  # the key under which a class image says what it was made from
 MIX_FFN = ("conv_inverted", "conv_point")  # its two 1x1 convolutions
@@ -205,9 +208,6 @@ def _record(path: Path) -> str | None:
     """What an image of `generate_class_images` was made from; None for others."""
     with Image.open(path) as image:
         return image.info.get(RECORD)
-
-
-warn_if_untested("peft")
 
 
 class WithPrior(Dataset):

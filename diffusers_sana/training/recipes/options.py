@@ -104,7 +104,9 @@ class SanaTrainingConfig(PromptFlowTrainingConfig):
     """Training of a text-to-image transformer; defaults are the paper's where it gives any."""
 
     output_dir: str = option("outputs/sana", "folder for checkpoints, samples, log and result", changeable=True)
-    optimizer: str = option("adamw", "`adamw`, or `adamw8bit` with a quarter of its memory (needs bitsandbytes)")
+    optimizer: str = option(
+        "adamw", "`adamw`, `adamw8bit` with a quarter of its memory (needs bitsandbytes), or `muon`"
+    )
     warmup_steps: int = option(2000, "steps of linear warm-up", changeable=True)
     max_grad_norm: float = option(0.1, "clip the gradient norm; 0 does not clip", changeable=True)
     train_text_encoder: bool = option(False, "train the text encoder too; for small ones")
@@ -362,6 +364,16 @@ class DCAETrainingConfig(TrainingConfig):
     )
     phase: int = option(1, "1: train all at low resolution, 2: latent side at high, 3: decoder head with GAN")
     trained_prefixes: tuple[str, ...] | None = option(None, "key prefixes that train; default: the phase's")
+    optimizer: str = option("adamw", "`adamw`, `adamw8bit` or `muon`, for the autoencoder")
+    mse_weight: float = option(0.0, "weight of the mean squared error beside L1", changeable=True)
+    latent_weight: float = option(
+        0.0, "weight of the loss that pulls the mean square of each latent channel to 1", changeable=True
+    )
+    latent_noise: float = option(
+        0.0,
+        "standard deviation of noise on latents in training, so that the decoder tolerates errors of a generator",
+        changeable=True,
+    )
     perceptual_weight: float = option(0.25, "weight of the perceptual loss; 0 leaves it out", changeable=True)
     perceptual_every: int = option(
         1, "steps between uses of the perceptual loss, its weight raised to match", changeable=True
@@ -385,6 +397,7 @@ class DCAETrainingConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("phase", self.phase, (1, 2, 3))
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
 
 
 @dataclass(kw_only=True)
