@@ -40,7 +40,7 @@ class Host:
 HOSTS = {
     "accelerate": Host("1.10", "1.15"),
     "diffusers": Host("0.42.1", "0.42"),
-    "peft": Host("0.18", "0.21"),  # 0.17 imports a name that transformers 5 has dropped
+    "peft": Host("0.19.1", "0.21"),  # transformers refuses older ones for adapters on text encoders
     "torch": Host("2.8", "2.13"),
     "transformers": Host("5.17", "5.23"),
     "triton": Host("3.4", "3.9"),
