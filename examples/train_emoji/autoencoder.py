@@ -61,6 +61,7 @@ class Phase:
 
 COMMON: Mapping[str, Any] = {
     "max_steps": 10_000_000,
+    "lr_schedule": "cosine",  # lower rates show at once, so every run ends with them, also one that others go on from
     "warmup_steps": 100,
     "betas": (0.9, 0.99),
     "weight_decay": 0.0,
@@ -208,7 +209,8 @@ def judged_images(art: Art) -> Tensor:
 def write_state(folder: Path, model: Path, report: Mapping[str, Any]) -> None:
     """The weights of the folder `model` in bf16, and `progress.json`."""
     vae = AutoencoderDC.from_pretrained(model, torch_dtype=torch.bfloat16)
-    vae.register_to_config(_name_or_path="emoji-256")  # and not the folder it came from
+    # Its name is not the folder it came from, and a run that goes on has not measured its latents yet.
+    vae.register_to_config(_name_or_path="emoji-256", scaling_factor=1 / report["latent_rms"])
     vae.save_pretrained(folder)
     with atomic_write(folder / "progress.json") as file:
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -194,6 +194,7 @@ def test_phases_follow_each_other_and_the_state_outlives_the_run(pack, tmp_path,
     assert (progress["phase"], progress["images"]) == (3, 3 * 2 * 2)
     assert {"psnr_db", "gradient_energy", "latent_rms", "device", "versions"} <= set(progress)
     assert (tmp_path / "first" / "phase_3" / "judged.png").exists()
+    assert AutoencoderDC.from_pretrained(state).config.scaling_factor == pytest.approx(1 / progress["latent_rms"])
     kept, trained = (load_file(folder / WEIGHTS) for folder in (state, tmp_path / "first" / "phase_3" / "model"))
     assert kept.keys() == trained.keys()
     for name, value in trained.items():
