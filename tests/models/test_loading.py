@@ -125,7 +125,9 @@ class TestShards:
         weights = load_file(shard)
         del weights[TENSORS[name][0]]
         save_file(weights, shard)
-        with pytest.raises(OSError, match=rf"index.json is wrong about 1 tensors, such as '{TENSORS[name][0]}'"):
+        with pytest.raises(
+            OSError, match=rf"index.json does not match its files for 1 tensors, such as '{TENSORS[name][0]}'"
+        ):
             load(name, folder, **way)
 
     def test_missing(self, name, folder, way):
@@ -159,8 +161,8 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ("[]", "must hold a JSON object, got list"),
-            ("null", "must hold a JSON object, got NoneType"),
+            ("[]", "must contain a JSON object, got list"),
+            ("null", "must contain a JSON object, got NoneType"),
             ('{"num_layers": 2', "is damaged"),
             ("", "is damaged"),
             ("[" * 100_000, "is damaged"),
@@ -211,7 +213,7 @@ def test_by_way_of_a_pipeline(tmp_path):
     with pytest.raises(ValueError, match=rf"vae/{WEIGHTS} lacks 1 tensors of the model"):
         diffusers_sana.SanaPipeline.from_pretrained(folder)
     (folder / "transformer" / "config.json").write_text("[]")
-    with pytest.raises(OSError, match=r"transformer/config\.json must hold a JSON object"):
+    with pytest.raises(OSError, match=r"transformer/config\.json must contain a JSON object"):
         diffusers_sana.SanaPipeline.from_pretrained(folder)
 
 

@@ -97,7 +97,7 @@ def test_peft_config_that_is_none(file):
         file, lambda tensors: [tensors.update({f"base_model.model.{key}": tensors.pop(key)}) for key in list(tensors)]
     )
     (file.parent / "adapter_config.json").write_text("[]")
-    with pytest.raises(OSError, match=r"adapter_config\.json must hold a JSON object"):
+    with pytest.raises(OSError, match=r"adapter_config\.json must contain a JSON object"):
         tiny.pipeline(diffusers_sana).load_lora_weights(file.parent, weight_name=NAME)
 
 

@@ -25,13 +25,13 @@ class NeverCopied:
 def _require_at_least(config: PreTrainedConfig, least: int, *names: str) -> None:
     for name in names:
         if getattr(config, name) < least:
-            raise ValueError(f"`{name}` must be at least {least}, but is {getattr(config, name)}")
+            raise ValueError(f"`{name}` must be at least {least}, got {getattr(config, name)}")
 
 
 def _require_whole_heads(config: PreTrainedConfig) -> None:
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
-            f"`hidden_size` must be a multiple of `num_attention_heads`, but is {config.hidden_size} with "
+            f"`hidden_size` must be a multiple of `num_attention_heads`, got {config.hidden_size} with "
             f"{config.num_attention_heads} heads"
         )
 
@@ -124,20 +124,20 @@ class VilaUVisionConfig(PreTrainedConfig):
         if not channels or any(width < 1 or width % self.decoder_norm_groups for width in channels):
             raise ValueError(
                 f"`decoder_base_channels` times each of `decoder_channel_multipliers` must be a positive multiple of "
-                f"`decoder_norm_groups` = {self.decoder_norm_groups}, but they are {channels}"
+                f"`decoder_norm_groups` = {self.decoder_norm_groups}, got {channels}"
             )
         factor = 2 ** (len(multipliers) - 1)
         if self.decoder_latent_size is None:
             if factor != self.patch_size or self.image_size % self.patch_size:
                 raise ValueError(
                     f"the decoder of {len(multipliers)} `decoder_channel_multipliers` enlarges {factor} times, so "
-                    f"`patch_size` must be {factor} and divide `image_size`, but they are {self.patch_size} and "
+                    f"`patch_size` must be {factor} and divide `image_size`, got {self.patch_size} and "
                     f"{self.image_size}; give other multipliers or a `decoder_latent_size`"
                 )
         elif self.decoder_latent_size * factor != self.image_size:
             raise ValueError(
                 f"`decoder_latent_size` times {factor} (from `decoder_channel_multipliers`) must be `image_size` = "
-                f"{self.image_size}, but `decoder_latent_size` is {self.decoder_latent_size}"
+                f"{self.image_size}, got a `decoder_latent_size` of {self.decoder_latent_size}"
             )
 
 
@@ -237,7 +237,7 @@ class VilaUConfig(NeverCopied, PreTrainedConfig):
         ):
             if getattr(self.depth_config, name) != value:
                 raise ValueError(
-                    f"`depth_config.{name}` must equal `{source}` = {value}, but is {getattr(self.depth_config, name)}"
+                    f"`depth_config.{name}` must equal `{source}` = {value}, got {getattr(self.depth_config, name)}"
                 )
 
 

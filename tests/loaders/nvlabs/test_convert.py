@@ -166,7 +166,7 @@ def test_damaged_files(cls, tmp_path):
     for checkpoint, message in (
         ({**whole, "blocks.0.adaln.weight": torch.zeros(1)}, "'blocks.0.adaln.weight' is in no original"),
         ({name: value for name, value in whole.items() if name != key}, "the file must have a tensor for '.*'"),
-        ({**whole, key: whole[key][:-2]}, f"'{key}' must make"),
+        ({**whole, key: whole[key][:-2]}, f"'{key}' must give"),
         ({**whole, key: 3}, f"must be a dictionary of tensors, but '{key}' is of type int"),
     ):
         with pytest.raises(ValueError, match=message):

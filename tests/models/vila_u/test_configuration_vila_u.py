@@ -48,19 +48,19 @@ def test_another_language_model():
 
 
 VISION_ERRORS = [
-    ({"num_attention_heads": 5}, "`hidden_size` must be a multiple of `num_attention_heads`, but is 32 with 5"),
-    ({"num_hidden_layers": 1}, "`num_hidden_layers` must be at least 2, but is 1"),
-    ({"num_codebooks": 0}, "`num_codebooks` must be at least 1, but is 0"),
-    ({"image_size": 4}, "`grid_size` must be at least 1, but is 0"),
+    ({"num_attention_heads": 5}, "`hidden_size` must be a multiple of `num_attention_heads`, got 32 with 5"),
+    ({"num_hidden_layers": 1}, "`num_hidden_layers` must be at least 2, got 1"),
+    ({"num_codebooks": 0}, "`num_codebooks` must be at least 1, got 0"),
+    ({"image_size": 4}, "`grid_size` must be at least 1, got 0"),
     ({"decoder_channel_multipliers": (1, 1, 1)}, "enlarges 4 times, so `patch_size` must be 4"),
-    ({"image_size": 36}, "divide `image_size`, but they are 8 and 36"),
+    ({"image_size": 36}, "divide `image_size`, got 8 and 36"),
     (
         {"patch_size": 7, "decoder_latent_size": 5},
-        "times 8 .* must be `image_size` = 32, but `decoder_latent_size` is 5",
+        "times 8 .* must be `image_size` = 32, got a `decoder_latent_size` of 5",
     ),
     (
         {"decoder_base_channels": 48},
-        re.escape("multiple of `decoder_norm_groups` = 32, but they are [48, 48, 48, 48]"),
+        re.escape("multiple of `decoder_norm_groups` = 32, got [48, 48, 48, 48]"),
     ),
 ]
 

@@ -45,7 +45,7 @@ ERRORS = [
     ({"negative_input_ids": None}, "guidance needs `negative_input_ids`"),
     ({"guidance_scale": [1.0, 2.0, 3.0]}, r"`guidance_scale` must be a number or have one entry per prompt \(2\)"),
     *(
-        ({"guidance_interval": interval}, "`guidance_interval` must be .* but is")
+        ({"guidance_interval": interval}, "`guidance_interval` must be .* got")
         for interval in ((0.5, 0.5), (-0.1, 1), (0, 1.1), (0.5,))
     ),
     ({"generator": [torch.Generator()]}, r"`generator` must have one generator per sample \(2\), got 1"),

@@ -195,7 +195,7 @@ class TestGeneration:
         assert set(PROCESSOR(text="cat")) == {"input_ids", "attention_mask"}
         with pytest.raises(ValueError, match="`negative_prompt` must be None in mode 'text'"):
             PROCESSOR(text="cat", negative_prompt="dog")
-        with pytest.raises(ValueError, match="one for each of 1 prompts, got 2"):
+        with pytest.raises(ValueError, match=r"one text per prompt \(1\), got 2"):
             PROCESSOR(text="cat", generation_mode="image", negative_prompt=["a", "b"])
 
 

@@ -262,7 +262,7 @@ def test_errors():
         model.embed_codes(codes[..., :2])
     with pytest.raises(ValueError, match=r"`codes` must be in 0 to 63, got 0 to 64"):
         model.embed_codes(codes.index_fill(1, torch.tensor(3), CODES))
-    with pytest.raises(ValueError, match=r"but lie in -1 to -1"):
+    with pytest.raises(ValueError, match=r"got -1 to -1"):
         model.decode_codes(codes - 1)
     with pytest.raises(TypeError, match=r"`codes` must be int32 or int64, got torch.float32"):
         model.decode_codes(codes.float())
