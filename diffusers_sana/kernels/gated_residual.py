@@ -39,6 +39,13 @@ def gated_residual_reference(residual: Tensor, hidden_states: Tensor, gate: Tens
     return torch.addcmul(residual, gate, hidden_states).to(residual.dtype)
 
 
+@triton_operator("gated_residual_backward(Tensor grad, Tensor hidden_states, Tensor gate) -> (Tensor, Tensor)")
+def _gated_residual_backward_triton(grad: Tensor, hidden_states: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    batch, _, channels = hidden_states.shape
+    grad_gate = hidden_states.new_empty((batch, 1, channels), dtype=torch.float32)
+    return hidden_states.new_empty(hidden_states.shape), grad_gate
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, hidden_states, gate = inputs
     ctx.save_for_backward(hidden_states, gate)
@@ -57,10 +64,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
 )
 def _gated_residual_triton(residual: Tensor, *_: Any) -> Tensor:
     return residual.new_empty(residual.shape)
-
-
-@triton_operator("gated_residual_backward(Tensor grad, Tensor hidden_states, Tensor gate) -> (Tensor, Tensor)")
-def _gated_residual_backward_triton(grad: Tensor, hidden_states: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    batch, _, channels = hidden_states.shape
-    grad_gate = hidden_states.new_empty((batch, 1, channels), dtype=torch.float32)
-    return hidden_states.new_empty(hidden_states.shape), grad_gate

@@ -59,6 +59,14 @@ def glu_depthwise_conv_reference(hidden_states: Tensor, weight: Tensor, bias: Te
     return F.silu(out[..., features:]).mul_(out[..., :features]).to(hidden_states.dtype)
 
 
+@triton_operator(
+    "glu_depthwise_conv_backward(Tensor grad, Tensor hidden_states, Tensor weight, Tensor? bias) -> (Tensor, Tensor)"
+)
+def _glu_depthwise_conv_backward_triton(grad: Tensor, hidden_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    grad_parameters = hidden_states.new_empty((10, hidden_states.shape[-1]), dtype=torch.float32)
+    return hidden_states.new_empty(hidden_states.shape), grad_parameters
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -76,11 +84,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
 )
 def _glu_depthwise_conv_triton(hidden_states: Tensor, *_: Any) -> Tensor:
     return hidden_states.new_empty((*hidden_states.shape[:-1], hidden_states.shape[-1] // 2))
-
-
-@triton_operator(
-    "glu_depthwise_conv_backward(Tensor grad, Tensor hidden_states, Tensor weight, Tensor? bias) -> (Tensor, Tensor)"
-)
-def _glu_depthwise_conv_backward_triton(grad: Tensor, hidden_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    grad_parameters = hidden_states.new_empty((10, hidden_states.shape[-1]), dtype=torch.float32)
-    return hidden_states.new_empty(hidden_states.shape), grad_parameters

@@ -47,6 +47,15 @@ def modulated_layer_norm_reference(
     return torch.addcmul(shift.to(dtype), out, 1 + scale.to(dtype)).to(hidden_states.dtype)
 
 
+@triton_operator(
+    "modulated_layer_norm_backward(Tensor grad, Tensor hidden_states, Tensor scale, float eps) -> (Tensor, Tensor)"
+)
+def _modulated_layer_norm_backward_triton(grad: Tensor, hidden_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, _tokens, channels = hidden_states.shape
+    grad_modulation = hidden_states.new_empty((2, batch, 1, channels), dtype=torch.float32)
+    return hidden_states.new_empty(hidden_states.shape), grad_modulation
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     hidden_states, scale, shift, ctx.eps = inputs
     ctx.save_for_backward(hidden_states, scale)
@@ -68,12 +77,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
 )
 def _modulated_layer_norm_triton(hidden_states: Tensor, *_: Any) -> Tensor:
     return hidden_states.new_empty(hidden_states.shape)
-
-
-@triton_operator(
-    "modulated_layer_norm_backward(Tensor grad, Tensor hidden_states, Tensor scale, float eps) -> (Tensor, Tensor)"
-)
-def _modulated_layer_norm_backward_triton(grad: Tensor, hidden_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, _tokens, channels = hidden_states.shape
-    grad_modulation = hidden_states.new_empty((2, batch, 1, channels), dtype=torch.float32)
-    return hidden_states.new_empty(hidden_states.shape), grad_modulation

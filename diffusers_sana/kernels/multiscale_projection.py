@@ -91,6 +91,14 @@ def _grad_weights(
     return grad_depthwise.to(depthwise_weight.dtype), grad_pointwise.to(pointwise_weight.dtype)
 
 
+@triton_operator(
+    "multiscale_projection_backward(Tensor grad, Tensor depthwise_weight, Tensor pointwise_weight, ScalarType dtype)"
+    " -> Tensor"
+)
+def _multiscale_projection_backward_triton(grad: Tensor, *weights_and_dtype: Any) -> Tensor:
+    return grad.new_empty(grad.shape, dtype=weights_and_dtype[-1])
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -111,11 +119,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
 )
 def _multiscale_projection_triton(hidden_states: Tensor, *_: Any) -> Tensor:
     return hidden_states.new_empty(hidden_states.shape)
-
-
-@triton_operator(
-    "multiscale_projection_backward(Tensor grad, Tensor depthwise_weight, Tensor pointwise_weight, ScalarType dtype)"
-    " -> Tensor"
-)
-def _multiscale_projection_backward_triton(grad: Tensor, *weights_and_dtype: Any) -> Tensor:
-    return grad.new_empty(grad.shape, dtype=weights_and_dtype[-1])

@@ -85,6 +85,15 @@ def relu_linear_attention_reference(
     return (numerator / (denominator + eps)).transpose(1, 2).to(value.dtype).contiguous()
 
 
+@triton_operator(
+    "relu_linear_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor state, float eps)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def _relu_linear_attention_backward_triton(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    query, key, value, _, _ = inputs
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     query, key, value, ctx.eps = inputs
     ctx.mark_non_differentiable(output[1])
@@ -117,12 +126,3 @@ def _relu_linear_attention_state_triton(key: Tensor, value: Tensor) -> Tensor:
 @triton_operator("relu_linear_attention_apply(Tensor query, Tensor state, ScalarType dtype, float eps) -> Tensor")
 def _relu_linear_attention_apply_triton(query: Tensor, state: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
     return query.new_empty(query.shape, dtype=dtype)
-
-
-@triton_operator(
-    "relu_linear_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor state, float eps)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-def _relu_linear_attention_backward_triton(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    query, key, value, _, _ = inputs
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)

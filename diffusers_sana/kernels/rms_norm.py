@@ -68,6 +68,12 @@ def _rms_norm_reference(
     return out.to(hidden_states.dtype)
 
 
+@triton_operator("rms_norm_backward(Tensor grad, Tensor hidden_states, Tensor? weight, float eps) -> (Tensor, Tensor)")
+def _rms_norm_backward_triton(grad: Tensor, hidden_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    grad_parameters = hidden_states.new_empty((2, hidden_states.shape[-1]), dtype=torch.float32)
+    return hidden_states.new_empty(hidden_states.shape), grad_parameters
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     hidden_states, weight, bias, residual, ctx.eps = inputs
     ctx.save_for_backward(hidden_states, weight)
@@ -89,9 +95,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
 )
 def _rms_norm_triton(hidden_states: Tensor, *_: Any) -> Tensor:
     return hidden_states.new_empty(hidden_states.shape)
-
-
-@triton_operator("rms_norm_backward(Tensor grad, Tensor hidden_states, Tensor? weight, float eps) -> (Tensor, Tensor)")
-def _rms_norm_backward_triton(grad: Tensor, hidden_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    grad_parameters = hidden_states.new_empty((2, hidden_states.shape[-1]), dtype=torch.float32)
-    return hidden_states.new_empty(hidden_states.shape), grad_parameters

@@ -12,6 +12,7 @@ from tests import tiny
 
 
 TEXT_TOKENS = 5
+LATENT_SIZES = {"sample_size": 8, "in_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16}
 
 
 def sana(library: ModuleType = diffusers_sana, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -54,17 +55,8 @@ def flux() -> tuple[nn.Module, dict[str, Any]]:
 
 def pixart() -> tuple[nn.Module, dict[str, Any]]:
     torch.manual_seed(0)
-    model = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=8,
-        num_layers=1,
-        cross_attention_dim=32,
-        sample_size=8,
-        caption_channels=16,
-        use_additional_conditions=False,
-    )
+    sizes = {"out_channels": 8, "num_layers": 1, "cross_attention_dim": 32, "caption_channels": 16}
+    model = diffusers.PixArtTransformer2DModel(**LATENT_SIZES, **sizes, use_additional_conditions=False)
     inputs = {
         "hidden_states": torch.randn(2, 4, 8, 8),
         "encoder_hidden_states": torch.randn(2, TEXT_TOKENS, 16),
@@ -76,17 +68,9 @@ def pixart() -> tuple[nn.Module, dict[str, Any]]:
 
 def sd3() -> tuple[nn.Module, dict[str, Any]]:
     torch.manual_seed(0)
+    widths = {"joint_attention_dim": 16, "caption_projection_dim": 32, "pooled_projection_dim": 16}
     model = diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        caption_projection_dim=32,
-        pooled_projection_dim=16,
-        pos_embed_max_size=8,
+        **LATENT_SIZES, **widths, out_channels=4, num_layers=2, pos_embed_max_size=8
     )
     inputs = {
         "hidden_states": torch.randn(2, 4, 8, 8),
