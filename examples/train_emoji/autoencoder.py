@@ -27,6 +27,7 @@ from torch import Tensor
 from benchmarks.harness import environment
 from diffusers_sana import AutoencoderDC
 from diffusers_sana.files import atomic_write, read_json, read_json_lines
+from diffusers_sana.training.config import option
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.recipes.dc_ae import train as train_dc_ae
 from diffusers_sana.training.recipes.options import DCAETrainingConfig
@@ -157,6 +158,13 @@ def begin(phase: int, out: Path, state: Path | None, batch_size: int) -> ModelMi
     )
 
 
+@dataclass
+class BatchOptions:
+    """What a resumed phase must have as before, since steps count its images."""
+
+    batch_size: int = option(1, "images per batch")
+
+
 def train(phase: int, art: Art, out: Path, minutes: float, state: Path | None = None, **changes: Any) -> Path:
     """Trains a phase for `minutes` in all; returns the folder of its model. `changes` are of the settings."""
     chosen, run, machine = PHASES[phase], out / f"phase_{phase}", device()
@@ -166,7 +174,6 @@ def train(phase: int, art: Art, out: Path, minutes: float, state: Path | None = 
         "output_dir": str(run),
         "phase": phase,
         "max_minutes": minutes,
-        "batch_size": batch_size,
         "learning_rate": chosen.learning_rate[machine],
         "resume": resumed,
     }
@@ -175,7 +182,8 @@ def train(phase: int, art: Art, out: Path, minutes: float, state: Path | None = 
     def batches(used: int) -> Iterator[dict[str, Tensor]]:
         return image_batches(art, batch_size, chosen.side, seed=used)
 
-    train_dc_ae(DCAETrainingConfig(**settings), batches, model)
+    options = (BatchOptions(batch_size=batch_size),)
+    train_dc_ae(DCAETrainingConfig(**settings), batches, model, options=options)
     return run / "model"
 
 

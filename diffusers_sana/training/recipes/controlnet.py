@@ -50,7 +50,7 @@ def train(
     """Train `controlnet`, saved in `config.output_dir/model`; everything else is frozen.
 
     Args:
-        config: the settings.
+        config: a ControlNetTrainingConfig.
         batches: see `Batches`. A batch holds images and prompts as in `sana.train`, and
             `control_image` `[B, 3, H, W]` in [-1, 1], which needs `vae`, or its scaled latents as `control_latents`
             `[B, C, h, w]`.

@@ -78,7 +78,7 @@ def train(
     """Train `model` for one phase; the result is saved in `config.output_dir/model`.
 
     Args:
-        config: the settings.
+        config: a DCAETrainingConfig.
         batches: see `Batches`; of `{"pixel_values": [B, 3, H, W] in [-1, 1]}`.
         model: an AutoencoderDC, new (phase 1) or trained by the phase before.
         perceptual_network: module from images to a list of feature maps; default: seeded random features.

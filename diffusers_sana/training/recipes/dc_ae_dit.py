@@ -49,7 +49,7 @@ def train(
     """Train `transformer`; saved in `config.output_dir/model`, as a DiTPipeline if there is a `vae`.
 
     Args:
-        config: the settings.
+        config: a DiTTrainingConfig.
         batches: see `Batches`. A batch holds scaled `latents` `[B, C, h, h]` and
             `class_labels` `[B]`, positions in `class_names`.
         transformer: a DiTTransformer2DModel with room for 1000 classes, since DiTPipeline takes label 1000 for none,

@@ -62,7 +62,7 @@ def train(
     """Train an adapter for `transformer`, which keeps its own weights; saved in `config.output_dir/model`.
 
     Args:
-        config: the settings.
+        config: a LoraTrainingConfig.
         batches: see `Batches`. A batch holds scaled `latents` `[B, C, h, w]`,
             `prompt_embeds` `[B, L, D]` and `prompt_attention_mask` `[B, L]`, and may hold `loss_weight` `[B]`.
         transformer: a SanaTransformer2DModel, dense or quantized, without adapters. Afterwards it has the trained one.

@@ -43,7 +43,7 @@ def train(
     """Train `transformer`, and `text_encoder` with `config.train_text_encoder`; saved in `config.output_dir/model`.
 
     Args:
-        config: the settings.
+        config: a SanaTrainingConfig.
         batches: see `Batches`. A batch holds the images as `pixel_values`
             `[B, 3, H, W]` in [-1, 1], which need `vae`, or as scaled `latents` `[B, C, h, w]`; and the prompts as
             `text`, a list of B strings, which needs `text_encoder` and `tokenizer`, or as `prompt_embeds`

@@ -71,7 +71,7 @@ def train(
     """Distil `teacher`; the student is saved in `config.output_dir/model`, and everything else stays as it is.
 
     Args:
-        config: the settings.
+        config: a SprintTrainingConfig.
         batches: as in `sana.train`: images as `pixel_values` `[B, 3, H, W]` in [-1, 1], which need `vae`, or as
             scaled `latents` `[B, C, h, w]`; prompts as `text`, which needs `text_encoder` and `tokenizer`, or as
             `prompt_embeds` `[B, L, D]` with `prompt_attention_mask` `[B, L]`.

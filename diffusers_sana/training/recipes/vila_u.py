@@ -60,7 +60,7 @@ def train(
     """Train all of `model` but its vision tower; model and processor are saved in `config.output_dir/model`.
 
     Args:
-        config: the settings.
+        config: a VilaUTrainingConfig.
         batches: see `Batches`. A batch holds the arguments of `model.forward`, `labels`
             among them, as `ChatCollator` makes them of chats.
         model: new or trained.

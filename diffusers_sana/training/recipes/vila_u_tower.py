@@ -59,7 +59,7 @@ def train(
     """Train `model`; the result is saved in `config.output_dir/model`.
 
     Args:
-        config: the settings.
+        config: a VilaUTowerTrainingConfig.
         batches: see `Batches`. A batch holds `pixel_values` `[B, 3, H, W]` in [-1, 1] and,
             for the contrastive loss, `text`, a list of B strings.
         model: with semantic head and text tower, unless `config.contrastive_weight` is 0.
