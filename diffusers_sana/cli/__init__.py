@@ -10,7 +10,7 @@ import sys
 
 from diffusers_sana.arguments import ArgumentParser
 from diffusers_sana.cli import chat, convert, demo, env, evaluate, generate, quantize
-from diffusers_sana.files import InUse
+from diffusers_sana.files import UserError
 
 
 COMMANDS = {
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         args.run(args)
-    except (ValueError, TypeError, OSError, InUse) as error:
+    except (ValueError, TypeError, OSError, UserError) as error:
         sys.exit(f"diffusers-sana: {_with_options(str(error), args.command)}")
 
 
