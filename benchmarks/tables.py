@@ -38,7 +38,7 @@ def headline() -> str:
         return json.loads((RESULTS / "cpu" / f"{name}.json").read_text(encoding="utf-8"))
 
     pipeline, models, quantized = read("pipeline"), read("models")["cases"], read("quantized")
-    quality, sprint = read("quantization_quality")["variants"], read("emoji_sprint")
+    quality, sprint = read("quantization_quality"), read("emoji_sprint")
 
     def seconds(case: dict[str, float], ours: str = "diffusers_sana", theirs: str = "diffusers") -> list[str]:
         return [f"{case[ours]:.2f} s", f"{theirs} {case[theirs]:.2f} s"]
@@ -48,7 +48,11 @@ def headline() -> str:
 
     step, decode = models["sana-0.6b step 1024px fp32"], models["dc-ae decode 512px fp32"]
     blocks, sizes = quantized["steps"]["512px"]["seconds"], quantized["whole"]
-    psnr = {name: f"{variant['psnr_db']:.1f} dB" for name, variant in quality.items() if "psnr_db" in variant}
+    psnr = {
+        name: f"{variant['psnr_db']:.1f} dB ({variant['bytes'] / 1e6:.1f} MB)"
+        for name, variant in quality["variants"].items()
+        if "psnr_db" in variant
+    }
     peers = ", ".join(f"{peer} {psnr[f'{peer} w4a16']}" for peer in ("sdnq int4 + svd", "quanto int4"))
     rows = [
         ["image of the bundled Sana, 128 px, 20 steps, fp32", *seconds(pipeline["median_seconds"]), "pipeline"],
@@ -72,7 +76,7 @@ def headline() -> str:
             "quantized",
         ],
         [
-            "PSNR of 4-bit images to bf16, bundled Sana, no calibration",
+            f"PSNR of 4-bit images to bf16 ({quality['bf16_bytes'] / 1e6:.1f} MB), bundled Sana, w4a16, no data",
             psnr["int4 svdquant, no prompts w4a16"],
             peers,
             "quantization_quality",
