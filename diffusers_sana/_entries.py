@@ -1,8 +1,8 @@
 """What this package adds to the tables of diffusers and transformers; `_registration.py` adds it.
 
-Where the hosts take names, names are given, and nothing of ours is imported before somebody asks for it: VILA-U for
-the auto classes of transformers, our pipelines for `getattr(diffusers, name)`. The quantizers and the auto pipelines
-of diffusers want classes, so their entries import them.
+Entries are names where the hosts accept names, so nothing of ours is imported before it is used: VILA-U for the auto
+classes of transformers, our pipelines for `getattr(diffusers, name)`. The quantizers and auto pipelines of diffusers
+need classes, so their entries import them.
 """
 
 import logging
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 PACKAGE = "diffusers_sana"
 
-# Our drop-ins and the diffusers classes whose place they take. `SanaPipeline` loads the left for the right and saves
-# the right for the left, so that its folders load without this package.
+# Our drop-in classes and the diffusers classes that they replace. `SanaPipeline` loads the left for the right and
+# saves the right for the left, so that its folders load without this package.
 UPSTREAM_NAMES = {
     "AutoencoderDC": "AutoencoderDC",
     "FlowDPMSolverScheduler": "DPMSolverMultistepScheduler",
@@ -29,8 +29,8 @@ UPSTREAM_NAMES = {
 }
 
 
-# Modules that the hosts import when they look a name of ours up, and which of our modules they then see. They are made
-# when they are imported, and a host's own module of such a name goes first.
+# Modules that the hosts import when they look up a name of ours -> our module with that name. They are created on
+# import; a host's own module of the same name takes precedence.
 GUEST_MODULES = {
     f"diffusers.{PACKAGE}": PACKAGE,
     **{
@@ -46,12 +46,12 @@ class Entry:
 
     Attributes:
         feature: what users lose if the entry cannot be made.
-        host: module that holds the table.
+        host: module with the table.
         table: attribute path of the table in `host`; "" for the names of the module itself.
-        key, value: functions, called when the entry is made: only then may they import.
-        after: module whose import calls for the entry; `host` where it is empty.
-        first: put the entry in front; for hosts that search their table in order.
-        wraps: the value is made of what is there, which it calls and which `unregister` puts back.
+        key, value: functions, called when the entry is made; only then may they import.
+        after: module whose import triggers the entry; `host` if empty.
+        first: put the entry in front, for hosts that search their table in order.
+        wraps: the value wraps the existing one, which `unregister` restores.
     """
 
     feature: str
@@ -99,17 +99,17 @@ def _always(value: Any) -> Callable[[], Any]:
 
 
 def _prefer_ours() -> Callable[[Callable[..., type]], Callable[..., type]]:
-    """Of pipelines of one name, `DiffusionPipeline.from_pretrained` takes ours, as the auto pipelines do."""
+    """Makes `DiffusionPipeline.from_pretrained` prefer our pipelines to namesakes, as the auto pipelines do."""
 
     def of(choose: Callable[..., type]) -> Callable[..., type]:
         @wraps(choose)
         def choose_ours(class_obj: type, *args: Any, **kwargs: Any) -> type:
             found = choose(class_obj, *args, **kwargs)
-            is_named = class_obj.__name__ != "DiffusionPipeline"  # by the user: it stays what it is
+            is_named = class_obj.__name__ != "DiffusionPipeline"  # the user chose the class
             package = import_module(PACKAGE)
-            if is_named or not found.__module__.startswith("diffusers.") or found.__name__ not in dir(package):
+            if is_named or not found.__module__.startswith("diffusers.") or found.__name__ not in package.__all__:
                 return found
-            _say_whose(found.__name__)
+            _log_choice(found.__name__)
             return getattr(package, found.__name__)
 
         return choose_ours
@@ -118,7 +118,7 @@ def _prefer_ours() -> Callable[[Callable[..., type]], Callable[..., type]]:
 
 
 @cache
-def _say_whose(name: str) -> None:
+def _log_choice(name: str) -> None:
     logger.info(
         f"DiffusionPipeline.from_pretrained loads {PACKAGE}.{name}; diffusers.{name}.from_pretrained loads that of"
         " diffusers."
@@ -137,8 +137,8 @@ ENTRIES = (
         key=_always(PACKAGE),
         value=_loading_methods,
     ),
-    # `DiffusionPipeline.from_pretrained` looks for the class that an index names in diffusers, which knows in which of
-    # its modules each of its classes is. Ours are in a guest module.
+    # `DiffusionPipeline.from_pretrained` looks up the class that an index names in diffusers, which maps each class to
+    # a module. Ours are in a guest module.
     *(
         Entry(
             feature=f"{name} for DiffusionPipeline.from_pretrained",
@@ -149,8 +149,8 @@ ENTRIES = (
         )
         for name in ("SanaControlNetImg2ImgPipeline", "SanaImg2ImgPipeline", "SanaInpaintPipeline", "VilaUPipeline")
     ),
-    # Where diffusers has a pipeline of the name that the folder states, there is no table to add ours to. It asks this
-    # function, and only for `DiffusionPipeline.from_pretrained` and `download`.
+    # If diffusers has a pipeline of the name in the index, there is no table to add ours to. It calls this function,
+    # only for `DiffusionPipeline.from_pretrained` and `download`.
     Entry(
         feature="our pipelines for DiffusionPipeline.from_pretrained",
         host="diffusers.pipelines.pipeline_utils",
@@ -159,9 +159,9 @@ ENTRIES = (
         value=_prefer_ours,
         wraps=True,
     ),
-    # The auto pipelines take the first pipeline of the name that the folder states, and that is "SanaPipeline" for
-    # diffusers' and for ours; from there they go to the pipeline of the same key in the table of the task. ControlNet
-    # and Sprint, which diffusers has not listed, have keys of their own. `enable_pag` looks for "SanaPAGPipeline".
+    # The auto pipelines take the first pipeline with the name in the index, which is "SanaPipeline" for diffusers' and
+    # ours; then they take the pipeline with the same key in the table of the task. ControlNet and Sprint, which
+    # diffusers does not list, have their own keys. `enable_pag` looks for "SanaPAGPipeline".
     *(
         Entry(
             feature=f"{name} for the auto pipelines of diffusers",

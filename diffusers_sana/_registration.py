@@ -1,16 +1,16 @@
-"""Entries of this package in the tables of diffusers and transformers: the only file that touches them.
+"""Adds entries of this package to the tables of diffusers and transformers: the only file that modifies them.
 
-No class or module of a host is replaced, and of its functions one is wrapped: the one by which diffusers chooses the
+No class or module of a host is replaced, and only one function is wrapped: the one with which diffusers selects the
 class that a folder names, because `DiffusionPipeline.from_pretrained` has no table for it. Otherwise `register` adds
-keys to dictionaries in which the hosts look names up, never over a key that is there. `unregister` takes all of it
-back. Importing the modules that hold those dictionaries
-costs seconds, so an entry waits until its host is imported by whoever needs it: a finder in `sys.meta_path` notices
-that import and adds the entry right after it. Hence the order of `import diffusers_sana` and the imports of diffusers
-does not matter. The finder also makes the modules in which the hosts look for classes of ours (`GUEST_MODULES`).
+keys to dictionaries in which the hosts look names up, and never overwrites a key. `unregister` removes all of it.
+Importing the modules with those dictionaries takes seconds, so an entry waits until its host is imported: a finder in
+`sys.meta_path` notices that import and adds the entry right after it. Hence `import diffusers_sana` and the imports of
+diffusers may come in any order. The finder also creates the modules in which the hosts look up our classes
+(`GUEST_MODULES`).
 
-What goes wrong with an entry, in our code or in a version of a host that has changed, never reaches the import of the
-host: the entry is left out, with one warning. A class that cannot be imported when a host looks it up becomes one that
-raises the reason when it is used, as the hosts themselves do where a dependency is missing.
+A failing entry, because of our code or of a changed host, never breaks the import of the host: the entry is left out,
+with one warning. A class that cannot be imported when a host looks it up is replaced by one that raises the reason
+when it is used, as the hosts do for missing dependencies.
 """
 
 import logging
@@ -36,14 +36,14 @@ _waiting: list[Entry] = []
 def register(strict: bool = False) -> None:
     """Adds our entries to the tables of the hosts. Importing the package calls it; calling it again changes nothing.
 
-    An entry of somebody else is never replaced: ours is left out, with one warning that names both. Nor does an entry
-    that cannot be made with the installed versions raise: it is left out, with one warning for the feature it costs.
+    An entry of another package is never replaced: ours is left out, with one warning that names both. An entry that
+    cannot be made with the installed versions is left out too, with one warning that names the feature.
 
     Args:
-        strict: import every host now and raise if some entry cannot be made.
+        strict: import every host now and raise if an entry cannot be made.
 
     Raises:
-        RuntimeError: with `strict`, before any entry is added, naming all that cannot be made and why.
+        RuntimeError: with `strict`, before any entry is added, naming all entries that cannot be made and why.
     """
     if strict:
         problems = [problem for entry in ENTRIES if (problem := _problem(entry))]
@@ -55,7 +55,7 @@ def register(strict: bool = False) -> None:
 
 
 def unregister() -> None:
-    """Takes every entry out that `register` added, and stops waiting for hosts. Entries of others stay."""
+    """Removes every entry that `register` added, and stops waiting for hosts. Entries of other packages stay."""
     if _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
     for entry, (table, key, value) in _added.items():
@@ -85,7 +85,7 @@ def _table(entry: Entry) -> dict:
 
 
 def _conflict(entry: Entry) -> str | None:
-    """What is in the way of `entry`, or None."""
+    """What conflicts with `entry`, or None."""
     if entry.wraps:
         getattr(import_module(entry.host), str(entry.key()))  # raises where there is nothing to wrap
         return None
@@ -110,7 +110,7 @@ def _left_out(entry: Entry, error: Exception) -> str:
 
 
 def _add_all(entries: list[Entry]) -> None:
-    """One after the other: making an entry may import another host, whose entries then wait for this one."""
+    """One entry after the other: making one may import another host, whose entries then wait."""
     is_busy = bool(_waiting)
     _waiting.extend(entries)
     if is_busy:
@@ -124,7 +124,7 @@ def _add_all(entries: list[Entry]) -> None:
 
 
 def _add(entry: Entry) -> None:
-    """Adds an entry, or says why it is left out. Runs in the host's import, so nothing may raise here."""
+    """Adds an entry, or warns why it is left out. Runs during the host's import, so nothing may raise here."""
     if entry in _added or entry in _refused:
         return
     try:
@@ -140,22 +140,22 @@ def _add(entry: Entry) -> None:
         if entry.first:
             table.move_to_end(key, last=False)  # type: ignore[attr-defined]  # an OrderedDict
     except Exception as error:
-        if entry in _added:  # it is there, though not in front, where it would be taken for another
+        if entry in _added:  # added, but not in front, where it would be mistaken for another
             table, key, _ = _added.pop(entry)
             del table[key]
         _refuse(entry, _left_out(entry, error), once_for_feature=True)
 
 
 def _refuse(entry: Entry, message: str, once_for_feature: bool = False) -> None:
-    is_said = once_for_feature and any(other.feature == entry.feature for other in _refused)
+    has_warned = once_for_feature and any(other.feature == entry.feature for other in _refused)
     _refused.add(entry)
-    if not is_said:
+    if not has_warned:
         logger.warning(message)
 
 
 # Finder and loaders are not derived from `importlib.abc`, whose import takes longer than the rest of this package.
 class _HostFinder:
-    """Finds the hosts by means of the other finders, and has the entries added once a host is loaded."""
+    """Finds the hosts with the other finders, and adds the entries once a host is loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -174,7 +174,7 @@ class _HostFinder:
 
 
 class _HostLoader:
-    """The loader of a host; afterwards adds our entries and leaves the module with its own loader."""
+    """Wraps the loader of a host: afterwards adds our entries and restores the module's own loader."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -194,7 +194,7 @@ class _HostLoader:
 
 
 class _GuestLoader:
-    """Makes a module of a host whose names are those of one of our modules."""
+    """Creates a module of a host whose names are those of one of our modules."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return None
@@ -208,7 +208,8 @@ class _GuestLoader:
             except AttributeError:
                 raise AttributeError(f"module {name!r} has no attribute {attribute!r}") from None
             except Exception as error:
-                # Hosts also look up what they list, so raising here would fail for who did not ask for it.
+                # Hosts also look up everything they list, so raising here would affect users who did not ask for this
+                # class.
                 reason = f"{attribute} of {PACKAGE} cannot be imported: " + _compat.explain(name, error)
                 logger.warning(reason)
                 unusable = vars(module)[attribute] = _compat.unusable(attribute, reason)

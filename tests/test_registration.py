@@ -319,7 +319,7 @@ class TestLoading:
     def test_whoever_names_no_class_gets_ours(self, tmp_path, caplog):
         """`DiffusionPipeline` is where a folder says which pipeline; said once, and no more after `unregister`."""
         tiny.write_official_folder(tmp_path)
-        _entries._say_whose.cache_clear()
+        _entries._log_choice.cache_clear()
         with caplog.at_level("INFO"):
             for _ in range(2):
                 pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path)

@@ -122,7 +122,7 @@ def test_errors(results):
     messages = json.loads((results / "errors-0.json").read_text())
     assert messages == json.loads((results / "errors-1.json").read_text())
     assert "`hidden_states` must have rows of tokens divisible by the 2 processes, got 7" in messages["odd"]
-    assert r"at least one row of tokens per process \(2\), got 1" in messages["too_low"]
+    assert "at least one row of tokens per process (2), got 1" in messages["too_low"]
     assert "has no gradients" in messages["grad"]
 
 

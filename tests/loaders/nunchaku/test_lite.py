@@ -189,7 +189,7 @@ def test_what_cannot_be_loaded(tmp_path):
     refused("must list at least one layer", {"svdq_w4a4": None})
     refused(r"has no layer 'no.layer'", {"svdq_w4a4": {"targets": ["no.layer"]}})
     refused("must have 'x_embedder.qweight'", {"svdq_w4a4": {"targets": ["x_embedder"]}})
-    refused("names 'NoModel', which diffusers has not", _class_name="NoModel")
+    refused("names 'NoModel', which diffusers does not have", _class_name="NoModel")
     with pytest.raises(ValueError, match="`torch_dtype` must be one of"):
         load_nunchaku_lite(tmp_path, torch_dtype=torch.int8)
     path.unlink()

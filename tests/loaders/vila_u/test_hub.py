@@ -116,7 +116,7 @@ def test_card(folder):
     said: dict = {}
     torch.manual_seed(0)
     exec(code, said)  # the example of the card runs
-    assert said["picture"].size == (32, 32)
+    assert said["image"].size == (32, 32)
     assert "base model" not in write_model_card(folder, "me/cats", license="llama2").text
 
 
