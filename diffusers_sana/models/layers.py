@@ -5,9 +5,8 @@ wrap or replace them. `is_plain` tells whether that happened, so that a model ca
 operation. `hooks_of` and `scaled_adapters` handle what diffusers and PEFT attach to the layers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -84,18 +83,10 @@ def scaled_adapters(model: nn.Module | None, scale: float | None) -> Iterator[No
             layer.scaling.update(before)
 
 
-def takes_adapter_scale(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: `scale` in the keyword argument `attention_kwargs` becomes the scale of `scaled_adapters`."""
-
-    @wraps(method)
-    def scaled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs.get("attention_kwargs"):
-            return method(self, *args, **kwargs)
-        remaining = dict(kwargs.pop("attention_kwargs"))
-        with scaled_adapters(self, remaining.pop("scale", None)):
-            return method(self, *args, attention_kwargs=remaining, **kwargs)
-
-    return scaled
+def split_scale(attention_kwargs: dict[str, Any] | None) -> tuple[float | None, dict[str, Any]]:
+    """The entry `scale` of `attention_kwargs`, for `scaled_adapters`, and the other entries."""
+    others = dict(attention_kwargs or {})
+    return others.pop("scale", None), others
 
 
 def gated_bottleneck(

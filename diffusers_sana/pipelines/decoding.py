@@ -12,13 +12,14 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from diffusers_sana.checks import check_computed
+from diffusers_sana.locks import exclusive
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.autoencoders.exact_tiling import tiles_shown_by
 
 
 logger = logging.get_logger(__name__)
 
-TILING_SIZE = 2048  # pixels a side from which an image in one piece outgrows common GPUs
+TILING_SIZE = 2048  # pixels per side from which an image in one piece outgrows common GPUs
 
 
 def decode_latents(
@@ -79,13 +80,13 @@ def _as_memory_allows(vae: Any, size: int, run: Callable[[], Tensor], advice: st
     """`run()`, in tiles for images of large `size`; where that does not fit, again in tiles and image by image."""
     by_need = isinstance(vae, AutoencoderDC) and size >= TILING_SIZE
     try:
-        with _tiled(vae) if by_need else nullcontext():
+        with exclusive(vae), _tiled(vae) if by_need else nullcontext():
             return run()
     except torch.OutOfMemoryError as error:
         reason = str(error)  # not the error itself: its traceback keeps the tensors alive
     logger.warning(f"Out of memory in the autoencoder; trying again image by image and in tiles. {reason}")
     try:
-        with _tiled(vae, sliced=True):
+        with exclusive(vae), _tiled(vae, sliced=True):
             return run()
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(advice) from error

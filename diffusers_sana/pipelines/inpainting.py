@@ -1,18 +1,58 @@
-"""Masks of images: which part to draw, which latent cells to repaint, which pixels to keep.
+"""Masks of images: which part to generate, which latent cells to repaint, which pixels to keep.
 
 Legend: N masks, H W height and width in pixels, h w those in latent cells.
 """
+
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusers_sana.images import MASK_THRESHOLD
-from diffusers_sana.pipelines.conditioning import cover_images, pad_to_ratio
+from diffusers_sana.images import MASK_THRESHOLD, check_masks
+from diffusers_sana.pipelines.conditioning import cover_images, pad_to_ratio, read_images
+
+
+def read_masks(mask_image: Any, size: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
+    """The argument `mask_image` as masks `[N, 1, height, width]` at `size`, checked.
+
+    Args:
+        mask_image: as in `SanaInpaintPipeline`.
+        size, image_size: as in `fit_masks`.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if mask_image is None:
+        raise ValueError("`mask_image` must be given, got None. Use SanaImg2ImgPipeline to change all of `image`.")
+    masks = read_images("mask_image", mask_image, channels=1)
+    check_masks("mask_image", masks)
+    return fit_masks(masks, size, image_size)
+
+
+def cropped_region(masks: Tensor, padding_mask_crop: int | None, is_latents: bool) -> tuple[slice, slice]:
+    """Rows and columns of the part to generate: all, or `masked_region`.
+
+    Args:
+        masks: `[N, 1, H, W]`.
+        padding_mask_crop: as in `SanaInpaintPipeline`.
+        is_latents: whether the images are latents.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if padding_mask_crop is None:
+        return slice(None), slice(None)
+    if not isinstance(padding_mask_crop, Integral):
+        raise TypeError(f"`padding_mask_crop` must be an integer or None, got {padding_mask_crop!r}.")
+    if padding_mask_crop < 0 or is_latents:
+        raise ValueError(f"`padding_mask_crop` must be at least 0, and None for latents, got {padding_mask_crop}.")
+    return masked_region(masks, int(padding_mask_crop))
 
 
 def masked_region(masks: Tensor, padding: int) -> tuple[slice, slice]:
-    """The part of the image to draw so that all masks are in it: as square as the image allows.
+    """The part of the image to generate so that all masks are in it: as square as the image allows.
 
     Args:
         masks: `[N, 1, H, W]`.
@@ -82,11 +122,11 @@ def mask_cells(masks: Tensor, size: tuple[int, int], cells: tuple[int, int]) -> 
     return F.adaptive_max_pool2d(pad_to_ratio((masks >= MASK_THRESHOLD).float(), size), cells) > 0
 
 
-def put_back(drawn: Tensor, images: Tensor, masks: Tensor) -> Tensor:
-    """`drawn` where the masks are 1, `images` where they are 0, to the last bit, and a mixture between.
+def put_back(generated: Tensor, images: Tensor, masks: Tensor) -> Tensor:
+    """`generated` where the masks are 1, `images` where they are 0, to the last bit, and a mixture between.
 
     Args:
-        drawn, images: `[N, 3, H, W]`.
+        generated, images: `[N, 3, H, W]`.
         masks: `[N, 1, H, W]`.
     """
-    return torch.where(masks == 0, images, masks * drawn + (1 - masks) * images)
+    return torch.where(masks == 0, images, masks * generated + (1 - masks) * images)

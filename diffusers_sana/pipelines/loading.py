@@ -1,4 +1,4 @@
-"""Components of Sana pipelines: from folders that name diffusers' classes, and from other pipelines."""
+"""Components of pipelines: from folders, which may name diffusers' classes, and from other pipelines."""
 
 import os
 from collections.abc import Collection, Iterator
@@ -11,8 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from diffusers_sana._compat import private
 from diffusers_sana._entries import PACKAGE, UPSTREAM_NAMES
-from diffusers_sana.checkpoint_files import check_readable
-from diffusers_sana.pipelines.folder_check import check_complete
+from diffusers_sana.checkpoint_files import check_readable, read_object
 from diffusers_sana.saving import check_saveable
 
 
@@ -34,7 +33,7 @@ class ComponentLoading(DiffusionPipeline):
         """Loads a pipeline from a folder or the Hub; all arguments are those of `DiffusionPipeline.from_pretrained`.
 
         `dtype=torch.float16` leaves the text encoder and the autoencoder in bfloat16, because they overflow float16.
-        `dtype={"default": torch.float16, "vae": torch.float16}` and `pipe.vae.to(torch.float16)` are obeyed.
+        `dtype={"default": torch.float16, "vae": torch.float16}` and `pipe.vae.to(torch.float16)` are followed.
 
         Raises:
             OSError: naming the file of a local folder that is missing or damaged.
@@ -44,13 +43,8 @@ class ComponentLoading(DiffusionPipeline):
         if folder.is_dir():
             check_complete(folder, private(cls, "_get_init_keys")(cls) - kwargs.keys())
         kwargs |= {name: _dtypes(kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
-        try:
+        with naming_damaged_files(folder):
             return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
-        except (ImportError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception:
-            check_readable(folder)  # where a file is damaged, raises with its name, which most errors lack
-            raise
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -94,7 +88,7 @@ class ComponentLoading(DiffusionPipeline):
         """Moves and casts the components as `DiffusionPipeline.to` does.
 
         float16 leaves the text encoder and the autoencoder in bfloat16, because they overflow it.
-        `pipe.vae.to(torch.float16)` is obeyed.
+        `pipe.vae.to(torch.float16)` is followed.
         """
         if torch.float16 not in (*args, kwargs.get("dtype")):
             return super().to(*args, **kwargs)
@@ -152,3 +146,66 @@ def _dtypes(dtype: Any) -> Any:
     if isinstance(by_component, dict) and by_component.get("default") is torch.float16:
         return dict.fromkeys(OVERFLOW_FLOAT16, torch.bfloat16) | by_component
     return dtype
+
+
+@contextmanager
+def naming_damaged_files(folder: Path) -> Iterator[None]:
+    """Where loading from `folder` fails in the block because a file is damaged, raises an error with its name."""
+    try:
+        yield
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:
+        check_readable(folder)  # most errors lack the name
+        raise
+
+
+def check_complete(folder: Path, components: Collection[str]) -> None:
+    """Raises where the local pipeline `folder` lacks a file.
+
+    transformers loads a tokenizer without a vocabulary from a folder that lacks `tokenizer.json`.
+
+    Args:
+        folder: has a `model_index.json`.
+        components: those that are to be loaded from it.
+
+    Raises:
+        OSError: naming the missing file, or an index that is damaged.
+    """
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise OSError(f"{index_file} is missing. Is `{folder}` the folder of a pipeline?")
+    for name, value in read_object(index_file).items():
+        if name not in components:
+            continue
+        if not isinstance(value, list) or len(value) != 2:
+            raise OSError(f"{index_file} must give library and class of `{name}`, got {value!r}. Download it again.")
+        if value[0] is None:
+            continue
+        component = folder / name
+        if name == "tokenizer":
+            _require_one_of(component, "tokenizer.json", "tokenizer.model")
+        elif name == "processor":
+            check_processor(component)
+        elif name == "scheduler":
+            _require_one_of(component, "scheduler_config.json")
+        else:
+            _require_one_of(component, "config.json")
+            if all(file.suffix == ".json" for file in component.iterdir()):
+                raise OSError(f"{component} has no file of weights, such as *.safetensors. Download it again.")
+
+
+def check_processor(folder: Path) -> None:
+    """Raises where the local `folder` lacks a file of its processor.
+
+    Raises:
+        OSError: naming the missing file.
+    """
+    _require_one_of(folder, "processor_config.json", component="processor")
+    _require_one_of(folder, "tokenizer.json", "tokenizer.model", component="processor")
+
+
+def _require_one_of(folder: Path, *names: str, component: str | None = None) -> None:
+    if not any((folder / name).is_file() for name in names):
+        component = component or folder.name
+        raise OSError(f"{folder / names[0]} is missing. Download it again, or pass `{component}` yourself.")

@@ -46,7 +46,7 @@ class LoraLoading(SanaLoraLoaderMixin):
             kwargs: `HUB_ARGUMENTS`.
 
         Raises:
-            TypeError: an argument that nobody would obey.
+            TypeError: an argument that has no effect.
             ValueError: naming the file, which has NaN or infinite numbers; or see `convert_sana_lora`.
             OSError: there is no such file, or it is damaged.
         """

@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
-from diffusers.pipelines.sana.pipeline_sana import retrieve_timesteps
 from torch import Tensor
 
-from diffusers_sana.pipelines.pipeline_sana_base import SanaPipelineBase
-from diffusers_sana.pipelines.request import check_latents, check_options
-from diffusers_sana.prompts.encoding import COMPLEX_HUMAN_INSTRUCTION
+from diffusers_sana.pipelines.pipeline_sana_base import GuidedSanaPipeline
+from diffusers_sana.pipelines.request import Request
+from diffusers_sana.pipelines.sampling import denoise
+from diffusers_sana.prompts.encoding import encode_prompts
+from diffusers_sana.prompts.tokenization import COMPLEX_HUMAN_INSTRUCTION
 
 
-class SanaPipeline(SanaPipelineBase):
+class SanaPipeline(GuidedSanaPipeline):
     """Text to image with Sana (arXiv 2410.10629) and SANA-1.5 (arXiv 2501.18427).
 
     A drop-in for `diffusers.SanaPipeline`: the same components, arguments, seeds and folders. `from_pretrained` reads
@@ -69,13 +69,13 @@ class SanaPipeline(SanaPipelineBase):
             prompt: one or several texts.
             negative_prompt: what to steer away from: one for all prompts, or one each; None is the empty text.
             num_inference_steps: evaluations of the transformer.
-            timesteps, sigmas: schedule of one's own, descending, in place of `num_inference_steps`; one of the two.
+            timesteps, sigmas: custom schedule, descending, in place of `num_inference_steps`; one of the two.
             guidance_scale: weight of the prompt against the negative prompt; at most 1 turns guidance off and halves
                 the work.
-            num_images_per_prompt: images of each prompt; they are neighbours in the result.
+            num_images_per_prompt: images per prompt; they are neighbors in the result.
             height, width: pixels; the native size of the checkpoint by default, or that of `latents`.
             eta: for schedulers that take it.
-            generator: source of the noise: one for all images, or a list with one an image.
+            generator: source of the noise: one for all images, or a list with one per image.
             latents: noise to begin with, `[B, C, h, w]`.
             prompt_embeds, negative_prompt_embeds: text features `[prompts, L, width]` in place of the texts.
             prompt_attention_mask, negative_prompt_attention_mask: their masks `[prompts, L]`, 1 for a token.
@@ -89,7 +89,7 @@ class SanaPipeline(SanaPipelineBase):
                 returns replaces the tensors. `pipeline._interrupt = True` ends the loop. The texts are projected once
                 for all steps: a callback that changes weights or adapters must return `prompt_embeds` as well.
             callback_on_step_end_tensor_inputs: which of `latents`, `prompt_embeds`, `negative_prompt_embeds` it gets.
-            max_sequence_length: tokens of a text; a warning tells what is left out of longer ones.
+            max_sequence_length: tokens per text; a warning tells what is cut off longer ones.
             complex_human_instruction: text, or its lines, put before each prompt; None for none.
 
         Returns:
@@ -98,69 +98,24 @@ class SanaPipeline(SanaPipelineBase):
         Raises:
             TypeError, ValueError: naming the argument, before anything is computed wherever possible.
         """
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        # 1. The request, checked; the size asked for and the size that is generated
+        request = Request.collect(locals(), has_vae=self.vae is not None)
+        requested_size, size = self._sizes(request)
+        self._check(request, size)
 
-        # 1. Sizes, and all that can be wrong
-        check_options(
-            guidance_scale=guidance_scale,
-            eta=eta,
-            attention_kwargs=attention_kwargs,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            output_type=output_type,
-            has_vae=self.vae is not None,
-            num_inference_steps=num_inference_steps,
-            num_images_per_prompt=num_images_per_prompt,
-            max_sequence_length=max_sequence_length,
-        )
-        if latents is not None:
-            check_latents(latents)
-            if height is None and width is None:
-                height, width = (side * self.vae_scale_factor for side in latents.shape[-2:])
-                use_resolution_binning = False
-        requested_size, (height, width) = self._sizes(height, width, use_resolution_binning)
-
-        # 2. Texts, [B, L, width]
-        tensors = self._start(
-            prompt,
-            (height, width),
-            callback_on_step_end_tensor_inputs,
-            guidance_scale=guidance_scale,
-            attention_kwargs=attention_kwargs,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            prompt_embeds=prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_embeds=negative_prompt_embeds,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            clean_caption=clean_caption,
-            max_sequence_length=max_sequence_length,
-            complex_human_instruction=complex_human_instruction,
-        )
-
-        # 3. Schedule and noise, [B, C, h, w] in fp32
         device = self._execution_device
-        schedule, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
-        latents = self.prepare_latents(
-            len(tensors["prompt_embeds"]),
-            self.transformer.config.in_channels,
-            height,
-            width,
-            torch.float32,
-            device,
-            generator,
-            latents,
-        )
+        with self._begin(request) as call:
+            # 2. Text features, [B, L, width], of the prompts and the negative prompts
+            texts = encode_prompts(
+                self.tokenizer, self.text_encoder, **request.texts, is_guided=call.is_guided, device=device
+            )
 
-        # 4. Denoising, and images
-        latents = self._denoise(
-            latents,
-            schedule,
-            tensors,
-            eta=eta,
-            generator=generator,
-            callback=callback_on_step_end,
-            callback_inputs=callback_on_step_end_tensor_inputs,
-        )
-        return self._output(latents, requested_size, output_type, return_dict)
+            # 3. Schedule and noise, [B, C, h, w] in fp32
+            steps = request.lay_out(call.scheduler, device)
+            latents = self._noise(request, len(texts["prompt_embeds"]), size)
+
+            # 4. Denoising: the transformer predicts, the scheduler steps
+            latents = denoise(self.transformer, latents, steps, texts, call)
+
+            # 5. Images
+            return self._output(latents, requested_size, request)

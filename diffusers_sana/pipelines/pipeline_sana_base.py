@@ -1,9 +1,12 @@
-"""What all pipelines of Sana share: components and folders, texts, the denoising loop, images out.
+"""What all pipelines of Sana share: components and folders, texts, noise, images; and the state of a call.
 
 Legend: B images (prompts times images per prompt), C latent channels, h w latent height and width, L text tokens.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,22 +20,28 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
-from diffusers_sana.checks import check_integer, check_texts
+from diffusers_sana.checks import check_integer
+from diffusers_sana.locks import exclusive
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
-from diffusers_sana.models.layers import scaled_adapters
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
 from diffusers_sana.pipelines.acceleration.cuda_graphs import CudaGraphs
+from diffusers_sana.pipelines.call import Call, CallAttribute, current_call, running
+from diffusers_sana.pipelines.conditioning import StartImage
 from diffusers_sana.pipelines.decoding import decode_latents
 from diffusers_sana.pipelines.loading import ComponentLoading
 from diffusers_sana.pipelines.lora_loading import LoraLoading
-from diffusers_sana.pipelines.request import check_prompts
+from diffusers_sana.pipelines.request import Request, check_prompts
 from diffusers_sana.pipelines.resolution import bin_size, check_size, resize_and_crop
-from diffusers_sana.pipelines.sampling import TEXT_TENSORS, DenoisingLoop
-from diffusers_sana.prompts.encoding import clean_captions, encode_captions, join_instruction
+from diffusers_sana.prompts.encoding import encode_prompts
 
 
-class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, LoraLoading):
+Size = tuple[int, int]  # height and width in pixels
+
+
+class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
     """Base of the pipelines of Sana; they add what they begin with and what they do to each step.
+
+    A call copies the scheduler and keeps its state in a `Call`, so several threads may call one pipeline.
 
     Args:
         tokenizer: Gemma's.
@@ -45,17 +54,21 @@ class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, LoraL
     model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
+    # Without one, guidance is an input of the transformer.
+    _has_negative_prompt = True
+
     tokenizer: Any
     text_encoder: Any
     vae: Any
     transformer: Any
-    scheduler: Any
-    _guidance_scale: float
-    _attention_kwargs: dict[str, Any] | None
-    _num_timesteps: int
-    _current_timestep: float
-    _interrupt: bool
     _cuda_graphs: CudaGraphs | None = None
+
+    # Callbacks read and set these, as in diffusers.
+    _guidance_scale = CallAttribute()
+    _attention_kwargs = CallAttribute()
+    _num_timesteps = CallAttribute()
+    _current_timestep = CallAttribute()
+    _interrupt = CallAttribute()
 
     def __init__(
         self,
@@ -73,34 +86,55 @@ class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, LoraL
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @property
+    def scheduler(self) -> Any:
+        """The solver; within a call, also in its callbacks, the copy that the call steps with."""
+        call = current_call(self)
+        if call is not None:
+            return call.scheduler
+        if "scheduler" not in vars(self):
+            raise AttributeError("The pipeline has no `scheduler` yet.")
+        return vars(self)["scheduler"]
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        """Sets the solver of the calls to come."""
+        vars(self)["scheduler"] = scheduler
+
+    @property
     def guidance_scale(self) -> float:
+        """Of the call in this thread; outside of calls, of the last one."""
         return self._guidance_scale
 
     @property
     def attention_kwargs(self) -> dict[str, Any] | None:
+        """Of the call in this thread; outside of calls, of the last one."""
         return self._attention_kwargs
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1.0
+        """Whether the call runs negative prompts beside the prompts."""
+        return self._has_negative_prompt and self._guidance_scale > 1.0
 
     @property
     def num_timesteps(self) -> int:
+        """Steps of the call in this thread; outside of calls, of the last one."""
         return self._num_timesteps
 
     @property
     def current_timestep(self) -> float:
+        """Timestep of the step that runs, or ran last."""
         return self._current_timestep
 
     @property
     def interrupt(self) -> bool:
+        """Whether the call ends before its next step."""
         return self._interrupt
 
     def enable_cuda_graphs(self) -> None:
         """From now on each step of the transformer is replayed as one CUDA graph: the same numbers, fewer launches.
 
-        Helps where a step's kernels are short: small images, fast GPUs. Each shape of inputs (size, number of images,
-        length of the text) is recorded at its first use. Not together with offloading, step caches or
+        It helps where the kernels of a step are short: small images, fast GPUs. Each shape of inputs (size, number of
+        images, length of the text) is recorded at its first use. Not together with offloading, step caches or
         `torch.compile(mode="reduce-overhead")`; a call then raises RuntimeError, and so it does without a CUDA device.
         """
         self._cuda_graphs = CudaGraphs(self.transformer)
@@ -109,84 +143,13 @@ class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, LoraL
         """Undoes `enable_cuda_graphs` and frees its memory."""
         self._cuda_graphs = None
 
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None,
-        do_classifier_free_guidance: bool = True,
-        negative_prompt: str | list[str] | None = "",
-        num_images_per_prompt: int = 1,
-        device: torch.device | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        prompt_attention_mask: Tensor | None = None,
-        negative_prompt_attention_mask: Tensor | None = None,
-        clean_caption: bool = False,
-        max_sequence_length: int = 300,
-        complex_human_instruction: str | Sequence[str] | None = None,
-        lora_scale: float | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Text features of prompts and negative prompts, one row an image; the images of a prompt are neighbours.
+    def maybe_free_model_hooks(self) -> None:
+        """As in diffusers: offloads the models if offloading is on, and resets the step cache of the transformer.
 
-        Args:
-            prompt: one or several texts; not with `prompt_embeds`.
-            do_classifier_free_guidance: whether the negative half is needed.
-            negative_prompt: one for all prompts or one each; never gets the instruction.
-            num_images_per_prompt: rows a prompt.
-            device: of the result; the pipeline's by default.
-            prompt_embeds, negative_prompt_embeds: `[prompts, L, width]`, used in place of the texts.
-            prompt_attention_mask, negative_prompt_attention_mask: `[prompts, L]`, 1 for a token.
-            clean_caption: clean the texts as captions from the web; needs beautifulsoup4 and ftfy.
-            max_sequence_length: tokens a text, the leading special token included.
-            complex_human_instruction: text, or its lines, put before each prompt; None here, but not in `__call__`,
-                as in diffusers.
-            lora_scale: strength of adapters in the text encoder.
-
-        Returns:
-            Features `[B, L, width]`, mask `[B, L]`, and the same of the negative prompts or None twice.
+        So it waits until no call has its own cache there.
         """
-        device = device or self._execution_device
-        instruction = join_instruction(complex_human_instruction)
-
-        def encode(name: str, texts: Any, instruction: str) -> tuple[Tensor, Tensor]:
-            texts = [texts] if isinstance(texts, str) else texts
-            check_texts(name, texts, texts)
-            return encode_captions(
-                self.tokenizer,
-                self.text_encoder,
-                clean_captions(texts, clean_caption),
-                instruction,
-                max_sequence_length=max_sequence_length,
-                device=device,
-                name=name,
-            )
-
-        needs_negative = do_classifier_free_guidance and negative_prompt_embeds is None
-        if needs_negative and self.text_encoder is None:
-            raise ValueError(
-                "`negative_prompt_embeds` must be given, because this pipeline was made without a text encoder; or set"
-                " `guidance_scale` to 1."
-            )
-        with scaled_adapters(self.text_encoder, lora_scale):
-            if prompt_embeds is None:
-                prompt_embeds, prompt_attention_mask = encode("prompt", prompt, instruction)
-            if needs_negative:
-                negative_prompt_embeds, negative_prompt_attention_mask = encode(
-                    "negative_prompt", negative_prompt or "", ""
-                )
-                if len(negative_prompt_embeds) == 1:
-                    negative_prompt_embeds = negative_prompt_embeds.expand(len(prompt_embeds), -1, -1)
-                    negative_prompt_attention_mask = negative_prompt_attention_mask.expand(len(prompt_embeds), -1)
-
-        dtype = prompt_embeds.dtype if self.text_encoder is None else self.text_encoder.dtype
-
-        def per_image(embeds: Any, mask: Any) -> tuple[Tensor, Tensor]:
-            embeds = embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
-            return embeds, mask.to(device).repeat_interleave(num_images_per_prompt, dim=0)
-
-        positive = per_image(prompt_embeds, prompt_attention_mask)
-        if not do_classifier_free_guidance:
-            return *positive, None, None
-        return *positive, *per_image(negative_prompt_embeds, negative_prompt_attention_mask)
+        with exclusive(self.transformer):
+            super().maybe_free_model_hooks()
 
     def check_inputs(
         self,
@@ -237,14 +200,14 @@ class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, LoraL
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Noise to begin with, drawn from `generator` or as given.
+        """Noise to begin with, sampled with `generator` or as given.
 
         Args:
             batch_size: B.
             num_channels_latents: C.
             height, width: of the images, in pixels.
             dtype, device: of the result.
-            generator: one for all images or one each.
+            generator: one for all images or one per image.
             latents: noise to be used as it is.
 
         Returns:
@@ -261,52 +224,86 @@ class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, LoraL
             return latents.to(device, dtype)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
-                f"`generator` must be one generator or a list of {batch_size}, one an image, got a list of"
+                f"`generator` must be one generator or a list of {batch_size}, one per image, got a list of"
                 f" {len(generator)}."
             )
         return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
 
-    def _sizes(
-        self, height: int | None, width: int | None, use_resolution_binning: bool
-    ) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The size asked for, by default the native one of the checkpoint, and the size to generate at, in pixels."""
-        native_size = self.transformer.config.sample_size * self.vae_scale_factor
+    def _sizes(self, request: Request) -> tuple[Size, Size]:
+        """The size asked for, by default that of `latents` or the native size, and the size to generate at."""
+        height, width, is_binned = request.height, request.width, request.use_resolution_binning
+        if request.latents is not None and not request.is_sized:
+            height, width = (side * self.vae_scale_factor for side in request.latents.shape[-2:])
+            is_binned = False
+        native_size = self._native_size
         height = native_size if height is None else height
         width = native_size if width is None else width
         check_integer("height", height)
         check_integer("width", width)
         requested = height, width
-        return requested, bin_size(height, width, native_size) if use_resolution_binning else requested
+        return requested, bin_size(height, width, native_size) if is_binned else requested
 
-    def _start(
-        self,
-        prompt: str | list[str] | None,
-        size: tuple[int, int],
-        callback_inputs: Sequence[str],
-        *,
-        guidance_scale: float,
-        attention_kwargs: dict[str, Any] | None,
-        **texts: Any,
-    ) -> dict[str, Any]:
-        """Checks size and texts, sets what the properties tell of this call, and encodes the texts.
+    @property
+    def _native_size(self) -> int:
+        """Side in pixels of the square images that the checkpoint was trained on."""
+        return self.transformer.config.sample_size * self.vae_scale_factor
+
+    def _check(self, request: Request, size: Size) -> None:
+        """`check_inputs` for the texts and callbacks of a request, and the size that is generated."""
+        self.check_inputs(
+            request.prompt,
+            *size,
+            request.callback_on_step_end_tensor_inputs,
+            request.negative_prompt,
+            request.prompt_embeds,
+            request.negative_prompt_embeds,
+            request.prompt_attention_mask,
+            request.negative_prompt_attention_mask,
+        )
+
+    def _begin(self, request: Request, **state: Any) -> AbstractContextManager[Call]:
+        """Within the block, the properties of this pipeline tell of a new `Call`, with a copy of the scheduler.
 
         Args:
-            size: height and width of what is generated, in pixels.
-            callback_inputs: names of tensors that callbacks want.
-            texts: the other arguments of `encode_prompt`.
-
-        Returns:
-            The texts under the names of `TEXT_TENSORS`, one row an image.
+            request: its guidance scale, callback and options.
+            state: other attributes of the `Call`.
         """
-        given: dict[str, Any] = {name: texts.get(name) for name in (*TEXT_TENSORS, "negative_prompt")}
-        self.check_inputs(prompt, *size, callback_inputs, **given)
-        self._guidance_scale = guidance_scale
-        self._attention_kwargs = attention_kwargs
-        self._interrupt = False
-        texts |= {"device": self._execution_device, "lora_scale": (attention_kwargs or {}).get("scale")}
-        # By its class: Sprint's own returns no negative half.
-        encoded = SanaPipelineBase.encode_prompt(self, prompt, self.do_classifier_free_guidance, **texts)
-        return dict(zip(TEXT_TENSORS, encoded, strict=True))
+        if self._cuda_graphs is not None and self._cuda_graphs.model is not self.transformer:
+            self.enable_cuda_graphs()
+        callback = request.callback_on_step_end
+        call = Call(
+            scheduler=copy.deepcopy(vars(self)["scheduler"]),
+            guidance_scale=request.guidance_scale,
+            attention_kwargs=request.attention_kwargs,
+            eta=request.eta,
+            generator=request.generator,
+            has_negative_prompt=self._has_negative_prompt,
+            callback=None if callback is None else partial(callback, self),
+            callback_inputs=request.callback_on_step_end_tensor_inputs,
+            progress_bar=self.progress_bar,
+            graphs=self._cuda_graphs,
+            **state,
+        )
+        return running(self, call)
+
+    def _read_start(self, image: Any, request: Request, *, cover: bool = True) -> StartImage:
+        """The argument `image` of a call, checked; `cover` cuts images to the size asked for."""
+        return StartImage.read(
+            image,
+            request.height,
+            request.width,
+            channels=self.transformer.config.in_channels,
+            scale=self.vae_scale_factor,
+            can_encode=self.vae is not None,
+            cover=cover,
+            text_to_image="SanaPipeline" if self._has_negative_prompt else "SanaSprintPipeline",
+        )
+
+    def _noise(self, request: Request, num_images: int, size: Size) -> Tensor:
+        """`prepare_latents` for a request: `[B, C, h, w]` in fp32."""
+        channels, device = self.transformer.config.in_channels, self._execution_device
+        noise = request.generator, request.latents
+        return self.prepare_latents(num_images, channels, *size, torch.float32, device, *noise)
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, h, w]` to images `[B, 3, height, width]` in [-1, 1]."""
@@ -318,14 +315,83 @@ class SanaPipelineBase(ComponentLoading, DenoisingLoop, DiffusionPipeline, LoraL
 
         return decode_latents(self.vae, latents, self.vae_scale_factor, shown)
 
-    def _output(
-        self, latents: Tensor, size: tuple[int, int], output_type: str, return_dict: bool
-    ) -> SanaPipelineOutput | tuple:
-        """What `__call__` returns: latents `[B, C, h, w]`, or images of `size`, height and width in pixels."""
-        if output_type == "latent":
-            images: Any = latents
-        else:
+    def _output(self, latents: Tensor, size: Size, request: Request) -> SanaPipelineOutput | tuple:
+        """What `__call__` returns: latents `[B, C, h, w]`, or images of `size`."""
+        images: Any = latents
+        if request.output_type != "latent":
             images = resize_and_crop(self._decode(latents).float(), *size)
-            images = self.image_processor.postprocess(images, output_type=output_type)
+            images = self.image_processor.postprocess(images, output_type=request.output_type)
         self.maybe_free_model_hooks()
-        return SanaPipelineOutput(images=images) if return_dict else (images,)
+        return SanaPipelineOutput(images=images) if request.return_dict else (images,)
+
+
+class GuidedSanaPipeline(SanaPipelineBase):
+    """Base of the pipelines with classifier-free guidance: all but those of SANA-Sprint."""
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = "",
+        num_images_per_prompt: int = 1,
+        device: torch.device | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        clean_caption: bool = False,
+        max_sequence_length: int = 300,
+        complex_human_instruction: str | Sequence[str] | None = None,
+        lora_scale: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Text features of prompts and negative prompts, one row per image; the images of a prompt are neighbors.
+
+        Args:
+            prompt: one or several texts; not with `prompt_embeds`.
+            do_classifier_free_guidance: whether the negative half is needed.
+            negative_prompt: one for all prompts or one each; never gets the instruction.
+            num_images_per_prompt: rows per prompt.
+            device: of the result; the pipeline's by default.
+            prompt_embeds, negative_prompt_embeds: `[prompts, L, width]`, used in place of the texts.
+            prompt_attention_mask, negative_prompt_attention_mask: `[prompts, L]`, 1 for a token.
+            clean_caption: clean the texts as captions from the web; needs beautifulsoup4 and ftfy.
+            max_sequence_length: tokens per text, the leading special token included.
+            complex_human_instruction: text, or its lines, put before each prompt; None here, but not in `__call__`,
+                as in diffusers.
+            lora_scale: strength of adapters in the text encoder.
+
+        Returns:
+            Features `[B, L, width]`, mask `[B, L]`, and the same of the negative prompts or None twice.
+        """
+        tensors = encode_prompts(
+            self.tokenizer,
+            self.text_encoder,
+            prompt,
+            negative_prompt,
+            is_guided=do_classifier_free_guidance,
+            device=device or self._execution_device,
+            num_images_per_prompt=num_images_per_prompt,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            clean_caption=clean_caption,
+            max_sequence_length=max_sequence_length,
+            complex_human_instruction=complex_human_instruction,
+            lora_scale=lora_scale,
+        )
+        return tuple(tensors.values())  # type: ignore[return-value]
+
+
+class ImageSanaPipeline(GuidedSanaPipeline):
+    """Base of the pipelines that begin with an image."""
+
+    def _generated_size(self, start: StartImage, request: Request, *, is_chosen: bool) -> Size:
+        """The size to generate at; `is_chosen` says whether the user has chosen that of the images."""
+        return start.generated_size(
+            request.latents,
+            is_chosen=is_chosen,
+            use_resolution_binning=request.use_resolution_binning,
+            native_size=self._native_size,
+            patch_size=self.transformer.config.patch_size,
+        )

@@ -7,14 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC as UpstreamAutoencoderDC
 from diffusers.models.controlnets.controlnet_sana import SanaControlNetModel as UpstreamControlNet
 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel as UpstreamTransformer
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
-from diffusers.pipelines.sana.pipeline_sana import retrieve_timesteps
 from diffusers.schedulers import SchedulerMixin
 from torch import Tensor
 from transformers import Gemma2PreTrainedModel, GemmaTokenizer
@@ -22,17 +20,25 @@ from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.controlnets.controlnet_sana import SanaControlNetModel
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
-from diffusers_sana.pipelines.controlnet_conditioning import ControlNetConditioning
-from diffusers_sana.pipelines.pipeline_sana_base import SanaPipelineBase
-from diffusers_sana.pipelines.request import check_latents, check_options
-from diffusers_sana.prompts.encoding import COMPLEX_HUMAN_INSTRUCTION
+from diffusers_sana.pipelines.controlnet_conditioning import (
+    Control,
+    check_control_image,
+    check_no_graphs,
+    encode_control,
+    warn_of_unused_outputs,
+)
+from diffusers_sana.pipelines.pipeline_sana_base import GuidedSanaPipeline
+from diffusers_sana.pipelines.request import Request
+from diffusers_sana.pipelines.sampling import denoise
+from diffusers_sana.prompts.encoding import encode_prompts
+from diffusers_sana.prompts.tokenization import COMPLEX_HUMAN_INSTRUCTION
 
 
-class SanaControlNetPipeline(ControlNetConditioning, SanaPipelineBase):
+class SanaControlNetPipeline(GuidedSanaPipeline):
     """Text to image with Sana (arXiv 2410.10629) and a ControlNet (arXiv 2302.05543) that sees a control image.
 
     A drop-in for `diffusers.SanaControlNetPipeline`: the same components, arguments, seeds and folders. Beyond it,
-    ControlNets may have `wiring="nvlabs"`, may be compiled, and may steer only a part of the steps.
+    ControlNets may have `wiring="nvlabs"`, may be compiled, and may steer only some of the steps.
 
     Args:
         tokenizer: Gemma's.
@@ -57,7 +63,7 @@ class SanaControlNetPipeline(ControlNetConditioning, SanaPipelineBase):
     ) -> None:
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
         self.register_modules(controlnet=controlnet)
-        self._warn_of_unused_outputs()
+        warn_of_unused_outputs(controlnet, transformer)
 
     @torch.no_grad()
     def __call__(
@@ -96,11 +102,11 @@ class SanaControlNetPipeline(ControlNetConditioning, SanaPipelineBase):
 
         Args:
             control_image: what the ControlNet was trained to follow, such as edges: one for all prompts, or one each.
-                Pictures and arrays are resized to the size of generation. A tensor `[images, 3, height, width]` in
+                PIL images and arrays are resized to the size of generation. A tensor `[images, 3, height, width]` in
                 [-1, 1] is used as it is, and images of its size are generated.
             controlnet_conditioning_scale: strength of the control.
-            control_guidance_start, control_guidance_end: the shares of the steps after which the control begins and
-                ends.
+            control_guidance_start, control_guidance_end: the fractions of the steps after which the control begins
+                and ends.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as in `SanaPipeline`, and `control_image`, the
                 latents `[B, C, h, w]` of the control image.
             the others: as in `SanaPipeline`; `attention_kwargs` also reach the ControlNet.
@@ -111,73 +117,44 @@ class SanaControlNetPipeline(ControlNetConditioning, SanaPipelineBase):
         Raises:
             TypeError, ValueError: naming the argument, before anything is computed wherever possible.
         """
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-
-        # 1. Sizes, and all that can be wrong
-        check_options(
-            guidance_scale=guidance_scale,
-            eta=eta,
-            attention_kwargs=attention_kwargs,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            output_type=output_type,
-            has_vae=self.vae is not None,
-            num_inference_steps=num_inference_steps,
-            num_images_per_prompt=num_images_per_prompt,
-            max_sequence_length=max_sequence_length,
+        # 1. The request and the control image, checked; the size asked for and the size that is generated
+        request = Request.collect(locals(), has_vae=self.vae is not None)
+        control = self._control(
+            control_image, controlnet_conditioning_scale, control_guidance_start, control_guidance_end
         )
-        self._check_control(control_image, controlnet_conditioning_scale, control_guidance_start, control_guidance_end)
-        requested = height, width
-        if latents is not None:
-            check_latents(latents)
-            if height is None and width is None:
-                height, width = (side * self.vae_scale_factor for side in latents.shape[-2:])
-                use_resolution_binning = False
         if isinstance(control_image, Tensor):
-            sides = height, width = control_image.shape[-2], control_image.shape[-1]
-            requested_size = (requested[0] or sides[0], requested[1] or sides[1]) if use_resolution_binning else sides
+            size = control_image.shape[-2], control_image.shape[-1]
+            requested_size = (height or size[0], width or size[1]) if use_resolution_binning else size
         else:
-            requested_size, (height, width) = self._sizes(height, width, use_resolution_binning)
+            requested_size, size = self._sizes(request)
+        self._check(request, size)
 
-        # 2. Texts, [B, L, width], and control latents, [B, C, h, w]
-        tensors = self._start(
-            prompt,
-            (height, width),
-            callback_on_step_end_tensor_inputs,
-            guidance_scale=guidance_scale,
-            attention_kwargs=attention_kwargs,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            prompt_embeds=prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_embeds=negative_prompt_embeds,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            clean_caption=clean_caption,
-            max_sequence_length=max_sequence_length,
-            complex_human_instruction=complex_human_instruction,
-        )
-        num_images = len(tensors["prompt_embeds"])
-        tensors["control_image"] = self._encode_control(
-            control_image, height, width, num_images // num_images_per_prompt, num_images_per_prompt
-        )
-
-        # 3. Schedule and noise, [B, C, h, w] in fp32
         device = self._execution_device
-        steps, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
-        channels = self.transformer.config.in_channels
-        latents = self.prepare_latents(num_images, channels, height, width, torch.float32, device, generator, latents)
+        with self._begin(request) as call:
+            # 2. Text features, [B, L, width], and control latents, [B, C, h, w]
+            texts = encode_prompts(
+                self.tokenizer, self.text_encoder, **request.texts, is_guided=call.is_guided, device=device
+            )
+            num_images = len(texts["prompt_embeds"])
+            counts = num_images // num_images_per_prompt, num_images_per_prompt
+            texts["control_image"] = encode_control(
+                self.vae, self.image_processor, control_image, size, *counts, device
+            )
 
-        # 4. Denoising, and images
-        steering = (controlnet_conditioning_scale, control_guidance_start, control_guidance_end)
-        latents = self._denoise(
-            latents,
-            steps,
-            tensors,
-            predict=self._controlled(tensors, len(steps), *steering),
-            eta=eta,
-            generator=generator,
-            callback=callback_on_step_end,
-            callback_inputs=callback_on_step_end_tensor_inputs,
-        )
-        return self._output(latents, requested_size, output_type, return_dict)
+            # 3. Schedule and noise, [B, C, h, w] in fp32
+            steps = request.lay_out(call.scheduler, device)
+            latents = self._noise(request, num_images, size)
+
+            # 4. Denoising; in each step the transformer also gets the outputs of the ControlNet
+            predict = control.predictor(texts, len(steps))
+            latents = denoise(self.transformer, latents, steps, texts, call, predict=predict)
+
+            # 5. Images
+            return self._output(latents, requested_size, request)
+
+    def _control(self, control_image: Any, scale: float, start: float, end: float) -> Control:
+        """The arguments that concern the ControlNet, checked."""
+        multiple = self.vae_scale_factor * self.transformer.config.patch_size
+        check_control_image(control_image, multiple, has_vae=self.vae is not None)
+        check_no_graphs(self.controlnet, self._cuda_graphs)
+        return Control(self.controlnet, self.transformer, scale, start, end)

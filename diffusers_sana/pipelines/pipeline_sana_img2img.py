@@ -7,19 +7,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from torch import Tensor
 
-from diffusers_sana.pipelines.image_start import ImageStart, check_strength_of_steps, mix_noise
-from diffusers_sana.pipelines.pipeline_sana_base import SanaPipelineBase
-from diffusers_sana.pipelines.request import check_latents, check_options
-from diffusers_sana.prompts.encoding import COMPLEX_HUMAN_INSTRUCTION
+from diffusers_sana.pipelines.conditioning import check_strength_of_steps, lay_out_steps, mix_noise
+from diffusers_sana.pipelines.pipeline_sana_base import ImageSanaPipeline
+from diffusers_sana.pipelines.request import Request
+from diffusers_sana.pipelines.sampling import denoise
+from diffusers_sana.prompts.encoding import encode_prompts
+from diffusers_sana.prompts.tokenization import COMPLEX_HUMAN_INSTRUCTION
 
 
-class SanaImg2ImgPipeline(ImageStart, SanaPipelineBase):
+class SanaImg2ImgPipeline(ImageSanaPipeline):
     """An image and a prompt to an image, with Sana (arXiv 2410.10629) and SANA-1.5 (arXiv 2501.18427), by SDEdit.
 
     The image is mixed with noise and denoised under the prompt (arXiv 2108.01073). Components are those of
@@ -70,8 +71,8 @@ class SanaImg2ImgPipeline(ImageStart, SanaPipelineBase):
             prompt: one or several texts; one serves all images.
             image: one for all prompts, or one each: PIL images, arrays `[H, W, 3]` and tensors `[3, H, W]` in [0, 1],
                 lists and batches of them; or latents `[images, C, h, w]`, as `output_type="latent"` gives them.
-            strength: in (0, 1]: the share of the steps that is run, and so how far the result may go from the image.
-                At 1 the image leaves no trace, and the result is that of `SanaPipeline`.
+            strength: in (0, 1]: the fraction of the steps that is run, and so how far the result may go from the
+                image. At 1 the image has no influence, and the result is that of `SanaPipeline`.
             num_inference_steps: of the whole schedule; `strength` times as many evaluations of the transformer.
             height, width: pixels; those of the image by default. Images of other proportions are cut.
             latents: the noise, `[B, C, h, w]`, in place of what `generator` gives.
@@ -86,64 +87,30 @@ class SanaImg2ImgPipeline(ImageStart, SanaPipelineBase):
         Raises:
             TypeError, ValueError: naming the argument, before anything is computed wherever possible.
         """
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-
-        # 1. Images, sizes, and all that can be wrong
-        check_options(
-            guidance_scale=guidance_scale,
-            eta=eta,
-            attention_kwargs=attention_kwargs,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            output_type=output_type,
-            has_vae=self.vae is not None,
-            num_inference_steps=num_inference_steps,
-            num_images_per_prompt=num_images_per_prompt,
-            max_sequence_length=max_sequence_length,
-        )
+        # 1. The request and the images, checked; the size that is generated
+        request = Request.collect(locals(), has_vae=self.vae is not None)
         check_strength_of_steps(strength, num_inference_steps, timesteps, sigmas)
-        if latents is not None:
-            check_latents(latents)
-        images = self._read_image(image, height, width)
-        is_chosen = (height, width) != (None, None)
-        size = self._generated_size(images, latents, is_chosen, use_resolution_binning)
-        if isinstance(prompt, str):
-            prompt = [prompt] * len(images)
+        start = self._read_start(image, request)
+        size = self._generated_size(start, request, is_chosen=request.is_sized)
+        request = request.for_images(len(start.values))
+        self._check(request, size)
 
-        # 2. Texts, [B, L, width]
-        tensors = self._start(
-            prompt,
-            size,
-            callback_on_step_end_tensor_inputs,
-            guidance_scale=guidance_scale,
-            attention_kwargs=attention_kwargs,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            prompt_embeds=prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_embeds=negative_prompt_embeds,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            clean_caption=clean_caption,
-            max_sequence_length=max_sequence_length,
-            complex_human_instruction=complex_human_instruction,
-        )
+        device = self._execution_device
+        with self._begin(request) as call:
+            # 2. Text features, [B, L, width], of the prompts and the negative prompts
+            texts = encode_prompts(
+                self.tokenizer, self.text_encoder, **request.texts, is_guided=call.is_guided, device=device
+            )
+            num_images = len(texts["prompt_embeds"])
 
-        # 3. Schedule, noise and image, [B, C, h, w] in fp32
-        num_outputs = len(tensors["prompt_embeds"])
-        channels, device = self.transformer.config.in_channels, self._execution_device
-        steps_left, levels = self._schedule(num_inference_steps, timesteps, sigmas, strength)
-        noise = self.prepare_latents(num_outputs, channels, *size, torch.float32, device, generator, latents)
-        image_latents = self._image_latents(images, size, num_outputs // num_images_per_prompt, num_images_per_prompt)
+            # 3. Schedule, noise and image, [B, C, h, w] in fp32
+            steps, levels = lay_out_steps(call.scheduler, strength, num_inference_steps, timesteps, sigmas, device)
+            noise = self._noise(request, num_images, size)
+            counts = num_images // num_images_per_prompt, num_images_per_prompt
+            image_latents = start.encode(self.vae, size, *counts, device)
 
-        # 4. Denoising, and images
-        latents = self._denoise(
-            mix_noise(image_latents, noise, levels[0]),
-            steps_left,
-            tensors,
-            eta=eta,
-            generator=generator,
-            callback=callback_on_step_end,
-            callback_inputs=callback_on_step_end_tensor_inputs,
-        )
-        return self._output(latents, self._size_of(images), output_type, return_dict)
+            # 4. Denoising, from the image under noise
+            latents = denoise(self.transformer, mix_noise(image_latents, noise, levels[0]), steps, texts, call)
+
+            # 5. Images
+            return self._output(latents, start.size, request)

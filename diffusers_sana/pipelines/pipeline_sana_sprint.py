@@ -7,21 +7,26 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from torch import Tensor
 
-from diffusers_sana.pipelines.pipeline_sana_sprint_base import TrigFlowBase
-from diffusers_sana.pipelines.request import check_latents, check_options
-from diffusers_sana.prompts.encoding import COMPLEX_HUMAN_INSTRUCTION
+from diffusers_sana.pipelines.pipeline_sana_sprint_base import (
+    SanaSprintPipelineBase,
+    count_steps,
+    denoise_trigflow,
+    lay_out_angles,
+)
+from diffusers_sana.pipelines.request import Request
+from diffusers_sana.prompts.encoding import encode_prompts
+from diffusers_sana.prompts.tokenization import COMPLEX_HUMAN_INSTRUCTION
 
 
-class SanaSprintPipeline(TrigFlowBase):
+class SanaSprintPipeline(SanaSprintPipelineBase):
     """Text to image with SANA-Sprint (arXiv 2503.09641).
 
     A drop-in for `diffusers.SanaSprintPipeline`: the same components, arguments, seeds and folders. Any number of
-    steps works as it is, and so does a schedule of one's own.
+    steps works without further arguments, and so does a custom schedule.
 
     Args:
         tokenizer: Gemma's.
@@ -63,11 +68,11 @@ class SanaSprintPipeline(TrigFlowBase):
         Args:
             prompt: one or several texts.
             num_inference_steps: evaluations of the transformer; trained for 1 to 4.
-            timesteps: angles of one's own, in radians: descending, the last one 0, one more than there are steps. The
+            timesteps: custom angles in radians: descending, the last one 0, one more than there are steps. The
                 paper's for four steps are `[1.5683, 1.3, 1.1, 0.6, 0.0]`.
             max_timesteps: the first angle, where `timesteps` is None.
             intermediate_timesteps: the second angle of two steps; None, and any other number of steps, divides the
-                way from `max_timesteps` to 0 evenly.
+                range from `max_timesteps` to 0 evenly.
             guidance_scale: an input of the model, so that any value costs the same.
             latents: noise of standard deviation 1 to begin with, `[B, C, h, w]`.
             eta: for schedulers that take it.
@@ -81,58 +86,27 @@ class SanaSprintPipeline(TrigFlowBase):
         Raises:
             TypeError, ValueError: naming the argument, before anything is computed wherever possible.
         """
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        # 1. The request, checked; the size asked for and the size that is generated
+        request = Request.collect(locals(), has_vae=self.vae is not None)
+        angles = timesteps, max_timesteps, intermediate_timesteps
+        num_steps = count_steps(self.transformer, self.scheduler, num_inference_steps, *angles)
+        requested_size, size = self._sizes(request)
+        self._check(request, size)
 
-        # 1. Steps, sizes, and all that can be wrong
-        num_steps = self._check_schedule(num_inference_steps, timesteps, max_timesteps, intermediate_timesteps)
-        check_options(
-            guidance_scale=guidance_scale,
-            eta=eta,
-            attention_kwargs=attention_kwargs,
-            timesteps=None,
-            sigmas=None,
-            output_type=output_type,
-            has_vae=self.vae is not None,
-            num_images_per_prompt=num_images_per_prompt,
-            max_sequence_length=max_sequence_length,
-        )
-        if latents is not None:
-            check_latents(latents)
-            if height is None and width is None:
-                height, width = (side * self.vae_scale_factor for side in latents.shape[-2:])
-                use_resolution_binning = False
-        requested_size, size = self._sizes(height, width, use_resolution_binning)
-
-        # 2. Texts, [B, L, width]
-        tensors = self._start(
-            prompt,
-            size,
-            callback_on_step_end_tensor_inputs,
-            guidance_scale=guidance_scale,
-            attention_kwargs=attention_kwargs,
-            num_images_per_prompt=num_images_per_prompt,
-            prompt_embeds=prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            clean_caption=clean_caption,
-            max_sequence_length=max_sequence_length,
-            complex_human_instruction=complex_human_instruction,
-        )
-
-        # 3. Schedule and noise, [B, C, h, w] in fp32
-        angles = self._lay_out(num_steps, timesteps, max_timesteps, intermediate_timesteps)
-        num_outputs, channels = len(tensors["prompt_embeds"]), self.transformer.config.in_channels
         device = self._execution_device
-        noise = self.prepare_latents(num_outputs, channels, *size, torch.float32, device, generator, latents)
+        with self._begin(request) as call:
+            # 2. Text features, [B, L, width]
+            texts = encode_prompts(
+                self.tokenizer, self.text_encoder, **request.texts, is_guided=call.is_guided, device=device
+            )
 
-        # 4. Denoising, and images
-        latents = self._denoise(
-            noise * self.scheduler.config.sigma_data,
-            angles,
-            tensors,
-            eta=eta,
-            generator=generator,
-            callback=callback_on_step_end,
-            callback_inputs=callback_on_step_end_tensor_inputs,
-        )
-        return self._output(latents, requested_size, output_type, return_dict)
+            # 3. Schedule and noise, [B, C, h, w] in fp32
+            steps = lay_out_angles(call.scheduler, num_steps, *angles, device)
+            noise = self._noise(request, len(texts["prompt_embeds"]), size)
+
+            # 4. Denoising: the transformer predicts, the scheduler steps to the image and back into noise
+            latents = noise * call.scheduler.config.sigma_data
+            latents = denoise_trigflow(self.transformer, latents, steps, texts, call)
+
+            # 5. Images
+            return self._output(latents, requested_size, request)

@@ -1,6 +1,6 @@
-"""VILA-U as a pipeline of diffusers: prompts to pictures and videos, pictures and questions to answers.
+"""VILA-U as a pipeline of diffusers: prompts to images and videos, images and questions to answers.
 
-Legend: N samples (prompts times pictures of each), F frames, T cells of a picture, D codes a cell.
+Legend: N samples (prompts times images per prompt), F frames, T cells of an image, D codes per cell.
 """
 
 import os
@@ -22,13 +22,12 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import has_file
 
 from diffusers_sana._compat import private, warn_if_untested
-from diffusers_sana.checkpoint_files import check_readable
 from diffusers_sana.checks import check_computed, check_texts
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 from diffusers_sana.models.vila_u.media_vila_u import is_video
 from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGeneration
 from diffusers_sana.models.vila_u.processing_vila_u import VilaUProcessor
-from diffusers_sana.pipelines.folder_check import check_complete, check_processor
+from diffusers_sana.pipelines.loading import check_complete, check_processor, naming_damaged_files
 
 
 warn_if_untested("accelerate")
@@ -39,12 +38,12 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 
 @dataclass
 class VilaUPipelineOutput(BaseOutput):
-    """What `VilaUPipeline` has drawn.
+    """What `VilaUPipeline` has generated.
 
     Attributes:
-        images: N pictures of the output type asked for; None for videos.
-        frames: N videos; None for pictures.
-        codes: `[N, T, D]` of pictures, `[N, F, T, D]` of videos.
+        images: N images of the output type asked for; None for videos.
+        frames: N videos; None for images.
+        codes: `[N, T, D]` of images, `[N, F, T, D]` of videos.
     """
 
     images: Any = None
@@ -57,7 +56,7 @@ class _Interrupted(Exception):
 
 
 class VilaUPipeline(DiffusionPipeline):
-    """Pictures, videos and answers from VILA-U (arXiv 2409.04429).
+    """Images, videos and answers from VILA-U (arXiv 2409.04429).
 
     Args:
         model: writes codes and text, and turns codes into pixels.
@@ -97,15 +96,10 @@ class VilaUPipeline(DiffusionPipeline):
             check_complete(folder, private(cls, "_get_init_keys")(cls) - kwargs.keys())
         elif folder.is_dir() and kwargs.get("processor") is None:
             check_processor(folder)
-        try:
+        with naming_damaged_files(folder):
             if is_pipeline:
                 return super().from_pretrained(path, **kwargs)
             return cls._from_transformers(path, of_hub, **{name: kwargs[name] for name in kwargs.keys() - of_hub})
-        except (ImportError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception:
-            check_readable(folder)  # where a file is damaged, raises with its name, which most errors lack
-            raise
 
     @classmethod
     def _from_transformers(
@@ -136,6 +130,7 @@ class VilaUPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
+        """Whether the call ends before its next cell."""
         return self._interrupt
 
     def check_inputs(
@@ -162,7 +157,7 @@ class VilaUPipeline(DiffusionPipeline):
         count *= num_images_per_prompt
         if isinstance(generator, Sequence) and len(generator) != count:
             raise ValueError(
-                f"`generator` must be one generator or a list of {count}, one a picture, got {len(generator)}."
+                f"`generator` must be one generator or a list of {count}, one per image, got {len(generator)}."
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
@@ -191,13 +186,13 @@ class VilaUPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("codes",),
     ) -> VilaUPipelineOutput | tuple:
-        """Draws pictures or videos.
+        """Generates images or videos.
 
         Args:
             prompt: one or several texts.
             negative_prompt: what to steer away from: one for all prompts, or one each; None for the empty text.
-            num_images_per_prompt: pictures, or videos, of each prompt; they are neighbours in the result.
-            num_frames: draw videos of so many frames; None for pictures.
+            num_images_per_prompt: images, or videos, per prompt; they are neighbors in the result.
+            num_frames: generate videos of so many frames; None for images.
             guidance_scale: weight of the prompt against the negative prompt, one or one for each prompt; 1 turns
                 guidance off and halves the work. None: what the model says, or 3.
             do_sample, temperature, top_k, top_p: see `VisualSampling`; None: what the model says.
@@ -213,7 +208,7 @@ class VilaUPipeline(DiffusionPipeline):
                 cannot be replaced: the model has read them already.
 
         Returns:
-            `VilaUPipelineOutput`, or a tuple of its pictures or videos and their codes. After an interruption the
+            `VilaUPipelineOutput`, or a tuple of its images or videos and their codes. After an interruption the
             missing cells are copies of the last one.
 
         Raises:
@@ -240,7 +235,7 @@ class VilaUPipeline(DiffusionPipeline):
             generation_mode="image" if num_frames is None else "video",
         ).to(self._execution_device)
 
-        # 2. Codes, [N, F, T, D], or [N, T, D] of pictures
+        # 2. Codes, [N, F, T, D], or [N, T, D] of images
         vision, samples = self.model.config.vision_config, len(inputs["input_ids"]) * num_images_per_prompt
         leading = (samples,) if num_frames is None else (samples, num_frames)
         codes = inputs["input_ids"].new_empty(*leading, vision.num_image_tokens, vision.num_codebooks)
@@ -249,7 +244,7 @@ class VilaUPipeline(DiffusionPipeline):
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
 
             def after_cell(cell: int, of_cell: Tensor) -> None:
-                by_cell[:, cell:] = of_cell[:, None]  # also the cells to come: there is always a whole picture
+                by_cell[:, cell:] = of_cell[:, None]  # also the cells to come: there is always a whole image
                 progress_bar.update()
                 if callback_on_step_end is not None:
                     seen = {name: codes.clone() for name in callback_on_step_end_tensor_inputs}
@@ -274,16 +269,16 @@ class VilaUPipeline(DiffusionPipeline):
                 )
 
         # 3. Pixels
-        pictures = codes if output_type == "latent" else self.decode(codes, output_type)
+        images = codes if output_type == "latent" else self.decode(codes, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
-            return pictures, codes
-        return VilaUPipelineOutput(**{"images" if num_frames is None else "frames": pictures}, codes=codes)
+            return images, codes
+        return VilaUPipelineOutput(**{"images" if num_frames is None else "frames": images}, codes=codes)
 
     def decode(self, codes: Tensor, output_type: str = "pil") -> Any:
-        """Codes `[N, T, D]` or `[N, F, T, D]` as pictures or videos; `output_type` "pil", "np" or "pt"."""
+        """Codes `[N, T, D]` or `[N, F, T, D]` as images or videos; `output_type` "pil", "np" or "pt"."""
         self._load_onto_device()
-        # One at a time: a convolution may round otherwise in a batch, and equal codes shall be equal pictures.
+        # One at a time: a convolution may round differently in a batch, and equal codes must give equal images.
         pixels = self.model.decode_image_tokens(codes.to(self._execution_device), chunk_size=1)
         check_computed("model", "pixels", pixels, pixels.dtype)
         return self.processor.postprocess(pixels, output_type=output_type)
@@ -297,14 +292,14 @@ class VilaUPipeline(DiffusionPipeline):
         max_new_tokens: int = 256,
         **kwargs: Any,
     ) -> str | list[str]:
-        """Answers questions about pictures and videos, or about nothing but their text.
+        """Answers questions about images and videos, or text alone.
 
         A list in one of the first three arguments makes a batch; an argument that is no list then holds for all of it.
 
         Args:
-            image: a picture (PIL, array, tensor, path or address), or None. In a batch one, several in a list, or
+            image: an image (PIL, array, tensor, path or address), or None. In a batch one, several in a list, or
                 None for each question.
-            question: comes after the picture and the video.
+            question: comes after the image and the video.
             video: a file, a folder of frames, an array `[F, H, W, 3]` or a list of frames; or None.
             max_new_tokens: longest answer.
             kwargs: for `transformers.GenerationMixin.generate`, such as `do_sample` and `temperature`.
@@ -325,7 +320,7 @@ class VilaUPipeline(DiffusionPipeline):
             raise ValueError(f"lists must be equally long and not empty, but are {sizes}")
         _check_texts("question", question)
         if kwargs.get("num_return_sequences", 1) != 1:
-            raise ValueError("`num_return_sequences` must be 1; for several answers, put the question several times.")
+            raise ValueError("`num_return_sequences` must be 1; for several answers, repeat the question.")
         batch = max(sizes.values(), default=1)
         rows = zip(*(column if name in sizes else [column] * batch for name, column in columns.items()), strict=True)
         self._load_onto_device()
@@ -339,14 +334,14 @@ class VilaUPipeline(DiffusionPipeline):
         return answers if sizes else answers[0]
 
     def _load_onto_device(self) -> None:
-        """`enable_model_cpu_offload` waits for a call of the whole model's `forward`; here its parts are called."""
+        """`enable_model_cpu_offload` expects a call of the whole model's `forward`; here its parts are called."""
         hook = getattr(self.model, "_hf_hook", None)
         if isinstance(hook, CpuOffload):
             hook.pre_forward(self.model)
 
 
 def _user_message(image: Any, question: str, video: Any) -> list[dict[str, Any]]:
-    """A chat of one message: pictures, video, question."""
+    """A chat of one message: images, video, question."""
     images = image if isinstance(image, list | tuple) else [image]
     parts = [{"type": "image", "image": item} for item in images if item is not None]
     if video is not None:

@@ -1,16 +1,126 @@
-"""Checks of what is given to a pipeline, each before anything is computed."""
+"""The arguments that the pipelines' `__call__` share, checked before anything is computed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from numbers import Real
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.sana.pipeline_sana import retrieve_timesteps
 from torch import Tensor
 
 from diffusers_sana.checks import check_integer, check_number, check_texts
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The arguments that pipelines share. `SanaPipeline.__call__` says what they mean.
+
+    Arguments that only some pipelines have stay out of it, and are passed to the steps that need them.
+    """
+
+    prompt: str | list[str] | None
+    num_inference_steps: int
+    guidance_scale: float
+    num_images_per_prompt: int
+    height: int | None
+    width: int | None
+    eta: float
+    generator: torch.Generator | list[torch.Generator] | None
+    latents: Tensor | None
+    prompt_embeds: Tensor | None
+    prompt_attention_mask: Tensor | None
+    output_type: str
+    return_dict: bool
+    clean_caption: bool
+    use_resolution_binning: bool
+    attention_kwargs: dict[str, Any] | None
+    callback_on_step_end: Callable[[Any, int, Tensor, dict], dict | None] | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
+    max_sequence_length: int
+    complex_human_instruction: str | Sequence[str] | None
+    timesteps: Sequence[float] | None = None
+    # Not for SANA-Sprint:
+    negative_prompt: str | list[str] | None = None
+    negative_prompt_embeds: Tensor | None = None
+    negative_prompt_attention_mask: Tensor | None = None
+    sigmas: Sequence[float] | None = None
+
+    @classmethod
+    def collect(cls, arguments: Mapping[str, Any], *, has_vae: bool) -> Self:
+        """The request among the arguments of a call, checked one by one.
+
+        Args:
+            arguments: `locals()` at the start of `__call__`; other names in it are left.
+            has_vae: whether the pipeline has an autoencoder.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        known = {field.name for field in fields(cls)}
+        request = cls(**{name: value for name, value in arguments.items() if name in known})
+        if isinstance(request.callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            names = request.callback_on_step_end.tensor_inputs
+            request = replace(request, callback_on_step_end_tensor_inputs=names)
+        request._check(has_vae)
+        return request
+
+    @property
+    def is_sized(self) -> bool:
+        """Whether the size of the images is asked for."""
+        return (self.height, self.width) != (None, None)
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """The arguments of `encode_prompts` that the request has."""
+        return {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "num_images_per_prompt": self.num_images_per_prompt,
+            "prompt_embeds": self.prompt_embeds,
+            "prompt_attention_mask": self.prompt_attention_mask,
+            "negative_prompt_embeds": self.negative_prompt_embeds,
+            "negative_prompt_attention_mask": self.negative_prompt_attention_mask,
+            "clean_caption": self.clean_caption,
+            "max_sequence_length": self.max_sequence_length,
+            "complex_human_instruction": self.complex_human_instruction,
+            "lora_scale": (self.attention_kwargs or {}).get("scale"),
+        }
+
+    def for_images(self, count: int) -> Self:
+        """The same with one prompt repeated for `count` images."""
+        return replace(self, prompt=[self.prompt] * count) if isinstance(self.prompt, str) else self
+
+    def lay_out(self, scheduler: Any, device: torch.device) -> Tensor:
+        """Sets the steps of `scheduler`, and returns its timesteps."""
+        schedule: Any = (self.num_inference_steps, device, self.timesteps, self.sigmas)
+        return cast(Tensor, retrieve_timesteps(scheduler, *schedule)[0])
+
+    def _check(self, has_vae: bool) -> None:
+        for name in ("num_inference_steps", "num_images_per_prompt", "max_sequence_length"):
+            check_integer(name, getattr(self, name))
+        check_number("guidance_scale", self.guidance_scale)
+        check_number("eta", self.eta)
+        options = self.attention_kwargs
+        if not isinstance(options, dict | None):
+            raise TypeError(f"`attention_kwargs` must be a dict such as {{'scale': 0.5}}, got {options!r}.")
+        if options and options.get("scale") is not None:
+            check_number("scale` of `attention_kwargs", options["scale"])
+        for name in ("timesteps", "sigmas"):
+            if getattr(self, name) is not None:
+                check_numbers(name, getattr(self, name))
+        if self.timesteps is not None and self.sigmas is not None:
+            raise ValueError("`timesteps` and `sigmas` exclude each other; leave one out.")
+        if self.output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {self.output_type!r}.")
+        if self.output_type != "latent" and not has_vae:
+            raise ValueError("`output_type` must be 'latent', because this pipeline was made without an autoencoder.")
+        if self.latents is not None:
+            check_latents(self.latents)
 
 
 def check_numbers(name: str, values: Sequence[float] | Tensor) -> Tensor:
@@ -30,43 +140,6 @@ def check_strength(strength: float) -> None:
         raise TypeError(f"`strength` must be a number, got {strength!r}.")
     if not 0 < strength <= 1:
         raise ValueError(f"`strength` must be above 0 and at most 1, got {strength}.")
-
-
-def check_options(
-    *,
-    guidance_scale: float,
-    eta: float,
-    attention_kwargs: dict[str, Any] | None,
-    timesteps: Sequence[float] | None,
-    sigmas: Sequence[float] | None,
-    output_type: str,
-    has_vae: bool,
-    **counts: int,
-) -> None:
-    """Raises where options that all pipelines share are wrong or contradict each other.
-
-    Args:
-        has_vae: whether there is an autoencoder.
-        counts: options that must be integers of at least 1.
-        the others: as in `SanaPipeline.__call__`.
-    """
-    for name, count in counts.items():
-        check_integer(name, count)
-    check_number("guidance_scale", guidance_scale)
-    check_number("eta", eta)
-    if not isinstance(attention_kwargs, dict | None):
-        raise TypeError(f"`attention_kwargs` must be a dict such as {{'scale': 0.5}}, got {attention_kwargs!r}.")
-    if attention_kwargs and attention_kwargs.get("scale") is not None:
-        check_number("scale` of `attention_kwargs", attention_kwargs["scale"])
-    for name, grid in (("timesteps", timesteps), ("sigmas", sigmas)):
-        if grid is not None:
-            check_numbers(name, grid)
-    if timesteps is not None and sigmas is not None:
-        raise ValueError("`timesteps` and `sigmas` exclude each other; leave one out.")
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
-    if output_type != "latent" and not has_vae:
-        raise ValueError("`output_type` must be 'latent', because this pipeline was made without an autoencoder.")
 
 
 def check_latents(latents: Tensor, name: str = "latents") -> None:

@@ -45,7 +45,7 @@ def check_size(name: str, size: int, multiple: int) -> None:
 
 
 def resize_and_crop(image: Tensor, height: int, width: int) -> Tensor:
-    """Scales images to cover `height` by `width` and cuts the centre out.
+    """Scales images to cover `height` by `width` and crops the center.
 
     Args:
         image: `[B, C, H, W]`.

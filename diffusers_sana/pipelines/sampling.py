@@ -1,10 +1,14 @@
-"""The denoising loop of Sana's pipelines: transformer and scheduler take turns.
+"""The denoising loop: transformer and scheduler take turns.
 
-Legend: B images (prompts times images per prompt), C latent channels, h w latent height and width, L text tokens.
+A step has three parts, each a function that a pipeline can replace: `arrange` puts the texts of the batch together,
+`predict` asks the transformer, `step` applies guidance and the scheduler.
+
+Legend: B images (prompts times images per prompt), C latent channels, h w latent height and width, L text tokens; n
+rows of the batch per image, 2 with guidance and else 1, unless a pipeline adds to it.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +16,19 @@ import torch
 from torch import Tensor
 
 from diffusers_sana.checks import check_computed
-from diffusers_sana.pipelines.acceleration.cuda_graphs import CudaGraphs, graphed
-from diffusers_sana.pipelines.acceleration.step_caches import start_step_cache, step_context
+from diffusers_sana.locks import exclusive
+from diffusers_sana.pipelines.acceleration.step_caches import StepCache
+from diffusers_sana.pipelines.call import Call
 from diffusers_sana.prompts.encoding import pad_text
 
 
-# What `encode_prompt` returns, in order.
-TEXT_TENSORS = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
-
-
-@dataclass
+@dataclass(frozen=True)
 class TextInputs:
     """What the transformer is told of the texts; with guidance the negative half comes first.
 
     Attributes:
         is_guided: whether there are two halves.
-        embeds, mask: `[n B, L, width]` and `[n B, L]`, n is 2 with guidance and else 1, unless a pipeline adds to it.
+        embeds, mask: `[n B, L, width]` and `[n B, L]`.
         arguments: the same as keyword arguments of the transformer, projected once for all steps where it can do that.
     """
 
@@ -37,145 +38,159 @@ class TextInputs:
     arguments: dict[str, Any]
 
 
-class DenoisingLoop:
-    """Part of `SanaPipelineBase`, which has the components and properties.
+@dataclass
+class Denoiser:
+    """The transformer as a call sees it: each forward runs alone, with the step cache and the adapters of this call.
 
-    A pipeline calls `_denoise`. What it does otherwise at each step it passes (`predict`, `after_step`) or overrides
-    (`_texts`, `_predict`, `_step`).
+    Attributes:
+        transformer: of either package.
+        call: whose `attention_kwargs` it gets.
+        cache: the step cache of this call.
+        step_index: of the loop, from 0.
     """
 
     transformer: Any
-    scheduler: Any
-    progress_bar: Any
-    guidance_scale: Any
-    attention_kwargs: Any
-    do_classifier_free_guidance: Any
-    interrupt: Any
-    enable_cuda_graphs: Any
-    _cuda_graphs: CudaGraphs | None
-    _num_timesteps: int
-    _current_timestep: float
+    call: Call
+    cache: StepCache
+    step_index: int = 0
 
-    def _denoise(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        tensors: dict[str, Any],
-        *,
-        predict: Callable[..., Tensor] | None = None,
-        after_step: Callable[[int, Tensor], Tensor] | None = None,
-        eta: float = 0.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        callback: Callable[[Any, int, Tensor, dict], dict | None] | None = None,
-        callback_inputs: Sequence[str] = ("latents",),
-    ) -> Tensor:
-        """The loop: the transformer predicts, the scheduler steps, until the timesteps or the user's patience end.
+    def __call__(self, **arguments: Any) -> Tensor:
+        """The first output of the transformer."""
+        with exclusive(self.transformer), self.cache.at(self.step_index):
+            if self.call.graphs is not None:
+                return self.call.graphs(**arguments).clone()  # another call overwrites the memory of a graph
+            return self.transformer(**arguments)[0]
 
-        Args:
-            latents: `[B, C, h, w]`, at the noise level of the first timestep.
-            timesteps: the scheduler's that are still to be done.
-            tensors: the four results of `encode_prompt` under the names of `TEXT_TENSORS`, and whatever else callbacks
-                may see; what callbacks replace is replaced in here.
-            predict: `_predict` or what calls it with more arguments for the transformer.
-            after_step: gets the number of the step, from 0, and the latents after it, and returns them changed.
-            eta, generator: for schedulers that take them.
-            callback, callback_inputs: `callback_on_step_end` and the names of what it gets.
 
-        Returns:
-            `[B, C, h, w]`.
+Arrange = Callable[[dict[str, Any], bool], tuple[Tensor, Tensor]]
+Predict = Callable[[Denoiser, Tensor, Tensor, TextInputs], Tensor]
+Step = Callable[[Call, Tensor, Tensor, Tensor, bool, dict[str, Any]], Tensor]
 
-        Raises:
-            ValueError: the latents are not finite at the end, or a callback returns tensors of other shapes.
-        """
-        predict = predict or self._predict
-        self._num_timesteps = len(timesteps)
-        accepted = inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
-        if self._cuda_graphs is not None and self._cuda_graphs.model is not self.transformer:
-            self.enable_cuda_graphs()
-        times, noisiest = timesteps.tolist(), self.scheduler.config.num_train_timesteps
-        text: TextInputs | None = None
-        with (
-            graphed(self.transformer, self._cuda_graphs) as run,
-            self.progress_bar(total=len(timesteps)) as progress_bar,
-        ):
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    break
-                if text is None or text.is_guided != self.do_classifier_free_guidance:
-                    text = self._text_inputs(tensors)
-                    start_step_cache(self.transformer, len(times), len(text.mask) // len(latents))
-                self._current_timestep = times[i]
-                with step_context(self.transformer, i, times, noisiest):
-                    prediction = predict(run, latents, t, text)
-                latents = self._step(prediction, t, latents, text.is_guided, step_kwargs)
-                if after_step is not None:
-                    latents = after_step(i, latents)
 
-                if callback is not None:
-                    seen = tensors | {"latents": latents}
-                    replaced = callback(self, i, t, {name: seen[name] for name in callback_inputs}) or {}
-                    _check_replaced(replaced, seen)
-                    latents = replaced.get("latents", latents)
-                    tensors.update((name, value) for name, value in replaced.items() if name in tensors)
-                    if "prompt_embeds" in replaced or "negative_prompt_embeds" in replaced:
-                        text = None
-                progress_bar.update()
-        advice = (
-            "Its weights may be damaged, its LoRA or `guidance_scale` too large, or a callback may have returned such"
-            " values."
-        )
-        check_computed("transformer", "latents", latents, self.transformer.dtype, advice)
-        return latents
-
-    def _text_inputs(self, tensors: dict[str, Any]) -> TextInputs:
-        """The texts as the transformer takes them."""
-        embeds, mask = self._texts(tensors)
-        embeds = embeds.to(self.transformer.dtype)
-        if hasattr(self.transformer, "encode_text"):
-            context = self.transformer.encode_text(embeds, mask, attention_kwargs=self.attention_kwargs)
-            arguments = {"encoder_hidden_states": None, "text_context": context}
-        else:
-            arguments = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
-        return TextInputs(self.do_classifier_free_guidance, embeds, mask, arguments)
-
-    def _texts(self, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Features and mask of a step: both halves where there is guidance, lengthened to the longer of the two."""
-        embeds, mask = tensors["prompt_embeds"], tensors["prompt_attention_mask"]
-        if not self.do_classifier_free_guidance:
-            return embeds, mask
-        negative, negative_mask = tensors["negative_prompt_embeds"], tensors["negative_prompt_attention_mask"]
-        length = max(negative.shape[1], embeds.shape[1])
-        halves = pad_text(negative, negative_mask, length), pad_text(embeds, mask, length)
-        embeds, mask = (torch.cat(both) for both in zip(*halves, strict=True))
+def both_texts(tensors: dict[str, Any], is_guided: bool) -> tuple[Tensor, Tensor]:
+    """Features and mask of a batch: both halves where there is guidance, padded to the longer of the two."""
+    embeds, mask = tensors["prompt_embeds"], tensors["prompt_attention_mask"]
+    if not is_guided:
         return embeds, mask
+    negative, negative_mask = tensors["negative_prompt_embeds"], tensors["negative_prompt_attention_mask"]
+    length = max(negative.shape[1], embeds.shape[1])
+    halves = pad_text(negative, negative_mask, length), pad_text(embeds, mask, length)
+    embeds, mask = (torch.cat(both) for both in zip(*halves, strict=True))
+    return embeds, mask
 
-    def _predict(
-        self, run: Callable[..., Tensor], latents: Tensor, t: Tensor, text: TextInputs, **more: Any
-    ) -> Tensor:
-        """The transformer's prediction `[n B, C, h, w]`; `run` calls it, `more` are further arguments of it."""
-        model_input = torch.cat([latents] * (len(text.mask) // len(latents))).to(self.transformer.dtype)
-        return run(
-            hidden_states=model_input,
-            timestep=t.expand(len(model_input)) * self.transformer.config.timestep_scale,
-            attention_kwargs=self.attention_kwargs,
-            return_dict=False,
-            **text.arguments,
-            **more,
-        )
 
-    def _step(
-        self, prediction: Tensor, t: Tensor, latents: Tensor, is_guided: bool, step_kwargs: dict[str, Any]
-    ) -> Tensor:
-        """Guidance and the scheduler's step: the next latents `[B, C, h, w]`."""
-        if is_guided and hasattr(self.scheduler, "step_guided"):  # both in one
-            arguments = (prediction, t, latents, self.guidance_scale)
-            return self.scheduler.step_guided(*arguments, **step_kwargs, return_dict=False)[0]
-        prediction = prediction.float()
-        if is_guided:
-            unconditional, conditional = prediction.chunk(2)
-            prediction = unconditional + self.guidance_scale * (conditional - unconditional)
-        return self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
+def predict_flow(model: Denoiser, latents: Tensor, t: Tensor, text: TextInputs, **more: Any) -> Tensor:
+    """The transformer's prediction `[n B, C, h, w]`; `more` are further arguments of it."""
+    transformer = model.transformer
+    model_input = torch.cat([latents] * (len(text.mask) // len(latents))).to(transformer.dtype)
+    return model(
+        hidden_states=model_input,
+        timestep=t.expand(len(model_input)) * transformer.config.timestep_scale,
+        attention_kwargs=model.call.attention_kwargs,
+        return_dict=False,
+        **text.arguments,
+        **more,
+    )
+
+
+def guided_step(
+    call: Call, prediction: Tensor, t: Tensor, latents: Tensor, is_guided: bool, options: dict[str, Any]
+) -> Tensor:
+    """Classifier-free guidance and the scheduler's step: the next latents `[B, C, h, w]`."""
+    if is_guided and hasattr(call.scheduler, "step_guided"):  # both in one operation
+        arguments = (prediction, t, latents, call.guidance_scale)
+        return call.scheduler.step_guided(*arguments, **options, return_dict=False)[0]
+    prediction = prediction.float()
+    if is_guided:
+        unconditional, conditional = prediction.chunk(2)
+        prediction = unconditional + call.guidance_scale * (conditional - unconditional)
+    return call.scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
+
+
+def denoise(
+    transformer: Any,
+    latents: Tensor,
+    timesteps: Tensor,
+    tensors: dict[str, Any],
+    call: Call,
+    *,
+    arrange: Arrange = both_texts,
+    predict: Predict = predict_flow,
+    step: Step = guided_step,
+    after_step: Callable[[int, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The loop: the transformer predicts and the scheduler steps, until the schedule ends or `call.interrupt` is set.
+
+    Args:
+        transformer: of either package.
+        latents: `[B, C, h, w]`, at the noise level of the first timestep.
+        timesteps: those of the scheduler that are still to be done.
+        tensors: from `encode_prompts`, and whatever else callbacks may see; callbacks replace entries of it.
+        call: scheduler, guidance scale, callback, and what the callback may change.
+        arrange: features and mask of the batch from `tensors`, and whether there is guidance.
+        predict: the transformer's prediction.
+        step: the latents after a step.
+        after_step: gets the number of the step, from 0, and the latents after it, and returns them changed.
+
+    Returns:
+        `[B, C, h, w]`.
+
+    Raises:
+        ValueError: the latents are not finite at the end, or a callback returns tensors of other shapes.
+    """
+    accepted = inspect.signature(call.scheduler.step).parameters
+    options = {name: getattr(call, name) for name in ("eta", "generator") if name in accepted}
+    times = timesteps.tolist()
+    call.num_timesteps = len(times)
+    cache = StepCache(transformer, times, call.scheduler.config.num_train_timesteps)
+    model = Denoiser(transformer, call, cache)
+    text: TextInputs | None = None
+    if call.graphs is not None:
+        with exclusive(transformer):
+            call.graphs.refresh()
+    with call.progress_bar(total=len(times)) as progress_bar:
+        for i, t in enumerate(timesteps):
+            if call.interrupt:
+                break
+            model.step_index, call.current_timestep = i, times[i]
+            is_guided = call.is_guided
+            if text is None or text.is_guided != is_guided:
+                text = _project(transformer, *arrange(tensors, is_guided), is_guided, call.attention_kwargs)
+                cache.restart(len(text.mask) // len(latents))
+            prediction = predict(model, latents, t, text)
+            latents = step(call, prediction, t, latents, is_guided, options)
+            if after_step is not None:
+                latents = after_step(i, latents)
+
+            if call.callback is not None:
+                seen = tensors | {"latents": latents}
+                replaced = call.callback(i, t, {name: seen[name] for name in call.callback_inputs}) or {}
+                _check_replaced(replaced, seen)
+                latents = replaced.get("latents", latents)
+                tensors.update((name, value) for name, value in replaced.items() if name in tensors)
+                if "prompt_embeds" in replaced or "negative_prompt_embeds" in replaced:
+                    text = None
+            progress_bar.update()
+    advice = (
+        "Its weights may be damaged, its LoRA or `guidance_scale` too large, or a callback may have returned such"
+        " values."
+    )
+    check_computed("transformer", "latents", latents, transformer.dtype, advice)
+    return latents
+
+
+def _project(
+    transformer: Any, embeds: Tensor, mask: Tensor, is_guided: bool, attention_kwargs: dict[str, Any] | None
+) -> TextInputs:
+    """The texts as the transformer takes them."""
+    embeds = embeds.to(transformer.dtype)
+    if hasattr(transformer, "encode_text"):
+        with exclusive(transformer):
+            context = transformer.encode_text(embeds, mask, attention_kwargs=attention_kwargs)
+        arguments = {"encoder_hidden_states": None, "text_context": context}
+    else:
+        arguments = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+    return TextInputs(is_guided, embeds, mask, arguments)
 
 
 def _check_replaced(replaced: dict[str, Any], seen: dict[str, Any]) -> None:

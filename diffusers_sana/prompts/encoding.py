@@ -8,45 +8,93 @@ Legend: B prompts, L text tokens, C width of the language model.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from diffusers.pipelines.sana.pipeline_sana import SanaPipeline as UpstreamSanaPipeline
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from diffusers_sana._compat import private, upstream_instruction
 from diffusers_sana.checks import check_computed, check_texts
+from diffusers_sana.locks import exclusive
+from diffusers_sana.models.layers import scaled_adapters
 from diffusers_sana.prompts.prefix_cache import hidden_states
-from diffusers_sana.prompts.tokenization import beginning, warn_of_cut
+from diffusers_sana.prompts.tokenization import clean_captions, join_instruction, tokenize, warn_of_cut
 
 
-# The lines of the default instruction, as the installed diffusers has them.
-COMPLEX_HUMAN_INSTRUCTION: tuple[str, ...] = upstream_instruction()
+# What `encode_prompt` of the pipelines returns, in order.
+TEXT_TENSORS = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
 
 
-def clean_captions(captions: Sequence[str], clean_caption: bool = False) -> list[str]:
-    """Lower case without outer spaces; with `clean_caption` what diffusers' pipeline makes of web captions.
+def encode_prompts(
+    tokenizer: Any,
+    text_encoder: Any,
+    prompt: str | list[str] | None,
+    negative_prompt: str | list[str] | None = "",
+    *,
+    is_guided: bool,
+    device: torch.device,
+    num_images_per_prompt: int = 1,
+    prompt_embeds: Tensor | None = None,
+    prompt_attention_mask: Tensor | None = None,
+    negative_prompt_embeds: Tensor | None = None,
+    negative_prompt_attention_mask: Tensor | None = None,
+    clean_caption: bool = False,
+    max_sequence_length: int = 300,
+    complex_human_instruction: str | Sequence[str] | None = None,
+    lora_scale: float | None = None,
+) -> dict[str, Any]:
+    """Text features of prompts and negative prompts, one row per image; the images of a prompt are neighbors.
 
-    `clean_caption` needs beautifulsoup4 and ftfy; without them diffusers warns and leaves the cleaning out.
+    Args:
+        tokenizer, text_encoder: of the pipeline; None where all features are given.
+        is_guided: whether the features of negative prompts are needed.
+        the others: as in `SanaPipeline.encode_prompt`.
+
+    Returns:
+        By the names in `TEXT_TENSORS`: features `[B, L, width]` and mask `[B, L]`, and those of the negative prompts
+        or None twice.
     """
-    if not clean_caption:
-        return [caption.lower().strip() for caption in captions]
-    # The method reads class attributes only, so an empty instance serves.
-    cleaner = object.__new__(UpstreamSanaPipeline)
-    return private(cleaner, "_text_preprocessing")(list(captions), clean_caption=True)
+    instruction = join_instruction(complex_human_instruction)
 
+    def encode(name: str, texts: Any, instruction: str) -> tuple[Tensor, Tensor]:
+        texts = [texts] if isinstance(texts, str) else texts
+        check_texts(name, texts, texts)
+        return encode_captions(
+            tokenizer,
+            text_encoder,
+            clean_captions(texts, clean_caption),
+            instruction,
+            max_sequence_length=max_sequence_length,
+            device=device,
+            name=name,
+        )
 
-def join_instruction(complex_human_instruction: str | Sequence[str] | None) -> str:
-    """The instruction as one text, from its lines or from the text itself; empty for none."""
-    if not complex_human_instruction:
-        return ""
-    given: Any = complex_human_instruction
-    lines = given if isinstance(given, list | tuple) else [given]
-    check_texts("complex_human_instruction", lines, given)
-    return "\n".join(lines)
+    needs_negative = is_guided and negative_prompt_embeds is None
+    if needs_negative and text_encoder is None:
+        raise ValueError(
+            "`negative_prompt_embeds` must be given, because this pipeline was made without a text encoder; or set"
+            " `guidance_scale` to 1."
+        )
+    with exclusive(text_encoder), scaled_adapters(text_encoder, lora_scale):
+        embeds, mask = prompt_embeds, prompt_attention_mask
+        if embeds is None:
+            embeds, mask = encode("prompt", prompt, instruction)
+        negative, negative_mask = negative_prompt_embeds, negative_prompt_attention_mask
+        if needs_negative:
+            negative, negative_mask = encode("negative_prompt", negative_prompt or "", "")
+            if len(negative) == 1:
+                negative = negative.expand(len(embeds), -1, -1)
+                negative_mask = negative_mask.expand(len(embeds), -1)
+
+    dtype = embeds.dtype if text_encoder is None else text_encoder.dtype
+
+    def per_image(embeds: Any, mask: Any) -> tuple[Tensor, Tensor]:
+        embeds = embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
+        return embeds, mask.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+
+    halves = [*per_image(embeds, mask), *(per_image(negative, negative_mask) if is_guided else (None, None))]
+    return dict(zip(TEXT_TENSORS, halves, strict=True))
 
 
 def encode_captions(
@@ -73,32 +121,13 @@ def encode_captions(
     Returns:
         Features `[B, L, C]` in the dtype of the model, zero beyond the caption, and their mask `[B, L]`, 1 at tokens.
     """
-    # Where instruction and caption meet, the tokenizer joins the last space of the one with the first word of the
-    # other; so the last token of the instruction alone is no part of what is before the caption.
-    prefix = tokenizer.encode(instruction)[:-1] if instruction else []
-    skipped = max(len(prefix) - 1, 0)
-    num_tokens = max_sequence_length + skipped
-    tokenize = partial(
-        tokenizer,
-        padding="longest",  # the model is causal: padding to the right cannot change a token
-        padding_side="right",
-        max_length=num_tokens,
-        truncation=True,
-        return_tensors="pt",
-        return_offsets_mapping=tokenizer.is_fast,
-    )
     texts = [instruction + caption for caption in captions]
-    inputs = tokenize([beginning(tokenizer, tokenize, text, num_tokens) for text in texts])
+    prefix, inputs = tokenize(tokenizer, texts, instruction, max_sequence_length)
     mask = inputs.attention_mask
-    if not bool(mask.any(dim=-1).all()):
-        raise ValueError(
-            "`tokenizer` gives no token for an empty prompt; it must put a beginning-of-sequence token before each"
-            " text, as Gemma's does."
-        )
     warn_of_cut(name, texts, inputs, max_sequence_length)
     first = inputs.input_ids[0, :1].tolist()
     embeds = hidden_states(text_encoder, inputs.input_ids, mask, prefix or first, device)
-    mask = mask[:, [0, *range(1 + skipped, mask.shape[1])]].to(embeds.device)
+    mask = mask[:, [0, *range(max(len(prefix), 1), mask.shape[1])]].to(embeds.device)
     embeds = embeds.masked_fill(mask.unsqueeze(-1) == 0, 0)
     check_computed("text_encoder", "features", embeds, embeds.dtype)
     return pad_text(embeds, mask, max_sequence_length)

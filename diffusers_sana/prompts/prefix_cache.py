@@ -1,11 +1,11 @@
-"""What a text encoder need not compute again: the instruction before every prompt, and texts it has just read.
+"""The prefix cache: a text encoder computes the instruction before every prompt, and its latest texts, only once.
 
-In a causal model with padding on the right, keys and values of a token do not depend on what follows. So those of the
-prefix that all prompts share are computed once, and only the rest of a prompt runs, behind them. The features of the
-last few single texts are kept as well, of which the empty negative prompt is one.
+In a causal model with padding on the right, keys and values of a token do not depend on later tokens. So those of the
+prefix that all prompts share are computed once, and only the rest of a prompt runs after them. The features of the
+last few single texts are kept as well; the empty negative prompt is one of them.
 
-Everything kept belongs to one state of the model (`_state`) and goes with it. A model in which something else than the
-modules of its class takes part runs as if this file did not exist: see `_state`.
+Entries belong to one state of the model (`_state`) and are dropped with it. A model that runs other code than the
+modules of its class is never cached: see `_state`.
 
 Legend: B prompts, L tokens, P tokens of the prefix, C width of the language model.
 """
@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, Gemma2Model, PreTrainedModel
 
+from diffusers_sana.locks import exclusive
+
 
 MAX_PREFIXES = 2  # some 20 MB each for Gemma-2-2B
 MAX_TEXTS = 8  # at most 11 MB together for Gemma-2-2B in bfloat16 at 300 tokens
 _SAMPLES = 32  # elements looked at in each parameter
 
 
-class _Prefix(NamedTuple):
+class Prefix(NamedTuple):
     """The last hidden state `[1, 1, C]` of the first token, and the keys and values of all."""
 
     first: Tensor
@@ -38,7 +40,7 @@ class _Memory:
     """What was computed in one state of a model; tokens -> (their rows of the embedding, what was computed)."""
 
     state: tuple[list, dict[Any, Tensor]]
-    prefixes: dict[tuple[int, ...], tuple[Tensor, _Prefix]] = field(default_factory=dict)
+    prefixes: dict[tuple[int, ...], tuple[Tensor, Prefix]] = field(default_factory=dict)
     texts: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
@@ -48,7 +50,7 @@ _MEMORIES: WeakKeyDictionary[PreTrainedModel, _Memory] = WeakKeyDictionary()
 def hidden_states(
     text_encoder: PreTrainedModel, input_ids: Tensor, mask: Tensor, prefix: Sequence[int], device: torch.device
 ) -> Tensor:
-    """Last hidden states `[B, 1 + L - P, C]` of the first token and of those behind the prefix.
+    """Last hidden states `[B, 1 + L - P, C]` of the first token and of those after the prefix.
 
     Args:
         text_encoder: model without a head.
@@ -56,17 +58,18 @@ def hidden_states(
         prefix: P tokens, 1 or more, with which every row should begin; where one does not, all tokens run.
         device: where the model runs.
     """
-    memory = _memory_of(text_encoder, device)
-    if memory is None or len(input_ids) > 1:
-        return _compute(text_encoder, input_ids, mask, prefix, device, memory)
-    # Nothing is padded in a single text, so its tokens alone say what the result is.
-    text = len(prefix), *input_ids[0].tolist()
-    embedded = _embed(text_encoder, input_ids, device)
-    states = _recall(memory.texts, text, embedded)
-    if states is None:
-        states = _compute(text_encoder, input_ids, mask, prefix, device, memory)
-        _remember(memory.texts, text, embedded, states, MAX_TEXTS)
-    return states
+    with exclusive(text_encoder):
+        memory = _memory_of(text_encoder, device)
+        if memory is None or len(input_ids) > 1:
+            return _compute(text_encoder, input_ids, mask, prefix, device, memory)
+        # Nothing is padded in a single text, so its tokens alone say what the result is.
+        text = len(prefix), *input_ids[0].tolist()
+        embedded = _embed(text_encoder, input_ids, device)
+        states = _recall(memory.texts, text, embedded)
+        if states is None:
+            states = _compute(text_encoder, input_ids, mask, prefix, device, memory)
+            _remember(memory.texts, text, embedded, states, MAX_TEXTS)
+        return states
 
 
 def _compute(
@@ -77,39 +80,53 @@ def _compute(
     device: torch.device,
     memory: _Memory | None,
 ) -> Tensor:
-    """`hidden_states`, by running all tokens or those behind the prefix, which runs where it is not remembered."""
+    """`hidden_states`, by running all tokens, or those after the prefix, which runs if it is not cached."""
 
-    def run(ids: Tensor, mask: Tensor, cache: DynamicCache | None = None) -> Tensor:
-        ids, mask = ids.to(device), mask.to(device)
-        if cache is None:
-            return text_encoder(ids, attention_mask=mask, use_cache=False)[0]
-        return text_encoder(ids, attention_mask=mask, past_key_values=cache, use_cache=True)[0]
-
-    length = len(prefix)
+    ids, length = input_ids.to(device), len(prefix)
     if memory is None or not _shares_prefix(text_encoder, input_ids, mask, prefix):
-        return run(input_ids, mask)[:, [0, *range(length, input_ids.shape[1])]]
+        states = text_encoder(ids, attention_mask=mask.to(device), use_cache=False)[0]
+        return states[:, [0, *range(length, input_ids.shape[1])]]
 
     head = input_ids[:1, :length]
     embedded = _embed(text_encoder, head, device)
     remembered = _recall(memory.prefixes, tuple(prefix), embedded)
     if remembered is None:
-        # The prefix runs apart in the first call too, so that it gives the same bits as the later ones.
-        cache = DynamicCache(config=text_encoder.config)
-        remembered = _Prefix(run(head, mask[:1, :length], cache)[:, :1].clone(), cache)
+        # The prefix runs separately in the first call too, so that all calls give the same bits.
+        first, cache = run_prefix(text_encoder, ids[:1, :length], mask[:1, :length].to(device))
+        remembered = Prefix(first.clone(), cache)  # without the states of the other tokens
         _remember(memory.prefixes, tuple(prefix), embedded, remembered, MAX_PREFIXES)
-    first = remembered.first.expand(len(input_ids), -1, -1)
-    if input_ids.shape[1] == length:
-        return first
+    return run_after(text_encoder, remembered, ids[:, length:], mask.to(device))
 
-    # Layers of this call's own, with copies of the keys and values, as many as prompts.
+
+def run_prefix(text_encoder: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Prefix:
+    """Runs the tokens `[1, P]` that all texts share; gradients flow through the result."""
     cache = DynamicCache(config=text_encoder.config)
-    cache.layers = [copy.copy(layer) for layer in remembered.cache.layers]
+    states = text_encoder(input_ids, attention_mask=mask, past_key_values=cache, use_cache=True)[0]
+    return Prefix(states[:, :1], cache)
+
+
+def run_after(text_encoder: PreTrainedModel, prefix: Prefix, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Last hidden states `[B, 1 + S, C]` of the first token and of S tokens after the prefix.
+
+    Args:
+        text_encoder: causal model without a head.
+        prefix: from `run_prefix`; stays as it is.
+        input_ids: `[B, S]`, padded on the right.
+        mask: `[B, P + S]`.
+    """
+    first = prefix.first.expand(len(input_ids), -1, -1)
+    if input_ids.shape[1] == 0:
+        return first
+    # Layers of this call alone, with one copy of the keys and values per prompt.
+    cache = DynamicCache(config=text_encoder.config)
+    cache.layers = [copy.copy(layer) for layer in prefix.cache.layers]
     cache.batch_repeat_interleave(len(input_ids))
-    return torch.cat([first, run(input_ids[:, length:], mask, cache)], dim=1)
+    states = text_encoder(input_ids, attention_mask=mask, past_key_values=cache, use_cache=True)[0]
+    return torch.cat([first, states], dim=1)
 
 
 def _shares_prefix(text_encoder: PreTrainedModel, input_ids: Tensor, mask: Tensor, prefix: Sequence[int]) -> bool:
-    """Whether the prefix can run apart from the rest: every row begins with it, and no token looks ahead."""
+    """Whether the prefix can run separately: every row begins with it, and no token attends to later ones."""
     length, config = len(prefix), text_encoder.config
     causal = getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", False)
     # Other kinds of rotary embedding may depend on the length of the whole text.
@@ -128,7 +145,7 @@ def _embed(text_encoder: PreTrainedModel, input_ids: Tensor, device: torch.devic
 
 
 def _recall(entries: dict, key: tuple[int, ...] | None, embedded: Tensor) -> Any:
-    """What is remembered under `key` if its tokens are still embedded as they were; else None."""
+    """The entry under `key` if its tokens still have the same embeddings; else None."""
     was_embedded, value = entries.pop(key, (None, None))
     if value is None or not torch.equal(was_embedded, embedded):
         return None

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from diffusers_sana._compat import upstream_instruction
+from diffusers_sana.prompts.prefix_cache import run_after, run_prefix
+from diffusers_sana.prompts.tokenization import COMPLEX_HUMAN_INSTRUCTION, clean_captions, join_instruction, tokenize
 
 
 @dataclass
@@ -42,7 +43,7 @@ class PromptTokens:
 
 def complex_human_instruction() -> str:
     """The instruction that diffusers' Sana pipelines put before a prompt."""
-    return "\n".join(upstream_instruction())
+    return join_instruction(COMPLEX_HUMAN_INSTRUCTION)
 
 
 def tokenize_prompts(
@@ -54,15 +55,9 @@ def tokenize_prompts(
     """
     if isinstance(prompts, str):
         raise TypeError("`prompts` must be a list of str, got a str. Put it into a list.")
-    prefix = tokenizer.encode(instruction)[:-1] if instruction else [tokenizer.bos_token_id]
-    tokens = tokenizer(
-        [instruction + prompt.lower().strip() for prompt in prompts],
-        padding="longest",
-        padding_side="right",
-        max_length=len(prefix) + max_sequence_length - 1,
-        truncation=True,
-        return_tensors="pt",
-    )
+    texts = [instruction + caption for caption in clean_captions(prompts)]
+    shared, tokens = tokenize(tokenizer, texts, instruction, max_sequence_length)
+    prefix = shared or tokens.input_ids[0, :1].tolist()
     prefix_ids = torch.tensor([prefix])
     for prompt, ids in zip(prompts, tokens.input_ids, strict=True):
         if not torch.equal(ids[: len(prefix)], prefix_ids[0]):
@@ -75,19 +70,12 @@ def tokenize_prompts(
 
 def encode_tokens(text_encoder: PreTrainedModel, tokens: PromptTokens) -> tuple[Tensor, Tensor]:
     """Conditioning vectors `[B, L, D]` and their mask `[B, L]`, equal to the pipeline's where the mask is 1."""
-    batch_size = len(tokens.input_ids)
-    prefix = text_encoder(tokens.prefix_ids, past_key_values=DynamicCache(config=text_encoder.config), use_cache=True)
-    first = prefix.last_hidden_state[:, :1].expand(batch_size, -1, -1)  # [B, 1, D]
-    first_mask = tokens.attention_mask.new_ones(batch_size, 1)
-    if tokens.input_ids.shape[1] == 0:  # nothing but BOS
-        return first, first_mask
-    cache = prefix.past_key_values
-    cache.batch_repeat_interleave(batch_size)
-    prefix_mask = first_mask.expand(-1, tokens.prefix_ids.shape[1])
-    rest = text_encoder(
-        tokens.input_ids, torch.cat([prefix_mask, tokens.attention_mask], dim=1), past_key_values=cache
-    ).last_hidden_state  # [B, S, D]
-    return torch.cat([first, rest], dim=1), torch.cat([first_mask, tokens.attention_mask], dim=1)
+    first_mask = tokens.attention_mask.new_ones(len(tokens.input_ids), 1)
+    prefix_mask = torch.ones_like(tokens.prefix_ids)
+    prefix = run_prefix(text_encoder, tokens.prefix_ids, prefix_mask)
+    mask = torch.cat([prefix_mask.expand(len(first_mask), -1), tokens.attention_mask], dim=1)
+    states = run_after(text_encoder, prefix, tokens.input_ids, mask)
+    return states, torch.cat([first_mask, tokens.attention_mask], dim=1)
 
 
 def drop_prompts(attention_mask: Tensor, dropped: Tensor) -> Tensor:

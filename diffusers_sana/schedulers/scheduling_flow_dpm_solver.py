@@ -98,7 +98,7 @@ class FlowDPMSolverScheduler(SchedulerMixin, ConfigMixin):
     config: Any  # a `FrozenDict`, which reads like a namespace; typed as a plain dict in the base class
     num_inference_steps: int | None
     _levels: list[float]  # `sigmas` on the host
-    _rules: list[list[_StepRule]]  # one list a step, one rule an order, from order 1
+    _rules: list[list[_StepRule]]  # one list per step, one rule per order, from order 1
     _predictions: list[Tensor]  # of earlier steps, newest first: data predictions, or velocities for Adams-Bashforth
     _step_index: int | None
     _begin_index: int | None

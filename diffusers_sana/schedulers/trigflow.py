@@ -5,7 +5,7 @@ mixes `(1 - σ) z + σ noise` and predicts `noise - z`. At `σ = sin(t) / (sin(t
 factor only, and so the prediction of one is that of the other: nothing is lost and nothing is trained.
 
 All latents are in units of their standard deviation. `sigma_data`, which TrigFlow multiplies them with, is left for
-where it does not cancel: the law of the training angles, and the constant of the tangent's normalisation.
+where it does not cancel: the distribution of the training angles, and the constant of the tangent's normalization.
 
 Legend: B batch, C latent channels, h/w latent height and width.
 """
@@ -23,7 +23,7 @@ STEP_ANGLES = {1: (MAX_ANGLE, 0.0), 2: (MAX_ANGLE, 1.3, 0.0), 4: (MAX_ANGLE, 1.3
 
 
 def angles_to_sigmas(angles: Tensor) -> Tensor:
-    """The shares of noise of flow matching at the same ratio of noise to image, `[B]`."""
+    """The noise levels σ of flow matching at the same ratio of noise to image, `[B]`."""
     return angles.sin() / (angles.sin() + angles.cos())
 
 
@@ -44,15 +44,15 @@ def flow_to_trigflow(predict: Callable[[Tensor, Tensor], Tensor], noisy: Tensor,
     """The prediction F `[B, C, h, w]` of TrigFlow by a network of flow matching.
 
     Args:
-        predict: from the mixture of flow matching `[B, C, h, w]` and its shares of noise `[B]` to `noise - latents`.
+        predict: from the mixture of flow matching `[B, C, h, w]` and its noise levels `[B]` to `noise - latents`.
         noisy: x_t, `[B, C, h, w]`.
         angles: `[B]`.
     """
     sigmas = angles_to_sigmas(angles)
     sigma = sigmas.view(-1, 1, 1, 1)
-    square = 1 - 2 * sigma + 2 * sigma**2
-    scaled = noisy * square.sqrt()
-    return ((1 - 2 * sigma) * scaled + square * predict(scaled, sigmas)) / square.sqrt()
+    norm = torch.sqrt(sigma**2 + (1 - sigma) ** 2)
+    scaled = noisy * norm
+    return ((1 - 2 * sigma) * scaled + (1 - 2 * sigma + 2 * sigma**2) * predict(scaled, sigmas)) / norm
 
 
 def clean_latents(noisy: Tensor, prediction: Tensor, angles: Tensor) -> Tensor:

@@ -174,6 +174,7 @@ def test_time_of_the_pipeline(pipe):
 
     pipe.transformer.enable_cache(PyramidAttentionBroadcastConfig(**arguments, current_timestep_callback=callback))
     assert torch.equal(draw(pipe), expected)
+    pipe.scheduler.set_timesteps(STEPS)
     assert sorted(set(seen), reverse=True) == pipe.scheduler.timesteps.tolist()
 
 

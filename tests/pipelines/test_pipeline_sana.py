@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import diffusers_sana
-from diffusers_sana.prompts.encoding import COMPLEX_HUMAN_INSTRUCTION
+from diffusers_sana.prompts.tokenization import COMPLEX_HUMAN_INSTRUCTION
 from tests import tiny
 from tests.numerics import assert_close_fp32
 

@@ -103,6 +103,7 @@ class TestLatents:
             strength=strength,
             callback_on_step_end=lambda pipe, i, t, tensors: seen.append(tensors["latents"]),
         )
+        pipe.scheduler.set_timesteps(STEPS)
         z, sigmas = latents_of(picture()), pipe.scheduler.sigmas[-len(seen) :]
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(3))
         kept = torch.ones(16, 16, dtype=bool)

@@ -16,6 +16,7 @@ import diffusers_sana
 from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
 from diffusers_sana.models.transformers.attention_sana import SanaLinearAttnProcessor, SanaPAGAttnProcessor
 from diffusers_sana.pipelines.pipeline_sana_pag import SanaPAGPipeline
+from diffusers_sana.pipelines.request import Request
 from tests import tiny
 from tests.numerics import assert_close_fp32
 
@@ -211,18 +212,21 @@ class TestLayers:
         return pag(num_layers=12, pag_applied_layers="transformer_blocks.1")
 
     def perturbed(self, pipe, **kwargs):
+        """The blocks that are perturbed in the transformer's forward."""
         seen = []
 
-        def callback(pipe, step, t, tensors):
+        def look(transformer, args):
             seen.append(
                 [
                     int(name.split(".")[1])
-                    for name, processor in pipe.transformer.attn_processors.items()
+                    for name, processor in transformer.attn_processors.items()
                     if isinstance(processor, SanaPAGAttnProcessor)
                 ]
             )
 
-        generate(pipe, num_inference_steps=1, callback_on_step_end=callback, **kwargs)
+        handle = pipe.transformer.register_forward_pre_hook(look)
+        generate(pipe, num_inference_steps=1, **kwargs)
+        handle.remove()
         return seen[0]
 
     @pytest.mark.parametrize(
@@ -279,10 +283,12 @@ def test_signature_is_that_of_the_plain_pipeline_and_more():
 def test_every_argument_is_passed_on(shared, monkeypatch):
     """Also those that the other tests leave at their defaults."""
     marks = {name: object() for name in inspect.signature(SanaPipeline.__call__).parameters if name != "self"}
-    given = []
-    monkeypatch.setattr(SanaPipeline, "__call__", lambda self, **kwargs: given.append(kwargs))
-    shared(**marks)
-    assert given == [marks]
+    collected = []
+    monkeypatch.setattr(Request, "_check", lambda request, has_vae: collected.append(request))
+    monkeypatch.setattr(shared, "_sizes", lambda request: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        shared(**marks)
+    assert {name: getattr(collected[0], name) for name in marks} == marks
 
 
 @pytest.mark.parametrize("name", ["pag_scale", "pag_adaptive_scale"])
@@ -307,12 +313,14 @@ class TestProcessors:
     def test_are_restored_after_an_error(self, pipe):
         before = pipe.transformer.attn_processors
 
-        def callback(pipe, step, t, tensors):
+        def stop(module, args):
             assert any(name is SanaPAGAttnProcessor for name in processors(pipe))
             raise KeyboardInterrupt
 
+        handle = pipe.transformer.proj_out.register_forward_pre_hook(stop)
         with pytest.raises(KeyboardInterrupt):
-            generate(pipe, callback_on_step_end=callback)
+            generate(pipe)
+        handle.remove()
         assert pipe.transformer.attn_processors == before
         assert generate(pipe, pag_scale=0).isfinite().all()
 

@@ -117,8 +117,14 @@ def test_half_precision_is_no_worse():
 
 
 def test_a_schedule_of_ones_own(ours, upstream):
-    images = ours(**CALL, timesteps=PAPER_ANGLES, generator=seeded()).images
-    assert torch.equal(ours.scheduler.timesteps, torch.tensor(PAPER_ANGLES))
+    angles = []
+
+    def callback(pipe, step, t, tensors):
+        angles.append(pipe.scheduler.timesteps)
+        return {}
+
+    images = ours(**CALL, timesteps=PAPER_ANGLES, callback_on_step_end=callback, generator=seeded()).images
+    assert torch.equal(angles[0], torch.tensor(PAPER_ANGLES))
     as_two = ours(**CALL, timesteps=[1.5708, 1.3, 0.0], generator=seeded()).images
     assert torch.equal(as_two, ours(**CALL, generator=seeded()).images)
     assert not torch.equal(images, as_two)

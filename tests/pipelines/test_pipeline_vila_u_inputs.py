@@ -24,7 +24,7 @@ def pipe():
         ({"num_images_per_prompt": 0}, ValueError, "`num_images_per_prompt` must be at least 1, got 0"),
         ({"num_frames": 1.5}, TypeError, "`num_frames` must be an integer, got 1.5"),
         ({"num_frames": 0}, ValueError, "`num_frames` must be at least 1, got 0"),
-        ({"generator": [torch.Generator()] * 2}, ValueError, "a list of 1, one a picture, got 2"),
+        ({"generator": [torch.Generator()] * 2}, ValueError, "a list of 1, one per image, got 2"),
         ({"guidance_scale": [1.0, 2.0]}, ValueError, "`guidance_scale` must be a number or have one entry per prompt"),
         ({"guidance_scale": torch.nan}, ValueError, "`guidance_scale` must be finite"),
         ({"guidance_scale": torch.inf}, ValueError, "`guidance_scale` must be finite"),

@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 import diffusers_sana
-from diffusers_sana.prompts import encoding
-from diffusers_sana.prompts.encoding import COMPLEX_HUMAN_INSTRUCTION
+from diffusers_sana.prompts import tokenization
+from diffusers_sana.prompts.tokenization import COMPLEX_HUMAN_INSTRUCTION
 from tests import tiny
 from tests.numerics import assert_close_fp32
 
@@ -109,17 +109,17 @@ def test_the_default_instruction_is_the_one_of_the_checkpoints():
     ("given", "text"), [(None, ""), ("", ""), ([], ""), (["a", "b "], "a\nb "), ("a\nb ", "a\nb ")]
 )
 def test_join_instruction(given, text):
-    assert encoding.join_instruction(given) == text
+    assert tokenization.join_instruction(given) == text
 
 
 class TestCleanCaptions:
     caption = " <p>A Cat &amp; Dog</p> https://example.com/cat.png 1234567 "
 
     def test_is_lower_case_by_default(self):
-        assert encoding.clean_captions([" A Cat "]) == ["a cat"]
+        assert tokenization.clean_captions([" A Cat "]) == ["a cat"]
 
     def test_equals_diffusers(self, upstream):
-        cleaned = encoding.clean_captions([self.caption], clean_caption=True)
+        cleaned = tokenization.clean_captions([self.caption], clean_caption=True)
         assert cleaned == upstream._text_preprocessing([self.caption], clean_caption=True)
         assert "http" not in cleaned[0]
 
@@ -128,5 +128,5 @@ class TestCleanCaptions:
 
         monkeypatch.setattr(pipeline_sana, "is_ftfy_available", lambda: False)
         with caplog.at_level(logging.WARNING):
-            assert encoding.clean_captions([" A <b>Cat"], clean_caption=True) == ["a <b>cat"]
+            assert tokenization.clean_captions([" A <b>Cat"], clean_caption=True) == ["a <b>cat"]
         assert "ftfy" in caplog.text

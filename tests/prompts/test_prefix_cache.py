@@ -14,7 +14,8 @@ from transformers import Gemma2Config, Gemma2Model, MistralConfig, MistralModel
 
 import diffusers_sana
 from diffusers_sana.prompts import prefix_cache
-from diffusers_sana.prompts.encoding import COMPLEX_HUMAN_INSTRUCTION, encode_captions
+from diffusers_sana.prompts.encoding import encode_captions
+from diffusers_sana.prompts.tokenization import COMPLEX_HUMAN_INSTRUCTION
 from tests import tiny
 from tests.numerics import assert_close_fp32, assert_no_worse
 

@@ -19,7 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 
-from diffusers_sana.models.layers import Linear, takes_adapter_scale
+from diffusers_sana.models.layers import Linear, scaled_adapters, split_scale
 from diffusers_sana.models.loading import SingleFileMixin, StrictModelMixin
 from diffusers_sana.models.transformers.attention_sana import SanaRMSNorm
 from diffusers_sana.models.transformers.config_sana import check_transformer_config
@@ -159,7 +159,6 @@ class SanaControlNetModel(
         config = {k: v for k, v in config.items() if k not in EXTENSIONS or v != EXTENSIONS[k]}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
-    @takes_adapter_scale
     def forward(
         self,
         hidden_states: Tensor,
@@ -194,6 +193,12 @@ class SanaControlNetModel(
         Raises:
             ValueError: shapes that do not match the config, or arguments that this model does not use.
         """
+        scale, attention_kwargs = split_scale(attention_kwargs)
+        if scale is not None:
+            inputs = hidden_states, encoder_hidden_states, timestep, controlnet_cond, conditioning_scale
+            options = encoder_attention_mask, attention_mask, attention_kwargs, return_dict
+            with scaled_adapters(self, scale):
+                return SanaControlNetModel.forward(self, *inputs, *options, text_context)
         p = self.config["patch_size"]
         height, width = controlnet_cond.shape[-2] // p, controlnet_cond.shape[-1] // p
         self._check_inputs(hidden_states, timestep, controlnet_cond, attention_mask)

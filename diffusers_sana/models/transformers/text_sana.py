@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from diffusers_sana.models.layers import takes_adapter_scale
+from diffusers_sana.models.layers import scaled_adapters, split_scale
 from diffusers_sana.models.transformers.attention_sana import SanaTextState
 from diffusers_sana.saving import check_saveable
 
@@ -85,7 +85,6 @@ class SanaTextMixin:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     @apply_forward_hook
-    @takes_adapter_scale
     def encode_text(
         self,
         encoder_hidden_states: Tensor,
@@ -107,6 +106,10 @@ class SanaTextMixin:
         Returns:
             A context with the same effect as the arguments.
         """
+        scale, attention_kwargs = split_scale(attention_kwargs)
+        if scale is not None:
+            with scaled_adapters(cast(nn.Module, self), scale):
+                return SanaTextMixin.encode_text(self, encoder_hidden_states, encoder_attention_mask, attention_kwargs)
         self._check_text(encoder_hidden_states, encoder_attention_mask, attention_kwargs)
         text, mask, num_single = encoder_hidden_states, encoder_attention_mask, 0
         blocks = self.transformer_blocks

@@ -31,7 +31,8 @@ from diffusers_sana.models.layers import (
     PointwiseConv2d,
     gated_bottleneck,
     hooks_of,
-    takes_adapter_scale,
+    scaled_adapters,
+    split_scale,
 )
 from diffusers_sana.models.loading import SingleFileMixin, StrictModelMixin
 from diffusers_sana.models.transformers.attention_sana import (
@@ -360,7 +361,6 @@ class SanaTransformer2DModel(
         self.proj_out = Linear(dim, patch_size * patch_size * (out_channels or in_channels))
         self.gradient_checkpointing = False
 
-    @takes_adapter_scale
     def forward(
         self,
         hidden_states: Tensor,
@@ -397,6 +397,12 @@ class SanaTransformer2DModel(
         Raises:
             ValueError: shapes that do not match the config, or arguments that this model does not use.
         """
+        scale, attention_kwargs = split_scale(attention_kwargs)
+        if scale is not None:
+            inputs = hidden_states, encoder_hidden_states, timestep, guidance
+            options = encoder_attention_mask, attention_mask, attention_kwargs, controlnet_block_samples
+            with scaled_adapters(self, scale):
+                return SanaTransformer2DModel.forward(self, *inputs, *options, return_dict, text_context)
         self._check_inputs(hidden_states, timestep, guidance, attention_mask)
         if controlnet_block_samples is not None:
             self._check_controlled_cache()
@@ -412,11 +418,11 @@ class SanaTransformer2DModel(
 
         first_controlled = 1
         for index, (block, text) in enumerate(zip(self.transformer_blocks, text_context.states, strict=True)):
-            arguments = (hidden_states, text, text_context.attention_mask, modulation, height, width)
+            block_arguments = (hidden_states, text, text_context.attention_mask, modulation, height, width)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden_states = self._gradient_checkpointing_func(block, *arguments)
+                hidden_states = self._gradient_checkpointing_func(block, *block_arguments)
             else:
-                hidden_states = block(*arguments)
+                hidden_states = block(*block_arguments)
             if callable(controlnet_block_samples):
                 controlnet_block_samples, first_controlled = controlnet_block_samples(hidden_states), 0
             if controlnet_block_samples is not None:

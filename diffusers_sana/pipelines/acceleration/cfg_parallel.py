@@ -1,7 +1,7 @@
 """The halves of classifier-free guidance, or any batch, on several processes.
 
-Each process runs a share of the batch through the model and gathers the predictions of the others, so that all go on
-with the same bits. Wherever the batch comes from: several prompts are shared in the same way.
+Each process runs its part of the batch through the model and gathers the predictions of the others, so that all
+continue with the same bits. Several prompts are distributed in the same way.
 
 Legend: B rows of the batch.
 """
@@ -22,7 +22,7 @@ from diffusers_sana.models.transformers.text_sana import SanaTextContext
 
 @contextmanager
 def cfg_parallel(*models: nn.Module, group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Within it, each process of a group runs its share of the batch: with two, one half of the guidance each.
+    """Within it, each process of a group runs its part of the batch: with two, one half of the guidance each.
 
     Every process must make the same calls with the same inputs, so with equal seeds.
 
@@ -66,7 +66,7 @@ class BatchParallelHook(ModelHook):
         return self._gather(output)
 
     def _share_of(self, rank: int) -> slice:
-        """Rows of a process: as many for each; where the batch does not suffice, the last shares overlap."""
+        """Rows of a process, equally many for each; where they do not divide evenly, the last parts overlap."""
         share = -(-self.batch_size // dist.get_world_size(self.group))
         start = min(rank * share, self.batch_size - share)
         return slice(start, start + share)
@@ -89,7 +89,7 @@ class BatchParallelHook(ModelHook):
             value = value.contiguous()
             pieces = [torch.empty_like(value) for _ in range(dist.get_world_size(self.group))]
             dist.all_gather(pieces, value, group=self.group)
-            # Of overlapping shares, the first process's rows.
+            # Of overlapping parts, the rows of the first process.
             return torch.cat(
                 [piece[rank * len(value) - self._share_of(rank).start :] for rank, piece in enumerate(pieces)]
             )

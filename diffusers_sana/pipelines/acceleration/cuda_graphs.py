@@ -1,12 +1,12 @@
-"""Replays the transformer's kernels as one CUDA graph a step, for models whose launches take longer than their work.
+"""Replays the transformer's kernels as one CUDA graph per step, for models whose launches take longer than their work.
 
-A graph is recorded for each shape of the inputs and reads them from memory of its own, into which every step copies
-its latents and time, and every prompt its text. What a graph has recorded holds only while the weights stay where they
-are and adapters keep their strengths, so a fingerprint of both is taken at the start of every pipeline call.
+A graph is recorded for each shape of the inputs and each choice of attention processors. It reads its inputs from its
+own memory, into which every step copies its latents and time, and every prompt its text. A recording is valid only
+while the weights stay where they are and adapters keep their strengths, so a fingerprint of both is taken at the start
+of every pipeline call.
 """
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -32,17 +32,24 @@ class CudaGraphs:
         self.model = model
         self._graphs: dict[Hashable, _Graph] = {}
         self._fingerprint: Hashable = None
+        self._attentions: list[Any] = []
 
     def refresh(self) -> None:
-        """Drops all graphs if weights have moved or adapters have changed since the last call."""
+        """Drops all graphs if weights have moved or adapters have changed since the last call.
+
+        Raises:
+            RuntimeError: the model is not on a GPU, or hooks on it decide anew at every step.
+        """
+        _check(self.model)
         fingerprint = _fingerprint(self.model)
         if fingerprint != self._fingerprint:
             self._graphs.clear()
-            self._fingerprint = fingerprint
+            self._fingerprint, self._attentions = fingerprint, _attentions(self.model)
 
     def __call__(self, **arguments: Any) -> Tensor:
         """The first output of `model(**arguments)`, in memory that the next call overwrites."""
         tensors, shape = _flatten(arguments)
+        shape = shape, tuple(module.processor for module in self._attentions)
         graph = self._graphs.get(shape)
         if graph is None:
             if len(self._graphs) == MAX_GRAPHS:
@@ -66,12 +73,12 @@ class _Graph:
                 model(**own)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads go on
             self.output = model(**own)[0]
 
     def replay(self, tensors: list[Tensor]) -> Tensor:
         for i, tensor in enumerate(tensors):
-            # The text is the same object all through a picture, and nobody writes into it: copied once.
+            # The text is the same object all through a call, and nobody writes into it: copied once.
             if tensor is not self.sources[i]:
                 self.inputs[i].copy_(tensor)
                 self.sources[i] = tensor
@@ -123,24 +130,19 @@ def _fingerprint(model: nn.Module) -> Hashable:
     adapters = tuple(
         (tuple(layer.scaling.items()), tuple(layer.active_adapters), bool(layer.disable_adapters)) for layer in layers
     )
-    processors = tuple(module.processor for module in model.modules() if hasattr(module, "processor"))
+    processors = tuple(module.processor for module in _attentions(model))
     return weights, adapters, processors, model.training
+
+
+def _attentions(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "processor")]
 
 
 def _is_hooked(module: nn.Module) -> bool:
     return hasattr(module, "_hf_hook") or len(hooks_of(module)) > 0
 
 
-@contextmanager
-def graphed(model: Any, graphs: CudaGraphs | None) -> Iterator[Callable[..., Tensor]]:
-    """What the denoising loop calls for a prediction: the model, or its graphs.
-
-    Raises:
-        RuntimeError: graphs are wanted but the model is not on a GPU, or hooks on it decide anew at every step.
-    """
-    if graphs is None:
-        yield lambda **arguments: model(**arguments)[0]
-        return
+def _check(model: nn.Module) -> None:
     if any(_is_hooked(module) for module in model.modules()):
         raise RuntimeError(
             "`enable_cuda_graphs` cannot be combined with offloading, step caches or layerwise casting: their hooks "
@@ -152,5 +154,3 @@ def graphed(model: Any, graphs: CudaGraphs | None) -> Iterator[Callable[..., Ten
             f"`enable_cuda_graphs` needs the transformer on a CUDA device, got {device}. Call `pipe.to('cuda')`, or "
             "`pipe.disable_cuda_graphs()`."
         )
-    graphs.refresh()
-    yield graphs

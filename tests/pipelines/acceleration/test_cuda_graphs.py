@@ -107,7 +107,7 @@ def test_graph_made_in_inference_mode_serves_outside_of_it(pipe, monkeypatch):
         "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
         "stream": nullcontext,
         "CUDAGraph": NoGraph,
-        "graph": nullcontext,
+        "graph": lambda graph, **options: nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     graphs = CudaGraphs(lambda latents: (latents * 2,))
