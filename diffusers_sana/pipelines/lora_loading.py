@@ -12,14 +12,14 @@ from diffusers.utils import get_adapter_name
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from diffusers_sana.checkpoint_files import read_object, tensor_shapes
+from diffusers_sana.checkpoint_files import HUB_ARGUMENTS, read_object, tensor_shapes
 from diffusers_sana.checks import check_number
 from diffusers_sana.loaders.lora.formats import check_lora_fits, convert_sana_lora
 
 
 PEFT_CONFIG = "adapter_config.json"  # where PEFT keeps the scale of a LoRA
 PEFT_PREFIX = "base_model.model."
-HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+FILE_ARGUMENTS = (*HUB_ARGUMENTS, "subfolder")
 
 
 class LoraLoading(SanaLoraLoaderMixin):
@@ -43,7 +43,7 @@ class LoraLoading(SanaLoraLoaderMixin):
             return_lora_metadata: return also the fields of PEFT's config, or None where the file tells none.
             use_safetensors: True for files of safetensors alone, False for `.bin`, None for either. Of a `.bin`, only
                 tensors are read: code in it is never run.
-            kwargs: `HUB_ARGUMENTS`.
+            kwargs: `FILE_ARGUMENTS`.
 
         Raises:
             TypeError: an argument that has no effect.
@@ -51,8 +51,10 @@ class LoraLoading(SanaLoraLoaderMixin):
             OSError: there is no such file, or it is damaged.
         """
         source = pretrained_model_name_or_path_or_dict
-        if unknown := sorted(kwargs.keys() - set(HUB_ARGUMENTS)):
-            raise TypeError(f"`{unknown[0]}` is no argument of `load_lora_weights`. For files it has {HUB_ARGUMENTS}.")
+        if unknown := sorted(kwargs.keys() - set(FILE_ARGUMENTS)):
+            raise TypeError(
+                f"`{unknown[0]}` is no argument of `load_lora_weights`. For files it has {FILE_ARGUMENTS}."
+            )
         with _named(source, weight_name, kwargs.get("subfolder")):
             state_dict, metadata = cls._read_lora(source, weight_name, use_safetensors, kwargs)
         return (state_dict, metadata) if return_lora_metadata else state_dict
@@ -67,7 +69,7 @@ class LoraLoading(SanaLoraLoaderMixin):
     ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         from diffusers_sana._compat import fetch_state_dict  # here, so that a missing one costs LoRA files only
 
-        hub = {name: kwargs.get(name) for name in HUB_ARGUMENTS}
+        hub = {name: kwargs.get(name) for name in FILE_ARGUMENTS}
         state_dict, metadata = fetch_state_dict(
             pretrained_model_name_or_path_or_dict=source if isinstance(source, dict) else str(source),
             weight_name=weight_name,

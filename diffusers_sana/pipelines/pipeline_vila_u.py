@@ -22,6 +22,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import has_file
 
 from diffusers_sana._compat import private, warn_if_untested
+from diffusers_sana.checkpoint_files import HUB_ARGUMENTS
 from diffusers_sana.checks import check_computed, check_texts
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 from diffusers_sana.models.vila_u.media_vila_u import is_video
@@ -33,7 +34,6 @@ from diffusers_sana.pipelines.loading import check_complete, check_processor, na
 warn_if_untested("accelerate")
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
 @dataclass
