@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache, wraps
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from diffusers_sana import _compat
@@ -117,6 +118,24 @@ def _prefer_ours() -> Callable[[Callable[..., type]], Callable[..., type]]:
     return of
 
 
+def _choose_dtypes() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`DiffusionPipeline.from_pretrained` asks our pipelines for the dtype of each component that it loads."""
+
+    def of(load: Callable[..., Any]) -> Callable[..., Any]:
+        if missing := {"dtype", "name", "pipeline_class"} - signature(load).parameters.keys():
+            raise TypeError(f"`{load.__name__}` has no arguments {sorted(missing)}")
+
+        @wraps(load)
+        def load_in_its_dtype(*args: Any, **kwargs: Any) -> Any:
+            if choose := getattr(kwargs.get("pipeline_class"), "dtype_of_component", None):
+                kwargs["dtype"] = choose(kwargs["name"], kwargs["dtype"])
+            return load(*args, **kwargs)
+
+        return load_in_its_dtype
+
+    return of
+
+
 @cache
 def _log_choice(name: str) -> None:
     logger.info(
@@ -149,15 +168,22 @@ ENTRIES = (
         )
         for name in ("SanaControlNetImg2ImgPipeline", "SanaImg2ImgPipeline", "SanaInpaintPipeline", "VilaUPipeline")
     ),
-    # If diffusers has a pipeline of the name in the index, there is no table to add ours to. It calls this function,
-    # only for `DiffusionPipeline.from_pretrained` and `download`.
-    Entry(
-        feature="our pipelines for DiffusionPipeline.from_pretrained",
-        host="diffusers.pipelines.pipeline_utils",
-        table="",
-        key=_always("_get_pipeline_class"),
-        value=_prefer_ours,
-        wraps=True,
+    # If diffusers has a pipeline of the name in the index, there is no table to add ours to. It calls
+    # `_get_pipeline_class`, only for `DiffusionPipeline.from_pretrained` and `download`. It then loads the components
+    # without calling our `from_pretrained`, which keeps in bfloat16 what overflows float16.
+    *(
+        Entry(
+            feature=feature,
+            host="diffusers.pipelines.pipeline_utils",
+            table="",
+            key=_always(function),
+            value=value,
+            wraps=True,
+        )
+        for feature, function, value in (
+            ("our pipelines for DiffusionPipeline.from_pretrained", "_get_pipeline_class", _prefer_ours),
+            ("float16 for DiffusionPipeline.from_pretrained", "load_sub_model", _choose_dtypes),
+        )
     ),
     # The auto pipelines take the first pipeline with the name in the index, which is "SanaPipeline" for diffusers' and
     # ours; then they take the pipeline with the same key in the table of the task. ControlNet and Sprint, which

@@ -1,8 +1,9 @@
 """Adds entries of this package to the tables of diffusers and transformers: the only file that modifies them.
 
-No class or module of a host is replaced, and only one function is wrapped: the one with which diffusers selects the
-class that a folder names, because `DiffusionPipeline.from_pretrained` has no table for it. Otherwise `register` adds
-keys to dictionaries in which the hosts look names up, and never overwrites a key. `unregister` removes all of it.
+No class or module of a host is replaced. Two functions of `DiffusionPipeline.from_pretrained` are wrapped, because it
+has no table for them: the one that selects the class that a folder names, and the one that loads a component, for the
+dtypes of our pipelines' components. Otherwise `register` adds keys to dictionaries in which the hosts look names up,
+and never overwrites a key. `unregister` removes all of it.
 Importing the modules with those dictionaries takes seconds, so an entry waits until its host is imported: a finder in
 `sys.meta_path` notices that import and adds the entry right after it. Hence `import diffusers_sana` and the imports of
 diffusers may come in any order. The finder also creates the modules in which the hosts look up our classes

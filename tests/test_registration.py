@@ -352,6 +352,25 @@ class TestLoading:
         diffusers_sana.unregister()
         assert pipeline_utils._get_pipeline_class is plain
 
+    def test_loading_of_components_is_put_back_and_left_alone_where_it_has_changed(self, monkeypatch, caplog):
+        diffusers_sana.unregister()
+        plain = pipeline_utils.load_sub_model
+        assert plain is pipeline_loading_utils.load_sub_model
+        diffusers_sana.register()
+        assert pipeline_utils.load_sub_model.__wrapped__ is plain
+        diffusers_sana.unregister()
+        assert pipeline_utils.load_sub_model is plain
+
+        def of_another_version(name, pipeline_class, torch_dtype):
+            raise NotImplementedError
+
+        monkeypatch.setattr(pipeline_utils, "load_sub_model", of_another_version)
+        with caplog.at_level(logging.WARNING, logger="diffusers_sana._registration"):
+            diffusers_sana.register()
+        assert pipeline_utils.load_sub_model is of_another_version
+        assert "leaves out float16 for DiffusionPipeline.from_pretrained: TypeError: `of_another" in caplog.text
+        diffusers_sana.unregister()
+
     def test_the_gate_of_the_hub(self, folder):
         """What `from_pretrained` asks of a repository before it downloads from it."""
         config = json.loads((folder / "model_index.json").read_text())

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +13,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers_sana._compat import private
 from diffusers_sana._entries import PACKAGE, UPSTREAM_NAMES
 from diffusers_sana.checkpoint_files import check_readable, read_object
-from diffusers_sana.saving import check_saveable
+from diffusers_sana.saving import check_components
 
 
 _OURS = {("diffusers", theirs): (PACKAGE, ours) for ours, theirs in UPSTREAM_NAMES.items()}
@@ -20,6 +21,9 @@ _OURS = {("diffusers", theirs): (PACKAGE, ours) for ours, theirs in UPSTREAM_NAM
 # Activations of these exceed float16: the language model's hidden states, and up to 2.7e6 in the decoder of DC-AE.
 # bfloat16 has the range of float32; processors without it compute in float32 (`kernels/precision.py`).
 OVERFLOW_FLOAT16 = ("text_encoder", "vae")
+
+# Whether our own `from_pretrained` is loading, which knows for which components float16 was asked by name.
+_is_chosen: ContextVar[bool] = ContextVar("the dtype of each component is chosen", default=False)
 
 
 class ComponentLoading(DiffusionPipeline):
@@ -43,8 +47,24 @@ class ComponentLoading(DiffusionPipeline):
         if folder.is_dir():
             check_complete(folder, private(cls, "_get_init_keys")(cls) - kwargs.keys())
         kwargs |= {name: _dtypes(kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
-        with naming_damaged_files(folder):
-            return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+        token = _is_chosen.set(True)
+        try:
+            with naming_damaged_files(folder):
+                return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+        finally:
+            _is_chosen.reset(token)
+
+    @classmethod
+    def dtype_of_component(cls, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype in which `DiffusionPipeline.from_pretrained` loads a component, which calls no method of ours.
+
+        Args:
+            name: of the component.
+            dtype: asked for, for the whole pipeline or for this component: there is no telling. float16 is taken to be
+                asked for the whole pipeline.
+        """
+        is_for_all = dtype is torch.float16 and not _is_chosen.get()
+        return torch.bfloat16 if is_for_all and name in OVERFLOW_FLOAT16 else dtype
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -72,9 +92,7 @@ class ComponentLoading(DiffusionPipeline):
         Raises:
             ValueError: adapters are beside the layers of a component. Nothing is written then.
         """
-        for name, part in self.components.items():
-            if isinstance(part, torch.nn.Module):
-                check_saveable(part, name)
+        check_components(self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def register_to_config(self, **kwargs: Any) -> None:

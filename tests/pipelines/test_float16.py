@@ -1,5 +1,6 @@
 """float16: what overflows it stays in bfloat16 wherever float16 is asked for the whole pipeline."""
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -24,13 +25,32 @@ def image(pipe):
 
 
 @pytest.mark.parametrize("arguments", [{"dtype": F16}, {"torch_dtype": F16}, {"dtype": {"default": F16}}], ids=str)
-def test_from_pretrained(official_folder, arguments):
-    assert dtypes(diffusers_sana.SanaPipeline.from_pretrained(official_folder, **arguments)) == MIXED
+@pytest.mark.parametrize(
+    "cls", [diffusers_sana.SanaPipeline, diffusers.AutoPipelineForText2Image, diffusers.DiffusionPipeline]
+)
+def test_from_pretrained(official_folder, cls, arguments):
+    assert dtypes(cls.from_pretrained(official_folder, **arguments)) == MIXED
 
 
 def test_from_pretrained_with_a_dtype_of_the_component(official_folder):
     pipe = diffusers_sana.SanaPipeline.from_pretrained(official_folder, dtype={"default": F16, "vae": F16})
     assert dtypes(pipe) == MIXED | {"vae": F16}
+
+
+def test_other_classes_and_dtypes_are_as_before(official_folder):
+    """`DiffusionPipeline` loads in the dtype asked for what is not ours, and after `unregister`."""
+    pipe = diffusers.SanaPipeline.from_pretrained(official_folder, dtype=F16)
+    assert set(dtypes(pipe).values()) == {F16}
+    by_name = {"transformer": F16, "default": torch.float32}
+    for dtype, expected in ((BF16, dict.fromkeys(MIXED, BF16)), (by_name, dict.fromkeys(MIXED, torch.float32))):
+        pipe = diffusers.DiffusionPipeline.from_pretrained(official_folder, dtype=dtype)
+        assert dtypes(pipe) == expected | {"transformer": F16 if dtype is by_name else dtype}
+    diffusers_sana.unregister()
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(official_folder, dtype=F16)
+        assert set(dtypes(pipe).values()) == {F16}
+    finally:
+        diffusers_sana.register()
 
 
 @pytest.mark.parametrize(
@@ -70,8 +90,9 @@ def test_other_pipelines_by_from_pipe():
     assert dtypes(made) == MIXED
 
 
-def test_image_is_that_of_bfloat16():
-    pipe = diffusers_sana.SanaPipeline.from_pretrained(SANA_EMOJI, dtype=F16)
+@pytest.mark.parametrize("cls", [diffusers_sana.SanaPipeline, diffusers.DiffusionPipeline])
+def test_image_is_that_of_bfloat16(cls):
+    pipe = cls.from_pretrained(SANA_EMOJI, dtype=F16)
     wanted = image(diffusers_sana.SanaPipeline.from_pretrained(SANA_EMOJI, dtype=BF16))
     assert 20 * np.log10(255 / np.sqrt(((image(pipe) - wanted) ** 2).mean())) > 40  # 50.6 measured
     # What the user has chosen for one component stays, and its overflow is an error.
