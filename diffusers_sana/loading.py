@@ -1,10 +1,14 @@
 """What the name of a model stands for: a bundled checkpoint, a folder or a Hub id, and the pipeline that loads it."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from diffusers_sana.checkpoints import BUNDLED
+
+
+logger = logging.getLogger(__name__)
 
 
 def checkpoint_path(model: str) -> str:
@@ -54,6 +58,23 @@ def find_pipeline_class(model: str) -> type[Any]:
     import diffusers_sana
 
     return getattr(diffusers_sana, name)
+
+
+def load_on(device: str, pipeline_class: type[Any], model: str, dtype: str) -> Any:
+    """A pipeline on a device, as the command line names them. Warns where the dtype makes it slow.
+
+    Args:
+        device: such as "cpu" or "cuda".
+        pipeline_class: whose `from_pretrained` loads it.
+        model: bundled name, folder, or id of a Hub repository.
+        dtype: "float32", "bfloat16" or "float16".
+    """
+    import torch
+
+    if device == "cpu" and dtype == "float16":
+        logger.warning("float16 is slow on a CPU; float32 or bfloat16 (--dtype) is faster there.")
+    pipe = pipeline_class.from_pretrained(checkpoint_path(model), dtype=getattr(torch, dtype))
+    return pipe.to(device, silence_dtype_warnings=True)  # diffusers says that float16 fails there, which ours does not
 
 
 def _find(place: str, file: str) -> Path | None:

@@ -3,7 +3,7 @@
 import argparse
 
 from diffusers_sana.arguments import add_device, add_model, check_file, find_device, integer, seed
-from diffusers_sana.loading import pipeline_class_name
+from diffusers_sana.loading import load_on, pipeline_class_name
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -26,8 +26,7 @@ def run(args: argparse.Namespace) -> None:
 
     from diffusers_sana import VilaUPipeline
 
-    dtype, device = getattr(torch, args.dtype), find_device(args.device)
-    pipe = VilaUPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
+    pipe = load_on(find_device(args.device), VilaUPipeline, args.model, args.dtype)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     print(pipe.chat(args.image, args.question, max_new_tokens=args.max_new_tokens, do_sample=args.seed is not None))

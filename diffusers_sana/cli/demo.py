@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffusers_sana.arguments import add_device, add_model, find_device, integer
 from diffusers_sana.checkpoints import VILA_U_EMOJI
-from diffusers_sana.loading import find_pipeline_class, pipeline_class_name
+from diffusers_sana.loading import find_pipeline_class, load_on, pipeline_class_name
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -24,15 +24,13 @@ def run(args: argparse.Namespace) -> None:
     if pipeline_class_name(args.model) not in ("SanaPipeline", "SanaSprintPipeline"):
         raise ValueError(f"--model must be a Sana or a SANA-Sprint, which {args.model} is not; leave it out")
 
-    import torch
-
     from diffusers_sana import VilaUPipeline
     from diffusers_sana.demo.comparison import Comparison
     from diffusers_sana.demo.page import build_page, serve
 
-    device, dtype = find_device(args.device), getattr(torch, args.dtype)
-    pipe = find_pipeline_class(args.model).from_pretrained(args.model, torch_dtype=dtype).to(device)
+    device = find_device(args.device)
+    pipe = load_on(device, find_pipeline_class(args.model), args.model, args.dtype)
     comparison = Comparison(pipe)
     print(comparison.report)
-    answerer = VilaUPipeline.from_pretrained(VILA_U_EMOJI, torch_dtype=torch.float32).to(device)
+    answerer = load_on(device, VilaUPipeline, str(VILA_U_EMOJI), "float32")
     serve(build_page(comparison, answerer, Path(args.model).name), args.port, args.share)

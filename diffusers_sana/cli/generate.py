@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from diffusers_sana.arguments import add_device, add_model, find_device, integer, number, seed
-from diffusers_sana.loading import pipeline_class_name
+from diffusers_sana.loading import load_on, pipeline_class_name
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     device = find_device(args.device)
     pipeline_class = getattr(diffusers_sana, name if is_vila_u or is_sprint else "SanaPipeline")
-    pipe = pipeline_class.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(device)
+    pipe = load_on(device, pipeline_class, args.model, args.dtype)
     loaded = time.perf_counter()
     images, *_ = pipe(
         args.prompt,

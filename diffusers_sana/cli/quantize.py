@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffusers_sana.arguments import add_device, find_device, integer, seed
 from diffusers_sana.files import read_lines
-from diffusers_sana.loading import checkpoint_path, find_pipeline_class, pipeline_class_name
+from diffusers_sana.loading import checkpoint_path, find_pipeline_class, load_on, pipeline_class_name
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -33,15 +33,13 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--out must be new or empty, got {str(args.out)!r}, which is not; choose another")
     pipeline_class_name(args.model)  # an error at once if there is no such model
 
-    import torch
-
     from diffusers_sana import SVDQuantConfig
     from diffusers_sana import quantize as quantize_pipeline
 
     config = SVDQuantConfig(precision=args.precision, rank=args.rank, gptq=args.gptq)
-    pipe = find_pipeline_class(args.model).from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
+    pipe = load_on(find_device(args.device), find_pipeline_class(args.model), args.model, args.dtype)
     report = quantize_pipeline(
-        pipe.to(find_device(args.device)),
+        pipe,
         config,
         prompts=prompts,
         components=args.components,

@@ -28,7 +28,7 @@ from diffusers_sana.evaluation.emoji_probe import EmojiProbe
 from diffusers_sana.evaluation.features import Features, make_inception
 from diffusers_sana.evaluation.images import generate_missing
 from diffusers_sana.files import model_identity
-from diffusers_sana.loading import checkpoint_path, find_pipeline_class
+from diffusers_sana.loading import checkpoint_path, find_pipeline_class, load_on
 
 
 TRUE_FEATURES = Path(EMOJI_PROBE) / "reference.safetensors"  # of renderings of the emoji themselves
@@ -150,11 +150,7 @@ def generate(config: EvaluationConfig, model: str, quantize: str | None, folder:
 
 def load_pipeline(model: str, quantize: str | None, dtype: str, device: str) -> Any:
     """A pipeline on its device, quantized if asked for."""
-    pipe = (
-        find_pipeline_class(model)
-        .from_pretrained(checkpoint_path(model), torch_dtype=getattr(torch, dtype))
-        .to(device)
-    )
+    pipe = load_on(device, find_pipeline_class(model), model, dtype)
     if quantize:
         quantize_pipeline(pipe, SVDQuantConfig(precision=quantize), progress=False)
     pipe.set_progress_bar_config(disable=True)
