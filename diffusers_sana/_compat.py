@@ -142,6 +142,9 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
     ),
     "_get_signature_keys": (HostName(_PIPELINE, "`from_pipe`"),),
     "_hf_hook": (HostName("accelerate.hooks:ModelHook", "offloading of VILA-U, CUDA graphs", in_source=True),),
+    "_hf_peft_config_loaded": (
+        HostName("transformers.integrations.peft:PeftAdapterMixin", "saving the adapters of transformers alone"),
+    ),
     "_is_hf_initialized": (HostName(_PRETRAINED, QUANTIZED, in_source=True),),
     "_is_stateful": (HostName("diffusers.hooks.hooks:ModelHook", STEP_CACHES),),
     "_is_quantized": (HostName("transformers.quantizers.base:HfQuantizer", QUANTIZED, in_source=True),),

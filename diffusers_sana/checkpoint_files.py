@@ -3,8 +3,10 @@
 Only headers and small files are read; weights stay on disk.
 """
 
+import inspect
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+
+logger = logging.getLogger(__name__)
 
 AGAIN = "Download it again."
 # Arguments of `from_pretrained` and its relatives that `huggingface_hub` takes.
@@ -119,6 +123,28 @@ def check_readable(folder: Path) -> None:
             read_object(file)
         elif file.suffix == ".json":
             _read(file)
+
+
+def check_hub_options(path: Path, download: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Options for a download that are not needed, because the checkpoint is here: right ones, or an error.
+
+    Args:
+        path: of the checkpoint.
+        download: the function of `huggingface_hub` that would have had the options.
+        options: by name. `revision` has no effect on a local file, which a warning says.
+
+    Raises:
+        TypeError: naming an option that the function does not have.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    known = inspect.signature(download).parameters.keys() | {"proxies"}  # which older versions have
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(
+            f"`{unknown[0]}` is neither an argument here nor one of `huggingface_hub.{download.__name__}`, which has"
+            f" {sorted(known)}."
+        )
+    if "revision" in options:
+        logger.warning(f"`revision` {options['revision']!r} has no effect: {path} is not on the Hub.")
 
 
 def _read(file: Path) -> Any:

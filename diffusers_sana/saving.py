@@ -1,8 +1,16 @@
 """What must not be saved as it is: weights with adapters beside them."""
 
 import sys
+from typing import Any
 
 from torch import nn
+
+
+def check_components(pipe: Any) -> None:
+    """Raises ValueError where adapters are beside layers of a component of a pipeline: see `check_saveable`."""
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            check_saveable(part, name)
 
 
 def check_saveable(model: nn.Module, name: str) -> None:
@@ -25,14 +33,19 @@ def check_saveable(model: nn.Module, name: str) -> None:
     adapters = {name for layer in layers for name in (*layer.active_adapters, *layer.merged_adapters)}
     adapters |= set(getattr(model, "peft_config", ()))
     fused = any(layer.merged_adapters for layer in layers)
+    if hasattr(model, "load_lora_adapter"):  # a transformer or a ControlNet of diffusers
+        unload, kept = (
+            "Call `pipe.unload_lora_weights()` before saving",
+            "`pipe.fuse_lora(components=['transformer'])`",
+        )
+        alone = "`save_lora_weights`"
+    else:
+        unload = "Call `diffusers.utils.recurse_remove_peft_layers(model)` before saving"
+        kept, alone = "`layer.merge()` of PEFT for each layer", "`model.save_pretrained` of transformers"
     raise ValueError(
         f"`{name}` cannot be saved while the adapters {sorted(adapters)} are beside its layers"
         + (" (fused into them, but not unloaded)" if fused else "")
-        + ": nothing could load the folder. Call `pipe.unload_lora_weights()` before saving"
-        + (
-            ", which keeps what is fused."
-            if fused
-            else "; to keep their effect, call `pipe.fuse_lora(components=['transformer'])` before that."
-        )
-        + " Adapters themselves are saved by `save_lora_weights`."
+        + f": nothing could load the folder. {unload}"
+        + (", which keeps what is fused." if fused else f"; to keep their effect, call {kept} before that.")
+        + f" Adapters themselves are saved by {alone}."
     )

@@ -2,13 +2,19 @@
 
 import pytest
 import torch
-from peft import LoraConfig
+from diffusers.utils import recurse_remove_peft_layers
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 import diffusers_sana
-from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
+from diffusers_sana import SanaPipeline, SVDQuantConfig, VilaUPipeline, quantize
+from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers
+from diffusers_sana.quantizers.svdquant.quantizer import attach
 from tests import tiny
 from tests.loaders.lora.lora_files import plain, random_lora
 from tests.models.controlnets import tiny_controlnet
+from tests.models.vila_u.tiny import tiny_model
+from tests.models.vila_u.tiny_processor import tiny_processor
 
 
 REFUSED = r"cannot be saved while the adapters \['.+'\] are beside its layers"
@@ -65,6 +71,63 @@ def test_adapters_of_the_text_encoder(tmp_path):
     pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="words")
     with pytest.raises(ValueError, match=r"`text_encoder` cannot be saved while the adapters \['words'\]"):
         pipe.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def add_adapters(model: torch.nn.Module) -> None:
+    """As PEFT does by itself: transformers knows nothing of them."""
+    inject_adapter_in_model(LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]), model)
+
+
+class TestVilaU:
+    def test_pipeline_and_model(self, tmp_path):
+        pipe = VilaUPipeline(tiny_model(), tiny_processor())
+        add_adapters(pipe.model)
+        for save, name in ((pipe.save_pretrained, "model"), (pipe.model.save_pretrained, type(pipe.model).__name__)):
+            with pytest.raises(
+                ValueError, match=rf"`{name}` .*\['default'\].*Call `diffusers\.utils\.recurse_remove_peft_layers"
+            ):
+                save(tmp_path / "folder")
+        assert not (tmp_path / "folder").exists()
+        for layer in pipe.model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge()
+        with pytest.raises(ValueError, match="fused into them, but not unloaded"):
+            pipe.save_pretrained(tmp_path / "folder")
+        recurse_remove_peft_layers(pipe.model)
+        pipe.save_pretrained(tmp_path / "folder")
+        weights = VilaUPipeline.from_pretrained(tmp_path / "folder").model.state_dict()
+        assert all(weights[name].equal(tensor) for name, tensor in pipe.model.state_dict().items())
+        name = "model.language_model.layers.0.self_attn.q_proj.weight"
+        assert not weights[name].equal(tiny_model().state_dict()[name])
+
+    def test_model_with_adapters_of_transformers_saves_those_alone(self, tmp_path):
+        pipe = VilaUPipeline(tiny_model(), tiny_processor())
+        pipe.model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="words")
+        pipe.model.save_pretrained(tmp_path / "adapters")
+        assert (tmp_path / "adapters/adapter_model.safetensors").is_file()
+        with pytest.raises(ValueError, match=r"`model` cannot be saved while the adapters \['words'\]"):
+            pipe.save_pretrained(tmp_path / "folder")
+
+
+def test_a_text_encoder_of_4_bits(tmp_path):
+    """Of transformers: the folder is refused where it would have names that nothing loads."""
+    model = tiny.text_encoder()
+    attach(model, quantize_layers(model, SVDQuantConfig(rank=2, refinements=0), progress=False)[0])
+    add_adapters(model)
+    with pytest.raises(ValueError, match=r"`Gemma2Model` cannot be saved while the adapters \['default'\]"):
+        model.save_pretrained(tmp_path / "folder")
+    recurse_remove_peft_layers(model)
+    model.save_pretrained(tmp_path / "folder")
+    weights = type(model).from_pretrained(tmp_path / "folder").state_dict()
+    assert all(weights[name].equal(tensor) for name, tensor in model.state_dict().items())
+
+
+def test_an_autoencoder(tmp_path):
+    vae = tiny.vae(diffusers_sana)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"]), vae)
+    with pytest.raises(ValueError, match=r"`AutoencoderDC` cannot be saved while the adapters \['default'\]"):
+        vae.save_pretrained(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
 

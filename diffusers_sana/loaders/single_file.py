@@ -19,7 +19,7 @@ from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
-from diffusers_sana.checkpoint_files import HUB_ARGUMENTS
+from diffusers_sana.checkpoint_files import HUB_ARGUMENTS, check_hub_options
 
 
 # Keys under which a checkpoint may store its weights and their EMA.
@@ -173,7 +173,9 @@ def read_content(path_or_address: str | Path, disable_mmap: bool = False, **hub:
     path = Path(path_or_address)
     if path.is_dir():
         raise ValueError(f"{str(path)!r} must be a file, got a folder. Name the file in it.")
-    if not path.is_file():
+    if path.is_file():
+        check_hub_options(path, hf_hub_download, hub)
+    else:
         match = HUB_ADDRESS.fullmatch(str(path_or_address))
         if path.is_absolute() or match is None:
             raise FileNotFoundError(

@@ -1,11 +1,12 @@
-"""How models are loaded: `from_pretrained` that checks its files, and `from_single_file`.
+"""How models are loaded and saved: `from_pretrained` that checks its files, `from_single_file`, `save_pretrained`.
 
 diffusers warns where a checkpoint lacks tensors, and the model then computes with uninitialized memory. Here that is
-an error, which names the file.
+an error, which names the file. It saves layers with adapters under names that it cannot load: an error here, too.
 """
 
 import os
 from collections.abc import Collection, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ from torch import nn
 
 from diffusers_sana._compat import warn_if_untested
 from diffusers_sana.checkpoint_files import check_readable, named, read_object, read_shards, tensor_shapes
+from diffusers_sana.saving import check_saveable
 
 
 warn_if_untested("accelerate")
@@ -58,6 +60,16 @@ class StrictModelMixin(ModelMixin):
             missing |= {name for name, weight in model.named_parameters() if weight.is_meta}
         check_tensors(str(source.weights), missing, beyond, info["unexpected_keys"])
         return loaded if return_info else model
+
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look at the signature for what they may pass
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Writes a folder; the arguments are those of diffusers.
+
+        Raises:
+            ValueError: adapters are beside the layers. Nothing is written then.
+        """
+        check_saveable(self, type(self).__name__)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class SingleFileMixin(FromOriginalModelMixin):

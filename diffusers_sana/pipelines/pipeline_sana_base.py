@@ -16,6 +16,7 @@ from diffusers.models.transformers.sana_transformer import SanaTransformer2DMode
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from diffusers.schedulers import SchedulerMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import Gemma2PreTrainedModel, GemmaTokenizer
@@ -34,6 +35,8 @@ from diffusers_sana.pipelines.request import Request, check_prompts
 from diffusers_sana.pipelines.resolution import bin_size, check_size, resize_and_crop
 from diffusers_sana.prompts.encoding import encode_prompts
 
+
+logger = logging.get_logger(__name__)
 
 Size = tuple[int, int]  # height and width in pixels
 
@@ -268,6 +271,11 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
             request: its guidance scale, callback and options.
             state: other attributes of the `Call`.
         """
+        unknown = sorted((request.attention_kwargs or {}).keys() - {"scale"})
+        if unknown and type(self.transformer) is UpstreamTransformer:  # ours refuses them
+            logger.warning(
+                f"`attention_kwargs` {unknown} are not expected by diffusers' transformer, which ignores them."
+            )
         if self._cuda_graphs is not None and self._cuda_graphs.model is not self.transformer:
             self.enable_cuda_graphs()
         callback = request.callback_on_step_end

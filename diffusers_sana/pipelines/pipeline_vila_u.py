@@ -29,6 +29,7 @@ from diffusers_sana.models.vila_u.media_vila_u import is_video
 from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGeneration
 from diffusers_sana.models.vila_u.processing_vila_u import VilaUProcessor
 from diffusers_sana.pipelines.loading import check_complete, check_processor, naming_damaged_files
+from diffusers_sana.saving import check_components
 
 
 warn_if_untested("accelerate")
@@ -122,6 +123,15 @@ class VilaUPipeline(DiffusionPipeline):
         pipe = cls(model=model, processor=processor or VilaUProcessor.from_pretrained(path, **of_hub))
         pipe.register_to_config(_name_or_path=path)
         return pipe
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Writes a folder; the arguments are those of diffusers.
+
+        Raises:
+            ValueError: adapters are beside the layers of the model. Nothing is written then.
+        """
+        check_components(self)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def num_timesteps(self) -> int:

@@ -107,6 +107,15 @@ def test_encode_text_checks_its_inputs():
         model.encode_text(torch.zeros(2, 7, 12), attention_kwargs={"mask": 1})
 
 
+def test_attention_kwargs_beside_encoded_text():
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    text = {name: inputs.pop(name) for name in ("encoder_hidden_states", "encoder_attention_mask")}
+    context = model.encode_text(**text)
+    with pytest.raises(ValueError, match=r"`attention_kwargs` may only hold `scale`.*\['gligen'\]"):
+        model(encoder_hidden_states=None, text_context=context, **inputs, attention_kwargs={"gligen": 1})
+
+
 @torch.no_grad()
 def test_checks_read_nothing_from_the_device():
     """Values that a fake tensor does not have are not asked for: no synchronization in `forward`."""

@@ -1,5 +1,8 @@
 """Wrong inputs end in an error that names the argument, before anything is computed."""
 
+import logging
+
+import diffusers
 import pytest
 import torch
 
@@ -140,6 +143,20 @@ def test_refused_before_anything_is_computed(checked, arguments, error, message)
 def test_refused(ours, arguments, message):
     with pytest.raises(ValueError, match=message):
         ours(CAT, num_inference_steps=1, **arguments)
+
+
+def test_attention_kwargs_of_a_transformer_that_ignores_them(caplog):
+    """diffusers' own, which says nothing."""
+    parts = tiny.components(diffusers_sana) | {"transformer": tiny.transformer(diffusers)}
+    pipe = diffusers_sana.SanaPipeline(**parts)
+    logging.getLogger("diffusers_sana").addHandler(caplog.handler)
+    try:
+        pipe(CAT, num_inference_steps=1, output_type="latent", attention_kwargs={"scale": 0.5})
+        assert "attention_kwargs" not in caplog.text
+        pipe(CAT, num_inference_steps=1, output_type="latent", attention_kwargs={"gain": 2})
+    finally:
+        logging.getLogger("diffusers_sana").removeHandler(caplog.handler)
+    assert "`attention_kwargs` ['gain'] are not expected by diffusers' transformer" in caplog.text
 
 
 def test_empty_prompt_is_a_prompt(ours):

@@ -194,7 +194,7 @@ def read_awq(source: Source, prefix: str, rows: int, columns: int) -> UnpackedLa
     """A layer with 4-bit weights `codes * scales + zeros` and 16-bit activations.
 
     Zeros that are integer multiples of the scales are folded into the codes. Any others become a low-rank branch of
-    rank K/64 that adds a constant to each group.
+    rank K/64 that adds a constant to each group. A LoRA that the file has for the layer joins the branch.
 
     Raises:
         ValueError: a tensor is missing or has another shape; it is named.
@@ -216,6 +216,11 @@ def read_awq(source: Source, prefix: str, rows: int, columns: int) -> UnpackedLa
         up = zeros.float() + 8 * scales.float()
         down = torch.eye(groups).repeat_interleave(packing.AWQ_GROUP, dim=1)
     nibbles = signed.flatten(1).to(torch.int8).bitwise_and(15).view(torch.uint8)
+    of_lora = [f"{prefix}.lora_{end}" for end in ("down", "up")]
+    if any(source.get(key) is not None for key in of_lora):
+        rank = len(source.take(of_lora[0]))
+        down = torch.cat([down.float(), source.take(of_lora[0], (rank, columns)).float()])
+        up = torch.cat([up.float(), source.take(of_lora[1], (rows, rank)).float()], dim=1)
     bias = source.get(f"{prefix}.bias", (rows,))
     return UnpackedLayer(nibbles, scales, None, scales.new_ones(columns), down, up, bias)
 

@@ -15,6 +15,7 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusers_sana.checkpoint_files import check_hub_options
 from diffusers_sana.files import read_json
 from diffusers_sana.kernels.low_bit import GROUP_SIZES, encode_weight, unpack_nibbles, weight_scales
 from diffusers_sana.loaders.nunchaku import packing
@@ -42,18 +43,21 @@ def load_nunchaku_lite(
         subfolder: such as "transformer".
         model_cls: the class to build; by default the diffusers class that the config names.
         torch_dtype: of everything except packed weights: bfloat16, float16 or float32; by default the file's.
-        hub: for `huggingface_hub`, such as `revision` or `token`.
+        hub: for `huggingface_hub.snapshot_download`, such as `revision` or `token`.
 
     Returns:
         A diffusers model in eval mode, which `save_pretrained` writes in this package's own format.
 
     Raises:
+        TypeError: an option that the Hub does not know.
         ValueError: another format, or a file that is damaged or for a different architecture; the tensor is named.
     """
     if torch_dtype not in (None, *DTYPES):
         raise ValueError(f"`torch_dtype` must be one of {DTYPES} or None, got {torch_dtype!r}.")
     path = Path(path_or_repo)
-    if not path.is_dir():
+    if path.is_dir():
+        check_hub_options(path, snapshot_download, hub)
+    else:
         patterns = [str(Path(subfolder, name)) for name in ("config.json", f"{WEIGHTS}*.safetensors")]
         path = Path(snapshot_download(str(path_or_repo), allow_patterns=patterns, **hub))
     path = path / subfolder

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffusers_sana.checkpoint_files import check_hub_options
 from diffusers_sana.files import read_text
 from diffusers_sana.loaders.nunchaku.assemble import Conversion, all_tensors, empty_model, fill_model
 from diffusers_sana.loaders.nunchaku.flux import convert_flux
@@ -51,6 +52,7 @@ def load_nunchaku(
         A diffusers model in eval mode, which `save_pretrained` writes in this package's own format.
 
     Raises:
+        TypeError: an option that the Hub does not know.
         ValueError: the file is damaged, or for a different architecture or format (the tensor is named), or has values
             that `torch_dtype` cannot represent.
     """
@@ -133,6 +135,7 @@ def _local(path_or_repo: str, hub: dict[str, Any]) -> Path:
     """The local path of the file or folder, after a download if necessary."""
     path = Path(path_or_repo)
     if path.exists():
+        check_hub_options(path, hf_hub_download if path.is_file() else snapshot_download, hub)
         return path
     owner, _, name = path_or_repo.partition("/")
     name, _, filename = name.partition("/")

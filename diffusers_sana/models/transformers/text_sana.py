@@ -3,19 +3,15 @@
 Legend: B batch, N image tokens, L text tokens, D inner width.
 """
 
-import os
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any, cast
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from diffusers_sana.models.layers import scaled_adapters, split_scale
 from diffusers_sana.models.transformers.attention_sana import SanaTextState
-from diffusers_sana.saving import check_saveable
 
 
 @dataclass(frozen=True)
@@ -74,16 +70,6 @@ class SanaTextMixin:
     config: Any
     training: bool
 
-    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines inspect the signature
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Writes a folder; the arguments are those of diffusers.
-
-        Raises:
-            ValueError: adapters are attached.
-        """
-        check_saveable(cast(nn.Module, self), type(self).__name__)
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-
     @apply_forward_hook
     def encode_text(
         self,
@@ -110,7 +96,8 @@ class SanaTextMixin:
         if scale is not None:
             with scaled_adapters(cast(nn.Module, self), scale):
                 return SanaTextMixin.encode_text(self, encoder_hidden_states, encoder_attention_mask, attention_kwargs)
-        self._check_text(encoder_hidden_states, encoder_attention_mask, attention_kwargs)
+        _check_attention_kwargs(attention_kwargs)
+        self._check_text(encoder_hidden_states, encoder_attention_mask)
         text, mask, num_single = encoder_hidden_states, encoder_attention_mask, 0
         blocks = self.transformer_blocks
         can_encode = all(block.can_encode_text() for block in blocks)
@@ -142,8 +129,9 @@ class SanaTextMixin:
         text_context: SanaTextContext | None,
     ) -> SanaTextContext:
         """The text arguments of `forward` as a context for `batch_size` images."""
+        _check_attention_kwargs(attention_kwargs)
         if text_context is None:
-            self._check_text(encoder_hidden_states, encoder_attention_mask, attention_kwargs)
+            self._check_text(encoder_hidden_states, encoder_attention_mask)
             mask = encoder_attention_mask
             if mask is not None and mask.ndim == 2:
                 mask = attendable_tokens(mask)
@@ -170,9 +158,7 @@ class SanaTextMixin:
             return None
         return mask[:, None, None] if mask.ndim == 2 else mask[:, None].to(dtype)
 
-    def _check_text(
-        self, encoder_hidden_states: Tensor | None, mask: Tensor | None, attention_kwargs: dict[str, Any] | None
-    ) -> None:
+    def _check_text(self, encoder_hidden_states: Tensor | None, mask: Tensor | None) -> None:
         width = self.config["caption_channels"]
         if encoder_hidden_states is None:
             raise ValueError("`encoder_hidden_states` must be given when `text_context` is not, got None for both.")
@@ -187,8 +173,12 @@ class SanaTextMixin:
                 f"`encoder_attention_mask` must have shape {shape[:2]}, or ({shape[0]}, 1, {shape[1]}) if additive, "
                 f"got {tuple(mask.shape)}. Select the same tokens in the mask as in `encoder_hidden_states`."
             )
-        if attention_kwargs:
-            raise ValueError(
-                "`attention_kwargs` may only hold `scale`, as a keyword argument, got "
-                f"{sorted(attention_kwargs)}. Pass options to custom attention processors when you create them."
-            )
+
+
+def _check_attention_kwargs(attention_kwargs: dict[str, Any] | None) -> None:
+    """Raises where something is left of `attention_kwargs` after `split_scale`."""
+    if attention_kwargs:
+        raise ValueError(
+            "`attention_kwargs` may only hold `scale`, as a keyword argument, got "
+            f"{sorted(attention_kwargs)}. Pass options to custom attention processors when you create them."
+        )

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import PILImageResampling, SizeDict
+from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from diffusers_sana._compat import PilBackend
@@ -59,8 +59,16 @@ class VilaUImageProcessor(NeverCopied, PilBackend):
         super().__init__(**kwargs)
         _check_choice("image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
 
-    def _validate_preprocess_kwargs(self, image_aspect_ratio: str = "resize", **kwargs: Any) -> None:
+    def _validate_preprocess_kwargs(
+        self, image_aspect_ratio: str = "resize", data_format: Any = None, device: Any = None, **kwargs: Any
+    ) -> None:
         _check_choice("image_aspect_ratio", image_aspect_ratio, ASPECT_RATIOS)
+        _check_choice("data_format", data_format, (None, ChannelDimension.FIRST))  # of what the model takes
+        if device is not None and torch.device(device).type != "cpu":
+            raise ValueError(
+                f"`device` must be the CPU, where images are prepared, got {device!r}. Move what is returned:"
+                " `inputs.to(device)`."
+            )
         super()._validate_preprocess_kwargs(**kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
@@ -94,6 +102,10 @@ class VilaUImageProcessor(NeverCopied, PilBackend):
         image_std: Any,
         image_aspect_ratio: str,
         return_tensors: Any,
+        do_center_crop: bool | None = None,
+        crop_size: SizeDict | None = None,
+        do_pad: bool | None = None,
+        pad_size: SizeDict | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         outputs = []
@@ -105,11 +117,15 @@ class VilaUImageProcessor(NeverCopied, PilBackend):
                     image = image * 255  # values in [0, 1] would otherwise be almost black
             if do_resize:
                 image = self.resize(self.square(image, image_aspect_ratio, image_mean), size, resample)
+            if do_center_crop:
+                image = self.center_crop(image, crop_size)
             if do_rescale:
                 image = self.rescale(image, rescale_factor)
             if do_normalize:
                 image = self.normalize(image, image_mean, image_std)
             outputs.append(image)
+        if do_pad:
+            outputs = self.pad(outputs, pad_size=pad_size)
         return BatchFeature({"pixel_values": outputs}, tensor_type=return_tensors)
 
     @staticmethod
@@ -128,9 +144,7 @@ class VilaUImageProcessor(NeverCopied, PilBackend):
         canvas[:, top : top + height, left : left + width] = image
         return canvas
 
-    def postprocess(
-        self, images: Tensor | list[Tensor], output_type: str = "pil", rounding: str = "round", **kwargs: Any
-    ) -> Any:
+    def postprocess(self, images: Tensor | list[Tensor], output_type: str = "pil", rounding: str = "round") -> Any:
         """Decoded pixels as images.
 
         Args:

@@ -7,6 +7,7 @@ Legend: B rows, L positions, H width of the language model, T tokens per image, 
 entries, C width of an entry, V image tokens that are targets.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
 from diffusers_sana._compat import slice_logits_to_keep, torch_compilable_check
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
@@ -31,6 +32,14 @@ from diffusers_sana.models.vila_u.loss_vila_u import (
     unshift,
 )
 from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModel, VilaUVisionModelOutput
+from diffusers_sana.saving import check_saveable
+
+
+logger = logging.get_logger(__name__)
+
+# What the language model does something with, what a processor may return beside inputs, and what other models return
+# for the next step. transformers passes all else on to the function that computes attention, where most ignore it.
+KNOWN_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {"cache_position", "mm_token_type_ids"}
 
 
 @dataclass
@@ -92,6 +101,18 @@ class VilaUPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Writes a folder; the arguments are those of transformers.
+
+        Adapters of `add_adapter` and `load_adapter` are written alone, as transformers does.
+
+        Raises:
+            ValueError: other adapters are beside the layers. Nothing is written then.
+        """
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            check_saveable(self, type(self).__name__)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class VilaUModel(VilaUPreTrainedModel):
@@ -242,6 +263,11 @@ class VilaUModel(VilaUPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
+        if kwargs.keys() - KNOWN_ARGUMENTS and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"`{'`, `'.join(sorted(kwargs.keys() - KNOWN_ARGUMENTS))}`: no argument of {type(self).__name__}, and"
+                " ignored but by attention functions of your own. Leave it out, or correct its name."
+            )
         features = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None or image_codes is not None:
             if features is not None:

@@ -58,6 +58,37 @@ def test_zeros_of_weight_only_layers(point, rank, dtype):
     assert_close_fp32(matrix(unpacked), expected)
 
 
+@pytest.mark.parametrize("point", [7, 7.5])
+def test_lora_beside_weight_only_layers(point):
+    """In natural order, as Nunchaku adds it to the output of such a layer; with zeros that need a branch or not."""
+    scales = torch.rand(8, 2) + 0.5
+    codes = torch.randint(15, (8, 128), dtype=torch.uint8)
+    source = awq_source(codes, scales, -point * scales)
+    without = matrix(read_awq(source, "x", 8, 128))
+    down, up = torch.randn(3, 128), torch.randn(8, 3)
+    source.tensors |= {"x.lora_down": down, "x.lora_up": up}
+    unpacked = read_awq(source, "x", 8, 128)
+    assert_close_fp32(matrix(unpacked), without + up @ down)
+    rows = torch.randperm(8)
+    assert_close_fp32(matrix(unpacked.rows(rows)), (without + up @ down)[rows])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"lora_down": torch.zeros(3, 128)}, "must have 'x.lora_up'"),
+        ({"lora_up": torch.zeros(8, 3)}, "must have 'x.lora_down'"),
+        ({"lora_down": torch.zeros(3, 64), "lora_up": torch.zeros(8, 3)}, r"'x.lora_down' must have shape \(3, 128\)"),
+        ({"lora_down": torch.zeros(3, 128), "lora_up": torch.zeros(8, 2)}, r"'x.lora_up' must have shape \(8, 3\)"),
+    ],
+)
+def test_lora_that_does_not_fit(tensors, message):
+    source = awq_source(torch.zeros(8, 128, dtype=torch.uint8), torch.ones(8, 2), torch.zeros(8, 2))
+    source.tensors |= {f"x.{name}": tensor for name, tensor in tensors.items()}
+    with pytest.raises(ValueError, match=message):
+        read_awq(source, "x", 8, 128)
+
+
 def test_groups_of_scale_zero():
     codes = torch.randint(16, (4, 128), dtype=torch.uint8)
     scales = torch.tensor([[0.0, 1.0]]).repeat(4, 1)

@@ -90,6 +90,17 @@ def test_round_trip(model, host, tmp_path):
     assert again.get_submodule("transformer_blocks.0.attn.to_q").precision == config.svdq_w4a4["precision"]
 
 
+def test_options_for_the_hub_of_a_folder_that_is_here(model, tmp_path, caplog):
+    export_nunchaku_lite(model, tmp_path)
+    with pytest.raises(TypeError, match="`torch_type` is neither an argument here nor one of"):
+        load_nunchaku_lite(tmp_path, torch_type=torch.bfloat16)
+    with caplog.at_level("WARNING", logger="diffusers_sana.checkpoint_files"):
+        load_nunchaku_lite(tmp_path, token=None, local_files_only=True)
+        assert not caplog.records
+        load_nunchaku_lite(tmp_path, revision="main")
+    assert f"`revision` 'main' has no effect: {tmp_path} is not on the Hub." in caplog.text
+
+
 def test_adaln_in_4_bits(model, host, tmp_path):
     export_nunchaku_lite(model, tmp_path, requantize_weight_only=True)
     adaln = [f"transformer_blocks.0.{name}.linear" for name in ("norm1", "norm1_context")]

@@ -37,6 +37,14 @@ def sana(tmp_path):
     )
 
 
+def test_options_for_the_hub_of_a_file_that_is_here(sana):
+    with pytest.raises(
+        TypeError, match=r"`torch_type` is neither an argument here nor one of `huggingface_hub\.hf_hub_d"
+    ):
+        load_nunchaku(sana(), torch_type=torch.bfloat16)
+    load_nunchaku(sana(), revision="main", token=None, proxies={})
+
+
 def inputs(model):
     generator = torch.Generator().manual_seed(1)
 

@@ -68,6 +68,44 @@ class TestSquares:
         assert torch.equal(loaded(noise(20, 12), return_tensors="pt")["pixel_values"][0], wanted)
 
 
+class TestOptionsOfAllImageProcessors:
+    def test_center_crop(self):
+        wanted = pixels_of(noise(20, 12))[:, 1:7, 2:6]
+        options = {"do_center_crop": True, "crop_size": {"height": 6, "width": 4}}
+        assert torch.equal(pixels_of(noise(20, 12), **options), wanted)
+        assert torch.equal(processor(**options)(noise(20, 12), return_tensors="pt")["pixel_values"][0], wanted)
+
+    def test_pad(self):
+        padded = pixels_of(noise(20, 12), do_pad=True, pad_size={"height": 10, "width": 9})
+        assert padded.shape == (3, 10, 9)
+        assert torch.equal(padded[:, :8, :8], pixels_of(noise(20, 12)))
+        assert not padded[:, 8:].any()
+        assert not padded[:, :, 8:].any()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"data_format": "channels_last"}, "`data_format` must be one of"),
+            ({"device": "cuda"}, "`device` must be the CPU, where images are prepared, got 'cuda'"),
+            ({"do_center_crop": True}, "crop_size"),
+        ],
+        ids=str,
+    )
+    def test_refused(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            pixels_of(noise(4, 4), **options)
+
+    def test_what_changes_nothing(self):
+        options = {"data_format": "channels_first", "device": "cpu"}
+        assert torch.equal(pixels_of(noise(20, 12), **options), pixels_of(noise(20, 12)))
+
+    def test_unknown(self):
+        with pytest.raises(Exception, match="do_sharpen"):
+            pixels_of(noise(4, 4), do_sharpen=True)
+        with pytest.raises(TypeError, match="do_denormalize"):
+            processor().postprocess(torch.zeros(3, 4, 4), do_denormalize=False)
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 def test_other_modes_become_rgb(mode):
     image = noise(16, 16).convert(mode)

@@ -10,6 +10,7 @@ from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.integrations import checkpoint
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
 from diffusers_sana.quantizers.svdquant.targets import find_targets
+from diffusers_sana.saving import check_saveable
 
 
 class SVDQuantTransformersQuantizer(HfQuantizer):
@@ -67,6 +68,12 @@ class SVDQuantTransformersQuantizer(HfQuantizer):
         model.hf_quantizer = self
         model.config.quantization_config = self.quantization_config
         model.config._is_quantized = True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """For `save_pretrained`; raises ValueError for adapters beside the layers, but for those it saves alone."""
+        if not getattr(model, "_hf_peft_config_loaded", False):
+            check_saveable(model, type(model).__name__)
+        return super().get_state_dict_and_metadata(model)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether `QuantizeWeight` handles the tensor; in a quantized checkpoint, whether its shape may differ."""
