@@ -1,36 +1,18 @@
 """transformers' common tests of models, on a tiny VILA-U.
 
-Run it in the unpacked source distribution of transformers, whose folder `tests` is the package `tests` here. It lacks
-the tests of generation and export; empty classes stand in for them.
+Run it in the unpacked source distribution of transformers, whose folder `tests` is the package `tests` here.
 """
 
-import sys
 import unittest
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
+import transformers_tests  # noqa: F401  # makes the package `tests`
+from tests.test_modeling_common import ModelTesterMixin
 
 import diffusers_sana  # noqa: F401
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGeneration, VilaUModel
-
-
-package: Any = ModuleType("tests")
-package.__path__ = [str(Path.cwd() / "tests")]
-sys.modules["tests"] = package
-for module, name in (
-    ("generation.test_utils", "GenerationTesterMixin"),
-    ("exporters.test_export", "ExportTesterMixin"),
-):
-    stand_in: Any = ModuleType(f"tests.{module}")
-    setattr(stand_in, name, type(name, (), {}))
-    folder = module.partition(".")[0]
-    sys.modules[f"tests.{folder}"] = ModuleType(f"tests.{folder}")
-    sys.modules[f"tests.{module}"] = stand_in
-
-from tests.test_modeling_common import ModelTesterMixin  # noqa: E402
 
 
 CELLS, VOCABULARY, IMAGE = 16, 99, 98
