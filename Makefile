@@ -40,22 +40,10 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-HOST_TESTS := tests/models/transformers/test_models_transformer_sana.py tests/models/autoencoders/test_models_autoencoder_dc.py \
-	tests/pipelines/sana tests/pipelines/pag/test_pag_sana.py tests/lora/test_lora_layers_sana.py
-# Calls a private method of diffusers' class.
-HOST_TESTS += --deselect tests/pipelines/pag/test_pag_sana.py::SanaPAGPipelineFastTests::test_pag_applied_layers
-CLASSES ?= ours
-
 host-tests: setup  ## the hosts' own tests on our classes, see tools/host_tests/README.md: DIFFUSERS=checkout TRANSFORMERS=sources
 	$(BIN)/pip install --quiet --disable-pip-version-check parameterized pytest-timeout requests-mock
-ifneq ($(DIFFUSERS),)
-	cd $(DIFFUSERS) && CLASSES=$(CLASSES) PYTHONPATH=$(CURDIR)/tools/host_tests:$(CURDIR) \
-		$(CURDIR)/$(BIN)/python -m pytest -q -p our_classes -W ignore $(HOST_TESTS)
-endif
-ifneq ($(TRANSFORMERS),)
-	cd $(TRANSFORMERS) && PYTHONPATH=$(CURDIR) HF_HUB_OFFLINE=1 $(CURDIR)/$(BIN)/python -m pytest -q -c /dev/null \
-		--rootdir=. -W ignore $(CURDIR)/tools/host_tests/vila_u_in_transformers.py
-endif
+	CLASSES=$(CLASSES) $(BIN)/python -m tools.host_tests.run $(if $(DIFFUSERS),--diffusers $(DIFFUSERS)) \
+		$(if $(TRANSFORMERS),--transformers $(TRANSFORMERS))
 
 gpu-check: $(SETUP_UNLESS_PY)  ## on a GPU: every kernel against its reference, and what only a GPU can show
 	$(PY) -m pytest tests/kernels tests/test_gpu.py -n $(JOBS) --dist worksteal \

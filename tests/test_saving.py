@@ -8,8 +8,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 import diffusers_sana
 from diffusers_sana import SanaPipeline, SVDQuantConfig, VilaUPipeline, quantize
+from diffusers_sana.quantizers.svdquant.integrations.diffusers import attach
 from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers
-from diffusers_sana.quantizers.svdquant.quantizer import attach
 from tests import tiny
 from tests.loaders.lora.lora_files import plain, random_lora
 from tests.models.controlnets import tiny_controlnet

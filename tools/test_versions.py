@@ -18,6 +18,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 
@@ -94,12 +95,17 @@ def _site_packages(environment: Path) -> Path:
     return next(environment.resolve().glob("lib/python*/site-packages"))
 
 
-def run_group(python: Path, tests: list[str], skip: tuple[str, ...], jobs: int, report: Path) -> dict[str, int]:
+def run_group(python: Path, tests: list[str], skip: tuple[str, ...], jobs: int, report: Path) -> dict[str, Any]:
     """Runs tests in an environment and counts them: passed, failed (errors too), skipped."""
     command = [python, "-m", "pytest", *tests, *skip, "-m", "not gpu"]
     command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
     command += ["-n", str(jobs), "--dist", "loadfile"] if jobs > 1 else []
     subprocess.run(command, cwd=ROOT, env=environment_variables(), check=False)
+    return count(report)
+
+
+def count(report: Path) -> dict[str, Any]:
+    """Tests in a report of pytest (`--junitxml`): passed, failed (errors too), skipped, and names of the failures."""
     suite = next(ElementTree.parse(report).iter("testsuite"))
     total, failures, errors, skipped = (int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped"))
     return {

@@ -12,6 +12,7 @@ import transformers_tests  # noqa: F401  # makes the package `tests`
 from tests.test_image_processing_common import ImageProcessingTester, ImageProcessingTestMixin
 from tests.test_processing_common import ProcessorTesterMixin
 from transformers import LlamaTokenizer
+from transformers.processing_utils import ProcessorMixin
 
 import diffusers_sana  # noqa: F401
 from diffusers_sana.models.vila_u.image_processing_vila_u import VilaUImageProcessor
@@ -26,6 +27,7 @@ class VilaUProcessorTest(ProcessorTesterMixin, unittest.TestCase):
 
     processor_class = VilaUProcessor
     videos_input_name = "pixel_values"  # frames are images
+    chat_template_max_length = 400
 
     @classmethod
     def _setup_tokenizer(cls) -> LlamaTokenizer:
@@ -34,7 +36,9 @@ class VilaUProcessorTest(ProcessorTesterMixin, unittest.TestCase):
         vocabulary = {piece: index for index, piece in enumerate(pieces)}
         merges = [("\u2581", "\u2581")]
         vocabulary["\u2581\u2581"] = len(vocabulary)
-        tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, pad_token="<unk>", legacy=False)
+        tokenizer = LlamaTokenizer(
+            vocab=vocabulary, merges=merges, pad_token="<unk>", legacy=False, add_bos_token=True
+        )
         tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
         return tokenizer
 
@@ -45,7 +49,17 @@ class VilaUProcessorTest(ProcessorTesterMixin, unittest.TestCase):
     @staticmethod
     def prepare_processor_dict() -> dict[str, Any]:
         """16 cells an image, 2 frames a video."""
-        return {"num_image_tokens": 16, "num_video_frames": 2}
+        return {"num_image_tokens": 16, "num_video_frames": 8}
+
+    def test_flat_kwarg_applied_when_modality_dict_lacks_it(self) -> None:
+        """Here and only here there is a video in the batch, which needs its placeholder in the text."""
+        self.video_token = "<video>"
+        super().test_flat_kwarg_applied_when_modality_dict_lacks_it()
+
+    @staticmethod
+    def does_processor_return_mm_offsets(processor_class: type, method_name: str) -> bool:
+        """Asks the host's class; the original takes whatever comes first behind ours for it."""
+        return getattr(processor_class, method_name) is not getattr(ProcessorMixin, method_name)
 
 
 class Tester(ImageProcessingTester):
@@ -63,3 +77,17 @@ class VilaUImageProcessorTest(ImageProcessingTestMixin, unittest.TestCase):
     """The common tests of image processors."""
 
     image_processor_tester_class = Tester
+
+
+NOT_ABOUT_IT = {
+    VilaUProcessorTest: {
+        "test_model_input_names": "no call returns all of them: codes come in place of pixels",
+        "test_init_arguments_not_in_processor_kwargs": "`wrap_image_tokens` of a call overrides that of the processor",
+    },
+    VilaUImageProcessorTest: {
+        "test_new_models_require_torchvision_backend": "a rule for what is added to transformers itself",
+    },
+}
+for case, tests in NOT_ABOUT_IT.items():
+    for test, reason in tests.items():
+        setattr(case, test, unittest.skip(reason)(getattr(case, test)))

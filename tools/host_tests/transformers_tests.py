@@ -1,13 +1,25 @@
 """The folder `tests` of the unpacked source distribution of transformers as the package `tests`.
 
 To be imported before anything of it, in that folder. The distribution lacks the tests of generation and export, and
-what fetches files for the hosts' own machines; empty classes and the identity stand in for them.
+what fetches files for the hosts' own machines; empty classes and images of our own stand in for them.
 """
 
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from PIL import Image
+
+
+def local_file(url: str) -> str:
+    """In place of a download: of an image, one of another content; else the address."""
+    if Path(url).suffix not in (".jpg", ".png"):
+        return url
+    file = Path(tempfile.gettempdir(), f"host_tests_{Path(url).name}")
+    Image.linear_gradient("L").convert("RGB").save(file)
+    return str(file)
 
 
 package: Any = ModuleType("tests")
@@ -24,5 +36,5 @@ for module, name in (
     sys.modules[f"tests.{module}"] = stand_in
 
 fetching: Any = ModuleType("fetch_hub_objects_for_ci")
-fetching.url_to_local_path = lambda url: url
+fetching.url_to_local_path = local_file
 sys.modules["fetch_hub_objects_for_ci"] = fetching

@@ -8,6 +8,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs
 
 from diffusers_sana._compat import MultiModalData, private
+from diffusers_sana.checks import check_integer
 from diffusers_sana.models.vila_u.configuration_vila_u import NeverCopied
 from diffusers_sana.models.vila_u.image_processing_vila_u import VilaUImageProcessorKwargs
 from diffusers_sana.models.vila_u.labels_vila_u import labels_of, token_spans
@@ -54,8 +55,8 @@ class VilaUProcessorKwargs(ProcessingKwargs, total=False):
             prompt. For modes "image" and "video".
         wrap_image_tokens: put `<im_start>` and `<im_end>` around images in the prompt. Off by default, as in the
             official scripts; the released model was trained with and without.
-        do_sample_frames: take `num_video_frames` equally spaced frames of each video. False for videos that already
-            have that many.
+        do_sample_frames: take `num_video_frames` equally spaced frames of each video, or `num_frames`, which all
+            processors have for videos. False for videos that already have that many.
     """
 
     text_kwargs: TextKwargs
@@ -260,15 +261,15 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
 
         Args:
             image_sizes: height and width of each image, which always has `num_image_tokens`.
-            video_sizes: frames, height and width of each video, of which `num_video_frames` frames are used.
-            kwargs: those of `__call__`, none of which changes the result.
+            video_sizes: frames, height and width of each video, of which `num_video_frames` frames are used, or `num_frames`.
+            kwargs: those of `__call__`, of which `num_frames` changes the result.
         """
         counts = {}
         if image_sizes is not None:
             counts["num_image_tokens"] = [self.num_image_tokens] * len(image_sizes)
             counts["num_image_patches"] = [1] * len(image_sizes)
         if video_sizes is not None:
-            counts["num_video_tokens"] = [self.num_video_frames * self.num_image_tokens] * len(video_sizes)
+            counts["num_video_tokens"] = [self._num_frames(kwargs) * self.num_image_tokens] * len(video_sizes)
         return MultiModalData(**counts)
 
     def _check_options(self, options: dict[str, Any]) -> None:
@@ -279,12 +280,13 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
         for modality in ("videos_kwargs", "audio_kwargs"):
             for name, value in options[modality].items():
                 default = options.get(name, getattr(self.image_processor, name, False))
-                if value is not None and value != supported.get(name, default):
+                if name != "num_frames" and value is not None and value != supported.get(name, default):
                     ignored.add(name)
         if ignored:
             raise ValueError(
                 f"`{'`, `'.join(sorted(ignored))}` must be left out: this processor does not support it. Text options"
-                f" are {TEXT_OPTIONS}; frames use the options of images, and `do_sample_frames`."
+                f" are {TEXT_OPTIONS}; frames use the options of images, `do_sample_frames` and"
+                " `num_frames`."
             )
 
     def _open(self, text: str, mode: str) -> str:
@@ -309,7 +311,9 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
 
     def _pixels(self, texts: list[str], images: Any, videos: Any, options: dict[str, Any]) -> dict[str, Any]:
         """`pixel_values` or `image_codes` of all media, in the order of their placeholders."""
-        ordered = media_in_order(texts, images, videos, self.num_video_frames, options["do_sample_frames"])
+        ordered = media_in_order(
+            texts, images, videos, self._num_frames(options["videos_kwargs"]), options["do_sample_frames"]
+        )
         if not ordered:
             return {}
         if codes := codes_of_images(ordered, self.num_image_tokens):
@@ -322,8 +326,6 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
     def _rows(self, texts: list[str], options: dict[str, Any]) -> dict[str, Any]:
         """Ids and mask of a batch of prompts."""
         of_text = options["text_kwargs"]
-        if of_text.get("truncation"):
-            raise ValueError("`truncation` must be off, because it could cut an image. Shorten the text instead.")
         rows = []
         for text in texts:
             pieces = self._expand(text, options)[0].split(IMAGE)
@@ -332,12 +334,25 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
             for piece in others:
                 row += [self.image_token_id] * self.num_image_tokens + piece
             rows.append(row)
+        longest, limit = max(map(len, rows)), of_text.get("max_length") or self.tokenizer.model_max_length
+        if of_text.get("truncation") not in (None, False, "do_not_truncate") and longest > limit:
+            raise ValueError(
+                f"`truncation` must be off for a prompt of {longest} positions where {limit} are allowed: it could cut"
+                " through an image. Shorten the text instead."
+            )
         names = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_tensors")
         padding = {name: of_text[name] for name in names if name in of_text}
         return dict(self.tokenizer.pad({"input_ids": rows}, return_attention_mask=True, **padding))
 
     def _expand(self, text: str, options: dict[str, Any]) -> tuple[str, list[dict[str, tuple[int, int]]]]:
-        return expand_media(text, self.num_video_frames, options["wrap_image_tokens"])
+        return expand_media(text, self._num_frames(options["videos_kwargs"]), options["wrap_image_tokens"])
+
+    def _num_frames(self, of_videos: dict[str, Any]) -> int:
+        given = of_videos.get("num_frames")
+        if given is None:
+            return self.num_video_frames
+        check_integer("num_frames", given)
+        return int(given)
 
     def _offsets(self, texts: list[str], masks: Any, options: dict[str, Any]) -> list[list[tuple[int, int]]]:
         """The character spans of the tokens of a batch in the expanded texts."""

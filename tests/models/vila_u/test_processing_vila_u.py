@@ -267,12 +267,31 @@ class TestMedia:
             ({"text": "a", "audio": np.zeros(9)}, "`audio` must be None"),
             ({"text": [3]}, "`text` must be a string or a list of strings"),
             ({"images": picture()}, "`text` must be a string or a list of strings"),
-            ({"text": "a", "truncation": True}, "`truncation` must be off"),
+            (
+                {"text": "a", "truncation": True, "max_length": 1},
+                "`truncation` must be off for a prompt of 2 positions where 1 are allowed",
+            ),
         ],
     )
     def test_refused(self, options, message):
         with pytest.raises(ValueError, match=message):
             PROCESSOR(**options)
+
+    def test_number_of_frames(self):
+        video = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+        inputs = PROCESSOR(text="<video>", videos=video, num_frames=3)
+        assert torch.equal(
+            inputs["pixel_values"], PROCESSOR(text="<video>", videos=video[::2], num_frames=3).pixel_values
+        )
+        assert (inputs["input_ids"] == PROCESSOR.image_token_id).sum() == 3 * CELLS
+        assert len(PROCESSOR(text="<video>", videos=video)["pixel_values"]) == PROCESSOR.num_video_frames == 2
+        with pytest.raises(ValueError, match="`num_frames` must be"):
+            PROCESSOR(text="<video>", videos=video, num_frames=0)
+
+    def test_truncation_that_cuts_nothing(self):
+        plain = PROCESSOR(text=["a", "a cat"])
+        given = PROCESSOR(text=["a", "a cat"], truncation=True, max_length=plain["input_ids"].shape[1])
+        assert torch.equal(given["input_ids"], plain["input_ids"])
 
     def test_unknown_mode(self):
         with pytest.raises(Exception, match="generation_mode"):
@@ -331,6 +350,8 @@ class TestOptionsOfTransformers:
         assert counts["num_image_tokens"] == [CELLS, CELLS]
         assert counts["num_image_patches"] == [1, 1]
         assert counts["num_video_tokens"] == [2 * CELLS]
+        counts = PROCESSOR._get_num_multimodal_tokens(video_sizes=[(9, 64, 64)], num_frames=3)
+        assert counts["num_video_tokens"] == [3 * CELLS]
         assert self.call()["input_ids"][1].eq(PROCESSOR.image_token_id).sum() == sum(counts["num_image_tokens"])
         assert "num_video_tokens" not in PROCESSOR._get_num_multimodal_tokens(image_sizes=[])
 
@@ -341,7 +362,7 @@ class TestOptionsOfTransformers:
             {"text_pair": "b"},
             {"sanitize_control_tokens": True},
             {"text_kwargs": {"stride": 4}},
-            {"num_frames": 4},
+            {"fps": 4},
             {"videos_kwargs": {"do_resize": False}},
             {"audio_kwargs": {"sampling_rate": 16000}},
         ],
