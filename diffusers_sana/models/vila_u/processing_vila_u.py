@@ -340,7 +340,8 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
                 f"`truncation` must be off for a prompt of {longest} positions where {limit} are allowed: it could cut"
                 " through an image. Shorten the text instead."
             )
-        names = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_tensors")
+        names = ["padding", "pad_to_multiple_of", "padding_side", "return_tensors"]
+        names += ["max_length"] if of_text.get("padding") == "max_length" else []
         padding = {name: of_text[name] for name in names if name in of_text}
         return dict(self.tokenizer.pad({"input_ids": rows}, return_attention_mask=True, **padding))
 

@@ -350,8 +350,8 @@ class TestOptionsOfTransformers:
         assert counts["num_image_tokens"] == [CELLS, CELLS]
         assert counts["num_image_patches"] == [1, 1]
         assert counts["num_video_tokens"] == [2 * CELLS]
-        counts = PROCESSOR._get_num_multimodal_tokens(video_sizes=[(9, 64, 64)], num_frames=3)
-        assert counts["num_video_tokens"] == [3 * CELLS]
+        longer = PROCESSOR._get_num_multimodal_tokens(video_sizes=[(9, 64, 64)], num_frames=3)
+        assert longer["num_video_tokens"] == [3 * CELLS]
         assert self.call()["input_ids"][1].eq(PROCESSOR.image_token_id).sum() == sum(counts["num_image_tokens"])
         assert "num_video_tokens" not in PROCESSOR._get_num_multimodal_tokens(image_sizes=[])
 
