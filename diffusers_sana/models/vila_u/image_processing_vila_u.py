@@ -201,6 +201,6 @@ def _to_pil(pixels: np.ndarray) -> Any:
     return Image.fromarray(pixels) if pixels.ndim == 3 else [_to_pil(item) for item in pixels]
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
