@@ -8,8 +8,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 import diffusers_sana
 from diffusers_sana import SanaPipeline, SVDQuantConfig, VilaUPipeline, quantize
-from diffusers_sana.quantizers.svdquant.integrations.diffusers import attach
-from diffusers_sana.quantizers.svdquant.quantize_model import quantize_layers
 from tests import tiny
 from tests.loaders.lora.lora_files import plain, random_lora
 from tests.models.controlnets import tiny_controlnet
@@ -113,7 +111,7 @@ class TestVilaU:
 def test_a_text_encoder_of_4_bits(tmp_path):
     """Of transformers: the folder is refused where it would have names that nothing loads."""
     model = tiny.text_encoder()
-    attach(model, quantize_layers(model, SVDQuantConfig(rank=2, refinements=0), progress=False)[0])
+    quantize(model, SVDQuantConfig(rank=2, refinements=0), progress=False)
     add_adapters(model)
     with pytest.raises(ValueError, match=r"`Gemma2Model` cannot be saved while the adapters \['default'\]"):
         model.save_pretrained(tmp_path / "folder")
