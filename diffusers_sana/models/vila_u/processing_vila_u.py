@@ -261,7 +261,7 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
 
         Args:
             image_sizes: height and width of each image, which always has `num_image_tokens`.
-            video_sizes: frames, height and width of each video, of which `num_video_frames` frames are used, or `num_frames`.
+            video_sizes: frames, height and width of each video, of which `num_video_frames` or `num_frames` are used.
             kwargs: those of `__call__`, of which `num_frames` changes the result.
         """
         counts = {}
@@ -338,7 +338,7 @@ class VilaUProcessor(NeverCopied, ProcessorMixin):
         if of_text.get("truncation") not in (None, False, "do_not_truncate") and longest > limit:
             raise ValueError(
                 f"`truncation` must be off for a prompt of {longest} positions where {limit} are allowed: it could cut"
-                " through an image. Shorten the text instead."
+                " an image. Shorten the text instead."
             )
         names = ["padding", "pad_to_multiple_of", "padding_side", "return_tensors"]
         names += ["max_length"] if of_text.get("padding") == "max_length" else []
