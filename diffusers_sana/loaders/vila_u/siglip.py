@@ -9,6 +9,12 @@ from diffusers_sana.models.vila_u.configuration_vila_u import VilaUVisionConfig
 from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModel
 
 
+# Fields that SigLIP's configs have too; in the tower's config those of the text encoder have the prefix `text_`.
+_BLOCK_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+VISION_FIELDS = (*_BLOCK_FIELDS, "image_size", "patch_size", "hidden_act", "layer_norm_eps")
+TEXT_FIELDS = (*_BLOCK_FIELDS, "vocab_size", "max_position_embeddings")
+
+
 def tower_config_like(siglip: SiglipConfig) -> VilaUVisionConfig:
     """The config of a tower for all weights of a SigLIP, with semantic head, text tower and the default codebook.
 
@@ -18,24 +24,12 @@ def tower_config_like(siglip: SiglipConfig) -> VilaUVisionConfig:
     text: Any = siglip.text_config  # its fields may be None for mypy, but not after initialization
     vision: Any = siglip.vision_config
     return VilaUVisionConfig(
-        hidden_size=vision.hidden_size,
-        intermediate_size=vision.intermediate_size,
-        num_hidden_layers=vision.num_hidden_layers,
-        num_attention_heads=vision.num_attention_heads,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        hidden_act=vision.hidden_act,
-        layer_norm_eps=vision.layer_norm_eps,
+        **{name: getattr(vision, name) for name in VISION_FIELDS},
+        **{f"text_{name}": getattr(text, name) for name in TEXT_FIELDS},
         # If patches are not 16 pixels, the grid is resized for the decoder.
         decoder_latent_size=None if vision.patch_size == 16 else vision.image_size // 16,
         use_semantic_head=True,
         use_text_tower=True,
-        text_vocab_size=text.vocab_size,
-        text_hidden_size=text.hidden_size,
-        text_intermediate_size=text.intermediate_size,
-        text_num_hidden_layers=text.num_hidden_layers,
-        text_num_attention_heads=text.num_attention_heads,
-        text_max_position_embeddings=text.max_position_embeddings,
     )
 
 
