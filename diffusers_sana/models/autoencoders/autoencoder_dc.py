@@ -253,12 +253,12 @@ class Stage(nn.Sequential):
         return hidden_states
 
 
-def make_blocks(stage: StageConfig, head_dim: int) -> list[nn.Module]:
+def make_blocks(stage: StageConfig) -> list[nn.Module]:
     """The blocks of one stage, without its change of resolution."""
     if stage.block_type == "ResBlock":
         return [ResBlock(stage.channels, stage.norm_type, stage.act_fn) for _ in range(stage.num_layers)]
     return [
-        EfficientViTBlock(stage.channels, head_dim, stage.norm_type, stage.kernel_sizes)
+        EfficientViTBlock(stage.channels, stage.head_dim, stage.norm_type, stage.kernel_sizes)
         for _ in range(stage.num_layers)
     ]
 
@@ -270,7 +270,6 @@ class Encoder(nn.Module):
         self,
         in_channels: int,
         latent_channels: int,
-        head_dim: int,
         stages: Sequence[StageConfig],
         downsample_block_type: str,
         out_shortcut: bool,
@@ -284,7 +283,7 @@ class Encoder(nn.Module):
             self.conv_in = DownBlock(in_channels, stages[1].channels, downsample_block_type, shortcut=False)
         self.down_blocks = nn.ModuleList()
         for stage, deeper in zip_longest(stages, stages[1:]):
-            blocks = make_blocks(stage, head_dim)
+            blocks = make_blocks(stage)
             if blocks and deeper is not None:
                 blocks.append(DownBlock(stage.channels, deeper.channels, downsample_block_type))
             self.down_blocks.append(Stage(*blocks))
@@ -329,7 +328,6 @@ class Decoder(nn.Module):
         self,
         in_channels: int,
         latent_channels: int,
-        head_dim: int,
         stages: Sequence[StageConfig],
         upsample_block_type: str,
         in_shortcut: bool,
@@ -341,7 +339,7 @@ class Decoder(nn.Module):
         self.in_repeats = stages[-1].channels // latent_channels if in_shortcut else None
         self.up_blocks = nn.ModuleList()
         for stage, deeper in zip_longest(stages, stages[1:]):
-            blocks = make_blocks(stage, head_dim)
+            blocks = make_blocks(stage)
             if blocks and deeper is not None:
                 blocks.insert(0, UpBlock(deeper.channels, stage.channels, upsample_block_type))
             self.up_blocks.append(Stage(*blocks))
@@ -447,7 +445,6 @@ class AutoencoderDC(StrictModelMixin, AutoencoderMixin, ConfigMixin, SingleFileM
         self.encoder = Encoder(
             in_channels,
             latent_channels,
-            attention_head_dim,
             stage_configs("encoder", self.config),
             downsample_block_type,
             encoder_out_shortcut,
@@ -455,7 +452,6 @@ class AutoencoderDC(StrictModelMixin, AutoencoderMixin, ConfigMixin, SingleFileM
         self.decoder = Decoder(
             in_channels,
             latent_channels,
-            attention_head_dim,
             stage_configs("decoder", self.config),
             upsample_block_type,
             decoder_in_shortcut,

@@ -28,6 +28,7 @@ class StageConfig:
     kernel_sizes: tuple[int, ...]
     norm_type: str
     act_fn: str
+    head_dim: int
 
 
 def check_autoencoder_config(config: Mapping[str, Any]) -> None:
@@ -97,8 +98,9 @@ def stage_configs(half: str, config: Mapping[str, Any]) -> list[StageConfig]:
             raise TypeError(f"`{half}_qkv_multiscales` must be a list of lists, got {kernel_sizes!r} in it.")
         for size in kernel_sizes:
             check_integer(f"{half}_qkv_multiscales", size, at_least=-LARGEST, at_most=LARGEST_KERNEL)
+    head_dim = config["attention_head_dim"]
     stages = [
-        StageConfig(block_type, width, num_layers, tuple(kernel_sizes), norm_type, str(act_fn).lower())
+        StageConfig(block_type, width, num_layers, tuple(kernel_sizes), norm_type, str(act_fn).lower(), head_dim)
         for block_type, width, num_layers, kernel_sizes, norm_type, act_fn in zip(*columns, strict=True)
     ]
     _check_stages(half, stages, config)
@@ -118,7 +120,7 @@ def _check_stages(half: str, stages: Sequence[StageConfig], config: Mapping[str,
                 f"{stage.num_layers} for stage {i}."
             )
         if stage.block_type == "EfficientViTBlock":
-            _check_multiple(half, i, stage.channels, config["attention_head_dim"], "`attention_head_dim`")
+            _check_multiple(half, i, stage.channels, stage.head_dim, "`attention_head_dim`")
             if any(size < 1 or size % 2 == 0 for size in stage.kernel_sizes):
                 raise ValueError(f"`{half}_qkv_multiscales` must hold odd kernel sizes, got {stage.kernel_sizes}.")
         if i > 0:
