@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from operator import attrgetter
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -111,3 +112,8 @@ class CallAttribute:
             calls = [call] if call else _RUNNING.get(pipeline) or [_LAST.setdefault(pipeline, Call())]
             for each in calls:
                 setattr(each, self.name, value)
+
+
+def read_only(attribute: str, doc: str) -> Any:
+    """A public property that reads an underscored attribute, as diffusers' pipelines have them."""
+    return property(attrgetter(attribute), doc=doc)

@@ -26,7 +26,7 @@ from diffusers_sana.locks import exclusive
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
 from diffusers_sana.pipelines.acceleration.cuda_graphs import CudaGraphs
-from diffusers_sana.pipelines.call import Call, CallAttribute, current_call, running
+from diffusers_sana.pipelines.call import Call, CallAttribute, current_call, read_only, running
 from diffusers_sana.pipelines.conditioning import StartImage
 from diffusers_sana.pipelines.decoding import decode_latents
 from diffusers_sana.pipelines.loading import ComponentLoading
@@ -46,12 +46,7 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
 
     A call copies the scheduler and keeps its state in a `Call`, so several threads may call one pipeline.
 
-    Args:
-        tokenizer: Gemma's.
-        text_encoder: language model without a head, in bf16 or fp32: Gemma overflows fp16.
-        vae: deep compression autoencoder in bf16 or fp32.
-        transformer: denoiser.
-        scheduler: solver of the flow; any diffusers scheduler for flow prediction.
+    Args: the components, see `SanaPipeline`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
@@ -72,6 +67,13 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
     _num_timesteps = CallAttribute()
     _current_timestep = CallAttribute()
     _interrupt = CallAttribute()
+
+    # Of the call in this thread; outside of calls, of the last one.
+    guidance_scale: float = read_only("_guidance_scale", "Weight of the prompt.")
+    attention_kwargs: dict[str, Any] | None = read_only("_attention_kwargs", "Arguments of the attention processors.")
+    num_timesteps: int = read_only("_num_timesteps", "Steps of the call.")
+    current_timestep: float = read_only("_current_timestep", "Timestep of the step that runs, or ran last.")
+    interrupt: bool = read_only("_interrupt", "Whether the call ends before its next step.")
 
     def __init__(
         self,
@@ -104,34 +106,9 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
         vars(self)["scheduler"] = scheduler
 
     @property
-    def guidance_scale(self) -> float:
-        """Of the call in this thread; outside of calls, of the last one."""
-        return self._guidance_scale
-
-    @property
-    def attention_kwargs(self) -> dict[str, Any] | None:
-        """Of the call in this thread; outside of calls, of the last one."""
-        return self._attention_kwargs
-
-    @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the call runs negative prompts beside the prompts."""
         return self._has_negative_prompt and self._guidance_scale > 1.0
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the call in this thread; outside of calls, of the last one."""
-        return self._num_timesteps
-
-    @property
-    def current_timestep(self) -> float:
-        """Timestep of the step that runs, or ran last."""
-        return self._current_timestep
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the call ends before its next step."""
-        return self._interrupt
 
     def enable_cuda_graphs(self) -> None:
         """From now on each step of the transformer is replayed as one CUDA graph: the same numbers, fewer launches.

@@ -18,7 +18,7 @@ from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
-from diffusers_sana.pipelines.call import CallAttribute
+from diffusers_sana.pipelines.call import CallAttribute, read_only
 from diffusers_sana.pipelines.perturbed_attention import (
     DEFAULT_PAG_LAYERS,
     PAGLayers,
@@ -43,12 +43,8 @@ class SanaPAGPipeline(SanaPipeline):
     there. Components are those of `SanaPipeline`: `SanaPAGPipeline.from_pipe(pipe)` shares them.
 
     Args:
-        tokenizer: Gemma's.
-        text_encoder: language model without a head, in bf16 or fp32: Gemma overflows fp16.
-        vae: deep compression autoencoder in bf16 or fp32.
-        transformer: denoiser.
-        scheduler: solver of the flow; any diffusers scheduler for flow prediction.
         pag_applied_layers: as in `set_pag_applied_layers`.
+        the others: as in `SanaPipeline`.
     """
 
     pag_applied_layers: list[str | int]
@@ -57,6 +53,10 @@ class SanaPAGPipeline(SanaPipeline):
     _pag_scale = CallAttribute()
     _pag_adaptive_scale = CallAttribute()
     _pag_layers = CallAttribute()
+
+    # Of the call in this thread; outside of calls, of the last one.
+    pag_scale: float = read_only("_pag_scale", "Weight of perturbed-attention guidance.")
+    pag_adaptive_scale: float = read_only("_pag_adaptive_scale", "How fast `pag_scale` falls.")
 
     def __init__(
         self,
@@ -78,16 +78,6 @@ class SanaPAGPipeline(SanaPipeline):
         made = super().from_pipe(pipeline, **kwargs)
         made.set_pag_applied_layers(pag_applied_layers)
         return made
-
-    @property
-    def pag_scale(self) -> float:
-        """Of the call in this thread; outside of calls, of the last one."""
-        return self._pag_scale
-
-    @property
-    def pag_adaptive_scale(self) -> float:
-        """Of the call in this thread; outside of calls, of the last one."""
-        return self._pag_adaptive_scale
 
     @property
     def do_perturbed_attention_guidance(self) -> bool:
