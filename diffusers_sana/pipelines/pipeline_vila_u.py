@@ -1,6 +1,6 @@
 """VILA-U as a pipeline of diffusers: prompts to images and videos, images and questions to answers.
 
-Legend: N samples (prompts times images per prompt), F frames, T cells of an image, D codes per cell.
+Legend: N samples (prompts times images per prompt), F frames, T tokens per image, D codes per image token.
 """
 
 import os
@@ -135,12 +135,12 @@ class VilaUPipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """Cells of one sample in the last call."""
+        """Image tokens of one sample in the last call."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether the call ends before its next cell."""
+        """Whether the call ends before its next image token."""
         return self._interrupt
 
     def check_inputs(
@@ -211,15 +211,15 @@ class VilaUPipeline(DiffusionPipeline):
             output_type: "pil", "np" (channels last, in [0, 1]), "pt" (channels first, in [0, 1]), or "latent" for the
                 codes.
             return_dict: False for a tuple.
-            callback_on_step_end: called as `callback(pipeline, step, step, tensors)` after each cell, the third
-                argument being where other pipelines have a timestep. `pipeline._interrupt = True` ends the loop.
+            callback_on_step_end: called as `callback(pipeline, step, step, tensors)` after each image token; other
+                pipelines pass a timestep as the third argument. `pipeline._interrupt = True` ends the loop.
             callback_on_step_end_tensor_inputs: which tensors it gets. There is `codes`, of the shape of the result;
-                the cells to come are copies of the last one, so `pipeline.decode(codes)` shows how far it is. They
-                cannot be replaced: the model has read them already.
+                tokens that are still to come are copies of the last one, so `pipeline.decode(codes)` shows the
+                progress. Codes cannot be replaced: the model has read them already.
 
         Returns:
             `VilaUPipelineOutput`, or a tuple of its images or videos and their codes. After an interruption the
-            missing cells are copies of the last one.
+            missing tokens are copies of the last one.
 
         Raises:
             TypeError, ValueError: naming the argument, before anything is computed.
@@ -249,16 +249,16 @@ class VilaUPipeline(DiffusionPipeline):
         vision, samples = self.model.config.vision_config, len(inputs["input_ids"]) * num_images_per_prompt
         leading = (samples,) if num_frames is None else (samples, num_frames)
         codes = inputs["input_ids"].new_empty(*leading, vision.num_image_tokens, vision.num_codebooks)
-        by_cell = codes.view(samples, -1, vision.num_codebooks)
-        self._num_timesteps = by_cell.shape[1]
+        by_token = codes.view(samples, -1, vision.num_codebooks)
+        self._num_timesteps = by_token.shape[1]
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
 
-            def after_cell(cell: int, of_cell: Tensor) -> None:
-                by_cell[:, cell:] = of_cell[:, None]  # also the cells to come: there is always a whole image
+            def after_token(token: int, token_codes: Tensor) -> None:
+                by_token[:, token:] = token_codes[:, None]  # also those to come: there is always a whole image
                 progress_bar.update()
                 if callback_on_step_end is not None:
                     seen = {name: codes.clone() for name in callback_on_step_end_tensor_inputs}
-                    replaced = callback_on_step_end(self, cell, cell, seen) or {}
+                    replaced = callback_on_step_end(self, token, token, seen) or {}
                     if any(value is not seen.get(name) for name, value in replaced.items()):
                         raise ValueError("`callback_on_step_end` must not replace `codes`: the model has read them.")
                 if self.interrupt:
@@ -275,7 +275,7 @@ class VilaUPipeline(DiffusionPipeline):
                     top_p=top_p,
                     num_return_sequences=num_images_per_prompt,
                     generator=generator,
-                    callback_on_cell=after_cell,
+                    callback_on_cell=after_token,
                 )
 
         # 3. Pixels

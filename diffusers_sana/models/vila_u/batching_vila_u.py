@@ -117,7 +117,7 @@ def scales_of_samples(
     return scales.expand(num_prompts).repeat_interleave(samples_per_prompt)
 
 
-def scales_of_cells(scales: Tensor, interval: Sequence[float], num_images: int, tokens_per_image: int) -> Tensor:
+def scales_of_tokens(scales: Tensor, interval: Sequence[float], num_images: int, tokens_per_image: int) -> Tensor:
     """Guidance scales `[num_images * T, N, 1]` of all image tokens: those of the samples, and 1 outside the interval.
 
     Args:

@@ -26,8 +26,8 @@ from diffusers_sana.models.vila_u.batching_vila_u import (
     heal_last_tokens,
     repeat_features,
     rows_of_samples,
-    scales_of_cells,
     scales_of_samples,
+    scales_of_tokens,
     stack_rows,
     without_placeholder,
 )
@@ -251,7 +251,7 @@ class VilaUGenerationMixin(GenerationMixin):
         interval = visual_option("guidance_interval", guidance_interval, configs, (0, 1))
         vision, depth = self.config.vision_config, self.config.depth_config
         scales = scales_of_samples(guidance_scale, len(input_ids), num_return_sequences)
-        scales_by_cell = scales_of_cells(scales, interval, num_pictures, vision.num_image_tokens)
+        scales_by_token = scales_of_tokens(scales, interval, num_pictures, vision.num_image_tokens)
         pad, num_samples = self._pad, len(scales)
         if pixel_values is not None:
             mm_encoder_outputs = {"image": self.get_image_features(pixel_values, return_dict=True)}
@@ -260,7 +260,7 @@ class VilaUGenerationMixin(GenerationMixin):
                 input_ids, mm_encoder_outputs, num_return_sequences
             )  # type: ignore[arg-type]
         ids, mask = rows_of_samples("input_ids", input_ids, attention_mask, pad, num_samples)
-        is_guided = bool((scales_by_cell != 1).any())
+        is_guided = bool((scales_by_token != 1).any())
         if is_guided:
             negative = rows_of_samples(
                 "negative_input_ids", negative_input_ids, negative_attention_mask, pad, num_samples
@@ -269,38 +269,38 @@ class VilaUGenerationMixin(GenerationMixin):
                 mm_encoder_outputs = {"image": repeat_features(mm_encoder_outputs["image"])}
             ids, mask = stack_rows(ids, negative[0], pad), stack_rows(mask, negative[1], 0)
 
-        cells = len(scales_by_cell)
-        cache = cache_for(past_key_values, cache_implementation, self.config, ids.shape[1] + cells - 1)
+        num_tokens = len(scales_by_token)
+        cache = cache_for(past_key_values, cache_implementation, self.config, ids.shape[1] + num_tokens - 1)
         noise = CodeNoise(
             generator, (num_samples, vision.grid_size, depth.num_codebooks, depth.codebook_size), ids.device
         )
-        written = self._write_cells(
+        generated = self._generate_tokens(
             ids,
             mask,
-            cells,
+            num_tokens,
             mm_encoder_outputs=mm_encoder_outputs,
             cache=cache,
             noise=noise if sampling.do_sample else None,
-            scales_by_cell=scales_by_cell.to(ids.device) if is_guided else None,
+            scales_by_token=scales_by_token.to(ids.device) if is_guided else None,
             sampling=sampling,
             compile_config=compile_config,
         )
-        codes = ids.new_empty(num_samples, cells, depth.num_codebooks)
-        for cell, of_cell in enumerate(logging.tqdm(written, total=cells, disable=not progress_bar)):
-            codes[:, cell] = of_cell
+        codes = ids.new_empty(num_samples, num_tokens, depth.num_codebooks)
+        for token, token_codes in enumerate(logging.tqdm(generated, total=num_tokens, disable=not progress_bar)):
+            codes[:, token] = token_codes
             if callback_on_cell is not None:
-                callback_on_cell(cell, of_cell)
+                callback_on_cell(token, token_codes)
         return codes.unflatten(1, (num_pictures, -1))
 
-    def _write_cells(
+    def _generate_tokens(
         self,
         ids: Tensor,
         mask: Tensor,
-        cells: int,
+        num_tokens: int,
         mm_encoder_outputs: dict[str, Any] | None,
         cache: Cache,
         noise: CodeNoise | None,
-        scales_by_cell: Tensor | None,
+        scales_by_token: Tensor | None,
         sampling: VisualSampling,
         compile_config: CompileConfig | None,
     ) -> Iterator[Tensor]:
@@ -319,23 +319,23 @@ class VilaUGenerationMixin(GenerationMixin):
             mm_encoder_outputs=mm_encoder_outputs,
         ).last_hidden_state[:, -1]
         prompt, position = ids.shape[1], positions[:, -1:]
-        mask = F.pad(mask, (0, cells - 1))
-        read_and_write = self._compiled_round(compile_config)
+        mask = F.pad(mask, (0, num_tokens - 1))
+        read_and_generate = self._compiled_round(compile_config)
         row = self.config.vision_config.grid_size  # noise is sampled for one row of image tokens at a time
-        for cell in range(cells):
-            if noise is not None and cell % row == 0:
+        for token in range(num_tokens):
+            if noise is not None and token % row == 0:
                 row_noise = noise.sample()
-            cell_noise = None if noise is None else row_noise[:, cell % row]
-            scales = None if scales_by_cell is None else scales_by_cell[cell]
-            if cell == 0:
-                codes, inputs = self.write_cell(hidden_states, cell_noise, scales, sampling)
+            token_noise = None if noise is None else row_noise[:, token % row]
+            scales = None if scales_by_token is None else scales_by_token[token]
+            if token == 0:
+                codes, inputs = self.generate_token(hidden_states, token_noise, scales, sampling)
             else:
-                length = prompt + cell
+                length = prompt + token
                 mask[:, length - 1] = 1
                 # A static cache has the length of the whole mask, in which future image tokens are masked.
                 current_mask = mask if cache.is_compileable else mask[:, :length]
                 position = position + 1
-                codes, inputs = read_and_write(inputs, current_mask, position, cache, cell_noise, scales, sampling)
+                codes, inputs = read_and_generate(inputs, current_mask, position, cache, token_noise, scales, sampling)
             yield codes
         if not bool(inputs.isfinite().all()):
             raise ValueError(
@@ -343,7 +343,7 @@ class VilaUGenerationMixin(GenerationMixin):
                 "bfloat16; otherwise its weights are damaged, or `guidance_scale` is too large."
             )
 
-    def read_and_write_cell(
+    def read_and_generate_token(
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor,
@@ -353,7 +353,7 @@ class VilaUGenerationMixin(GenerationMixin):
         scales: Tensor | None,
         sampling: VisualSampling,
     ) -> tuple[Tensor, Tensor]:
-        """One round of the loop: the language model reads an image token `[R, 1, H]`, then `write_cell`."""
+        """One round of the loop: the language model reads an image token `[R, 1, H]`, then `generate_token`."""
         outputs = self.model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -361,9 +361,9 @@ class VilaUGenerationMixin(GenerationMixin):
             past_key_values=past_key_values,
             use_cache=True,
         )
-        return self.write_cell(outputs.last_hidden_state[:, -1], noise, scales, sampling)
+        return self.generate_token(outputs.last_hidden_state[:, -1], noise, scales, sampling)
 
-    def write_cell(
+    def generate_token(
         self, hidden_states: Tensor, noise: Tensor | None, scales: Tensor | None, sampling: VisualSampling
     ) -> tuple[Tensor, Tensor]:
         """Generates the codes of the next image token.
@@ -390,13 +390,13 @@ class VilaUGenerationMixin(GenerationMixin):
 
     def _compiled_round(self, config: CompileConfig | None) -> Callable[..., tuple[Tensor, Tensor]]:
         if config is None:
-            return self.read_and_write_cell
+            return self.read_and_generate_token
         if getattr(self, "_compiled_for", None) != config:
             self._compiled_for = config
-            self._compiled_read_and_write = torch.compile(self.read_and_write_cell, **config.to_dict())
+            self._compiled_round_function = torch.compile(self.read_and_generate_token, **config.to_dict())
 
         def run(*args: Any) -> tuple[Tensor, Tensor]:
-            codes, inputs = self._compiled_read_and_write(*args)
+            codes, inputs = self._compiled_round_function(*args)
             return codes.clone(), inputs.clone()  # the next replay of a CUDA graph overwrites them
 
         return run

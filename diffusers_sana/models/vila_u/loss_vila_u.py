@@ -68,9 +68,9 @@ def unshift(shift_labels: Tensor, is_placeholder: Tensor, image_token_id: int) -
         (shift_labels[:, -1] != image_token_id).all(),
         lambda: "`shift_labels` must not end with an image token. Split the sequences elsewhere, or set it to -100",
     )
-    labels, is_cell = F.pad(shift_labels, (1, 0), value=IGNORED), F.pad(is_placeholder, (0, 1))
+    labels, is_image = F.pad(shift_labels, (1, 0), value=IGNORED), F.pad(is_placeholder, (0, 1))
     is_target = labels != IGNORED
-    return labels, is_target & ~is_cell, is_target & is_cell
+    return labels, is_target & ~is_image, is_target & is_image
 
 
 def states_before(hidden_states: Tensor, is_target: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ class VilaUVisionModel(PreTrainedModel):
 
     def embed_codes(self, codes: Tensor) -> Tensor:
         """`[B, T, D]` to zq `[B, T, C]`, for any number of image tokens."""
-        self._check_codes(codes, cells=None)
+        self._check_codes(codes, num_tokens=None)
         return self.quantizer.decode(codes)
 
     def decode(self, quantized: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class VilaUVisionModel(PreTrainedModel):
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         """`[B, T, D]` to pixels `[B, 3, H, W]`, about -1 to 1 and not clamped."""
-        self._check_codes(codes, cells=self.config.num_image_tokens)
+        self._check_codes(codes, num_tokens=self.config.num_image_tokens)
         return self.decode(self.quantizer.decode(codes))
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
@@ -219,17 +219,17 @@ class VilaUVisionModel(PreTrainedModel):
             raise ValueError("this tower has no text tower; build it with `use_text_tower=True`")
         return self.text_model
 
-    def _check_codes(self, codes: Tensor, cells: int | None) -> None:
-        """Raises for codes of a wrong shape (`cells=None`: any number of tokens), dtype or range.
+    def _check_codes(self, codes: Tensor, num_tokens: int | None) -> None:
+        """Raises for codes of a wrong shape (`num_tokens=None`: any number), dtype or range.
 
         The range is checked on a CPU and before decoding; elsewhere the check would synchronize with the device.
         """
         depth, entries = self.config.num_codebooks, self.config.codebook_size
-        if codes.ndim != 3 or codes.shape[2] != depth or cells not in (None, codes.shape[1]):
-            raise ValueError(f"`codes` must be [batch, {cells or 'tokens'}, {depth}], got {list(codes.shape)}")
+        if codes.ndim != 3 or codes.shape[2] != depth or num_tokens not in (None, codes.shape[1]):
+            raise ValueError(f"`codes` must be [batch, {num_tokens or 'tokens'}, {depth}], got {list(codes.shape)}")
         if codes.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"`codes` must be int32 or int64, got {codes.dtype}")
-        readable = codes.device.type == "cpu" or (cells is not None and codes.device.type != "meta")
+        readable = codes.device.type == "cpu" or (num_tokens is not None and codes.device.type != "meta")
         if readable and codes.numel() and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in codes.aminmax())
             if low < 0 or high >= entries:
