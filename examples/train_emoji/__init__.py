@@ -1,1 +1,1 @@
-"""The bundled checkpoint, from nothing: emoji art -> captioned pictures -> DC-AE -> Sana with its own text encoder."""
+"""The bundled checkpoint, from nothing: emoji art -> captioned images -> DC-AE -> Sana with its own text encoder."""

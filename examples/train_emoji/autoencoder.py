@@ -32,8 +32,8 @@ from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.recipes.dc_ae import train as train_dc_ae
 from diffusers_sana.training.recipes.options import DCAETrainingConfig
 
+from .common import device, resumable
 from .models import make_autoencoder_256
-from .run import device, resumable
 from .scenes import Art, Scenes, image_batches, render
 
 
@@ -209,7 +209,7 @@ def judge(vae: ModelMixin, images: Tensor) -> tuple[dict[str, float], Tensor]:
 
 
 def judged_images(art: Art) -> Tensor:
-    """The fixed scenes `[JUDGED, 3, 256, 256]`, of all kinds in the shares of the training."""
+    """The fixed scenes `[JUDGED, 3, 256, 256]`, of all kinds in the proportions of the training."""
     source = Scenes(art.objects, seed=123)
     return render(art, [source.sample(held_out=None) for _ in range(JUDGED)])
 

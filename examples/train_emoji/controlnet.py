@@ -2,13 +2,12 @@
 
     python -m examples.train_emoji.controlnet --data outputs/emoji.zip --out outputs/sana-emoji-edges --minutes 10
 
-Pictures are composed as for the checkpoint itself; the control image is their edges by Sobel's filters. Afterwards it
-is judged on held-out scenes: `OUT/held_out.png` has a row of edges, one of pictures drawn from the prompts alone, and
-one of pictures that follow the edges too; `OUT/evaluation.json` says how far the edges of both agree with those asked
-for. The same command goes on where it stopped.
+Images are composed as for the checkpoint itself; the control image is their edges by Sobel's filters. Afterwards it
+is judged on held-out scenes: `OUT/held_out.png` has a row of edges, one of images generated from the prompts alone,
+and one of images that follow the edges too; `OUT/evaluation.json` says how far the edges of both agree with those
+asked for. The same command goes on where it stopped.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +24,10 @@ from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.recipes.controlnet import train as train_controlnet
 from diffusers_sana.training.recipes.options import ControlNetTrainingConfig
 
+from .common import device, make_parser, make_settings, write_report
 from .data import EmojiArt, EmojiScenes, LatentScenes, Scene
 from .evaluate import held_out_scenes
 from .models import FLOW_SHIFT, RESOLUTION
-from .run import device, resumable
 
 
 NUM_LAYERS = 4  # of the transformer's 8
@@ -39,9 +38,9 @@ class EdgeScenes(LatentScenes):
 
     @torch.no_grad()
     def encode(self, scenes: list[Scene]) -> Tensor:
-        """Scaled latents `[B, 2 C, h, w]`: of the pictures, then of their edges."""
-        pictures = self.scenes.render(scenes).to(self.vae.device, self.vae.dtype)
-        both = torch.cat([pictures, sobel_edges(pictures).to(pictures.dtype)])
+        """Scaled latents `[B, 2 C, h, w]`: of the images, then of their edges."""
+        images = self.scenes.render(scenes).to(self.vae.device, self.vae.dtype)
+        both = torch.cat([images, sobel_edges(images).to(images.dtype)])
         latents = self.vae.encode(both).latent.float() * self.vae.config.scaling_factor
         return torch.cat(latents.chunk(2), dim=1)
 
@@ -55,25 +54,20 @@ class EdgeScenes(LatentScenes):
 def train(
     art: EmojiArt, pipe: SanaPipeline, out: Path, minutes: float, batch_size: int = 64, store: int = 2048
 ) -> Path:
-    """Trains the ControlNet for `pipe`; returns its folder. `store` pictures are encoded at a time."""
+    """Trains the ControlNet for `pipe`; returns its folder. `store` images are encoded at a time."""
     scenes = EmojiScenes(art, RESOLUTION, device(), seed=4)
     latents = EdgeScenes(scenes, pipe.vae.to(device()), store, renewed=batch_size // 8)
-    config = ControlNetTrainingConfig(
-        output_dir=str(out),
-        max_minutes=minutes,
-        max_steps=10_000_000,
+    settings = make_settings(
+        out,
+        minutes,
         learning_rate=1e-3,
-        lr_schedule="cosine",
         warmup_steps=50,
-        betas=(0.9, 0.99),
-        weight_decay=0.01,
         ema_decay=0.99,
         flow_shift=FLOW_SHIFT,
-        resume=resumable(out),
     )
     controlnet = SanaControlNetModel.from_transformer(pipe.transformer, NUM_LAYERS)
     parts = (pipe.transformer, pipe.text_encoder, pipe.tokenizer, pipe.vae)
-    train_controlnet(config, latents.batches(batch_size), controlnet, *parts)
+    train_controlnet(ControlNetTrainingConfig(**settings), latents.batches(batch_size), controlnet, *parts)
     return out / "model"
 
 
@@ -97,19 +91,17 @@ def judge(
         ).images
         images = images.float().cpu() * 2 - 1
         rows.append(images)
-        shares = (sobel_edges(images) / 2 + 0.5).flatten(1), (edges / 2 + 0.5).flatten(1)
-        figures[name] = round(F.cosine_similarity(*shares).mean().item(), 4)
+        edge_maps = (sobel_edges(images) / 2 + 0.5).flatten(1), (edges / 2 + 0.5).flatten(1)
+        figures[name] = round(F.cosine_similarity(*edge_maps).mean().item(), 4)
     out.mkdir(parents=True, exist_ok=True)
     save_image_grid(torch.cat(rows), out / "held_out.png", columns=count)
     report = environment() | {"mean_cosine_of_edges": figures, "scenes": count}
-    (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(report, out)
     return report
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("outputs/emoji.zip"), help="what prepare_data wrote")
-    parser.add_argument("--out", type=Path, default=Path("outputs/sana-emoji-edges"), help="folder of the run")
+    parser = make_parser(__doc__, "outputs/sana-emoji-edges")
     parser.add_argument("--model", default=SANA_EMOJI, help="pipeline folder of the emoji checkpoint")
     parser.add_argument("--minutes", type=float, default=10, help="time budget of the training")
     parser.add_argument("--controlnet", type=Path, help="folder of a trained one, to judge it only")

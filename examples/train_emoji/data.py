@@ -1,7 +1,7 @@
-"""Captioned pictures composed on the fly from emoji art.
+"""Captioned images composed on the fly from emoji art.
 
 A scene is one object (somewhere) or two (side by side) in one style on a plain background; its caption says which,
-or leaves some of it out. Composition is vectorised over the batch and runs on any device.
+or leaves some of it out. Composition is vectorized over the batch and runs on any device.
 """
 
 import io
@@ -37,7 +37,7 @@ COLORS = {
     "black": (24, 24, 28),
     "white": (250, 250, 250),
 }
-# Words of the caption -> centre of the object, in units of half the picture from its centre (x right, y down).
+# Words of the caption -> center of the object, in units of half the image from its center (x right, y down).
 POSITIONS = {
     "": (0.0, 0.0),
     " on the left": (-0.42, 0.0),
@@ -99,6 +99,12 @@ def is_held_out(label: str, style: str, color: str) -> bool:
     return _hash(f"{label}/{style}/{color}") % 16 == 0
 
 
+def triples(labels: Sequence[str], held_out: bool) -> list[tuple[str, str, str]]:
+    """All triples of object, style and background that are, or are not, held out."""
+    every = [(label, style, color) for label in labels for style in STYLES for color in COLORS]
+    return [triple for triple in every if is_held_out(*triple) == held_out]
+
+
 def with_article(label: str, adjective: str = "") -> str:
     words = f"{adjective} {label}".strip()
     if label.endswith("s") and not label.endswith(("ss", "us")):
@@ -108,7 +114,7 @@ def with_article(label: str, adjective: str = "") -> str:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `labels`: one object, or two from left to right."""
+    """What an image shows. `labels`: one object, or two from left to right."""
 
     labels: tuple[str, ...]
     style: str
@@ -123,7 +129,7 @@ class Scene:
 
 
 class EmojiArt:
-    """All pictures in memory: `pixels` `[num_emoji, num_styles, 4, 128, 128]`, uint8, colour premultiplied."""
+    """All images in memory: `pixels` `[num_emoji, num_styles, 4, 128, 128]`, uint8, color premultiplied."""
 
     def __init__(self, path: str | Path):
         with zipfile.ZipFile(path) as pack:
@@ -131,8 +137,8 @@ class EmojiArt:
             pixels = np.zeros((len(self.rows), len(STYLES), 4, 128, 128), np.uint8)
             for i, row in enumerate(self.rows):
                 for j, style in enumerate(STYLES):
-                    picture = Image.open(io.BytesIO(pack.read(f"{style}/{row['hexcode']}.webp"))).convert("RGBa")
-                    pixels[i, j] = np.asarray(picture).transpose(2, 0, 1)
+                    image = Image.open(io.BytesIO(pack.read(f"{style}/{row['hexcode']}.webp"))).convert("RGBa")
+                    pixels[i, j] = np.asarray(image).transpose(2, 0, 1)
         self.pixels = torch.from_numpy(pixels)
         self.objects = [
             i
@@ -148,6 +154,10 @@ class EmojiArt:
             if row["label"] not in self.index and row["subgroup"] != "country-flag" and _hash(row["label"]) % 12 == 0
         ]
         self.training = sorted(set(range(len(self.rows))) - set(self.held_out))
+
+    def among(self, wanted: Sequence[str]) -> list[str]:
+        """Those of the objects `wanted` that there are; all objects if there is none of them."""
+        return [label for label in wanted if label in self.index] or self.labels
 
     def sprites(self, emoji: Tensor, style: Tensor, device: torch.device | str) -> Tensor:
         """`[B, 4, 128, 128]` in [0, 1]."""
@@ -174,12 +184,12 @@ def paste(canvas: Tensor, sprites: Tensor, center: Tensor, size: Tensor) -> Tens
 
 
 class EmojiScenes:
-    """Scenes drawn at random, their pictures and captions, and endless batches of pictures for the autoencoder.
+    """Random scenes, their images and captions, and endless batches of images for the autoencoder.
 
     Args:
         art: the emoji.
-        resolution: side of the pictures in pixels.
-        device: where pictures are composed.
+        resolution: side of the images in pixels.
+        device: where images are composed.
         seed: of everything random here.
         labels: objects of captioned scenes; default: all that `art` can name.
     """
@@ -200,10 +210,10 @@ class EmojiScenes:
     def _uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         return torch.rand(shape, generator=self.generator) * (high - low) + low
 
-    def draw(
+    def compose(
         self, emoji: list[tuple[int, ...]], style: list[int], color: Tensor, position: list[str], jitter: float = 1.0
     ) -> Tensor:
-        """Pictures `[B, 3, H, W]` in [-1, 1] of one object, or two, per row of `emoji`."""
+        """Images `[B, 3, H, W]` in [-1, 1] of one object, or two, per row of `emoji`."""
         batch = len(emoji)
         styles = torch.tensor(style)
         canvas = color.to(self.device)[:, :, None, None].expand(-1, -1, self.resolution, self.resolution)
@@ -215,10 +225,10 @@ class EmojiScenes:
         size = torch.where(aside, 0.5, 0.8)[:, None] * (1 + self._uniform(batch, 1, low=-0.06, high=0.06) * jitter)
         size = size.expand(-1, 2)
         single = (~pair).nonzero()[:, 0]
-        pictures = torch.empty(canvas.shape, device=self.device)
+        images = torch.empty(canvas.shape, device=self.device)
         if len(single):
             sprites = self.art.sprites(torch.tensor([emoji[i][0] for i in single]), styles[single], self.device)
-            pictures[single] = paste(
+            images[single] = paste(
                 canvas[single], sprites, center[single].to(self.device), size[single].to(self.device)
             )
         double = pair.nonzero()[:, 0]
@@ -229,11 +239,11 @@ class EmojiScenes:
                 offset = torch.tensor([x, 0.0]) + self._uniform(len(double), 2, low=-0.03, high=0.03) * jitter
                 scale = torch.full((len(double), 2), 0.47)
                 layer = paste(layer, sprites, offset.to(self.device), scale.to(self.device))
-            pictures[double] = layer
-        return pictures.clamp(0, 1) * 2 - 1
+            images[double] = layer
+        return images.clamp(0, 1) * 2 - 1
 
     def autoencoder_batches(self, batch_size: int) -> Iterator[dict]:
-        """`{"pixel_values": [B, 3, H, W]}`: any emoji, any style, on any colour."""
+        """`{"pixel_values": [B, 3, H, W]}`: any emoji, any style, on any color."""
         palette = torch.tensor(list(COLORS.values())) / 255
         pool = self.art.training + 7 * self.art.objects  # mostly what prompts can name
         while True:
@@ -245,10 +255,10 @@ class EmojiScenes:
             color = (color + self._uniform(batch_size, 3, low=-0.06, high=0.06)).clamp(0, 1)
             color = torch.where(self._uniform(batch_size, 1) < 0.2, self._uniform(batch_size, 3), color)
             position = [self.random.choice(list(POSITIONS)) if self.random.random() < 0.4 else "" for _ in emoji]
-            pictures = self.draw(emoji, style, color, position)
+            images = self.compose(emoji, style, color, position)
             yield {
                 "pixel_values": torch.where(
-                    self._uniform(batch_size, 1, 1, 1).to(self.device) < 0.5, pictures, pictures.flip(-1)
+                    self._uniform(batch_size, 1, 1, 1).to(self.device) < 0.5, images, images.flip(-1)
                 )
             }
 
@@ -273,25 +283,25 @@ class EmojiScenes:
         return f"{subject}{scene.position}{background}" + (f", {scene.style} style" if style == "suffix" else "")
 
     def render(self, scenes: list[Scene], jitter: float = 1.0) -> Tensor:
-        """Pictures `[B, 3, H, W]` in [-1, 1] of the scenes."""
+        """Images `[B, 3, H, W]` in [-1, 1] of the scenes."""
         color = torch.tensor([COLORS[scene.color] for scene in scenes]) / 255
         color = (color + self._uniform(len(scenes), 3, low=-0.02, high=0.02) * jitter).clamp(0, 1)
         emoji = [tuple(self.art.index[label] for label in scene.labels) for scene in scenes]
         style = [STYLES.index(scene.style) for scene in scenes]
-        return self.draw(emoji, style, color, [scene.position for scene in scenes], jitter)
+        return self.compose(emoji, style, color, [scene.position for scene in scenes], jitter)
 
 
 class LatentScenes:
     """Endless batches of captioned latents: a store of encoded scenes of which each batch renews a part.
 
-    Encoding costs more than a step of the small transformer, so every picture serves several steps, each time with
+    Encoding costs more than a step of the small transformer, so every image serves several steps, each time with
     new noise and another phrasing of its caption.
 
     Args:
-        scenes: draws the pictures.
+        scenes: composes the images.
         vae: encodes them; latents are scaled by its `scaling_factor`.
         size: scenes in the store.
-        renewed: scenes drawn anew for each batch.
+        renewed: new scenes for each batch.
     """
 
     def __init__(self, scenes: EmojiScenes, vae: ModelMixin, size: int, renewed: int):
@@ -300,8 +310,8 @@ class LatentScenes:
     @torch.no_grad()
     def encode(self, scenes: list[Scene]) -> Tensor:
         """Scaled latents `[B, C, h, w]` of the scenes."""
-        pictures = self.scenes.render(scenes).to(self.vae.device, self.vae.dtype)
-        return self.vae.encode(pictures).latent.float() * self.vae.config.scaling_factor
+        images = self.scenes.render(scenes).to(self.vae.device, self.vae.dtype)
+        return self.vae.encode(images).latent.float() * self.vae.config.scaling_factor
 
     def batches(self, batch_size: int) -> Iterator[dict]:
         """`{"latents": [B, C, h, w], "text": list of B captions}`."""

@@ -3,11 +3,10 @@
     python -m examples.train_emoji.evaluate --data outputs/emoji.zip [--model FOLDER]
 
 Autoencoder: PSNR and SSIM on emoji that no training showed. Text to image: prompts whose triple of object, style
-and background never occurred in training; each picture is compared, in a fixed feature space (a network with seeded
-random weights), with the true renderings of every object, of both styles, and of every background colour.
+and background never occurred in training; each image is compared, in a fixed feature space (a network with seeded
+random weights), with the true renderings of every object, of both styles, and of every background color.
 """
 
-import argparse
 import json
 import platform
 import random
@@ -31,21 +30,15 @@ from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.training.objectives.perceptual import RandomFeatures
 from diffusers_sana.training.plots import save_image_grid
 
-from .data import COLORS, COMMON_OBJECTS, POSITIONS, STYLES, EmojiArt, EmojiScenes, Scene, is_held_out
+from .common import generate, make_parser, write_report
+from .data import COLORS, COMMON_OBJECTS, POSITIONS, STYLES, EmojiArt, EmojiScenes, Scene, triples
 
 
 def held_out_scenes(labels: Sequence[str], singles: int = 52, pairs: int = 12) -> list[Scene]:
-    """Scenes of the objects `labels`: triples of object, style and colour kept out of training, and random pairs."""
+    """Scenes of the objects `labels`: triples of object, style and color kept out of training, and random pairs."""
     rng = random.Random(1)
-    triples = [
-        (label, style, color)
-        for label in labels
-        for style in STYLES
-        for color in COLORS
-        if is_held_out(label, style, color)
-    ]
     positions = [p for p in POSITIONS if p]
-    chosen = rng.sample(triples, singles)
+    chosen = rng.sample(triples(labels, held_out=True), singles)
     scenes = [
         Scene((label,), style, color, "" if i % 4 else positions[i // 4 % len(positions)])
         for i, (label, style, color) in enumerate(chosen)
@@ -57,12 +50,12 @@ def held_out_scenes(labels: Sequence[str], singles: int = 52, pairs: int = 12) -
 
 
 def reconstruction(vae, art: EmojiArt, scenes: EmojiScenes) -> tuple[dict, Tensor]:
-    """PSNR (dB) and SSIM over held-out emoji in both styles, and pictures: originals above reconstructions."""
+    """PSNR (dB) and SSIM over held-out emoji in both styles, and images: originals above reconstructions."""
     emoji = [(i,) for i in art.held_out for _ in STYLES]
     style = [j for _ in art.held_out for j in range(len(STYLES))]
     palette = torch.tensor(list(COLORS.values())) / 255
     color = palette[torch.arange(len(emoji)) % len(palette)]
-    originals = scenes.draw(emoji, style, color, [""] * len(emoji), jitter=0.0)
+    originals = scenes.compose(emoji, style, color, [""] * len(emoji), jitter=0.0)
     with torch.no_grad():
         decoded = torch.cat([vae.decode(vae.encode(x).latent).sample for x in originals.split(32)]).clamp(-1, 1)
     pairs = [(a.numpy(), b.numpy()) for a, b in zip(originals, decoded, strict=True)]
@@ -74,33 +67,33 @@ def reconstruction(vae, art: EmojiArt, scenes: EmojiScenes) -> tuple[dict, Tenso
 
 
 def feature_space() -> Callable[[Tensor], Tensor]:
-    """Pictures `[B, 3, H, W]` -> unit vectors `[B, F]`; fixed by its seed, learns nothing."""
+    """Images `[B, 3, H, W]` -> unit vectors `[B, F]`; fixed by its seed, learns nothing."""
     network = RandomFeatures()
 
-    def features(pictures: Tensor) -> Tensor:
+    def features(images: Tensor) -> Tensor:
         with torch.no_grad():
-            maps = network(pictures)
+            maps = network(images)
         return torch.cat([F.normalize(F.adaptive_avg_pool2d(m, 8).flatten(1)) for m in maps], dim=1)
 
     return features
 
 
-def prompt_following(pictures: dict[str, Tensor], scenes: list[Scene], renderer: EmojiScenes) -> dict[str, dict]:
+def prompt_following(images: dict[str, Tensor], scenes: list[Scene], renderer: EmojiScenes) -> dict[str, dict]:
     """How often the nearest true rendering is the prompted one, when only one property of the scene is varied.
 
     Args:
-        pictures: name -> pictures `[B, 3, H, W]` of the B scenes; each is judged alike.
+        images: name -> images `[B, 3, H, W]` of the B scenes; each is judged alike.
         scenes: what they should show; those with two objects are left out.
-        renderer: draws the true pictures; its `labels` are the objects to tell apart.
+        renderer: composes the true images; its `labels` are the objects to tell apart.
     """
     features = feature_space()
     rows = [i for i, scene in enumerate(scenes) if len(scene.labels) == 1]
     scenes = [scenes[i] for i in rows]
-    described = {name: features(batch[rows]) for name, batch in pictures.items()}
+    described = {name: features(batch[rows]) for name, batch in images.items()}
 
     def ranks(varied: Callable[[Scene], list[Scene]]) -> dict[str, list[int]]:
-        """For each picture, how many renderings are nearer to it than the true one."""
-        found: dict[str, list[int]] = {name: [] for name in pictures}
+        """For each image, how many renderings are nearer to it than the true one."""
+        found: dict[str, list[int]] = {name: [] for name in images}
         for i, scene in enumerate(scenes):
             gallery = varied(scene)
             renderings = features(renderer.render(gallery, jitter=0.0))
@@ -113,33 +106,33 @@ def prompt_following(pictures: dict[str, Tensor], scenes: list[Scene], renderer:
     colors = ranks(lambda s: [Scene(s.labels, s.style, color, s.position) for color in COLORS])
     styles = ranks(lambda s: [Scene(s.labels, style, s.color, s.position) for style in STYLES])
 
-    def share(found: list[int], top: int = 1) -> float:
+    def fraction(found: list[int], top: int = 1) -> float:
         return sum(rank < top for rank in found) / len(found)
 
     return {
         name: {
             "prompts": len(scenes),
-            "object_top1": share(objects[name]),
-            "object_top5": share(objects[name], top=5),
+            "object_top1": fraction(objects[name]),
+            "object_top5": fraction(objects[name], top=5),
             "object_top1_chance": 1 / len(renderer.labels),
-            "color_top1": share(colors[name]),
+            "color_top1": fraction(colors[name]),
             "color_top1_chance": 1 / len(COLORS),
-            "style_top1": share(styles[name]),
+            "style_top1": fraction(styles[name]),
             "style_top1_chance": 1 / len(STYLES),
         }
-        for name in pictures
+        for name in images
     }
 
 
-def captioned_grid(pictures: Tensor, captions: list[str], path: Path, columns: int = 8) -> None:
-    """One PNG: pictures `[N, 3, H, W]` with their prompts below."""
-    side, strip = pictures.shape[-1], 34
+def captioned_grid(images: Tensor, captions: list[str], path: Path, columns: int = 8) -> None:
+    """One PNG: images `[N, 3, H, W]` with their prompts below."""
+    side, strip = images.shape[-1], 34
     rows = -(-len(captions) // columns)
     sheet = Image.new("RGB", (columns * side, rows * (side + strip)), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = i % columns * side, i // columns * (side + strip)
-        pixels = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        pixels = ((image + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
         sheet.paste(Image.fromarray(pixels), (x, y))
         lines, line = [], ""
         for word in caption.split():
@@ -156,31 +149,19 @@ def captioned_grid(pictures: Tensor, captions: list[str], path: Path, columns: i
 def evaluate(
     pipe: SanaPipeline, data: Path, labels: Sequence[str], out: Path, steps: int = 20, guidance_scale: float = 4.5
 ) -> dict:
-    """Measures a pipeline that knows `labels`; writes `evaluation.json` and two pictures into `out`."""
+    """Measures a pipeline that knows `labels`; writes `evaluation.json` and two images into `out`."""
     art = EmojiArt(data)
     renderer = EmojiScenes(art, labels=labels)
     figures, comparison = reconstruction(pipe.vae, art, renderer)
     scenes = held_out_scenes(labels)
     prompts = [scene.prompt for scene in scenes]
-    pictures = torch.cat(
-        [
-            pipe(
-                prompts[i : i + 16],
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                generator=[torch.Generator().manual_seed(i + j) for j in range(len(prompts[i : i + 16]))],
-                output_type="pt",
-            ).images
-            for i in range(0, len(prompts), 16)
-        ]
-    )
-    pictures = pictures.float().cpu() * 2 - 1
+    images = generate(pipe, prompts, num_inference_steps=steps, guidance_scale=guidance_scale)
     truth = renderer.render(scenes, jitter=0.0)
     with torch.no_grad():
         decoded = torch.cat([pipe.vae.decode(pipe.vae.encode(x).latent).sample for x in truth.split(16)])
     out.mkdir(parents=True, exist_ok=True)
     save_image_grid(comparison, out / "reconstructions.png", columns=16)
-    captioned_grid(pictures, prompts, out / "held_out.png")
+    captioned_grid(images, prompts, out / "held_out.png")
     report = {
         "command": f"python -m examples.train_emoji.evaluate --steps {steps} --guidance-scale {guidance_scale}",
         "device": device_name(),
@@ -195,22 +176,20 @@ def evaluate(
         "autoencoder_on_held_out_emoji": figures,
         **prompt_following(
             {
-                "generated_from_held_out_prompts": pictures,
+                "generated_from_held_out_prompts": images,
                 "ceiling_autoencoded_truth": decoded.clamp(-1, 1),
             },
             scenes,
             renderer,
         ),
     }
-    (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(report, out)
     return report
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("outputs/emoji.zip"), help="what prepare_data wrote")
+    parser = make_parser(__doc__, "outputs/evaluation", "folder for figures and images")
     parser.add_argument("--model", default=SANA_EMOJI, help="pipeline folder; default: the bundled one")
-    parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), help="folder for figures and pictures")
     parser.add_argument("--objects", choices=("common", "all"), default="common", help="what the model was taught")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.5)

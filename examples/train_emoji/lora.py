@@ -1,15 +1,14 @@
-"""Trains the bundled LoRA that draws pixel art with the emoji checkpoint, within minutes on one core of a CPU.
+"""Trains the bundled LoRA that makes the emoji checkpoint generate pixel art, within minutes on one core of a CPU.
 
     python -m examples.train_emoji.lora --data outputs/emoji.zip --out outputs/sana-emoji-pixel-art
 
-The pictures are emoji scenes drawn with few large pixels and few colours, written as an ordinary captioned folder.
+The images are emoji scenes in few large pixels and few colors, written as an ordinary captioned folder.
 `examples/train_sana_lora.py` learns from that, on the 16-bit base and on the base in 4 bits. A fifth of the objects is
 kept out and judged. One large pixel is 16 small ones wide: the checkpoint's autoencoder blurs smaller ones away.
 `OUT/lora` and `OUT/lora-int4` are the runs, which go on where they stopped; `OUT/bundle` is the first one's LoRA in
 bf16. The figures are in `benchmarks/results/<device>/lora_pixel_art.json`.
 """
 
-import argparse
 import json
 import zlib
 from pathlib import Path
@@ -31,48 +30,48 @@ from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.recipes.lora import run as train_lora
 from diffusers_sana.training.recipes.options import LoraDataOptions, LoraModelOptions, LoraTrainingConfig
 
+from .common import generate, make_parser, resumable
 from .data import COLORS, COMMON_OBJECTS, STYLES, EmojiArt, EmojiScenes, Scene, is_held_out
 from .evaluate import held_out_scenes, prompt_following
 from .models import RESOLUTION
-from .run import resumable
 
 
 SUFFIX = ", pixel art"  # of every prompt
 PIXEL = 16  # small pixels a large one is wide
-LEVELS = 6  # of each colour: a palette of 216
+LEVELS = 6  # of each color: a palette of 216
 KEPT_OUT = tuple(label for label in COMMON_OBJECTS if zlib.crc32(label.encode()) % 4 == 0)
 TAUGHT = tuple(label for label in COMMON_OBJECTS if label not in KEPT_OUT)
 
 
-def blocks(pictures: Tensor) -> Tensor:
-    """Pictures `[B, 3, H, W]` with each block of `PIXEL` x `PIXEL` replaced by its mean."""
-    return F.interpolate(F.avg_pool2d(pictures, PIXEL), scale_factor=PIXEL, mode="nearest")
+def blocks(images: Tensor) -> Tensor:
+    """Images `[B, 3, H, W]` with each block of `PIXEL` x `PIXEL` replaced by its mean."""
+    return F.interpolate(F.avg_pool2d(images, PIXEL), scale_factor=PIXEL, mode="nearest")
 
 
-def pixelate(pictures: Tensor) -> Tensor:
-    """Pictures `[B, 3, H, W]` in [-1, 1] as pixel art: large pixels, each colour rounded to `LEVELS` values."""
+def pixelate(images: Tensor) -> Tensor:
+    """Images `[B, 3, H, W]` in [-1, 1] as pixel art: large pixels, each color rounded to `LEVELS` values."""
     steps = (LEVELS - 1) / 2
-    return ((blocks(pictures) + 1) * steps).round() / steps - 1
+    return ((blocks(images) + 1) * steps).round() / steps - 1
 
 
-def within_blocks(pictures: Tensor) -> float:
-    """Share of the variance that is within blocks, mean over pictures `[B, 3, H, W]`: 0 for pixel art."""
-    rest = (pictures - blocks(pictures)).square().mean((1, 2, 3))
-    return (rest / pictures.var((1, 2, 3), correction=0)).mean().item()
+def within_blocks(images: Tensor) -> float:
+    """Fraction of the variance that is within blocks, mean over images `[B, 3, H, W]`: 0 for pixel art."""
+    rest = (images - blocks(images)).square().mean((1, 2, 3))
+    return (rest / images.var((1, 2, 3), correction=0)).mean().item()
 
 
-def on_grid(pictures: Tensor) -> float:
-    """Share of the squared differences of neighbours that is between blocks: 1 for pixel art, 1/16 by chance.
+def on_grid(images: Tensor) -> float:
+    """Fraction of the squared differences of neighbours that is between blocks: 1 for pixel art, 1/16 by chance.
 
     Unlike `within_blocks` it gains nothing from blur.
     """
-    differences = [view.diff(dim=-1).square().sum((1, 2)) for view in (pictures, pictures.transpose(2, 3))]
+    differences = [view.diff(dim=-1).square().sum((1, 2)) for view in (images, images.transpose(2, 3))]
     total = torch.stack(differences).sum(0)  # [B, W - 1]
     return (total[:, PIXEL - 1 :: PIXEL].sum(1) / total.sum(1)).mean().item()
 
 
 class PixelScenes(EmojiScenes):
-    """Scenes of one object each, drawn as pixel art."""
+    """Scenes of one object each, as pixel art."""
 
     def sample_scene(self) -> Scene:
         """One of `labels` in the middle; never what `is_held_out` names."""
@@ -80,24 +79,24 @@ class PixelScenes(EmojiScenes):
         return self.sample_scene() if is_held_out(scene.labels[0], scene.style, scene.color) else scene
 
     def render(self, scenes: list[Scene], jitter: float = 1.0) -> Tensor:
-        """Pictures `[B, 3, H, W]` in [-1, 1] of the scenes."""
+        """Images `[B, 3, H, W]` in [-1, 1] of the scenes."""
         return pixelate(super().render(scenes, jitter))
 
 
-def write_pictures(scenes: PixelScenes, folder: Path, count: int) -> None:
-    """`count` pictures and `metadata.jsonl`, with captions that end in `SUFFIX`."""
+def write_images(scenes: PixelScenes, folder: Path, count: int) -> None:
+    """`count` images and `metadata.jsonl`, with captions that end in `SUFFIX`."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = [scenes.sample_scene() for _ in range(count)]
-    pixels = ((scenes.render(drawn) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    described = [scenes.sample_scene() for _ in range(count)]
+    pixels = ((scenes.render(described) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     rows = []
-    for index, (scene, picture) in enumerate(zip(drawn, np.asarray(pixels), strict=True)):
-        Image.fromarray(picture).save(folder / f"{index:04d}.png")
+    for index, (scene, image) in enumerate(zip(described, np.asarray(pixels), strict=True)):
+        Image.fromarray(image).save(folder / f"{index:04d}.png")
         rows.append(json.dumps({"file_name": f"{index:04d}.png", "text": scenes.caption(scene) + SUFFIX}))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def train(pictures: Path, out: Path, base: str, steps: int, precision: str = "no") -> Path:
-    """Trains on a folder of pictures; returns the folder of the LoRA. `precision` "int4" makes the base 4 bits."""
+def train(images: Path, out: Path, base: str, steps: int, precision: str = "no") -> Path:
+    """Trains on a folder of images; returns the folder of the LoRA. `precision` "int4" makes the base 4 bits."""
     config = LoraTrainingConfig(
         output_dir=str(out),
         rank=8,
@@ -112,8 +111,8 @@ def train(pictures: Path, out: Path, base: str, steps: int, precision: str = "no
         resume=resumable(out),
     )
     data = LoraDataOptions(
-        data=str(pictures),
-        cache_dir=str(pictures.with_name("cache")),  # the same for every base
+        data=str(images),
+        cache_dir=str(images.with_name("cache")),  # the same for every base
         resolution=RESOLUTION,
         batch_size=16,
     )
@@ -131,25 +130,17 @@ def bundle(lora: Path, out: Path) -> Path:
     return out
 
 
-@torch.no_grad()
-def draw(pipe: SanaPipeline, prompts: list[str], steps: int) -> Tensor:
-    """Pictures `[B, 3, H, W]` in [-1, 1], of seeds from 0 on."""
-    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-    images = pipe(prompts, num_inference_steps=steps, generator=generators, output_type="pt").images
-    return images.float().cpu() * 2 - 1
-
-
 def judge(art: EmojiArt, base: str, loras: dict[str, Path], out: Path, count: int = 24, steps: int = 20) -> dict:
-    """Figures of objects that no LoRA was shown, and a picture of them, `OUT/held_out.png`.
+    """Figures of objects that no LoRA was shown, and an image of them, `OUT/held_out.png`.
 
     Its rows: without LoRA; with it; that made sharp by `pixelate`; base in 4 bits and the LoRA that was trained on it;
-    the true pictures through the autoencoder, and as they are.
+    the true images through the autoencoder, and as they are.
 
     Args:
         art: the emoji.
         base: pipeline folder.
         loras: folders, of "lora" and "lora_int4", the latter trained on the base in 4 bits.
-        out: folder for the picture.
+        out: folder for the image.
         count: prompts.
         steps: of the sampler.
     """
@@ -158,33 +149,33 @@ def judge(art: EmojiArt, base: str, loras: dict[str, Path], out: Path, count: in
     prompts = [scene.prompt + SUFFIX for scene in scenes]
     pipe = SanaPipeline.from_pretrained(base, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    known = [label for label in COMMON_OBJECTS if label in art.index] or art.labels
+    known = art.among(COMMON_OBJECTS)
     truth = PixelScenes(art, RESOLUTION, labels=known)
-    true_pictures = truth.render(scenes, jitter=0.0)
-    pictures = {"without_lora": draw(pipe, prompts, steps)}
+    true_images = truth.render(scenes, jitter=0.0)
+    images = {"without_lora": generate(pipe, prompts, num_inference_steps=steps)}
     pipe.load_lora_weights(loras["lora"])
-    pictures["lora"] = draw(pipe, prompts, steps)
+    images["lora"] = generate(pipe, prompts, num_inference_steps=steps)
     pipe.unload_lora_weights()
     quantize(pipe, progress=False)
     for name, folder in (("lora_on_4_bit_base", loras["lora"]), ("lora_trained_on_4_bit_base", loras["lora_int4"])):
         pipe.load_lora_weights(folder)
-        pictures[name] = draw(pipe, prompts, steps)
+        images[name] = generate(pipe, prompts, num_inference_steps=steps)
         pipe.unload_lora_weights()
     with torch.no_grad():
-        decoded = pipe.vae.decode(pipe.vae.encode(true_pictures).latent).sample.clamp(-1, 1)
-    pictures |= {f"{name}_made_sharp": pixelate(batch) for name, batch in pictures.items()}
-    pictures |= {"truth_through_autoencoder": decoded, "truth": true_pictures}
+        decoded = pipe.vae.decode(pipe.vae.encode(true_images).latent).sample.clamp(-1, 1)
+    images |= {f"{name}_made_sharp": pixelate(batch) for name, batch in images.items()}
+    images |= {"truth_through_autoencoder": decoded, "truth": true_images}
     shown = ("without_lora", "lora", "lora_made_sharp", "lora_trained_on_4_bit_base")
-    rows = [pictures[name][:12] for name in (*shown, "truth_through_autoencoder", "truth")]
+    rows = [images[name][:12] for name in (*shown, "truth_through_autoencoder", "truth")]
     save_image_grid(torch.cat(rows), out / "held_out.png", columns=min(12, count))
-    recognised = prompt_following(pictures, scenes, truth)
+    recognized = prompt_following(images, scenes, truth)
     return {
         name: {
             "variance_within_large_pixels": round(within_blocks(batch), 4),
             "differences_on_their_grid": round(on_grid(batch), 4),
-            **{key: round(recognised[name][key], 4) for key in ("object_top1", "object_top5", "object_top1_chance")},
+            **{key: round(recognized[name][key], 4) for key in ("object_top1", "object_top5", "object_top1_chance")},
         }
-        for name, batch in pictures.items()
+        for name, batch in images.items()
     }
 
 
@@ -196,9 +187,7 @@ def summary(run: Path) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("outputs/emoji.zip"), help="what prepare_data wrote")
-    parser.add_argument("--out", type=Path, default=Path("outputs/sana-emoji-pixel-art"), help="folder of the runs")
+    parser = make_parser(__doc__, "outputs/sana-emoji-pixel-art", "folder of the runs")
     parser.add_argument("--model", default=SANA_EMOJI, help="pipeline folder of the emoji checkpoint")
     parser.add_argument("--pictures", type=int, default=384, help="how many to learn from")
     parser.add_argument("--steps", type=int, default=400, help="of each training")
@@ -206,13 +195,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     args = parser.parse_args(argv)
     art = EmojiArt(args.data)
-    pictures = args.out / "pictures"
-    if not (pictures / "metadata.jsonl").exists():
+    images = args.out / "pictures"
+    if not (images / "metadata.jsonl").exists():
         taught = [label for label in art.labels if label in TAUGHT] or art.labels
-        write_pictures(PixelScenes(art, RESOLUTION, seed=6, labels=taught), pictures, args.pictures)
+        write_images(PixelScenes(art, RESOLUTION, seed=6, labels=taught), images, args.pictures)
     loras = {
-        "lora": bundle(train(pictures, args.out / "lora", args.model, args.steps), args.out / "bundle"),
-        "lora_int4": train(pictures, args.out / "lora-int4", args.model, args.steps, "int4"),
+        "lora": bundle(train(images, args.out / "lora", args.model, args.steps), args.out / "bundle"),
+        "lora_int4": train(images, args.out / "lora-int4", args.model, args.steps, "int4"),
     }
     report = {
         **environment(),

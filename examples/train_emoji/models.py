@@ -7,26 +7,33 @@ from diffusers_sana import AutoencoderDC, SanaTransformer2DModel
 
 
 RESOLUTION = 128
-# Sixteen tokens carry less redundancy than the thousand of a 1024 px picture, and want less shift towards noise.
+# Sixteen tokens carry less redundancy than the thousand of a 1024 px image, and want less shift towards noise.
 FLOW_SHIFT = 1.0
 NO_SCALES: tuple[tuple[int, ...], ...] = ((),) * 6
 
 
-def make_autoencoder() -> ModelMixin:
+def _autoencoder(
+    encoder_widths: tuple[int, ...], decoder_widths: tuple[int, ...], decoder_layers: tuple[int, ...]
+) -> ModelMixin:
     """A DC-AE of convolutions only (as in DC-AE 1.5), 32x, 32 latent channels; nothing runs at full resolution."""
-    widths = (16, 32, 64, 128, 256, 256)
     return AutoencoderDC(
         latent_channels=32,
-        encoder_block_out_channels=widths,
-        decoder_block_out_channels=widths,
+        encoder_block_out_channels=encoder_widths,
+        decoder_block_out_channels=decoder_widths,
         encoder_layers_per_block=(0, 1, 1, 1, 1, 1),
-        decoder_layers_per_block=(0, 1, 1, 1, 1, 2),
+        decoder_layers_per_block=decoder_layers,
         encoder_qkv_multiscales=NO_SCALES,
         decoder_qkv_multiscales=NO_SCALES,
         downsample_block_type="Conv",
         upsample_block_type="interpolate",
         decoder_conv_act_fn="silu",
     )
+
+
+def make_autoencoder() -> ModelMixin:
+    """The DC-AE for 128 px."""
+    widths = (16, 32, 64, 128, 256, 256)
+    return _autoencoder(widths, widths, decoder_layers=(0, 1, 1, 1, 1, 2))
 
 
 def make_autoencoder_256() -> ModelMixin:
@@ -35,18 +42,7 @@ def make_autoencoder_256() -> ModelMixin:
     Enlarging by nearest neighbours learns faster than pixel shuffle, which begins with noise as fine as the pixels.
     Residual branches begin at a tenth of their scale: at full scale each block adds as much noise as there is signal.
     """
-    model = AutoencoderDC(
-        latent_channels=32,
-        encoder_block_out_channels=(16, 16, 32, 64, 128, 256),
-        decoder_block_out_channels=(16, 32, 64, 128, 256, 256),
-        encoder_layers_per_block=(0, 1, 1, 1, 1, 1),
-        decoder_layers_per_block=(0, 1, 1, 1, 2, 2),
-        encoder_qkv_multiscales=NO_SCALES,
-        decoder_qkv_multiscales=NO_SCALES,
-        downsample_block_type="Conv",
-        upsample_block_type="interpolate",
-        decoder_conv_act_fn="silu",
-    )
+    model = _autoencoder((16, 16, 32, 64, 128, 256), (16, 32, 64, 128, 256, 256), decoder_layers=(0, 1, 1, 1, 2, 2))
     for name, parameter in model.named_parameters():
         if name.endswith(".norm.weight"):
             parameter.data.fill_(0.1)

@@ -1,13 +1,12 @@
-"""Trains the small network that `diffusers-sana evaluate` judges emoji pictures with, in minutes on one CPU core.
+"""Trains the small network that `diffusers-sana evaluate` judges emoji images with, in minutes on one CPU core.
 
     python -m examples.train_emoji.probe --data outputs/emoji.zip --out outputs/emoji-probe
 
-So that it judges drawn pictures as fairly as true ones, a part of what it learns from is blurred, and a part has been
-through the autoencoder, with and without noise on the latents. Triples of object, style and background that
-`is_held_out` names are kept for the test, which is done on true pictures and on pictures through the autoencoder.
+So that it judges generated images as fairly as true ones, a part of what it learns from is blurred, and a part has
+been through the autoencoder, with and without noise on the latents. Triples of object, style and background that
+`is_held_out` names are kept for the test, which is done on true images and on images through the autoencoder.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -26,15 +25,16 @@ from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.evaluation.emoji_probe import EmojiProbe
 from diffusers_sana.evaluation.measure import compare_sets
 
-from .data import COLORS, COMMON_OBJECTS, POSITIONS, STYLES, EmojiArt, EmojiScenes, Scene, is_held_out
+from .common import make_parser
+from .data import COLORS, COMMON_OBJECTS, POSITIONS, STYLES, EmojiArt, EmojiScenes, Scene, is_held_out, triples
 from .evaluate import held_out_scenes
 
 
 class ProbeScenes:
-    """Pictures with their answers.
+    """Images with their answers.
 
     Args:
-        scenes: draws the pictures.
+        scenes: composes the images.
         vae: the autoencoder of the model to be judged.
     """
 
@@ -54,28 +54,28 @@ class ProbeScenes:
         return Scene((label,), style, color, position)
 
     @torch.no_grad()
-    def through_autoencoder(self, pictures: Tensor, noise: float = 0.0) -> Tensor:
-        """Pictures `[B, 3, H, W]` in [-1, 1], encoded and decoded; `noise` is in units of the latents' deviation."""
-        latents = self.vae.encode(pictures).latent
+    def through_autoencoder(self, images: Tensor, noise: float = 0.0) -> Tensor:
+        """Images `[B, 3, H, W]` in [-1, 1], encoded and decoded; `noise` is in units of the latents' deviation."""
+        latents = self.vae.encode(images).latent
         spread = noise * latents.std() * torch.rand(len(latents), 1, 1, 1, generator=self.scenes.generator)
         latents = latents + spread * torch.randn(latents.shape, generator=self.scenes.generator)
         return self.vae.decode(latents).sample.clamp(-1, 1)
 
-    def pictures(self, count: int) -> tuple[Tensor, list[Scene]]:
+    def images(self, count: int) -> tuple[Tensor, list[Scene]]:
         """`[count, 3, H, W]` in [0, 1]: an eighth blurred, a quarter through the autoencoder, the others true."""
         described, part = [self.sample() for _ in range(count)], max(1, count // 8)
-        drawn = self.scenes.render(described)
-        drawn[:part] = F.interpolate(F.avg_pool2d(drawn[:part], 3, 2, 1), scale_factor=2, mode="bilinear")
-        drawn[part : 3 * part] = self.through_autoencoder(drawn[part : 3 * part], noise=0.5)
-        return (drawn + 1) / 2, described
+        shown = self.scenes.render(described)
+        shown[:part] = F.interpolate(F.avg_pool2d(shown[:part], 3, 2, 1), scale_factor=2, mode="bilinear")
+        shown[part : 3 * part] = self.through_autoencoder(shown[part : 3 * part], noise=0.5)
+        return (shown + 1) / 2, described
 
     def batches(self, batch_size: int, size: int) -> Iterator[tuple[Tensor, list[Scene]]]:
-        """Endless pictures `[B, 3, H, W]` in [0, 1] out of a store of `size`, of which each renews `B / 4`."""
-        store, scenes = self.pictures(size)
+        """Endless images `[B, 3, H, W]` in [0, 1] out of a store of `size`, of which each renews `B / 4`."""
+        store, scenes = self.images(size)
         oldest, renewed = 0, batch_size // 4
         while True:
             places = slice(oldest, oldest + renewed)
-            store[places], scenes[places] = self.pictures(renewed)
+            store[places], scenes[places] = self.images(renewed)
             oldest = (oldest + renewed) % size
             chosen = torch.randint(size, (batch_size,), generator=self.scenes.generator)
             yield store[chosen], [scenes[i] for i in chosen.tolist()]
@@ -107,8 +107,8 @@ def train(data: ProbeScenes, steps: int, batch_size: int = 64, rate: float = 3e-
     batches = data.batches(batch_size, store)
     progress = trange(steps, mininterval=5)
     for _ in progress:
-        pictures, scenes = next(batches)
-        logits, right = probe(pictures.contiguous(memory_format=torch.channels_last)), answers(probe, scenes)
+        images, scenes = next(batches)
+        logits, right = probe(images.contiguous(memory_format=torch.channels_last)), answers(probe, scenes)
         loss = sum(F.cross_entropy(logits[name], right[name], ignore_index=-1) for name in logits)
         optimizer.zero_grad()
         loss.backward()
@@ -119,19 +119,12 @@ def train(data: ProbeScenes, steps: int, batch_size: int = 64, rate: float = 3e-
 
 
 def judged_scenes(labels: Sequence[str]) -> list[Scene]:
-    """Each held-out triple of object, style and colour in the middle and once aside, and as many random pairs."""
+    """Each held-out triple of object, style and color in the middle and once aside, and as many random pairs."""
     random = Random(0)
-    triples = [
-        (label, style, color)
-        for label in labels
-        for style in STYLES
-        for color in COLORS
-        if is_held_out(label, style, color)
-    ]
     aside = [p for p in POSITIONS if p]
     scenes = [
         Scene((label,), style, color, position)
-        for i, (label, style, color) in enumerate(triples)
+        for i, (label, style, color) in enumerate(triples(labels, held_out=True))
         for position in ("", aside[i % len(aside)])
     ]
     pairs = [tuple(random.sample(labels, 2)) for _ in scenes]
@@ -139,31 +132,31 @@ def judged_scenes(labels: Sequence[str]) -> list[Scene]:
 
 
 @torch.no_grad()
-def accuracy(probe: EmojiProbe, pictures: Tensor, scenes: list[Scene]) -> dict[str, float]:
-    """Share of right answers of each kind; `objects_of_a_pair` asks for both, `count` for their number."""
+def accuracy(probe: EmojiProbe, images: Tensor, scenes: list[Scene]) -> dict[str, float]:
+    """Fraction of right answers of each kind; `objects_of_a_pair` asks for both, `count` for their number."""
     right = answers(probe, scenes)
-    parts = [probe(part) for part in pictures.split(64)]
+    parts = [probe(part) for part in images.split(64)]
     hits = {name: torch.cat([part[name].argmax(-1) for part in parts]) == right[name] for name in right}
     pair = right["second"] >= 0
     middle = right["place"] == probe.answers["place"].index("")
 
-    def share(hit: Tensor, among: Tensor | slice) -> float:
+    def fraction(hit: Tensor, among: Tensor | slice) -> float:
         return hit[among].float().mean().item()
 
     return {
-        "object_in_the_middle": share(hits["first"], middle),
-        "object_aside": share(hits["first"], ~middle & ~pair),
-        "objects_of_a_pair": share(hits["first"] & hits["second"], pair),
-        "count": share(hits["number"], slice(None)),
-        "place": share(hits["place"], ~pair),
-        "background": share(hits["color"], slice(None)),
-        "style": share(hits["style"], slice(None)),
+        "object_in_the_middle": fraction(hits["first"], middle),
+        "object_aside": fraction(hits["first"], ~middle & ~pair),
+        "objects_of_a_pair": fraction(hits["first"] & hits["second"], pair),
+        "count": fraction(hits["number"], slice(None)),
+        "place": fraction(hits["place"], ~pair),
+        "background": fraction(hits["color"], slice(None)),
+        "style": fraction(hits["style"], slice(None)),
     }
 
 
 @torch.no_grad()
 def judge(probe: EmojiProbe, data: ProbeScenes, scenes: list[Scene]) -> dict[str, dict[str, float]]:
-    """Accuracy on the scenes: their true pictures, and these through the autoencoder."""
+    """Accuracy on the scenes: their true images, and these through the autoencoder."""
     true = data.scenes.render(scenes)
     decoded = torch.cat([data.through_autoencoder(part) for part in true.split(64)])
     return {
@@ -189,9 +182,9 @@ def checks(scenes: list[Scene]) -> list[dict]:
 
 @torch.no_grad()
 def reference_features(probe: EmojiProbe, data: ProbeScenes, count: int = 320) -> Tensor:
-    """`[count, F]`, of true pictures: kinds of scenes in the shares of `checks.jsonl`, but others, for FID and KID.
+    """`[count, F]`, of true images: kinds of scenes in the proportions of `checks.jsonl`, but others, for FID and KID.
 
-    The same scenes would not do: sets that belong together in pairs are nearer than two draws of one distribution.
+    The same scenes would not do: sets that belong together in pairs are nearer than two samples of one distribution.
     """
     left = {"middle": count * 45 // 80, "aside": count * 15 // 80, "pair": count * 20 // 80}
     scenes: list[Scene] = []
@@ -205,16 +198,14 @@ def reference_features(probe: EmojiProbe, data: ProbeScenes, count: int = 320) -
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("outputs/emoji.zip"), help="what prepare_data wrote")
-    parser.add_argument("--out", type=Path, default=Path("outputs/emoji-probe"), help="folder of the probe")
-    parser.add_argument("--steps", type=int, default=1500, help="of the training, 64 pictures each")
+    parser = make_parser(__doc__, "outputs/emoji-probe", "folder of the probe")
+    parser.add_argument("--steps", type=int, default=1500, help="of the training, 64 images each")
     parser.add_argument("--judge-only", action="store_true", help="of the probe that is in OUT")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     args = parser.parse_args(argv)
     art = EmojiArt(args.data)
     vae = AutoencoderDC.from_pretrained(SANA_EMOJI, subfolder="vae", torch_dtype=torch.float32)
-    labels = [label for label in COMMON_OBJECTS if label in art.index]
+    labels = art.among(COMMON_OBJECTS)
     log = args.out / "training.json"
     if not args.judge_only:
         started = time.process_time()

@@ -7,7 +7,6 @@ with its text encoder; the autoencoder's decoder once more, alone, on latents th
 put together in bf16 under `OUT/pipeline` and judged on held-out prompts under `OUT/evaluation`.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,6 +21,7 @@ from diffusers_sana.prompts.training_prompts import complex_human_instruction
 from diffusers_sana.training.recipes import dc_ae, sana
 from diffusers_sana.training.recipes.options import DCAETrainingConfig, SanaTrainingConfig
 
+from .common import device, make_parser, make_settings
 from .data import COMMON_OBJECTS, EmojiArt, EmojiScenes, LatentScenes
 from .evaluate import evaluate, held_out_scenes
 from .models import FLOW_SHIFT, RESOLUTION, make_autoencoder, make_text_encoder, make_transformer
@@ -54,13 +54,8 @@ PRESETS = {
     "cpu": Preset("bf16", 16, 8e-4, 64, 1.5e-3, 2048, 8, False, False, True),
     "cuda": Preset("bf16", 128, 1e-3, 512, 2e-3, 16384, 256, True, True, True),
 }
-# Shares of the time budget.
+# Fractions of the time budget.
 AUTOENCODER, SANA, DECODER = 0.4, 0.45, 0.15
-
-
-def device() -> str:
-    """Where pictures are composed and models trained."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def taught(preset: Preset, art: EmojiArt) -> Sequence[str]:
@@ -68,35 +63,26 @@ def taught(preset: Preset, art: EmojiArt) -> Sequence[str]:
     return art.labels if preset.all_objects else COMMON_OBJECTS
 
 
-def resumable(folder: Path) -> bool:
-    return any((folder / "checkpoints").glob("step_*[0-9]"))
-
-
 def train_autoencoder(
     preset: Preset, art: EmojiArt, out: Path, minutes: float, decoder_of: Path | None = None
 ) -> Path:
     """Trains a new autoencoder, or only the decoder of `decoder_of`; returns the folder of the model."""
     scenes = EmojiScenes(art, RESOLUTION, device(), seed=2 if decoder_of else 1)
-    config = DCAETrainingConfig(
-        output_dir=str(out),
-        max_minutes=minutes,
-        max_steps=10_000_000,
+    settings = make_settings(
+        out,
+        minutes,
         trained_prefixes=("decoder.",) if decoder_of else None,
         learning_rate=preset.autoencoder_rate,
-        lr_schedule="cosine",
         warmup_steps=100,
-        betas=(0.9, 0.99),
-        weight_decay=0.01,
         mixed_precision=preset.mixed_precision,
         ema_decay=0.999,
         compile=preset.compile_autoencoder,
         perceptual_weight=0.1,
         perceptual_crop=64,
         perceptual_every=2,
-        resume=resumable(out),
     )
     model = AutoencoderDC.from_pretrained(decoder_of) if decoder_of else make_autoencoder()
-    dc_ae.train(config, scenes.autoencoder_batches(preset.autoencoder_batch), model)
+    dc_ae.train(DCAETrainingConfig(**settings), scenes.autoencoder_batches(preset.autoencoder_batch), model)
     return out / "model"
 
 
@@ -106,15 +92,11 @@ def train_transformer(preset: Preset, art: EmojiArt, vae_folder: Path, out: Path
     vae = AutoencoderDC.from_pretrained(vae_folder).to(device())
     scenes = EmojiScenes(art, RESOLUTION, device(), seed=3, labels=taught(preset, art))
     latents = LatentScenes(scenes, vae, preset.store, preset.renewed)
-    config = SanaTrainingConfig(
-        output_dir=str(out),
-        max_minutes=minutes,
-        max_steps=10_000_000,
+    settings = make_settings(
+        out,
+        minutes,
         learning_rate=preset.sana_rate,
-        lr_schedule="cosine",
         warmup_steps=200,
-        betas=(0.9, 0.99),
-        weight_decay=0.01,
         max_grad_norm=1.0,
         mixed_precision=preset.mixed_precision,
         ema_decay=0.999,
@@ -122,10 +104,10 @@ def train_transformer(preset: Preset, art: EmojiArt, vae_folder: Path, out: Path
         train_text_encoder=True,
         compile=preset.compile_sana,
         sample_prompts=tuple(scene.prompt for scene in held_out_scenes(scenes.labels)[:16]),
-        resume=resumable(out),
     )
+    config = SanaTrainingConfig(**settings)
     transformer, text_encoder = make_transformer(), make_text_encoder(tokenizer)
-    # On a CPU the fused attention's backward pass is the slowest operation of the step, at 16 tokens a picture.
+    # On a CPU the fused attention's backward pass is the slowest operation of the step, at 16 tokens per image.
     with nullcontext() if device() == "cuda" else sdpa_kernel(SDPBackend.MATH):
         sana.train(config, latents.batches(preset.sana_batch), transformer, text_encoder, tokenizer, vae)
     return out / "model"
@@ -141,9 +123,7 @@ def assemble(sana: Path, vae_folder: Path, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("outputs/emoji.zip"), help="what prepare_data wrote")
-    parser.add_argument("--out", type=Path, default=Path("outputs/sana-emoji"), help="folder for all stages")
+    parser = make_parser(__doc__, "outputs/sana-emoji", "folder for all stages")
     parser.add_argument("--minutes", type=float, default=25, help="time budget of the training in all")
     parser.add_argument(
         "--stage", choices=("autoencoder", "sana", "decoder", "evaluate"), help="only this one; default: all in turn"

@@ -1,4 +1,4 @@
-"""What the bundled VILA-U is taught: to describe pictures of emoji, and to draw them.
+"""What the bundled VILA-U is taught: to describe images of emoji, and to generate them.
 
 A sample is a chat of one question and one answer about a scene of `examples.train_emoji.data`: a single object in the
 middle, so that the small model has one thing to learn.
@@ -13,11 +13,11 @@ from tqdm import trange
 
 from diffusers_sana import VilaUVisionModel
 from diffusers_sana.training.data.chats import Chat, ChatCollator
-from examples.train_emoji.data import COLORS, STYLES, EmojiScenes, Scene, is_held_out, with_article
+from examples.train_emoji.data import EmojiScenes, Scene, triples, with_article
 
 
 # fmt: off
-# What it can draw and name: half of `COMMON_OBJECTS`, which is what a CPU can teach in an hour.
+# What it can generate and name: half of `COMMON_OBJECTS`, which is what a CPU can teach in an hour.
 TAUGHT = (
     "bear", "bird", "butterfly", "cat", "crab", "dog", "dolphin", "dragon", "elephant", "fish", "flamingo", "fox",
     "frog", "giraffe", "honeybee", "horse", "koala", "lady beetle", "lion", "octopus", "owl", "panda", "penguin",
@@ -37,7 +37,7 @@ QUESTIONS = {
     "What style is it drawn in?": "style",
     "Describe the picture.": "caption",
 }
-SHARE_DRAWN = 0.85  # of chats in which the model draws
+FRACTION_GENERATED = 0.85  # of chats in which the model generates an image
 
 
 def answer(question: str, scene: Scene) -> str:
@@ -50,20 +50,20 @@ def answer(question: str, scene: Scene) -> str:
     }[QUESTIONS[question]]
 
 
-def drawing_chat(prompt: str, picture: Tensor) -> Chat:
-    """The user asks for a picture. `picture`: its codes `[T, D]`."""
-    shown = {"role": "assistant", "content": [{"type": "image", "image": picture}]}
+def generation_chat(prompt: str, image: Tensor) -> Chat:
+    """The user asks for an image. `image`: its codes `[T, D]`."""
+    shown = {"role": "assistant", "content": [{"type": "image", "image": image}]}
     return [{"role": "user", "content": prompt}, shown]
 
 
-def question_chat(question: str, picture: Tensor, said: str) -> Chat:
-    """The user shows a picture and asks."""
-    asked = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+def question_chat(question: str, image: Tensor, said: str) -> Chat:
+    """The user shows an image and asks."""
+    asked = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
 
 
 class TowerScenes:
-    """Endless captioned pictures for the tower: mostly what will be taught, for the rest all scenes there are."""
+    """Endless captioned images for the tower: mostly what will be taught, for the rest all scenes there are."""
 
     def __init__(self, scenes: EmojiScenes):
         self.scenes = scenes
@@ -72,16 +72,18 @@ class TowerScenes:
         """`{"pixel_values": [B, 3, H, W] in [-1, 1], "text": list of B captions}`."""
         rng, singles = self.scenes.random, single_scenes(self.scenes.labels)
         while True:
-            drawn = [
+            chosen = [
                 rng.choice(singles) if rng.random() < 0.75 else self.scenes.sample_scene() for _ in range(batch_size)
             ]
-            yield {"pixel_values": self.scenes.render(drawn), "text": [self.scenes.caption(scene) for scene in drawn]}
+            yield {
+                "pixel_values": self.scenes.render(chosen),
+                "text": [self.scenes.caption(scene) for scene in chosen],
+            }
 
 
 def single_scenes(labels: Sequence[str]) -> list[Scene]:
     """Every scene of one object in the middle but the held-out ones, in random order."""
-    triples = [(label, style, color) for label in labels for style in STYLES for color in COLORS]
-    scenes = [Scene((triple[0],), *triple[1:]) for triple in triples if not is_held_out(*triple)]
+    scenes = [Scene((label,), style, color) for label, style, color in triples(labels, held_out=False)]
     random.Random(0).shuffle(scenes)
     return scenes
 
@@ -89,15 +91,14 @@ def single_scenes(labels: Sequence[str]) -> list[Scene]:
 class EmojiChats:
     """Endless batches of chats about scenes of one object.
 
-    What is drawn are exact renderings, each encoded once: a short training then meets the same codes again and again.
-    What is shown to be described varies in place, size and colour, and comes from a store of which each batch renews a
-    part.
+    Images to be generated are exact renderings, each encoded once, so a short training sees the same codes repeatedly.
+    Images to be described vary in place, size and color, and come from a store of which each batch renews a part.
 
     Args:
-        scenes: draws the pictures.
+        scenes: composes the images.
         tower: encodes them.
         size: scenes in the store.
-        renewed: scenes drawn anew for each batch.
+        renewed: new scenes for each batch.
     """
 
     def __init__(self, scenes: EmojiScenes, tower: VilaUVisionModel, size: int, renewed: int):
@@ -108,22 +109,22 @@ class EmojiChats:
         """Codes `[B, T, D]` of the scenes."""
         codes = []
         for start in trange(0, len(scenes), 64, desc="encoding scenes", mininterval=10, disable=len(scenes) < 64):
-            pictures = self.scenes.render(scenes[start : start + 64], jitter)
-            codes.append(self.tower.encode_to_codes(pictures.to(self.tower.device, self.tower.dtype)).cpu())
+            images = self.scenes.render(scenes[start : start + 64], jitter)
+            codes.append(self.tower.encode_to_codes(images.to(self.tower.device, self.tower.dtype)).cpu())
         return torch.cat(codes)
 
     def batches(self, collate: ChatCollator, batch_size: int) -> Iterator[dict]:
         """What `collate` makes of `batch_size` chats."""
         rng = self.scenes.random
-        drawn = self.encode(self.singles, jitter=0.0)
+        targets = self.encode(self.singles, jitter=0.0)
         shown = rng.choices(self.singles, k=self.size)
         codes = self.encode(shown, jitter=1.0)
         oldest = 0
 
         def chat() -> Chat:
-            if rng.random() < SHARE_DRAWN:
+            if rng.random() < FRACTION_GENERATED:
                 index = rng.randrange(len(self.singles))
-                return drawing_chat(self.scenes.caption(self.singles[index]), drawn[index])
+                return generation_chat(self.scenes.caption(self.singles[index]), targets[index])
             index, question = rng.randrange(self.size), rng.choice(list(QUESTIONS))
             return question_chat(question, codes[index], answer(question, shown[index]))
 

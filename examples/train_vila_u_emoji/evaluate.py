@@ -2,12 +2,11 @@
 
     python -m examples.train_vila_u_emoji.evaluate --data outputs/emoji.zip [--model FOLDER] [--tower FOLDER]
 
-Drawing: pictures of prompts are compared with true renderings, as in `examples.train_emoji.evaluate`. Answering: the
-answers about true pictures are compared with the true ones, word for word. The tower: how near its reconstructions
+Generation: images of prompts are compared with true renderings, as in `examples.train_emoji.evaluate`. Answering: the
+answers about true images are compared with the true ones, word for word. The tower: how near its reconstructions
 are, and, where its text tower is at hand, how often the nearest caption names the object.
 """
 
-import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -25,6 +24,7 @@ from benchmarks.harness import environment
 from diffusers_sana import VilaUForConditionalGeneration, VilaUProcessor, VilaUVisionModel
 from diffusers_sana.checkpoints import VILA_U_EMOJI
 from diffusers_sana.training.recipes.vila_u_tower import tokenize
+from examples.train_emoji.common import make_parser, write_report
 from examples.train_emoji.data import COLORS, STYLES, EmojiArt, EmojiScenes, Scene
 from examples.train_emoji.evaluate import captioned_grid, held_out_scenes, prompt_following
 
@@ -32,7 +32,7 @@ from .data import QUESTIONS, TAUGHT, answer
 from .models import RESOLUTION
 
 
-def to_pictures(pixels: Tensor) -> list[Image.Image]:
+def to_images(pixels: Tensor) -> list[Image.Image]:
     """`[B, 3, H, W]` in [-1, 1] as a user would have them."""
     integers = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(item) for item in integers]
@@ -40,25 +40,25 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
 
 @torch.no_grad()
 def reconstruct(tower: VilaUVisionModel, pixels: Tensor) -> Tensor:
-    """Pictures `[B, 3, H, W]` through their codes."""
+    """Images `[B, 3, H, W]` through their codes."""
     codes = torch.cat([tower.encode_to_codes(batch) for batch in pixels.to(tower.dtype).split(32)])
     return torch.cat([tower.decode_codes(batch) for batch in codes.split(32)]).float().clamp(-1, 1)
 
 
 def similarity(originals: Tensor, others: Tensor) -> dict[str, float]:
-    """Mean PSNR (dB) and SSIM of pictures `[B, 3, H, W]` in [-1, 1]."""
+    """Mean PSNR (dB) and SSIM of images `[B, 3, H, W]` in [-1, 1]."""
     pairs = [(a.numpy(), b.numpy()) for a, b in zip(originals, others, strict=True)]
     psnr = [peak_signal_noise_ratio(a, b, data_range=2) for a, b in pairs]
     ssim = [structural_similarity(a, b, data_range=2, channel_axis=0) for a, b in pairs]
     return {"pictures": len(pairs), "psnr_db": float(np.mean(psnr)), "ssim": float(np.mean(ssim))}
 
 
-def draw(
+def generate(
     model: VilaUForConditionalGeneration, processor: VilaUProcessor, prompts: list[str], **options: Any
 ) -> Tensor:
-    """Pictures `[B, 3, H, W]` of the prompts, number i from seed i."""
-    pictures = []
-    for start in tqdm(range(0, len(prompts), 16), desc="drawing"):
+    """Images `[B, 3, H, W]` of the prompts, number i from seed i."""
+    images = []
+    for start in tqdm(range(0, len(prompts), 16), desc="generating"):
         batch = prompts[start : start + 16]
         codes = model.generate(
             **processor(text=batch, generation_mode="image"),
@@ -66,15 +66,15 @@ def draw(
             **options,
             generator=[torch.Generator().manual_seed(start + i) for i in range(len(batch))],
         )
-        pictures.append(model.decode_image_tokens(codes).float().clamp(-1, 1))
-    return torch.cat(pictures)
+        images.append(model.decode_image_tokens(codes).float().clamp(-1, 1))
+    return torch.cat(images)
 
 
 def ask(
-    model: VilaUForConditionalGeneration, processor: VilaUProcessor, question: str, pictures: list[Image.Image]
+    model: VilaUForConditionalGeneration, processor: VilaUProcessor, question: str, images: list[Image.Image]
 ) -> list[str]:
-    """The most likely answer about each picture."""
-    content = [[{"type": "image", "image": picture}, {"type": "text", "text": question}] for picture in pictures]
+    """The most likely answer about each image."""
+    content = [[{"type": "image", "image": image}, {"type": "text", "text": question}] for image in images]
     chats = [[{"role": "user", "content": parts}] for parts in content]
     inputs = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
     written = model.generate(**inputs, max_new_tokens=32, do_sample=False)
@@ -84,13 +84,13 @@ def ask(
 def answering(
     model: VilaUForConditionalGeneration, processor: VilaUProcessor, scenes: list[Scene], pixels: Tensor
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Share of right answers by what is asked for, beside chance; and what was said of each object."""
+    """Fraction of right answers by what is asked for, beside chance; and what was said of each object."""
     chance = {"object": 1 / len(TAUGHT), "color": 1 / len(COLORS), "style": 1 / len(STYLES)}
     chance["caption"] = chance["object"] * chance["color"] * chance["style"]
     right: dict[str, list[bool]] = defaultdict(list)
     named: list[str] = []
     for question, about in tqdm(QUESTIONS.items(), desc="asking"):
-        said = ask(model, processor, question, to_pictures(pixels))
+        said = ask(model, processor, question, to_images(pixels))
         right[about] += [a == answer(question, scene) for a, scene in zip(said, scenes, strict=True)]
         named = named or said
     return {about: {"right": float(np.mean(found)), "chance": chance[about]} for about, found in right.items()}, named
@@ -98,7 +98,7 @@ def answering(
 
 @torch.no_grad()
 def zero_shot(tower: VilaUVisionModel, tokenizer, scenes: list[Scene], pixels: Tensor) -> float:
-    """How often the caption nearest to a picture, among those that differ in the object, is the true one."""
+    """How often the caption nearest to an image, among those that differ in the object, is the true one."""
     images = F.normalize(tower.get_image_features(pixels), dim=-1)
     hits = []
     for scene, image in zip(scenes, images, strict=True):
@@ -116,17 +116,17 @@ def evaluate(
     tower: VilaUVisionModel | None = None,
     singles: int = 64,
 ) -> dict:
-    """Measures a model; writes `evaluation.json` and three pictures into `out`."""
+    """Measures a model; writes `evaluation.json` and three images into `out`."""
     art = EmojiArt(data)
     renderer = EmojiScenes(art, RESOLUTION, labels=TAUGHT)
     scenes = [Scene(s.labels, s.style, s.color) for s in held_out_scenes(TAUGHT, singles=singles, pairs=0)]
     truth = renderer.render(scenes, jitter=0.0)
     through_codes = reconstruct(model.model.vision_tower, truth)
-    pictures = draw(model, processor, [scene.prompt for scene in scenes])
+    images = generate(model, processor, [scene.prompt for scene in scenes])
     answers, named = answering(model, processor, scenes, truth)
     out.mkdir(parents=True, exist_ok=True)
     shown = slice(0, 32)
-    captioned_grid(enlarge(pictures[shown]), [scene.prompt for scene in scenes[shown]], out / "drawn.png")
+    captioned_grid(enlarge(images[shown]), [scene.prompt for scene in scenes[shown]], out / "drawn.png")
     captioned_grid(enlarge(truth[shown]), named[shown], out / "answered.png")
     count = min(8, len(scenes))
     both = torch.cat([truth[:count], through_codes[:count]])
@@ -136,7 +136,7 @@ def evaluate(
         "tower_on_held_out_triples": similarity(truth, through_codes),
         "answers_on_held_out_triples": answers,
         "drawn": prompt_following(
-            {"generated_from_held_out_prompts": pictures, "ceiling_true_pictures_through_codes": through_codes},
+            {"generated_from_held_out_prompts": images, "ceiling_true_pictures_through_codes": through_codes},
             scenes,
             renderer,
         ),
@@ -145,21 +145,19 @@ def evaluate(
         report["tower_on_held_out_triples"]["zero_shot_object"] = zero_shot(
             tower.eval(), processor.tokenizer, scenes, truth
         )
-    (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(report, out)
     return report
 
 
-def enlarge(pictures: Tensor) -> Tensor:
+def enlarge(images: Tensor) -> Tensor:
     """Twice the side, pixel by pixel: there is room for captions then."""
-    return F.interpolate(pictures, scale_factor=2, mode="nearest")
+    return F.interpolate(images, scale_factor=2, mode="nearest")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("outputs/emoji.zip"), help="what prepare_data wrote")
+    parser = make_parser(__doc__, "outputs/vila-u-evaluation", "folder for figures and images")
     parser.add_argument("--model", default=VILA_U_EMOJI, help="folder of a model; default: the bundled one")
     parser.add_argument("--tower", help="folder of the tower as trained, with its text tower")
-    parser.add_argument("--out", type=Path, default=Path("outputs/vila-u-evaluation"), help="for figures and pictures")
     args = parser.parse_args(argv)
     model = VilaUForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
     processor = VilaUProcessor.from_pretrained(args.model)

@@ -8,7 +8,6 @@ leaves the codes as they are. On two cores the last two can run side by side. Th
 `OUT/model` and judged on held-out prompts under `OUT/evaluation`.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -20,9 +19,9 @@ from diffusers_sana.kernels.precision import arithmetic_dtype
 from diffusers_sana.training.data.chats import ChatCollator
 from diffusers_sana.training.recipes import vila_u, vila_u_tower
 from diffusers_sana.training.recipes.options import VilaUTowerTrainingConfig, VilaUTrainingConfig
+from examples.train_emoji.common import device, make_parser, make_settings
 from examples.train_emoji.data import EmojiArt, EmojiScenes
 from examples.train_emoji.evaluate import held_out_scenes
-from examples.train_emoji.run import device, resumable
 
 from .data import QUESTIONS, TAUGHT, EmojiChats, TowerScenes
 from .evaluate import evaluate
@@ -30,13 +29,13 @@ from .models import RESOLUTION, make_model, make_tower
 from .tokenizer import make_tokenizer
 
 
-# Shares of the time budget.
+# Fractions of the time budget.
 TOWER, LANGUAGE_MODEL, DECODER = 0.35, 0.5, 0.15
 STAGES = ("tower", "model", "decoder", "evaluate")
-# Batch, scenes in the store of shown ones, and how many each batch renews (a divisor): what depends on the machine.
-# What the small model draws best with, see docs/checkpoints.md.
+# The small model generates best with these, see docs/checkpoints.md.
 SAMPLING = {"visual_guidance_scale": 1.5, "visual_temperature": 0.5}
 COMPILE = True  # the tower's decoder
+# By machine: batch size, scenes in the store of shown ones, and how many of these each batch renews (a divisor).
 PRESETS = {"cpu": (32, 1024, 2), "cuda": (256, 8192, 32)}
 
 
@@ -44,27 +43,22 @@ def train_tower(art: EmojiArt, out: Path, minutes: float, decoder_of: Path | Non
     """Trains a tower with its text tower, or only the decoder of `decoder_of`; returns the folder of the model."""
     tokenizer = make_tokenizer(art, list(QUESTIONS))
     scenes = EmojiScenes(art, RESOLUTION, device(), seed=2 if decoder_of else 1, labels=TAUGHT)
-    config = VilaUTowerTrainingConfig(
-        output_dir=str(out),
-        max_minutes=minutes,
-        max_steps=10_000_000,
+    settings = make_settings(
+        out,
+        minutes,
         learning_rate=8e-4,
-        lr_schedule="cosine",
         warmup_steps=50,
-        betas=(0.9, 0.99),
-        weight_decay=0.01,
         perceptual_weight=0.3,
         perceptual_every=2,
         contrastive_weight=0.0 if decoder_of else 0.03,
         decoder_only=decoder_of is not None,
         train_text_tower=True,
         compile=COMPILE,
-        resume=resumable(out),
     )
     torch.manual_seed(0)
     batches = TowerScenes(scenes).batches(PRESETS[device()][0])
     tower = VilaUVisionModel.from_pretrained(decoder_of) if decoder_of else make_tower(tokenizer)
-    vila_u_tower.train(config, batches, tower, tokenizer)
+    vila_u_tower.train(VilaUTowerTrainingConfig(**settings), batches, tower, tokenizer)
     return out / "model"
 
 
@@ -92,12 +86,10 @@ def train_model(art: EmojiArt, tower_folder: Path, out: Path, minutes: float, st
         model = make_model(VilaUVisionModel.from_pretrained(tower_folder), processor.tokenizer)
     scenes = EmojiScenes(art, RESOLUTION, device(), seed=3, labels=TAUGHT)
     chats = EmojiChats(scenes, model.model.vision_tower.to(device()), store, renewed)
-    config = VilaUTrainingConfig(
-        output_dir=str(out),
-        max_minutes=minutes,
-        max_steps=10_000_000,
+    settings = make_settings(
+        out,
+        minutes,
         learning_rate=1.2e-3,
-        lr_schedule="cosine",
         warmup_steps=50,
         betas=(0.9, 0.98),
         mixed_precision=precision(),
@@ -106,9 +98,10 @@ def train_model(art: EmojiArt, tower_folder: Path, out: Path, minutes: float, st
         cell_dropout=0.9,
         sample_prompts=tuple(scene.prompt for scene in held_out_scenes(TAUGHT, pairs=0)[:16] if not scene.position),
         sample_minutes=10,
-        resume=resumable(out),
     )
-    vila_u.train(config, chats.batches(ChatCollator(processor, 0.1), batch_size), model, processor)
+    vila_u.train(
+        VilaUTrainingConfig(**settings), chats.batches(ChatCollator(processor, 0.1), batch_size), model, processor
+    )
     return out / "model"
 
 
@@ -130,9 +123,7 @@ def publish(trained: Path, out: Path, decoder: Path | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("outputs/emoji.zip"), help="what prepare_data wrote")
-    parser.add_argument("--out", type=Path, default=Path("outputs/vila-u-emoji"), help="folder for all stages")
+    parser = make_parser(__doc__, "outputs/vila-u-emoji", "folder for all stages")
     parser.add_argument("--minutes", type=float, default=110, help="time budget of the training in all")
     parser.add_argument("--start", type=Path, help="folder of a model whose language model is trained on")
     parser.add_argument("--stage", choices=STAGES, help="only this one; default: all in turn")
@@ -143,8 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     if "tower" in wanted:
         train_tower(art, tower, TOWER * args.minutes)
     if "model" in wanted:
-        share = 1.0 if args.start else LANGUAGE_MODEL
-        train_model(art, tower / "model", language, share * args.minutes, args.start)
+        fraction = 1.0 if args.start else LANGUAGE_MODEL
+        train_model(art, tower / "model", language, fraction * args.minutes, args.start)
     if "decoder" in wanted:
         train_tower(art, decoder, DECODER * args.minutes, decoder_of=tower / "model")
     if "evaluate" in wanted:

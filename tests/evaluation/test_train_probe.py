@@ -1,4 +1,4 @@
-"""The training of the probe for emoji, on made-up art: it learns, and what it is asked is what is drawn."""
+"""The training of the probe for emoji, on made-up art: it learns, and its questions are about what the image shows."""
 
 import json
 

@@ -23,13 +23,13 @@ def pack(tmp_path_factory):
         out.writestr("metadata.json", json.dumps(rows))
         for style in STYLES:
             for i, row in enumerate(rows):
-                picture = Image.new("RGBA", (128, 128))
+                image = Image.new("RGBA", (128, 128))
                 fill = row["label"].split()[0] if i < len(NAMES) else "gray"
-                draw = ImageDraw.Draw(picture)
+                draw = ImageDraw.Draw(image)
                 shape = (draw.ellipse, draw.rectangle, draw.chord)[i % 3]
                 shape((16, 16, 112, 112), *((0, 180) if i % 3 == 2 else ()), fill=fill, outline="black")
                 buffer = io.BytesIO()
-                picture.save(buffer, "webp")
+                image.save(buffer, "webp")
                 out.writestr(f"{style}/{row['hexcode']}.webp", buffer.getvalue())
     return path
 

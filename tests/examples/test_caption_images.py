@@ -39,7 +39,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def llava_folder(tmp_path_factory):
-    """LLaVA with one layer each; its weights are wide, so that pictures are told apart."""
+    """LLaVA with one layer each; its weights are wide, so that images are told apart."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("llava")
     tokenizer = tiny_tokenizer()
@@ -74,8 +74,8 @@ def clip_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Five pictures of different colours, of which all but "2.png" came with a caption."""
+def folder(tmp_path):
+    """Five images of different colors, of which all but "2.png" came with a caption."""
     write_image_folder(tmp_path, [(40, 40), (40, 60), (60, 40), (40, 40), (32, 32)])
     return tmp_path
 
@@ -84,11 +84,11 @@ NAMES = [f"{i}.png" for i in range(5)]
 
 
 def numbers(images):
-    """A stand-in that says how bright a picture is."""
+    """A stand-in that says how bright an image is."""
     return [f"brightness {image.getpixel((0, 0))[0]}" for image in images]
 
 
-def test_a_stopped_run_goes_on_where_it_was(pictures):
+def test_a_stopped_run_goes_on_where_it_was(folder):
     seen = []
 
     def stops(images):
@@ -98,14 +98,14 @@ def test_a_stopped_run_goes_on_where_it_was(pictures):
         return numbers(images)
 
     with pytest.raises(KeyboardInterrupt):
-        caption_with(CaptionFile(pictures), NAMES, "m", stops, batch_size=2)
-    with open(pictures / "captions.jsonl", "a") as file:
+        caption_with(CaptionFile(folder), NAMES, "m", stops, batch_size=2)
+    with open(folder / "captions.jsonl", "a") as file:
         file.write('{"file_name": "2.png", "captions": [{"mod')  # the kill came within a line
-    file = CaptionFile(pictures)
+    file = CaptionFile(folder)
     assert file.missing(NAMES, "m") == NAMES[2:]
     caption_with(file, NAMES, "m", lambda images: seen.extend(images) or numbers(images), batch_size=2)
     assert len(seen) == 5
-    found = read_captions(pictures / "captions.jsonl")
+    found = read_captions(folder / "captions.jsonl")
     assert {name: [c.text for c in captions] for name, captions in found.items()} == {
         name: [f"brightness {40 * i}"] for i, name in enumerate(NAMES)
     }
@@ -122,22 +122,22 @@ def test_captions_of_one_model_are_replaced(tmp_path):
     assert lines[0] + "\n" == caption_line("a.png", [Caption("m", "a")])
 
 
-def test_transformers_captions_do_not_depend_on_the_batch(llava_folder, pictures):
+def test_transformers_captions_do_not_depend_on_the_batch(llava_folder, folder):
     captioner = TransformersCaptioner(llava_folder, "What?", 6, "cpu", torch.float32)
-    images = [read_image(pictures / name) for name in NAMES]
+    images = [read_image(folder / name) for name in NAMES]
     together = captioner(images)
     assert together == [captioner([image])[0] for image in images]
     assert len(set(together)) > 1
     assert not any("USER" in text or "What" in text for text in together)  # the answer alone
 
 
-def test_vila_u_captions_from_either_folder(tmp_path, pictures):
+def test_vila_u_captions_from_either_folder(tmp_path, folder):
     model, processor = tiny_model(seed=2), tiny_processor()
     model.save_pretrained(tmp_path / "plain")
     processor.save_pretrained(tmp_path / "plain")
     pipe = VilaUPipeline(model=model, processor=processor)
     pipe.save_pretrained(tmp_path / "pipeline")
-    images = [read_image(pictures / name) for name in NAMES[:2]]
+    images = [read_image(folder / name) for name in NAMES[:2]]
     expected = pipe.chat(images, "What?", max_new_tokens=8, do_sample=False)
     for name in ("plain", "pipeline"):
         captioner = load_captioner(str(tmp_path / name), "What?", 8, "cpu", torch.float32)
@@ -146,11 +146,11 @@ def test_vila_u_captions_from_either_folder(tmp_path, pictures):
     assert len(set(expected)) == 2
 
 
-def test_main_captions_scores_and_skips(pictures, llava_folder, clip_folder, monkeypatch):
-    arguments = ["--data", str(pictures), "--max-new-tokens", "3", "--batch-size", "2"]
+def test_main_captions_scores_and_skips(folder, llava_folder, clip_folder, monkeypatch):
+    arguments = ["--data", str(folder), "--max-new-tokens", "3", "--batch-size", "2"]
     main([*arguments, "--models", llava_folder])
-    first = read_captions(pictures / "captions.jsonl")
-    lines = (pictures / "metadata.jsonl").read_text().splitlines()
+    first = read_captions(folder / "captions.jsonl")
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
     originals = {row["file_name"]: row["text"] for row in map(json.loads, lines)}
     for name, captions in first.items():
         said = {caption.model: caption.text for caption in captions}
@@ -159,17 +159,17 @@ def test_main_captions_scores_and_skips(pictures, llava_folder, clip_folder, mon
         assert all(caption.clip_score is None for caption in captions)
     monkeypatch.setattr(recipe, "load_captioner", None)  # nothing is left to caption
     main([*arguments, "--models", llava_folder, "--clip", clip_folder])
-    clip, scored = recipe.Clip(clip_folder), read_captions(pictures / "captions.jsonl")
+    clip, scored = recipe.Clip(clip_folder), read_captions(folder / "captions.jsonl")
     assert scored.keys() == first.keys() == set(NAMES)
     for name, captions in scored.items():
-        image = clip.image_features([read_image(pictures / name)])
+        image = clip.image_features([read_image(folder / name)])
         assert {(c.model, c.text) for c in captions} == {(c.model, c.text) for c in first[name]}
         for caption in captions:
             cosine = (clip.text_features([caption.text]) @ image.T).item()
             assert caption.clip_score == pytest.approx(max(0, 100 * cosine), abs=1e-3)
 
 
-def test_captions_are_of_their_image_prompt_and_model(pictures, llava_folder, clip_folder, monkeypatch):
+def test_captions_are_of_their_image_prompt_and_model(folder, llava_folder, clip_folder, monkeypatch):
     asked = []
 
     def load(*_):
@@ -179,31 +179,31 @@ def test_captions_are_of_their_image_prompt_and_model(pictures, llava_folder, cl
 
     def run(*options):
         asked.clear()
-        main(["--data", str(pictures), "--models", llava_folder, *options])
+        main(["--data", str(folder), "--models", llava_folder, *options])
         return len(asked)
 
     assert run() == 5
     assert run() == 0
-    Image.new("RGB", (40, 40), "red").save(pictures / "0.png")
+    Image.new("RGB", (40, 40), "red").save(folder / "0.png")
     assert run("--clip", clip_folder) == 1
     assert run("--prompt", "Which colors?") == 5
-    captions = read_captions(pictures / "captions.jsonl")["1.png"]
+    captions = read_captions(folder / "captions.jsonl")["1.png"]
     assert [caption.clip_score is None for caption in captions if caption.model == llava_folder] == [True]
-    with open(pictures / "captions.jsonl", "a") as file:  # of another program
+    with open(folder / "captions.jsonl", "a") as file:  # of another program
         file.write(caption_line("1.png", [Caption(llava_folder, "as it was")]))
     assert run("--prompt", "Which colors?") == 0
-    lines = (pictures / "metadata.jsonl").read_text()
-    (pictures / "metadata.jsonl").write_text(lines.replace("two dogs", "two cats"))
+    lines = (folder / "metadata.jsonl").read_text()
+    (folder / "metadata.jsonl").write_text(lines.replace("two dogs", "two cats"))
     run("--prompt", "Which colors?")
-    found = read_captions(pictures / "captions.jsonl")["1.png"]
+    found = read_captions(folder / "captions.jsonl")["1.png"]
     assert {c.text for c in found} == {"as it was", "two cats on a blue hill"}
 
 
-def test_main_refuses_a_folder_without_pictures(tmp_path):
+def test_main_refuses_a_folder_without_images(tmp_path):
     with pytest.raises(ValueError, match="`data` must be a folder with images"):
         main(["--data", str(tmp_path)])
 
 
-def test_transparent_pictures_are_laid_over_white(tmp_path):
+def test_transparent_images_are_laid_over_white(tmp_path):
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)

@@ -1,4 +1,4 @@
-"""Pictures of a file of prompts: the same for one process and for two, and drawn once."""
+"""Images of a file of prompts: the same for one process and for two, and generated once."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ def prompts(tmp_path):
     return path
 
 
-def test_pictures_do_not_depend_on_the_number_of_processes(tmp_path, prompts):
+def test_images_do_not_depend_on_the_number_of_processes(tmp_path, prompts):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     pipe = SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.float32)
@@ -44,13 +44,13 @@ def test_pictures_do_not_depend_on_the_number_of_processes(tmp_path, prompts):
         assert image.info["seed"] == "9"
 
 
-def test_what_is_there_is_not_drawn_again(tmp_path, prompts):
+def test_what_is_there_is_not_generated_again(tmp_path, prompts):
     tasks = read_tasks(prompts, tmp_path, seed=0)
     assert [task.prompt for task in tasks] == ["a cat", "an über-dog", "a fox", "a lemon"]
     assert [task.seed for task in tasks] == [0, 2, 3, 4]
     for task in tasks[:3]:
         task.save(Image.new("RGB", (8, 8)))
-    assert batches(tasks, 2) == [tasks[2:]]  # whole, because pictures of a batch are computed together
+    assert batches(tasks, 2) == [tasks[2:]]  # whole, because images of a batch are computed together
     assert batches(tasks, 1) == [tasks[3:]]
     (tmp_path / "prompts.txt").write_text("\n".join(["a cat\u2028two", *PROMPTS[1:]]), "utf-8-sig")
     assert [task.prompt for task in read_tasks(prompts, tmp_path, seed=0)][:2] == ["a cat\u2028two", "an über-dog"]

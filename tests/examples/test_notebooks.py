@@ -27,7 +27,7 @@ def test_runs(path, tmp_path, monkeypatch):
 
 
 def test_is_committed_clean(path):
-    """Of what it put out only pictures, and small ones: times and paths are those of one machine."""
+    """Of what it put out only images, and small ones: times and paths are those of one machine."""
     assert path.stat().st_size < 200_000
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)

@@ -60,8 +60,8 @@ def test_data(tmp_path, pipe):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\na fox\n")
     tasks = read_tasks(prompts, tmp_path, seed=5)
-    drawn = generate_all(tasks, batch_size=2, num_inference_steps=STEPS)
-    assert sorted(drawn) == [str(task.path) for task in tasks]
+    generated = generate_all(tasks, batch_size=2, num_inference_steps=STEPS)
+    assert sorted(generated) == [str(task.path) for task in tasks]
     expected = [
         *generate(pipe, tasks[:2], num_inference_steps=STEPS),
         *generate(pipe, tasks[2:], num_inference_steps=STEPS),

@@ -9,22 +9,13 @@ from safetensors.torch import load_file
 from diffusers_sana.training.recipes.dc_ae import train
 from diffusers_sana.training.recipes.options import DCAETrainingConfig
 from examples.train_dc_ae import main
-from tests.training.tiny import image_batches, read_log, smooth_images, tiny_autoencoder, write_image_folder
+from tests.training.tiny import image_batches, read_log, short_run, smooth_images, tiny_autoencoder, write_image_folder
 
 
 def make_config(folder, **changes):
-    """Settings that make a tiny run use everything that draws random numbers or keeps a state."""
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 3,
-        "log_every": 1,
-        "perceptual_crop": 8,
-        "perceptual_every": 2,
-        "discriminator_channels": 8,
-        "ema_decay": 0.9,
-        "scaling_batches": 2,
-    }
-    return DCAETrainingConfig(**settings | changes)
+    """Settings that make a tiny run use everything that uses random numbers or keeps a state."""
+    settings = {"perceptual_crop": 8, "perceptual_every": 2, "discriminator_channels": 8, "scaling_batches": 2}
+    return DCAETrainingConfig(**short_run(folder, ema_decay=0.9) | settings | changes)
 
 
 def test_phase_1_learns_a_fixed_batch(tmp_path):
@@ -131,7 +122,7 @@ def test_main_trains_on_a_folder_and_continues_in_the_next_phase(tmp_path):
         main(arguments)
 
 
-def test_latents_are_drawn_to_unit_scale(tmp_path):
+def test_latents_are_pulled_to_unit_scale(tmp_path):
     batch = {"pixel_values": smooth_images(4, 32)}
     settings = {"max_steps": 60, "learning_rate": 3e-3, "perceptual_weight": 0.0, "ema_decay": 0.0, "mse_weight": 1.0}
     train(make_config(tmp_path, latent_weight=1.0, latent_noise=0.1, **settings), [batch], tiny_autoencoder())

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from diffusers_sana.training.recipes.dc_ae_dit import class_images, load_autoencoder, make_dit, train
 from diffusers_sana.training.recipes.options import DiTDataOptions, DiTModelOptions, DiTTrainingConfig
 from examples.train_dc_ae_dit import main
-from tests.training.tiny import interrupted, read_log, tiny_autoencoder
+from tests.training.tiny import check_resuming, interrupted, read_log, short_run, tiny_autoencoder
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -22,14 +22,7 @@ CLASSES = ["cat", "dog"]
 
 
 def make_config(folder, **changes):
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 3,
-        "log_every": 1,
-        "sample_steps": 2,
-        "ema_decay": 0.0,
-    }
-    return DiTTrainingConfig(**settings | changes)
+    return DiTTrainingConfig(**short_run(folder, sample_steps=2, ema_decay=0.0) | changes)
 
 
 def two_classes(start):
@@ -52,7 +45,7 @@ def tiny_kl(**changes):
 
 
 def write_classes(folder):
-    """Two classes of three plain pictures."""
+    """Two classes of three plain images."""
     for at, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)
         for index in range(3):
@@ -134,11 +127,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
         train(config, batches, transformer, CLASSES, tiny_autoencoder())
         return load_file(folder / "model" / "transformer" / WEIGHTS)
 
-    whole = run(tmp_path / "whole")
-    run(tmp_path / "parts", stop_at=1)
-    assert len(read_losses(tmp_path / "parts")) == 2
-    resumed = run(tmp_path / "parts", resume=True)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    whole = check_resuming(run, tmp_path)
     assert any(not torch.equal(whole[name], start[name]) for name in whole)
 
 

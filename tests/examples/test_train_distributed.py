@@ -1,9 +1,6 @@
 """The training examples in two processes on a CPU (gloo), against one process that sees both halves of each batch."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,9 +16,7 @@ from diffusers_sana.training.recipes.options import DCAETrainingConfig, VilaUTra
 from tests.models.vila_u.tiny import CELLS, CODES, DEPTH, tiny_config
 from tests.models.vila_u.tiny_processor import tiny_processor
 from tests.training.tiny import smooth_images, tiny_autoencoder
-
-
-ROOT = Path(__file__).parents[2]
+from tests.two_processes import run_in_two
 
 
 def new_autoencoder():
@@ -32,12 +27,12 @@ def new_autoencoder():
 def new_vila_u():
     torch.manual_seed(0)
     config = tiny_config()
-    config.depth_config.dropout = 0.0  # drawn in each process
+    config.depth_config.dropout = 0.0  # random in each process
     return VilaUForConditionalGeneration(config)
 
 
 def train_autoencoder(folder, process_index, num_processes):
-    """Two steps on eight images each, of which this process sees its share."""
+    """Two steps on eight images each, of which this process sees its part."""
 
     def batches(start):
         for step in range(start, 2):
@@ -55,7 +50,7 @@ def train_model(folder, process_index, num_processes):
     def batches(start):
         for step in range(start, 2):
             codes = torch.randint(CODES, (4, CELLS, DEPTH), generator=torch.Generator().manual_seed(step))
-            shown = [[{"type": "image", "image": picture}] for picture in codes]
+            shown = [[{"type": "image", "image": image}] for image in codes]
             chats = [
                 [{"role": "user", "content": "a"}, {"role": "assistant", "content": shown[i]}]
                 if i < 2
@@ -85,18 +80,7 @@ CASES = {
 def test_two_processes_equal_one(tmp_path, case):
     train, new_model, weights, changed = CASES[case]
     train(tmp_path / "one", 0, 1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in ("0", "1"):
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-        environment |= {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, __file__, case, str(tmp_path / "two")]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors
+    run_in_two(__file__, case, tmp_path / "two")
     one, two = (load_file(tmp_path / name / weights) for name in ("one", "two"))
     for name in one:
         assert torch.allclose(one[name], two[name], atol=1e-6), name

@@ -53,8 +53,8 @@ def test_captions(art):
 
 def test_training_never_shows_what_is_held_out(art):
     scenes = EmojiScenes(art)
-    drawn = [scenes.sample_scene() for _ in range(2000)]
-    assert not any(is_held_out(s.labels[0], s.style, s.color) for s in drawn if len(s.labels) == 1)
+    sampled = [scenes.sample_scene() for _ in range(2000)]
+    assert not any(is_held_out(s.labels[0], s.style, s.color) for s in sampled if len(s.labels) == 1)
     for scene in held_out_scenes(art.labels, singles=8, pairs=2)[:8]:
         assert is_held_out(scene.labels[0], scene.style, scene.color)
 
@@ -82,13 +82,13 @@ def test_sizes(art):
     assert 2 * sum(p.numel() for model in models for p in model.parameters()) < 30e6
 
 
-def test_evaluation_recognises_the_truth(art):
+def test_evaluation_recognizes_the_truth(art):
     """The measure itself: true renderings score 1, renderings of something else do not."""
     scenes = held_out_scenes(art.labels, singles=6, pairs=0)
     renderer = EmojiScenes(art, 64)
     wrong = [Scene((NAMES[NAMES.index(s.labels[0]) - 4],), s.style, "black", s.position) for s in scenes]
-    pictures = {"true": renderer.render(scenes), "wrong": renderer.render(wrong)}
-    figures = prompt_following(pictures, scenes, renderer)
+    images = {"true": renderer.render(scenes), "wrong": renderer.render(wrong)}
+    figures = prompt_following(images, scenes, renderer)
     assert figures["true"]["object_top1"] == figures["true"]["color_top1"] == 1
     assert figures["wrong"]["object_top1"] < 0.5
     assert figures["wrong"]["color_top1"] < 0.5

@@ -11,10 +11,12 @@ from diffusers_sana.training.recipes.sana import train
 from diffusers_sana.training.state_files import read_state
 from examples.train_sana import main
 from tests.training.tiny import (
+    check_resuming,
     image_batches,
     interrupted,
     latent_batch,
     read_log,
+    short_run,
     tiny_autoencoder,
     tiny_pipeline,
     tiny_text_encoder,
@@ -28,15 +30,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def make_config(folder, **changes):
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 3,
-        "log_every": 1,
-        "warmup_steps": 0,
-        "max_sequence_length": 32,
-        "sample_steps": 2,
-        "caption_dropout": 0.5,
-    }
+    settings = short_run(folder, warmup_steps=0, max_sequence_length=32, sample_steps=2, caption_dropout=0.5)
     return SanaTrainingConfig(**settings | changes)
 
 
@@ -99,11 +93,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, train_te
         train(config, batches, transformer, text_encoder, tiny_tokenizer(), vae)
         return load_file(folder / "model" / "transformer" / WEIGHTS)
 
-    whole = run(tmp_path / "whole")
-    run(tmp_path / "parts", stop_at=1)
-    assert len(read_log(tmp_path / "parts")) == 2
-    resumed = run(tmp_path / "parts", resume=True)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    whole = check_resuming(run, tmp_path)
     assert any(not torch.equal(whole[name], transformer_start[name]) for name in whole)
 
 
@@ -180,7 +170,7 @@ def folder_arguments(tmp_path, name, *more):
     return [part for key, value in (settings | paths).items() for part in (f"--{key}", str(value))] + list(more)
 
 
-def test_main_draws_captions_with_and_without_cache(tmp_path):
+def test_main_samples_captions_with_and_without_cache(tmp_path):
     write_image_folder(tmp_path / "data", [(40, 40), (40, 40), (40, 90)])
     captions = [Caption(model, text, None) for model, text in (("a", "a red cat"), ("b", "two dogs on a blue hill"))]
     lines = [caption_line(f"{i}.png", captions) for i in range(3)]
@@ -189,7 +179,7 @@ def test_main_draws_captions_with_and_without_cache(tmp_path):
     results = []
     for name in ("plain", "cached", "best"):
         cache = ["--cache_dir", str(tmp_path / "cache")] if name == "cached" else []
-        if name == "best":  # of which one caption only is ever drawn: the draws matter
+        if name == "best":  # of which only one caption is ever sampled: the weights matter
             scored = [Caption(caption.model, caption.text, 30.0 * (caption.model == "b")) for caption in captions]
             lines = [caption_line(f"{i}.png", scored) for i in range(3)]
             (tmp_path / "data" / "captions.jsonl").write_text("".join(lines))

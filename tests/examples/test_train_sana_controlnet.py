@@ -16,18 +16,7 @@ from diffusers_sana.training.recipes.options import ControlNetTrainingConfig
 from examples.train_emoji import controlnet as emoji
 from examples.train_emoji.data import EmojiScenes
 from examples.train_sana_controlnet import main
-from tests.training.tiny import (
-    image_batches,
-    interrupted,
-    latent_batch,
-    read_log,
-    tiny_autoencoder,
-    tiny_pipeline,
-    tiny_text_encoder,
-    tiny_tokenizer,
-    tiny_transformer,
-    write_image_folder,
-)
+from tests.training import tiny
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -40,19 +29,19 @@ def make_config(folder, **changes):
 
 def controlled_batch():
     """A batch of latents; what is to be generated is in the control latents."""
-    batch = latent_batch()
+    batch = tiny.latent_batch()
     return batch | {"control_latents": -batch["latents"]}
 
 
 @pytest.mark.parametrize("wiring", ["diffusers", "nvlabs"])
 def test_learns_and_leaves_the_transformer_alone(tmp_path, wiring):
-    transformer = tiny_transformer()
+    transformer = tiny.tiny_transformer()
     before = {name: value.clone() for name, value in transformer.state_dict().items()}
     model = SanaControlNetModel.from_transformer(transformer, num_layers=1, wiring=wiring)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     config = make_config(tmp_path, max_steps=60, learning_rate=2e-2, caption_dropout=0.0)
     train(config, [controlled_batch()], model, transformer)
-    losses = [row["loss"] for row in read_log(tmp_path)]
+    losses = [row["loss"] for row in tiny.read_log(tmp_path)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     assert all(torch.equal(value, before[name]) for name, value in transformer.state_dict().items())
     saved = SanaControlNetModel.from_pretrained(tmp_path / "model")
@@ -62,30 +51,30 @@ def test_learns_and_leaves_the_transformer_alone(tmp_path, wiring):
 
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    transformer, vae, text_encoder = tiny_transformer(), tiny_autoencoder(), tiny_text_encoder()
+    transformer, vae, text_encoder = tiny.tiny_transformer(), tiny.tiny_autoencoder(), tiny.tiny_text_encoder()
     start = SanaControlNetModel.from_transformer(transformer, num_layers=1).state_dict()
 
     def run(folder, resume=False, stop_at=None):
         model = SanaControlNetModel.from_transformer(transformer, num_layers=1)
 
         def with_edges(start):
-            return (batch | {"control_image": sobel_edges(batch["pixel_values"])} for batch in image_batches(start))
+            return (
+                batch | {"control_image": sobel_edges(batch["pixel_values"])} for batch in tiny.image_batches(start)
+            )
 
         config = make_config(folder, max_steps=4, ema_decay=0.9, resume=resume, learning_rate=1e-2)
-        train(config, interrupted(with_edges, stop_at), model, transformer, text_encoder, tiny_tokenizer(), vae)
+        train(
+            config, tiny.interrupted(with_edges, stop_at), model, transformer, text_encoder, tiny.tiny_tokenizer(), vae
+        )
         return load_file(folder / "model" / WEIGHTS)
 
-    whole = run(tmp_path / "whole")
-    run(tmp_path / "parts", stop_at=1)
-    assert len(read_log(tmp_path / "parts")) == 2
-    resumed = run(tmp_path / "parts", resume=True)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    whole = tiny.check_resuming(run, tmp_path)
     assert any(not torch.equal(whole[name], start[name]) for name in whole)
     assert list((tmp_path / "whole" / "samples").glob("*.png"))
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
-    transformer, batch, results = tiny_transformer(), controlled_batch(), []
+    transformer, batch, results = tiny.tiny_transformer(), controlled_batch(), []
     for checkpointing in (False, True):
         model = SanaControlNetModel.from_transformer(transformer, num_layers=1)
         folder = tmp_path / str(checkpointing)
@@ -95,7 +84,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 
 
 def test_says_which_part_a_batch_needs(tmp_path):
-    transformer, batch = tiny_transformer(), controlled_batch()
+    transformer, batch = tiny.tiny_transformer(), controlled_batch()
     model = SanaControlNetModel.from_transformer(transformer, num_layers=1)
     image = {"control_image": torch.zeros(4, 3, 16, 16)}
     for changed, match in (
@@ -108,8 +97,8 @@ def test_says_which_part_a_batch_needs(tmp_path):
 
 @pytest.mark.parametrize("control", ["edges", "folder"])
 def test_main(tmp_path, control):
-    write_image_folder(tmp_path / "data", [(40, 40), (40, 40), (40, 90)])
-    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    tiny.write_image_folder(tmp_path / "data", [(40, 40), (40, 40), (40, 90)])
+    tiny.tiny_pipeline().save_pretrained(tmp_path / "pipeline")
     arguments = ["--data", str(tmp_path / "data"), "--pretrained", str(tmp_path / "pipeline"), "--num_layers", "1"]
     arguments += ["--batch_size", "2", "--num_workers", "0", "--resolution", "32", "--max_steps", "2"]
     arguments += ["--sample_steps", "1", "--log_every", "1", "--max_sequence_length", "32"]
@@ -130,14 +119,14 @@ def test_main(tmp_path, control):
 
 
 def test_sobel_edges():
-    picture = torch.full((1, 3, 6, 8), -1.0)
-    picture[:, 0, :, 4:] = 1  # red on the right
-    edges = sobel_edges(picture)
-    assert edges.shape == picture.shape
+    image = torch.full((1, 3, 6, 8), -1.0)
+    image[:, 0, :, 4:] = 1  # red on the right
+    edges = sobel_edges(image)
+    assert edges.shape == image.shape
     expected = torch.full((6, 8), -1.0)
     expected[:, 3:5] = 1
     assert torch.allclose(edges[0, 2], expected, atol=1e-5)
-    assert torch.allclose(sobel_edges(picture.transpose(2, 3)), edges.transpose(2, 3))
+    assert torch.allclose(sobel_edges(image.transpose(2, 3)), edges.transpose(2, 3))
     assert torch.equal(sobel_edges(torch.zeros(1, 3, 4, 4)), torch.full((1, 3, 4, 4), -1.0))  # also at the border
 
 

@@ -22,6 +22,7 @@ from examples.train_emoji import lora as emoji
 from examples.train_sana_lora import main
 from tests import tiny
 from tests.training.tiny import (
+    check_resuming,
     interrupted,
     read_log,
     tiny_autoencoder,
@@ -114,11 +115,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, base):
         train(config, batches, transformer, vae)
         return load_file(folder / "model" / WEIGHTS)
 
-    whole = run(tmp_path / "whole")
-    run(tmp_path / "parts", stop_at=1)
-    assert len(read_log(tmp_path / "parts")) == 2
-    resumed = run(tmp_path / "parts", resume=True)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    whole = check_resuming(run, tmp_path)
     assert any(value.any() for name, value in whole.items() if "lora_B" in name)
     assert list((tmp_path / "whole" / "samples").glob("*.png"))
     kept = load_file(next((tmp_path / "whole" / "checkpoints").rglob("model.safetensors")))
@@ -159,7 +156,7 @@ def test_bf16_base_has_an_adapter_in_fp32(tmp_path):
 
 
 def test_loss_weight(tmp_path):
-    """Weight 0 leaves the adapter as if the picture were not there."""
+    """Weight 0 leaves the adapter as if the image were not there."""
     start, results = tiny_transformer(), []
     for name, other in (("one", 1), ("two", 2)):
         batch = latent_batch()
@@ -219,15 +216,15 @@ def test_main_with_prior_on_4_bits(tmp_path):
     arguments += ["--sample_prompts", "a blue cat", "two dogs", "--max_sequence_length", "32"]
     arguments += ["--output_dir", str(tmp_path / "out")]
     main(arguments)
-    drawn = sorted((tmp_path / "out" / "class").iterdir())
-    assert [Image.open(path).size for path in drawn] == [(32, 32), (32, 32)]
+    generated = sorted((tmp_path / "out" / "class").iterdir())
+    assert [Image.open(path).size for path in generated] == [(32, 32), (32, 32)]
     assert len(list((tmp_path / "out" / "cache").rglob("*.safetensors"))) == 3 + 2
-    assert Image.open(tmp_path / "out" / "samples" / "step_0000002.png").width == 2 * 32  # a picture a prompt
+    assert Image.open(tmp_path / "out" / "samples" / "step_0000002.png").width == 2 * 32  # an image per prompt
     pipe = SanaPipeline.from_pretrained(tmp_path / "pipeline")
     pipe.load_lora_weights(tmp_path / "out" / "model")
     assert pipe.get_active_adapters() == ["default_0"]
     main([*arguments, "--resume", "--max_steps", "3"])
-    assert [path.name for path in drawn] == sorted(path.name for path in (tmp_path / "out" / "class").iterdir())
+    assert [path.name for path in generated] == sorted(path.name for path in (tmp_path / "out" / "class").iterdir())
     with pytest.raises(ValueError, match="`pretrained` must be a SanaPipeline"):
         main(arguments[:2])
 
@@ -252,20 +249,20 @@ def test_shift_is_the_schedulers(tmp_path):
 
 
 def test_pixel_art():
-    picture = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    art = emoji.pixelate(picture)
+    image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    art = emoji.pixelate(image)
     assert torch.equal(emoji.pixelate(art), art)
     assert len(art.unique()) <= emoji.LEVELS
     assert emoji.within_blocks(art) < 1e-9
     assert emoji.on_grid(art) == pytest.approx(1)
-    assert emoji.within_blocks(picture) > 0.9
-    assert emoji.on_grid(picture) == pytest.approx(3 / 63, abs=0.01)
+    assert emoji.within_blocks(image) > 0.9
+    assert emoji.on_grid(image) == pytest.approx(3 / 63, abs=0.01)
 
 
 def test_emoji_lora(art, tmp_path):
     """The bundled checkpoint itself, for a step, and the judge's report."""
     scenes = emoji.PixelScenes(art, 128, seed=6)
-    emoji.write_pictures(scenes, tmp_path / "pictures", count=2)
+    emoji.write_images(scenes, tmp_path / "pictures", count=2)
     rows = [json.loads(line) for line in (tmp_path / "pictures" / "metadata.jsonl").read_text().splitlines()]
     assert all(row["text"].endswith(", pixel art") for row in rows)
     trained = emoji.train(tmp_path / "pictures", tmp_path / "lora", SANA_EMOJI, steps=1)

@@ -14,18 +14,7 @@ from diffusers_sana.training.recipes.options import SprintTrainingConfig
 from diffusers_sana.training.recipes.sprint import train
 from examples.train_emoji import sprint as emoji
 from examples.train_sana_sprint import main
-from tests.training.tiny import (
-    image_batches,
-    interrupted,
-    latent_batch,
-    read_log,
-    tiny_autoencoder,
-    tiny_pipeline,
-    tiny_text_encoder,
-    tiny_tokenizer,
-    tiny_transformer,
-    write_image_folder,
-)
+from tests.training import tiny
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -38,45 +27,41 @@ def make_config(folder, **changes):
 
 @pytest.mark.parametrize("adversarial_weight", [0.5, 0.0])
 def test_learns_and_leaves_the_teacher_alone(tmp_path, adversarial_weight):
-    teacher = tiny_transformer()
+    teacher = tiny.tiny_transformer()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    train(make_config(tmp_path, adversarial_weight=adversarial_weight), [latent_batch()], teacher)
+    train(make_config(tmp_path, adversarial_weight=adversarial_weight), [tiny.latent_batch()], teacher)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     student = SanaTransformer2DModel.from_pretrained(tmp_path / "model" / "transformer")
     assert student.config.guidance_embeds
     assert student.time_embed.guidance_embedder.linear_2.weight.any()  # which began as zeros
-    rows = read_log(tmp_path)
+    rows = tiny.read_log(tmp_path)
     assert len(rows) == 3
     assert all(("discriminator" in row) == bool(adversarial_weight) for row in rows)
     assert not (tmp_path / "samples").exists()  # which need an autoencoder
 
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    teacher, vae, text_encoder = tiny_transformer(), tiny_autoencoder(), tiny_text_encoder()
+    teacher, vae, text_encoder = tiny.tiny_transformer(), tiny.tiny_autoencoder(), tiny.tiny_text_encoder()
 
     def run(folder, resume=False, stop_at=None):
-        batches = interrupted(image_batches, stop_at)
+        batches = tiny.interrupted(tiny.image_batches, stop_at)
         config = make_config(folder, max_steps=4, ema_decay=0.9, resume=resume)
-        train(config, batches, teacher, text_encoder, tiny_tokenizer(), vae)
+        train(config, batches, teacher, text_encoder, tiny.tiny_tokenizer(), vae)
         return load_file(folder / "model" / "transformer" / WEIGHTS)
 
-    whole = run(tmp_path / "whole")
-    run(tmp_path / "parts", stop_at=1)
-    assert len(read_log(tmp_path / "parts")) == 2
-    resumed = run(tmp_path / "parts", resume=True)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    tiny.check_resuming(run, tmp_path)
     grid = Image.open(next((tmp_path / "whole" / "samples").glob("*.png")))
     assert grid.size == (4 * 32, 3 * 32)  # four prompts, in 1, 2 and 4 steps
 
 
 def test_says_which_part_a_batch_needs(tmp_path):
-    batch = latent_batch()
+    batch = tiny.latent_batch()
     for changed, match in (
         ({"latents": batch["latents"], "text": ["a"] * 4}, "`text_encoder` and `tokenizer` must be given"),
         ({name: batch[name] for name in batch if name != "latents"} | image_batch(), "`vae` must be given"),
     ):
         with pytest.raises(ValueError, match=match):
-            train(make_config(tmp_path), [changed], tiny_transformer())
+            train(make_config(tmp_path), [changed], tiny.tiny_transformer())
 
 
 def image_batch():
@@ -84,8 +69,8 @@ def image_batch():
 
 
 def test_main_makes_a_pipeline(tmp_path):
-    write_image_folder(tmp_path / "data", [(40, 40), (40, 40), (40, 90)])
-    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    tiny.write_image_folder(tmp_path / "data", [(40, 40), (40, 40), (40, 90)])
+    tiny.tiny_pipeline().save_pretrained(tmp_path / "pipeline")
     arguments = ["--data", str(tmp_path / "data"), "--pretrained", str(tmp_path / "pipeline"), "--batch_size", "2"]
     arguments += ["--cache_dir", str(tmp_path / "cache"), "--num_workers", "0", "--resolution", "32"]
     arguments += ["--max_steps", "2", "--log_every", "1", "--max_sequence_length", "32", "--sigma_data", "0.4"]

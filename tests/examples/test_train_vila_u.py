@@ -17,13 +17,13 @@ from tests.models.vila_u.tiny_processor import tiny_processor
 from tests.training.tiny import read_log
 
 
-def drawing(prompt, picture):
-    shown = [{"type": "image", "image": picture}]
+def generating(prompt, image):
+    shown = [{"type": "image", "image": image}]
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": shown}]
 
 
-def answering(picture, said):
-    asked = [{"type": "image", "image": picture}, {"type": "text", "text": "what"}]
+def answering(image, said):
+    asked = [{"type": "image", "image": image}, {"type": "text", "text": "what"}]
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
 
 
@@ -42,10 +42,10 @@ def trainable():
     return VilaUForConditionalGeneration(tiny_model().config)
 
 
-def test_it_learns_to_draw_and_to_answer(tmp_path):
+def test_it_learns_to_generate_and_to_answer(tmp_path):
     processor = tiny_processor()
     first, second = random_codes(1), random_codes(2)
-    chats = [drawing("a", first), drawing("b", second), answering(first, "cat"), answering(second, "USER")]
+    chats = [generating("a", first), generating("b", second), answering(first, "cat"), answering(second, "USER")]
     config = make_config(tmp_path, max_steps=60, learning_rate=3e-3, lr_schedule="constant")
     train(config, [ChatCollator(processor)(chats)], trainable(), processor)
     rows = read_log(tmp_path)
@@ -54,8 +54,8 @@ def test_it_learns_to_draw_and_to_answer(tmp_path):
     model = VilaUForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
     saved = AutoProcessor.from_pretrained(tmp_path / "model")
     inputs = saved(text=["a", "b"], generation_mode="image")
-    drawn = model.generate(**inputs, generation_mode="image", do_sample=False, guidance_scale=1)
-    assert torch.equal(drawn, torch.stack([first, second]))
+    generated = model.generate(**inputs, generation_mode="image", do_sample=False, guidance_scale=1)
+    assert torch.equal(generated, torch.stack([first, second]))
     asked = saved.apply_chat_template(
         [chat[:1] for chat in chats[2:]], tokenize=True, return_dict=True, add_generation_prompt=True
     )
@@ -63,10 +63,10 @@ def test_it_learns_to_draw_and_to_answer(tmp_path):
     assert saved.batch_decode(written, skip_special_tokens=True) == ["cat", "USER"]
 
 
-def test_the_tower_stays_as_it_is_and_pictures_are_shown(tmp_path):
+def test_the_tower_stays_as_it_is_and_images_are_shown(tmp_path):
     model, processor = trainable(), tiny_processor()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    batch = ChatCollator(processor)([drawing("a", random_codes(1)), answering(random_codes(2), "cat")])
+    batch = ChatCollator(processor)([generating("a", random_codes(1)), answering(random_codes(2), "cat")])
     train(make_config(tmp_path, sample_prompts=("a", "cat"), ema_decay=0.5), [batch], model, processor)
     after = VilaUForConditionalGeneration.from_pretrained(tmp_path / "model").state_dict()
     same = {name for name in before if torch.equal(before[name], after[name])}
@@ -76,7 +76,7 @@ def test_the_tower_stays_as_it_is_and_pictures_are_shown(tmp_path):
 
 def test_a_resumed_run_gives_the_same_bits(tmp_path):
     processor = tiny_processor()
-    chats = [drawing("a", random_codes(1)), answering(random_codes(2), "cat")]
+    chats = [generating("a", random_codes(1)), answering(random_codes(2), "cat")]
 
     def batches(start):
         collate = ChatCollator(processor, caption_dropout=0.5)
@@ -91,35 +91,35 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_caption_dropout_empties_prompts_of_pictures_only():
-    draw, ask = drawing("a", random_codes(1)), answering(random_codes(2), "cat")
-    assert without_prompt(draw)[0]["content"] == ""
+def test_caption_dropout_empties_prompts_of_images_only():
+    generate, ask = generating("a", random_codes(1)), answering(random_codes(2), "cat")
+    assert without_prompt(generate)[0]["content"] == ""
     assert without_prompt(ask) is ask
     collate, processor = ChatCollator(tiny_processor(), caption_dropout=1.0), tiny_processor()
-    row = collate([draw])["input_ids"][0].tolist()
+    row = collate([generate])["input_ids"][0].tolist()
     negative = processor(text="a", generation_mode="image")["negative_input_ids"][0].tolist()
     assert row[: len(negative)] == negative  # what generation guides away from
     assert row[len(negative) :].count(IMAGE) == CELLS
 
 
 def chat_folder(folder):
-    """Two pictures in four chats."""
+    """Two images in four chats."""
     folder.mkdir()
     for name, color in (("a.png", "red"), ("b.png", "blue")):
         Image.new("RGB", (40, 32), color).save(folder / name)
-    chats = [drawing("a", "a.png"), drawing("b", "b.png"), answering("a.png", "cat"), answering("b.png", "USER")]
+    chats = [generating("a", "a.png"), generating("b", "b.png"), answering("a.png", "cat"), answering("b.png", "USER")]
     (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
     return folder
 
 
 def test_chats_with_separators_and_blank_lines(tmp_path):
     folder = chat_folder(tmp_path / "data")
-    chat = drawing("one\u2028two", "a.png")
+    chat = generating("one\u2028two", "a.png")
     (folder / "chats.jsonl").write_text("\ufeff\n" + json.dumps(chat, ensure_ascii=False) + "\n\n", "utf-8")
     assert ChatFolder(folder).chats == [chat]
 
 
-def test_pictures_of_a_folder_are_encoded_once(tmp_path):
+def test_images_of_a_folder_are_encoded_once(tmp_path):
     chats, model, processor = ChatFolder(chat_folder(tmp_path / "data")), tiny_model(), tiny_processor()
     tower, file = model.model.vision_tower, tmp_path / "codes.safetensors"
     codes = encode_images(chats.images, tower, processor.image_processor, file, batch_size=1)
@@ -168,7 +168,7 @@ def test_codes_are_of_their_images_tower_and_processor(tmp_path):
 def test_accumulated_batches_of_unequal_targets_are_one_batch(tmp_path, order):
     """One chat has codes to learn only, the other text: each loss is a mean over the targets of the whole step."""
     collate, results = ChatCollator(tiny_processor()), []
-    chats = [drawing("a", random_codes(1)), answering(random_codes(2), "cat cat cat cat")]
+    chats = [generating("a", random_codes(1)), answering(random_codes(2), "cat cat cat cat")]
     whole = [collate(chats)]
     parts = [collate([chats[at]]) for at in order]
     for name, batches in (("whole", whole), ("parts", parts)):
@@ -225,21 +225,21 @@ def test_bad_input(tmp_path):
         '[{"role": "user"': "not valid JSON",
         '{"role": "user", "content": "x"}': "a line must be a list of messages",
         '[{"role": "user", "content": [{"type": "image", "image": 5}]}]': "a line must be a list of messages",
-        json.dumps(drawing("a", "../b.png")): "lies outside of the data folder",
+        json.dumps(generating("a", "../b.png")): "lies outside of the data folder",
     }.items():
         (folder / "chats.jsonl").write_text(f"\n{line}\n{good}")
         with pytest.raises(ValueError, match=rf"chats\.jsonl', line 2: .*{message}"):
             ChatFolder(folder)
     processor = tiny_processor()
     with pytest.raises(ValueError, match=r"must all be images or all codes, got 1 codes among 2\."):
-        ChatCollator(processor)([drawing("a", random_codes(1)), drawing("b", Image.new("RGB", (32, 32)))])
+        ChatCollator(processor)([generating("a", random_codes(1)), generating("b", Image.new("RGB", (32, 32)))])
     with pytest.raises(ValueError, match=r"must be \[16, D\], got \[15, 3\]"):
-        ChatCollator(processor)([drawing("a", random_codes(1)[1:])])
+        ChatCollator(processor)([generating("a", random_codes(1)[1:])])
 
 
 def test_hidden_cells_are_not_seen_but_still_learned():
     model, processor = trainable().eval(), tiny_processor()
-    batch = ChatCollator(processor)([drawing("a", random_codes(1)), drawing("b", random_codes(2))])
+    batch = ChatCollator(processor)([generating("a", random_codes(1)), generating("b", random_codes(2))])
     seen = []
     model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True

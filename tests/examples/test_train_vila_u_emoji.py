@@ -67,15 +67,15 @@ def test_answers():
     assert said == ["a fox", "a fox", "blue", "flat", "a fox on a blue background, flat style"]
 
 
-def test_batches_draw_and_answer(art):
+def test_batches_generate_and_answer(art):
     processor = run.make_processor(art)
     tower = make_tower(processor.tokenizer)
     chats = EmojiChats(EmojiScenes(art, 64, seed=1), tower, size=8, renewed=2)
     batch = next(chats.batches(ChatCollator(processor), 16))
     assert batch["image_codes"].shape == (16, 64, 4)
     learned = batch["labels"] != -100
-    drawn = (learned & (batch["input_ids"] == processor.image_token_id)).any(1)
-    assert 0 < drawn.sum() < 16
+    generated = (learned & (batch["input_ids"] == processor.image_token_id)).any(1)
+    assert 0 < generated.sum() < 16
     assert learned.any(1).all()
 
 

@@ -23,7 +23,7 @@ def make_config(folder, **changes):
     return VilaUTowerTrainingConfig(**settings | changes)
 
 
-def test_it_learns_fixed_pictures_and_their_captions(tmp_path):
+def test_it_learns_fixed_images_and_their_captions(tmp_path):
     batch = {"pixel_values": smooth_images(4, 32), "text": ["a", "cat", "USER", "b b"]}
     config = make_config(tmp_path, max_steps=80, learning_rate=3e-3, ema_decay=0.0, train_text_tower=True)
     model = tiny_tower()

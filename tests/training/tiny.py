@@ -94,7 +94,7 @@ def tiny_pipeline() -> SanaPipeline:
 
 
 def smooth_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
-    """Random colour gradients `[count, 3, size, size]` in [-1, 1], which even a tiny autoencoder can learn."""
+    """Random color gradients `[count, 3, size, size]` in [-1, 1], which even a tiny autoencoder can learn."""
     coarse = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear", align_corners=True)
 
@@ -133,6 +133,24 @@ def interrupted(batches: Callable[[int], Iterator], at: int | None) -> Callable[
             yield batch
 
     return from_number
+
+
+def short_run(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Settings of a run of three steps that logs each."""
+    return {"output_dir": str(folder), "max_steps": 3, "log_every": 1, **changes}
+
+
+def check_resuming(run: Callable[..., dict[str, torch.Tensor]], folder: Path) -> dict[str, torch.Tensor]:
+    """Checks that a run killed in its second step and resumed gives the weights of an uninterrupted one; returns them.
+
+    `run(folder, resume=False, stop_at=None)` trains, and returns the weights.
+    """
+    whole = run(folder / "whole")
+    run(folder / "parts", stop_at=1)
+    assert len(read_log(folder / "parts")) == 2
+    resumed = run(folder / "parts", resume=True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    return whole
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,57 @@
+"""What the scripts that train on emoji share: options, settings, and images of prompts."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def device() -> str:
+    """Where images are composed and models trained."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resumable(folder: Path) -> bool:
+    """Whether a stopped run in `folder` can go on."""
+    return any((folder / "checkpoints").glob("step_*[0-9]"))
+
+
+def make_settings(out: Path, minutes: float, **changes: Any) -> dict[str, Any]:
+    """Settings of a training into `out` that ends after `minutes` in all, and goes on where it stopped."""
+    return {
+        "output_dir": str(out),
+        "max_minutes": minutes,
+        "max_steps": 10_000_000,
+        "lr_schedule": "cosine",
+        "betas": (0.9, 0.99),
+        "weight_decay": 0.01,
+        "resume": resumable(out),
+        **changes,
+    }
+
+
+def make_parser(description: str | None, out: str, out_help: str = "folder of the run") -> argparse.ArgumentParser:
+    """A parser of the options that all scripts have: `--data`, and `--out` with the default `out`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("outputs/emoji.zip"), help="what prepare_data wrote")
+    parser.add_argument("--out", type=Path, default=Path(out), help=out_help)
+    return parser
+
+
+@torch.no_grad()
+def generate(pipe: Any, prompts: list[str], batch_size: int = 16, **arguments: Any) -> Tensor:
+    """Images `[B, 3, H, W]` in [-1, 1] of the prompts; the seed of a prompt is its number."""
+    parts = []
+    for start in range(0, len(prompts), batch_size):
+        part = prompts[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+        parts.append(pipe(part, generator=generators, output_type="pt", **arguments).images)
+    return torch.cat(parts).float().cpu() * 2 - 1
+
+
+def write_report(report: dict[str, Any], out: Path) -> None:
+    """Writes the figures of an evaluation into the folder `out`, as `evaluation.json`."""
+    (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
