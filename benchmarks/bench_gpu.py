@@ -39,7 +39,7 @@ Report = dict[str, Any]
 
 
 def ceilings() -> Report:
-    """Bandwidth of a device copy and speed of a large matrix product: what the rooflines are drawn with."""
+    """Bandwidth of a device copy and speed of a large matrix product: the limits of the rooflines."""
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     seconds = alternate({"matmul": lambda: a @ b}, rounds=10, warmup=3)
     return {

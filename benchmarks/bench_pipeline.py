@@ -1,4 +1,4 @@
-"""Seconds and memory of a whole picture: ours and diffusers' classes on the same folder, alternating in one process.
+"""Seconds and memory of a whole image: ours and diffusers' classes on the same folder, alternating in one process.
 
     python -m benchmarks.bench_pipeline [--model FOLDER] [--dtype bfloat16] [--rounds 5]
 
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SANA_EMOJI, help="pipeline folder; default: the bundled one")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--size", type=int, default=128, help="side of the picture in pixels")
+    parser.add_argument("--size", type=int, default=128, help="side of the image in pixels")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     for pipe in pipes.values():
         pipe.to(device).set_progress_bar_config(disable=True)
 
-    def draw(pipe: diffusers.DiffusionPipeline) -> None:
+    def generate(pipe: diffusers.DiffusionPipeline) -> None:
         pipe(
             PROMPT,
             height=args.size,
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
             generator=torch.Generator("cpu").manual_seed(0),
         )
 
-    medians = alternate({name: lambda pipe=pipe: draw(pipe) for name, pipe in pipes.items()}, args.rounds)
+    medians = alternate({name: lambda pipe=pipe: generate(pipe) for name, pipe in pipes.items()}, args.rounds)
     report = {
         **environment(),
         "picture": {"pixels": args.size, "steps": args.steps, "dtype": args.dtype, "rounds": args.rounds},

@@ -1,10 +1,10 @@
-"""Seconds a picture with each step cache, and how near the picture is to the one without.
+"""Seconds per image with each step cache, and how near the image is to the one without.
 
     python -m benchmarks.bench_step_caches [--model FOLDER] [--prompts 8]
 
-The bundled checkpoint draws held-out prompts one by one in 20 steps, without a cache, in fewer steps, and with each
-cache in turn. Writes `benchmarks/results/<device>/step_caches.json` and the picture of docs/caching.md. For one
-thread on one core: `OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.bench_step_caches --clock cpu`.
+The bundled checkpoint generates images of held-out prompts one by one in 20 steps, without a cache, in fewer steps,
+and with each cache in turn. Writes `benchmarks/results/<device>/step_caches.json` and the figure of docs/caching.md.
+For one thread on one core: `OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.bench_step_caches --clock cpu`.
 """
 
 import argparse
@@ -39,10 +39,10 @@ from examples.train_emoji.evaluate import captioned_grid, held_out_scenes
 
 
 STEPS = 20
-PICTURE = Path(__file__).parent.parent / "docs" / "images" / "step_caches.png"
-SHOWN = 4  # prompts in the picture
+FIGURE = Path(__file__).parent.parent / "docs" / "images" / "step_caches.png"
+SHOWN = 4  # prompts in the figure
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-# What is in the picture, from left to right.
+# What is in the figure, from left to right.
 COLUMNS = (
     "no cache",
     "no cache, 10 steps",
@@ -56,7 +56,7 @@ COLUMNS = (
 
 
 def magnitude_ratios(pipe: SanaPipeline, prompts: list[str]) -> list[float]:
-    """What MagCache must know of a checkpoint: its calibration, which prints them, over a few pictures."""
+    """What MagCache must know of a checkpoint: its calibration, which prints them, over a few images."""
     pipe.transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=STEPS))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, on a shared machine")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--picture", type=Path, default=FIGURE)
     args = parser.parse_args(argv)
 
     logging.set_verbosity_error()  # FasterCache calls itself experimental each time
@@ -112,13 +112,13 @@ def main(argv: list[str] | None = None) -> None:
     pipe.set_progress_bar_config(disable=True)
     scenes = [scene.prompt for scene in held_out_scenes(COMMON_OBJECTS)]
     prompts = scenes[: args.prompts]
-    pictures: dict[str, list[Tensor]] = {}
+    generated: dict[str, list[Tensor]] = {}
 
-    def drawing(name: str, config: Any, steps: int) -> Callable[[], None]:
-        """A function that draws another prompt at each call, with the prompt's seed."""
+    def generating(name: str, config: Any, steps: int) -> Callable[[], None]:
+        """A function that generates an image of another prompt at each call, with the prompt's seed."""
         numbers = itertools.cycle(range(len(prompts)))
 
-        def draw() -> None:
+        def generate_next() -> None:
             number = next(numbers)
             if config is not None:
                 pipe.transformer.enable_cache(config)
@@ -126,15 +126,15 @@ def main(argv: list[str] | None = None) -> None:
             images = pipe(prompts[number], num_inference_steps=steps, generator=generator, output_type="pt").images
             if config is not None:
                 pipe.transformer.disable_cache()
-            pictures.setdefault(name, []).append(images[0].float().cpu())
+            generated.setdefault(name, []).append(images[0].float().cpu())
 
-        return draw
+        return generate_next
 
     ratios = magnitude_ratios(pipe, scenes[-4:])
-    functions = {name: drawing(name, *variant) for name, variant in variants(ratios).items()}
-    # The warm-up round draws the first prompt, so the timed rounds begin with the second and end with the first.
+    functions = {name: generating(name, *variant) for name, variant in variants(ratios).items()}
+    # The warm-up round generates the first prompt, so the timed rounds begin with the second and end with the first.
     times = alternating_times(functions, rounds=len(prompts), clock=CLOCKS[args.clock])
-    reference = torch.stack(pictures["no cache"][: len(prompts)])
+    reference = torch.stack(generated["no cache"][: len(prompts)])
     report = {
         **environment(),
         "clock": args.clock,
@@ -144,17 +144,17 @@ def main(argv: list[str] | None = None) -> None:
         "variants": {},
     }
     for name in functions:
-        errors = (torch.stack(pictures[name][: len(prompts)]) - reference).square().mean(dim=(1, 2, 3))
+        errors = (torch.stack(generated[name][: len(prompts)]) - reference).square().mean(dim=(1, 2, 3))
         ratios_of_time = [plain / own for plain, own in zip(times["no cache"], times[name], strict=True)]
         report["variants"][name] = {
             "seconds": statistics.median(times[name]),
             "speedup": statistics.median(ratios_of_time),
-            # None where every picture is the same to the last bit.
+            # None where every image is the same to the last bit.
             "psnr_db": None if not errors.any() else (-10 * errors.clamp(min=1e-10).log10()).mean().item(),
         }
     write_results("step_caches", report, args.results)
-    rows = [(name, pictures[name][number]) for number in range(min(SHOWN, len(prompts))) for name in COLUMNS]
-    sheet = torch.stack([picture for _, picture in rows]) * 2 - 1
+    rows = [(name, generated[name][number]) for number in range(min(SHOWN, len(prompts))) for name in COLUMNS]
+    sheet = torch.stack([image for _, image in rows]) * 2 - 1
     captioned_grid(sheet, [name for name, _ in rows], args.picture, columns=len(COLUMNS))
     print(json.dumps(report, indent=1))
 

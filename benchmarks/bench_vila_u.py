@@ -1,15 +1,15 @@
-"""VILA-U on a CPU at a reduced size: pictures the official way and ours, text, and the image tokenizer.
+"""VILA-U on a CPU at a reduced size: images the official way and ours, text, and the image tokenizer.
 
     OMP_NUM_THREADS=1 taskset -c 1 python -m benchmarks.bench_vila_u [--only pictures deep text tokenizer]
 
-Random weights of a small model with the grid, the codes a cell and about the share of depth transformer of the
+Random weights of a small model with the grid, the codes a cell and about the fraction of depth transformer of the
 released one. Both ways run in turn in one process over the same weights; before that, their best codes in fp32 must be
 the same. With `--clock cpu`, seconds are processor time: what this process computed, and not how long it waited for
 others. Writes `benchmarks/results/cpu/vila_u.json`, case by case; cases there are measured again only when named.
 
     pictures   from ids to pixels, guided: prompts, codes, decoding
     deep       the same with 16 codes a cell, as the 384 pixel model has them, and a quarter of the cells
-    text       tokens a second after a prompt with a picture, one by one from a full cache
+    text       tokens a second after a prompt with an image, one by one from a full cache
     tokenizer  pixels to codes and codes to pixels
 """
 
@@ -51,13 +51,13 @@ CASES: dict[str, tuple[str, str, int, int]] = {
 
 
 def our_pictures(model: Any, inputs: dict[str, Tensor], do_sample: bool) -> tuple[Tensor, Tensor]:
-    """Codes `[N, T, D]` and pixels of one picture for each prompt."""
+    """Codes `[N, T, D]` and pixels of one image for each prompt."""
     codes = model.generate(**inputs, generation_mode="image", do_sample=do_sample)
     return codes, model.decode_image_tokens(codes)
 
 
 def pictures(sizes: dict[str, Any], dtype: str, batch: int, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
-    """Seconds of `batch` pictures, sampled with the default settings, both ways.
+    """Seconds of `batch` images, sampled with the default settings, both ways.
 
     Raises:
         ValueError: in fp32, the best codes of the two ways differ; nothing is timed then.
@@ -89,7 +89,7 @@ def pictures(sizes: dict[str, Any], dtype: str, batch: int, rounds: int, clock: 
 
 
 def text(sizes: dict[str, Any], dtype: str, batch: int, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
-    """Seconds of `TEXT_TOKENS` tokens after a picture and a question; the prompt is read in the first."""
+    """Seconds of `TEXT_TOKENS` tokens after an image and a question; the prompt is read in the first."""
     config = VilaUConfig(**sizes)
     model, inputs = vila_u(config, "cpu", DTYPES[dtype]), question(config, batch, "cpu")
     generate = partial(model.generate, **inputs, do_sample=False, min_new_tokens=TEXT_TOKENS)

@@ -123,12 +123,12 @@ def _named_errors() -> Any:
         raise Refused(f"{type(error).__name__}: {error}") from error
 
 
-def change_bytes(content: bytes, draw: random.Random) -> bytes:
+def change_bytes(content: bytes, rng: random.Random) -> bytes:
     """The content cut off, with bytes flipped, put in or left out, or empty."""
-    place = draw.randrange(len(content))
-    length = draw.choice([1, 1, 2, 8, 64])
-    noise = bytes(draw.randrange(256) for _ in range(length))
-    return draw.choice(
+    place = rng.randrange(len(content))
+    length = rng.choice([1, 1, 2, 8, 64])
+    noise = bytes(rng.randrange(256) for _ in range(length))
+    return rng.choice(
         [
             content[:place],
             content[:place] + noise + content[place + length :],
@@ -140,64 +140,64 @@ def change_bytes(content: bytes, draw: random.Random) -> bytes:
     )
 
 
-def change_value(value: Any, draw: random.Random) -> Any:
+def change_value(value: Any, rng: random.Random) -> Any:
     """A JSON value with something in it replaced, left out, renamed or added."""
-    if isinstance(value, dict) and value and draw.random() < 0.95:
-        name = draw.choice(sorted(value))
-        action = draw.choice(["inside", "inside", "inside", "replace", "leave out", "rename", "add", "swap"])
+    if isinstance(value, dict) and value and rng.random() < 0.95:
+        name = rng.choice(sorted(value))
+        action = rng.choice(["inside", "inside", "inside", "replace", "leave out", "rename", "add", "swap"])
         changed = dict(value)
         if action == "inside":
-            changed[name] = change_value(value[name], draw)
+            changed[name] = change_value(value[name], rng)
         elif action == "replace":
-            changed[name] = draw.choice(VALUES)
+            changed[name] = rng.choice(VALUES)
         elif action == "swap":
-            other = draw.choice(sorted(value))
+            other = rng.choice(sorted(value))
             changed[name], changed[other] = value[other], value[name]
         elif action == "add":
-            changed[draw.choice(["x", "num_layers", "shift", "quantization_config", name + "x"])] = draw.choice(VALUES)
+            changed[rng.choice(["x", "num_layers", "shift", "quantization_config", name + "x"])] = rng.choice(VALUES)
         else:
             content = changed.pop(name)
             if action == "rename":
-                changed[name + draw.choice(["x", ".weight", "_"])] = content
+                changed[name + rng.choice(["x", ".weight", "_"])] = content
         return changed
-    if isinstance(value, list) and value and draw.random() < 0.8:
-        place = draw.randrange(len(value))
-        return [*value[:place], change_value(value[place], draw), *value[place + 1 :]]
-    if isinstance(value, int | float) and not isinstance(value, bool) and draw.random() < 0.5:
-        return draw.choice([value + 1, value - 1, -value, value * 2, value * 10**6, float(value), str(value)])
-    return draw.choice(VALUES)
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        place = rng.randrange(len(value))
+        return [*value[:place], change_value(value[place], rng), *value[place + 1 :]]
+    if isinstance(value, int | float) and not isinstance(value, bool) and rng.random() < 0.5:
+        return rng.choice([value + 1, value - 1, -value, value * 2, value * 10**6, float(value), str(value)])
+    return rng.choice(VALUES)
 
 
-def change_json(content: bytes, draw: random.Random) -> bytes:
+def change_json(content: bytes, rng: random.Random) -> bytes:
     """A JSON file with a value or its bytes changed."""
-    if draw.random() < 0.3:
-        return change_bytes(content, draw)
-    return json.dumps(change_value(json.loads(content), draw)).encode()
+    if rng.random() < 0.3:
+        return change_bytes(content, rng)
+    return json.dumps(change_value(json.loads(content), rng)).encode()
 
 
-def change_header(content: bytes, draw: random.Random) -> bytes:
+def change_header(content: bytes, rng: random.Random) -> bytes:
     """A safetensors file with its header changed, a length in it, or the file itself cut off."""
     size = struct.unpack("<Q", content[:8])[0]
     header, data = content[8 : 8 + size], content[8 + size :]
-    how = draw.random()
+    how = rng.random()
     if how < 0.6:
-        header = json.dumps(change_value(json.loads(header), draw)).encode()
+        header = json.dumps(change_value(json.loads(header), rng)).encode()
     elif how < 0.8:
-        header = change_bytes(header, draw)
+        header = change_bytes(header, rng)
     elif how < 0.9:
-        return content[: draw.randrange(len(content))]
+        return content[: rng.randrange(len(content))]
     else:
-        return struct.pack("<Q", draw.choice([0, 1, size - 1, size + 1, 2**31, 2**63])) + header + data
+        return struct.pack("<Q", rng.choice([0, 1, size - 1, size + 1, 2**31, 2**63])) + header + data
     return struct.pack("<Q", len(header)) + header + data
 
 
-def change_lora(content: bytes, draw: random.Random) -> bytes:
+def change_lora(content: bytes, rng: random.Random) -> bytes:
     """A LoRA file with its header changed, or one of its numbers NaN or infinite."""
-    if draw.random() < 0.8:
-        return change_header(content, draw)
+    if rng.random() < 0.8:
+        return change_header(content, rng)
     size = struct.unpack("<Q", content[:8])[0]
-    place = 8 + size + 4 * draw.randrange((len(content) - 8 - size) // 4)
-    return content[:place] + struct.pack("<f", draw.choice([math.nan, math.inf, -math.inf])) + content[place + 4 :]
+    place = 8 + size + 4 * rng.randrange((len(content) - 8 - size) // 4)
+    return content[:place] + struct.pack("<f", rng.choice([math.nan, math.inf, -math.inf])) + content[place + 4 :]
 
 
 CHANGES: dict[str, Callable[[bytes, random.Random], bytes]] = {

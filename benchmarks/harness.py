@@ -68,7 +68,7 @@ def summary(times: dict[str, list[float]], baseline: str) -> dict[str, Any]:
 
 
 def copy_bandwidth(device: str, elements: int = 2**30) -> float:
-    """Bytes per second of a copy of bf16 elements, read and written: what a roofline is drawn with."""
+    """Bytes per second of a copy of bf16 elements, read and written: the bandwidth of a roofline."""
     x = torch.empty(elements, dtype=torch.bfloat16, device=device)
     y = torch.empty_like(x)
     return 2 * x.nbytes / alternate({"copy": lambda: y.copy_(x)}, rounds=10, warmup=3)["copy"]

@@ -1,4 +1,4 @@
-"""How the official code of VILA-U makes pictures (mit-han-lab/vila-u, commit 096623c), over our weights.
+"""How the official code of VILA-U makes images (mit-han-lab/vila-u, commit 096623c), over our weights.
 
 Written from a description of what it computes and in which order, as something to measure against. Beside the loop it
 has in common with ours:
@@ -6,8 +6,8 @@ has in common with ours:
 - the depth transformer has no cache: for each code the whole cell so far is run again, all D codes are looked up and
   summed for it, and the logits are searched for NaN on the host;
 - attention in the depth transformer is two batched products with a softmax between them and a mask made each time;
-- what the language model is to read is projected twice: the first goes through the text head, a token is drawn from it
-  and compared with the end token on the host;
+- what the language model is to read is projected twice: the first goes through the text head, a token is sampled from
+  it and compared with the end token on the host;
 - keys and values of the language model are concatenated in every layer;
 - the pixels of both guided halves are decoded, and one of them is thrown away.
 
@@ -29,7 +29,7 @@ SCALE, TOP_K, TOP_P, END = 3.0, 900, 0.96, 2
 
 @torch.no_grad()
 def official_pictures(model: Any, inputs: dict[str, Tensor], do_sample: bool) -> tuple[Tensor, Tensor]:
-    """Codes `[N, T, D]` and pixels `[N, 3, H, W]` of one picture for each prompt of `prompts`."""
+    """Codes `[N, T, D]` and pixels `[N, 3, H, W]` of one image for each prompt of `prompts`."""
     tower, project, batch = model.model.vision_tower, model.model.project, len(inputs["input_ids"])
     ids, mask = stacked(**inputs)
     embeddings, cache = model.get_input_embeddings()(ids), DynamicCache(config=model.config.text_config)
@@ -93,15 +93,15 @@ def attention(layer: Any, x: Tensor) -> Tensor:
 
 
 def sample(logits: Tensor) -> Tensor:
-    """Codes `[N]` from logits `[N, K]`: top-k, then top-p with the one that crosses it, then a draw."""
+    """Codes `[N]` from logits `[N, K]`: top-k, then top-p with the one that crosses it, then a sample."""
     values, codes = logits.topk(min(TOP_K, logits.shape[-1]))
     probabilities = values.softmax(-1)
     probabilities = probabilities.masked_fill(probabilities.cumsum(-1) - probabilities >= TOP_P, 0.0)
-    drawn = torch.multinomial(probabilities / probabilities.sum(-1, keepdim=True), 1)
-    return codes.gather(-1, drawn)[:, 0]
+    sampled = torch.multinomial(probabilities / probabilities.sum(-1, keepdim=True), 1)
+    return codes.gather(-1, sampled)[:, 0]
 
 
 def draw_token(model: Any, embeddings: Tensor) -> bool:
-    """Draws the tokens that nobody reads; whether all of them are ends, which the host looks at."""
+    """Samples the tokens that nobody reads; whether all of them are ends, which the host looks at."""
     tokens = torch.multinomial(model.lm_head(embeddings).float().softmax(-1), 1)
     return bool((tokens == END).all())

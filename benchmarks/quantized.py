@@ -42,7 +42,9 @@ def quantize_on(model: nn.Module, config: SVDQuantConfig, run: Callable[[], Any]
             replace_layer(model, name, weight, group.mode, config.compute_mode)
 
 
-def add_outliers(model: nn.Module, share: float = 0.01, low: float = 10.0, high: float = 30.0, seed: int = 0) -> None:
+def add_outliers(
+    model: nn.Module, fraction: float = 0.01, low: float = 10.0, high: float = 30.0, seed: int = 0
+) -> None:
     """Scales some input channels of every linear layer and 1x1 convolution in the blocks."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -50,7 +52,7 @@ def add_outliers(model: nn.Module, share: float = 0.01, low: float = 10.0, high:
             is_pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
             if "transformer_blocks." in name and (isinstance(module, nn.Linear) or is_pointwise):
                 channels = module.weight.shape[1]
-                chosen = torch.randperm(channels, generator=generator)[: max(1, round(share * channels))]
+                chosen = torch.randperm(channels, generator=generator)[: max(1, round(fraction * channels))]
                 factors = low + (high - low) * torch.rand(len(chosen), generator=generator)
                 shape = [-1] + [1] * (module.weight.ndim - 2)
                 module.weight[:, chosen] *= factors.view(shape).to(module.weight.dtype)

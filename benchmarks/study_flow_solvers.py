@@ -2,7 +2,7 @@
 
     python benchmarks/study_flow_solvers.py
 
-writes `benchmarks/results/cpu/flow_solvers.json`, draws `docs/images/flow_solvers.png` and renews the tables in
+writes `benchmarks/results/cpu/flow_solvers.json`, plots `docs/images/flow_solvers.png` and renews the tables in
 `docs/scheduler.md` (about two minutes on one core).
 
 The data are mixtures of Gaussians: with `x = (1 - σ) x0 + σ ε` every component stays Gaussian, so the velocity
@@ -35,7 +35,7 @@ from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks/results/cpu/flow_solvers.json"
-PICTURE = ROOT / "docs/images/flow_solvers.png"
+FIGURE = ROOT / "docs/images/flow_solvers.png"
 PAGE = ROOT / "docs/scheduler.md"
 BEGIN, END = "<!-- begin: benchmarks/study_flow_solvers.py -->", "<!-- end: benchmarks/study_flow_solvers.py -->"
 
@@ -56,7 +56,7 @@ BASELINE = "DPM-Solver++ 2 (Sana's recipe)"
 
 
 class Solver(NamedTuple):
-    """How to build the scheduler, and how to draw it."""
+    """How to build the scheduler, and how to plot it."""
 
     scheduler: Callable[[], Any]
     color: str | None = None  # None: in the tables only
@@ -126,7 +126,7 @@ class MixtureFlow:
 
 
 def make_flow(name: str, seed: int) -> tuple[MixtureFlow, Tensor]:
-    """The flow called `name`, and its noise `[B, D]`; float64, both drawn from `seed`."""
+    """The flow called `name`, and its noise `[B, D]`; float64, both from the random numbers of `seed`."""
     generator = torch.Generator().manual_seed(seed)
     shape = (NUM_COMPONENTS, NUM_DIMENSIONS)
     means = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -262,7 +262,7 @@ def write_page(result: dict[str, Any]) -> None:
     PAGE.write_text(f"{before}{BEGIN}\n\n{markdown(result)}\n{END}{after}", encoding="utf-8")
 
 
-def draw(result: dict[str, Any]) -> None:
+def plot(result: dict[str, Any]) -> None:
     """Four panels, error against calls, log-log."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True, constrained_layout=True)
     for axis, flow in zip(axes.flat, FLOWS, strict=True):
@@ -289,8 +289,8 @@ def draw(result: dict[str, Any]) -> None:
     for axis in axes[:, 0]:
         axis.set_ylabel("relative error")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, dpi=110)
+    FIGURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURE, dpi=110)
 
 
 def main() -> None:
@@ -298,7 +298,7 @@ def main() -> None:
     result = measure()
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    draw(result)
+    plot(result)
     write_page(result)
 
 

@@ -1,11 +1,11 @@
-"""How far 4-bit pictures are from 16-bit ones: the parts of SVDQuant one by one, its modes, and other quantizers.
+"""How far 4-bit images are from 16-bit ones: the parts of SVDQuant one by one, its modes, and other quantizers.
 
     python -m benchmarks.study_quantization [--prompts 64]
 
-The bundled checkpoint draws held-out prompts with the same seeds in bf16 and in each variant. Calibration, where a
-variant has it, sees 16 other prompts. Other quantizers run if they are installed
+The bundled checkpoint generates images of held-out prompts with the same seeds in bf16 and in each variant.
+Calibration, where a variant has it, sees 16 other prompts. Other quantizers run if they are installed
 (`pip install --no-deps sdnq optimum-quanto torchao`). Writes `benchmarks/results/<device>/quantization_quality.json`,
-variant by variant so that it may be cut off and continued, and the picture of docs/quantization.md.
+variant by variant so that it may be cut off and continued, and the figure of docs/quantization.md.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from examples.train_emoji.data import COLORS, COMMON_OBJECTS, STYLES, Scene, is_
 from examples.train_emoji.evaluate import captioned_grid, held_out_scenes
 
 
-PICTURE = Path(__file__).parent.parent / "docs" / "images" / "quantization.png"
+FIGURE = Path(__file__).parent.parent / "docs" / "images" / "quantization.png"
 MODES = ("w4a4", "w4a8", "w4a16")
 CALIBRATION_PROMPTS = 16
 BATCH = 16
@@ -48,8 +48,8 @@ def calibration_prompts() -> list[str]:
     return [scene.prompt for scene in seen[:CALIBRATION_PROMPTS]]
 
 
-def draw(pipe: SanaPipeline, prompts: list[str]) -> Tensor:
-    """Pictures `[B, 3, H, W]` in [0, 1]; prompt i has seed i."""
+def generate(pipe: SanaPipeline, prompts: list[str]) -> Tensor:
+    """Images `[B, 3, H, W]` in [0, 1]; prompt i has seed i."""
     batches = []
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
@@ -58,15 +58,15 @@ def draw(pipe: SanaPipeline, prompts: list[str]) -> Tensor:
     return torch.cat(batches)
 
 
-def compare(pictures: Tensor, reference: Tensor) -> dict[str, float]:
-    """Means over pictures: PSNR in dB, SSIM, and the distance of `PerceptualLoss`."""
-    psnr = -10 * (pictures - reference).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
+def compare(images: Tensor, reference: Tensor) -> dict[str, float]:
+    """Means over images: PSNR in dB, SSIM, and the distance of `PerceptualLoss`."""
+    psnr = -10 * (images - reference).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
     ssim = [
         structural_similarity(a.numpy(), b.numpy(), data_range=1, channel_axis=0)
-        for a, b in zip(pictures, reference, strict=True)
+        for a, b in zip(images, reference, strict=True)
     ]
     with torch.no_grad():
-        distance = PerceptualLoss()(pictures * 2 - 1, reference * 2 - 1)
+        distance = PerceptualLoss()(images * 2 - 1, reference * 2 - 1)
     return {"psnr_db": psnr.mean().item(), "ssim": float(np.mean(ssim)), "perceptual": distance.item()}
 
 
@@ -93,16 +93,16 @@ def main(argv: list[str] | None = None) -> None:
     pipe.set_progress_bar_config(disable=True)
     original: nn.Module = pipe.transformer
     prompts = [scene.prompt for scene in held_out_scenes(COMMON_OBJECTS)][: args.prompts]
-    reference = draw(pipe, prompts)
+    reference = generate(pipe, prompts)
     rows: dict[str, dict[str, Any]] = {}
     report = {**environment(), "prompts": len(prompts), "bf16_bytes": tensor_bytes(original), "variants": rows}
     shown = {"bf16": reference[:8]}
 
     def record(name: str, **facts: Any) -> None:
-        pictures = draw(pipe, prompts)
-        rows[name] = compare(pictures, reference) | {"bytes": tensor_bytes(pipe.transformer)} | facts
+        images = generate(pipe, prompts)
+        rows[name] = compare(images, reference) | {"bytes": tensor_bytes(pipe.transformer)} | facts
         if name in ("int4 naive w4a4", "int4 svdquant w4a4", "int4 svdquant w4a8", "nvfp4 svdquant w4a4"):
-            shown[name] = pictures[:8]
+            shown[name] = images[:8]
         print(name, rows[name], flush=True)
         write_results("quantization_quality", report, args.results)
 
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
             record(f"{name} w4a16")
     write_results("quantization_quality", report, args.results)
     captions = [f"{name}: {prompt}" for name in shown for prompt in prompts[:8]]
-    captioned_grid(torch.cat(list(shown.values())) * 2 - 1, captions, PICTURE)
+    captioned_grid(torch.cat(list(shown.values())) * 2 - 1, captions, FIGURE)
     print(json.dumps(report, indent=1))
 
 

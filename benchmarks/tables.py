@@ -142,7 +142,7 @@ def provenance(report: dict[str, Any]) -> str:
 
 
 def quantization_quality() -> str:
-    """How far 4-bit pictures of the bundled checkpoint are from 16-bit ones."""
+    """How far 4-bit images of the bundled checkpoint are from 16-bit ones."""
     report = json.loads((RESULTS / "cpu" / "quantization_quality.json").read_text(encoding="utf-8"))
     rows = [
         [name, f"{row['psnr_db']:.1f}", f"{row['ssim']:.3f}", f"{row['perceptual']:.3f}", f"{row['bytes'] / 1e6:.1f}"]
@@ -213,7 +213,7 @@ def quantized_size() -> str:
 
 
 def vila_u_pictures() -> str:
-    """Pictures of a small VILA-U, the official way and ours."""
+    """Images of a small VILA-U, the official way and ours."""
     report = json.loads((RESULTS / "cpu" / "vila_u.json").read_text(encoding="utf-8"))
     rows = []
     for name, case in report["cases"].items():
@@ -266,7 +266,7 @@ def step_caches() -> str:
         ]
         for name, row in report["variants"].items()
     ]
-    table = render(["variant", "s a picture", "faster", "PSNR dB"], rows)
+    table = render(["variant", "s per image", "faster", "PSNR dB"], rows)
     clock = "processor" if report["clock"] == "cpu" else "wall"
     return (
         f"{table}\n\nMedians over {report['prompts']} prompts, {report['steps']} steps where nothing else is said. "

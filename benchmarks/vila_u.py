@@ -1,4 +1,4 @@
-"""VILA-U for benchmarks: sizes, models with random weights, prompts, and the least that a picture costs."""
+"""VILA-U for benchmarks: sizes, models with random weights, prompts, and the least that an image costs."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGene
 PROMPT_TOKENS, NEGATIVE_TOKENS = 64, 48  # the system prompt alone is about 40
 
 # Fields of `VilaUConfig` that differ from the released model. For a CPU: its grid, its codes a cell and about the
-# share of the depth transformer in the weights that a cell reads (26 % for 24 %), but 36 M weights.
+# fraction of the depth transformer in the weights that a cell reads (26 % for 24 %), but 36 M weights.
 REDUCED: dict[str, Any] = {
     "text_config": {
         "model_type": "llama",
@@ -84,7 +84,7 @@ def vila_u(config: VilaUConfig, device: str, dtype: torch.dtype) -> Any:
 
 
 def prompts(config: VilaUConfig, batch: int, device: str) -> dict[str, Tensor]:
-    """Arguments of `generate` for one picture each of `batch` random prompts."""
+    """Arguments of `generate` for one image each of `batch` random prompts."""
     generator = torch.Generator().manual_seed(0)
 
     def rows(count: int, length: int) -> Tensor:
@@ -96,7 +96,7 @@ def prompts(config: VilaUConfig, batch: int, device: str) -> dict[str, Tensor]:
 
 
 def question(config: VilaUConfig, batch: int, device: str) -> dict[str, Tensor]:
-    """Arguments of `generate` for text about a random picture, the same for each row."""
+    """Arguments of `generate` for text about a random image, the same for each row."""
     vision, generator = config.vision_config, torch.Generator().manual_seed(0)
     ids = torch.randint(3, config.image_start_token_id, (1, PROMPT_TOKENS), generator=generator)
     placeholders = torch.full((1, vision.num_image_tokens), config.image_token_id)
@@ -111,7 +111,7 @@ def question(config: VilaUConfig, batch: int, device: str) -> dict[str, Tensor]:
 
 
 def picture_bytes(model: Any, rows: int, prompt: int) -> dict[str, int]:
-    """What must be read from memory for the codes of `rows` rows of pictures, at the least.
+    """What must be read from memory for the codes of `rows` rows of images, at the least.
 
     Weights do not fit into caches, so they are read for every cell: those of the language model's layers once (the
     prompt takes the place of the first cell), those of the depth transformer once for each of the D codes. The keys

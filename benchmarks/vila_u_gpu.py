@@ -1,7 +1,7 @@
-"""Cases of `bench_gpu` about VILA-U: pictures against the floor that the bandwidth sets, caches, compilation, text.
+"""Cases of `bench_gpu` about VILA-U: images against the floor that the bandwidth sets, caches, compilation, text.
 
 Random weights of the released sizes in bf16, made on the device (15 GB). Estimated, not measured: at 3 TB/s the floor
-of a picture is 1.5 s; eager PyTorch launches about 1800 kernels a cell, which takes longer than that. All cases but
+of an image is 1.5 s; eager PyTorch launches about 1800 kernels a cell, which takes longer than that. All cases but
 the last should take 75 s, and the last one about a minute, most of it for compiling.
 """
 
@@ -20,7 +20,7 @@ from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 Report = dict[str, Any]
 RELEASED: dict[str, Any] = {}  # the defaults
 TEXT_TOKENS = 64
-# Ways of a picture: arguments of `generate`.
+# Ways to generate an image: arguments of `generate`.
 DYNAMIC: Report = {"cache_implementation": "dynamic"}
 STATIC: Report = {"cache_implementation": "static"}
 COMPILED: Report = STATIC | {"compile_config": CompileConfig(mode="reduce-overhead", fullgraph=True)}
@@ -34,14 +34,14 @@ def pictures(
     ways: dict[str, Report],
     warmup: int = 1,
 ) -> Report:
-    """Codes of `batch` guided pictures, and their pixels.
+    """Codes of `batch` guided images, and their pixels.
 
     Args:
         ways: names and arguments of `generate` to time in turn.
         warmup: untimed calls of each.
 
     Returns:
-        Seconds a picture of each way, of decoding, and of the floor of `picture_bytes` at the bandwidth of a copy; how
+        Seconds per image of each way, of decoding, and of the floor of `picture_bytes` at the bandwidth of a copy; how
         many floors each way takes; peak memory beyond the weights.
     """
     model, inputs = vila_u(config, device, torch.bfloat16), prompts(config, batch, device)
@@ -69,7 +69,7 @@ def pictures(
 
 @torch.no_grad()
 def text(config: VilaUConfig, device: str) -> Report:
-    """Tokens a second after a prompt with a picture, from both caches."""
+    """Tokens a second after a prompt with an image, from both caches."""
     model, inputs = vila_u(config, device, torch.bfloat16), question(config, 1, device)
 
     def run(cache: str, tokens: int) -> Callable[[], Any]:

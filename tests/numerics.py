@@ -21,18 +21,18 @@ def assert_close_fp32(actual: Tensor, expected: Tensor, tolerance: float = FP32_
     assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"
 
 
-def assert_no_worse(actual: Tensor, eager: Tensor, gold: Tensor, factor: float = 1.1) -> None:
+def assert_no_worse(actual: Tensor, eager: Tensor, reference: Tensor, factor: float = 1.1) -> None:
     """`actual` (half precision) errs at most `factor` times what `eager`, the peer in the same dtype, errs."""
     assert actual.isfinite().all(), "output is not finite"
-    ours, theirs = relative_error(actual, gold), relative_error(eager, gold)
+    ours, theirs = relative_error(actual, reference), relative_error(eager, reference)
     ulp = torch.finfo(actual.dtype).eps
     assert ours <= factor * theirs + ulp / 2, f"error {ours:.2e} against the peer's {theirs:.2e}"
 
 
-def assert_kernel(actual: Tensor, eager: Tensor, gold: Tensor, what: str = "output") -> None:
-    """`actual`, of a kernel, errs at most twice what `eager` errs against `gold` in float64, plus one unit."""
+def assert_kernel(actual: Tensor, eager: Tensor, reference: Tensor, what: str = "output") -> None:
+    """`actual`, of a kernel, errs at most twice what `eager` errs against `reference` in float64, plus one unit."""
     assert actual.dtype == eager.dtype, f"{what} is {actual.dtype}, expected {eager.dtype}"
     assert actual.isfinite().all(), f"{what} is not finite"
-    ours, theirs = relative_error(actual, gold), relative_error(eager, gold)
+    ours, theirs = relative_error(actual, reference), relative_error(eager, reference)
     ulp = torch.finfo(actual.dtype).eps
     assert ours <= 2 * theirs + ulp, f"{what} errs {ours:.2e} against eager's {theirs:.2e}"

@@ -69,8 +69,8 @@ def test_the_official_way_finds_our_codes(batch):
     assert codes.unique().numel() > 10
     assert torch.equal(codes, ours)
     torch.testing.assert_close(pixels, our_pixels)
-    drawn, _ = official_pictures(model, inputs, do_sample=True)
-    assert not torch.equal(drawn, codes)
+    sampled, _ = official_pictures(model, inputs, do_sample=True)
+    assert not torch.equal(sampled, codes)
 
 
 def test_codes_that_differ_are_not_timed(monkeypatch):

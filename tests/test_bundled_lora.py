@@ -1,4 +1,4 @@
-"""The bundled LoRA: an ordinary small file that makes pixel art of the bundled checkpoint's pictures."""
+"""The bundled LoRA: an ordinary small file that makes pixel art of the bundled checkpoint's images."""
 
 import json
 from pathlib import Path
@@ -24,8 +24,8 @@ def pipe():
     return pipe
 
 
-def draw(pipe, **kwargs) -> torch.Tensor:
-    """A picture `[1, 3, H, W]` in [-1, 1]."""
+def generate(pipe, **kwargs) -> torch.Tensor:
+    """An image `[1, 3, H, W]` in [-1, 1]."""
     settings = {"num_inference_steps": 10, "output_type": "pt"} | kwargs
     return pipe(PROMPT, generator=torch.Generator().manual_seed(0), **settings).images * 2 - 1
 
@@ -41,25 +41,25 @@ def test_folder():
 
 def test_draws_pixel_art_of_an_object_it_was_not_shown(pipe):
     assert "penguin" in KEPT_OUT
-    base = draw(pipe)
+    base = generate(pipe)
     pipe.load_lora_weights(SANA_EMOJI_PIXEL_ART)
-    styled, without = draw(pipe), draw(pipe, attention_kwargs={"scale": 0.0})
+    styled, without = generate(pipe), generate(pipe, attention_kwargs={"scale": 0.0})
     assert torch.equal(without, base)
     assert within_blocks(styled) < 0.7 * within_blocks(base)
     assert on_grid(styled) > 1.3 * on_grid(base)
     red, green, blue = styled[0, :, 4:12, 4:12].mean((1, 2))
     assert min(red, green) > blue + 0.5  # the background is still yellow
     pipe.unload_lora_weights()
-    assert torch.equal(draw(pipe), base)
+    assert torch.equal(generate(pipe), base)
 
 
-def test_plain_diffusers_draws_the_same(pipe):
+def test_plain_diffusers_generates_the_same(pipe):
     plain = diffusers.SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.float32)
     plain.set_progress_bar_config(disable=True)
     size = {"height": 128, "width": 128, "use_resolution_binning": False}
     for each in (pipe, plain):
         each.load_lora_weights(SANA_EMOJI_PIXEL_ART)
-    assert (draw(pipe, **size) - draw(plain, **size)).abs().max() < 2e-3
+    assert (generate(pipe, **size) - generate(plain, **size)).abs().max() < 2e-3
     pipe.unload_lora_weights()
 
 
@@ -67,9 +67,9 @@ def test_on_the_pipeline_in_4_bits():
     pipe = SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     quantize(pipe, progress=False)
-    base = draw(pipe)
+    base = generate(pipe)
     pipe.load_lora_weights(SANA_EMOJI_PIXEL_ART)
-    styled = draw(pipe)
+    styled = generate(pipe)
     assert within_blocks(styled) < 0.7 * within_blocks(base)
     assert on_grid(styled) > 1.3 * on_grid(base)
-    assert torch.equal(draw(pipe, attention_kwargs={"scale": 0.0}), base)
+    assert torch.equal(generate(pipe, attention_kwargs={"scale": 0.0}), base)

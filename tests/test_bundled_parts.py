@@ -22,13 +22,13 @@ def base():
     return pipe
 
 
-def draw(pipe, prompt="a red apple on a blue background", **options):
-    """A picture `[1, 3, H, W]` in [0, 1]."""
+def generate(pipe, prompt="a red apple on a blue background", **options):
+    """An image `[1, 3, H, W]` in [0, 1]."""
     return pipe(prompt, generator=torch.Generator().manual_seed(0), output_type="pt", **options).images
 
 
-def colour(picture, rows, columns):
-    return picture[0, :, rows, columns].mean(dim=(1, 2))
+def color(image, rows, columns):
+    return image[0, :, rows, columns].mean(dim=(1, 2))
 
 
 def test_sprint_draws_in_one_step(base):
@@ -40,18 +40,18 @@ def test_sprint_draws_in_one_step(base):
         SANA_EMOJI, transformer=transformer, scheduler=scheduler, torch_dtype=torch.float32
     )
     pipe.set_progress_bar_config(disable=True)
-    picture = draw(pipe, num_inference_steps=1)
-    assert torch.equal(draw(pipe, num_inference_steps=1), picture)
-    apple, background = colour(picture, slice(54, 74), slice(54, 74)), colour(picture, slice(4, 20), slice(4, 20))
+    image = generate(pipe, num_inference_steps=1)
+    assert torch.equal(generate(pipe, num_inference_steps=1), image)
+    apple, background = color(image, slice(54, 74), slice(54, 74)), color(image, slice(4, 20), slice(4, 20))
     assert apple.argmax() == 0
     assert background.argmax() == 2
     assert apple[0] - background[0] > 0.3
-    full = draw(base)
-    assert (picture - full).abs().mean() < (draw(base, num_inference_steps=1) - full).abs().mean()
+    full = generate(base)
+    assert (image - full).abs().mean() < (generate(base, num_inference_steps=1) - full).abs().mean()
 
 
 def test_edges_are_followed(base):
-    """A ring that a ball alone would not be: edges of the picture agree better with it than without the ControlNet."""
+    """A ring that a ball alone would not be: edges of the image agree better with it than without the ControlNet."""
     controlnet = SanaControlNetModel.from_pretrained(SANA_EMOJI_EDGES, torch_dtype=torch.float32)
     pipe = SanaControlNetPipeline.from_pretrained(SANA_EMOJI, controlnet=controlnet, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -60,10 +60,12 @@ def test_edges_are_followed(base):
     edges = sobel_edges(disc)
 
     def agreement(scale):
-        picture = draw(
+        image = generate(
             pipe, "a volleyball on a brown background", control_image=edges, controlnet_conditioning_scale=scale
         )
-        drawn = sobel_edges(picture * 2 - 1)
-        return torch.nn.functional.cosine_similarity((drawn / 2 + 0.5).flatten(1), (edges / 2 + 0.5).flatten(1)).item()
+        generated = sobel_edges(image * 2 - 1)
+        return torch.nn.functional.cosine_similarity(
+            (generated / 2 + 0.5).flatten(1), (edges / 2 + 0.5).flatten(1)
+        ).item()
 
     assert agreement(1.0) > agreement(0.0)

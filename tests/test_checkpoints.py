@@ -1,4 +1,4 @@
-"""The bundled checkpoints: ordinary folders, small, deterministic; one draws what a prompt says, one names it."""
+"""The bundled checkpoints: ordinary folders, small, deterministic; one generates what a prompt says, one names it."""
 
 from pathlib import Path
 
@@ -25,8 +25,8 @@ def pipe():
     return pipe
 
 
-def draw(pipe, prompt: str, **kwargs) -> torch.Tensor:
-    """A picture `[3, H, W]` in [0, 1]."""
+def generate(pipe, prompt: str, **kwargs) -> torch.Tensor:
+    """An image `[3, H, W]` in [0, 1]."""
     return pipe(prompt, generator=torch.Generator().manual_seed(0), output_type="pt", **kwargs).images[0]
 
 
@@ -47,31 +47,31 @@ def test_components(pipe):
 
 
 def test_follows_the_prompt(pipe):
-    """A red object in the middle of a blue picture; a green background when it is asked for."""
-    picture = draw(pipe, "a red apple on a blue background")
-    assert picture.shape == (3, 128, 128)
-    red, green, blue = picture[:, 4:12, 4:12].mean((1, 2))
+    """A red object in the middle of a blue image; a green background when it is asked for."""
+    image = generate(pipe, "a red apple on a blue background")
+    assert image.shape == (3, 128, 128)
+    red, green, blue = image[:, 4:12, 4:12].mean((1, 2))
     assert blue > red + 0.2
     assert blue > green + 0.1
-    red, green, blue = picture[:, 56:80, 56:80].mean((1, 2))
+    red, green, blue = image[:, 56:80, 56:80].mean((1, 2))
     assert red > green + 0.2
     assert red > blue + 0.2
-    red, green, blue = draw(pipe, "a red apple on a green background")[:, 4:12, 4:12].mean((1, 2))
+    red, green, blue = generate(pipe, "a red apple on a green background")[:, 4:12, 4:12].mean((1, 2))
     assert green > red + 0.1
     assert green > blue + 0.1
 
 
 def test_same_seed_same_bits(pipe):
-    first, again = (draw(pipe, "a tiger", num_inference_steps=4) for _ in range(2))
+    first, again = (generate(pipe, "a tiger", num_inference_steps=4) for _ in range(2))
     assert torch.equal(first, again)
 
 
-def test_plain_diffusers_draws_the_same(pipe):
+def test_plain_diffusers_generates_the_same(pipe):
     plain = diffusers.SanaPipeline.from_pretrained(SANA_EMOJI)
     plain.set_progress_bar_config(disable=True)
     assert type(plain.transformer).__module__.startswith("diffusers.")
     size = {"height": 128, "width": 128, "use_resolution_binning": False, "num_inference_steps": 8}
-    difference = draw(pipe, "an octopus on a white background", **size) - draw(
+    difference = generate(pipe, "an octopus on a white background", **size) - generate(
         plain, "an octopus on a white background", **size
     )
     assert difference.abs().max() < 1e-3
@@ -100,23 +100,23 @@ def test_command_line_errors(arguments, message, tmp_path, capsys):
 
 
 def test_vila_u_names_what_sana_draws(pipe):
-    """Pictures from a model that VILA-U has never seen the work of."""
+    """Images of a model whose images VILA-U was not trained on."""
     things = {"a lemon": "black", "a frog": "blue", "a fox": "green", "a star": "purple", "a panda": "pink"}
     prompts = [f"{thing} on a {color} background, flat style" for thing, color in things.items()]
-    pictures = pipe(prompts, generator=[torch.Generator().manual_seed(0) for _ in prompts]).images
+    images = pipe(prompts, generator=[torch.Generator().manual_seed(0) for _ in prompts]).images
     vila_u = VilaUPipeline.from_pretrained(VILA_U_EMOJI, torch_dtype=torch.float32)
-    named = vila_u.chat(pictures, "What is this?", do_sample=False)
+    named = vila_u.chat(images, "What is this?", do_sample=False)
     assert sum(said == thing for said, thing in zip(named, things, strict=True)) >= 4
-    colors = vila_u.chat(pictures, "Which colour is the background?", do_sample=False)
+    colors = vila_u.chat(images, "Which colour is the background?", do_sample=False)
     assert sum(said == color for said, color in zip(colors, things.values(), strict=True)) >= 4
 
 
-def test_vila_u_draws_on_the_colour_of_the_prompt():
+def test_vila_u_generates_on_the_color_of_the_prompt():
     vila_u = VilaUPipeline.from_pretrained(VILA_U_EMOJI, torch_dtype=torch.float32)
     vila_u.set_progress_bar_config(disable=True)
     prompts = ["a frog on a blue background, flat style", "a lemon on a red background, flat style"]
-    drawn = vila_u(prompts, generator=[torch.Generator().manual_seed(0) for _ in prompts], output_type="pt").images
-    corners = drawn[:, :, :8, :8].mean((2, 3))
+    generated = vila_u(prompts, generator=[torch.Generator().manual_seed(0) for _ in prompts], output_type="pt").images
+    corners = generated[:, :, :8, :8].mean((2, 3))
     assert corners.argmax(1).tolist() == [2, 0]
     again = vila_u(prompts[1], generator=torch.Generator().manual_seed(0), output_type="pt").images
-    assert torch.equal(again[0], drawn[1])
+    assert torch.equal(again[0], generated[1])

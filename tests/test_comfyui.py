@@ -111,21 +111,21 @@ def test_lora_is_in_one_branch_only(nodes, model, pipe, tmp_path):
     without = call(nodes, "SanaSample", model=model, **SETTINGS)
     with torch.inference_mode():  # parameters that could be trained are multiplied in another order
         pipe.load_lora_weights(path, adapter_name="lora")
-        pictures = {}
+        images = {}
         for strength in (1.0, 0.25):
             pipe.set_adapters("lora", strength)
-            pictures[strength] = expected(pipe)
+            images[strength] = expected(pipe)
         pipe.unload_lora_weights()
     strong = call(nodes, "SanaLora", model=model, lora=path)
     weak = call(nodes, "SanaLora", model=model, lora=path, strength=0.25)
     twice = call(nodes, "SanaLora", model=call(nodes, "SanaLora", model=weak, lora=path, strength=0.5), lora=path)
     twice = call(nodes, "SanaLora", model=twice, lora=path, strength=-1.5)
-    order = (strong, pictures[1.0]), (weak, pictures[0.25]), (model, without), (twice, pictures[0.25])
-    for branch, picture in order:
-        assert torch.equal(call(nodes, "SanaSample", model=branch, **SETTINGS), picture)
-    assert not torch.allclose(pictures[1.0], pictures[0.25], atol=0.02)
+    order = (strong, images[1.0]), (weak, images[0.25]), (model, without), (twice, images[0.25])
+    for branch, expected_image in order:
+        assert torch.equal(call(nodes, "SanaSample", model=branch, **SETTINGS), expected_image)
+    assert not torch.allclose(images[1.0], images[0.25], atol=0.02)
     image = call(nodes, "SanaImageToImage", model=strong, image=without, strength=1.0, **SETTINGS)
-    assert torch.equal(image, pictures[1.0])  # at strength 1 the image leaves no trace
+    assert torch.equal(image, images[1.0])  # at strength 1 the image leaves no trace
 
 
 def test_a_lora_file_that_was_replaced(nodes, pipe, folder, tmp_path):

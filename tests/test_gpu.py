@@ -35,10 +35,10 @@ def test_transformer_and_autoencoder(dtype: torch.dtype, monkeypatch: pytest.Mon
 
 def test_same_seed_same_bits():
     pipe = SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.bfloat16).to("cuda")
-    pictures = [
+    images = [
         pipe("a red apple", generator=torch.Generator("cpu").manual_seed(0), output_type="pt").images for _ in range(2)
     ]
-    assert torch.equal(*pictures)
+    assert torch.equal(*images)
 
 
 def test_model_cpu_offload():
@@ -48,11 +48,11 @@ def test_model_cpu_offload():
     assert pipe.transformer.device.type == "cpu"
 
 
-def test_cuda_graphs_give_the_same_picture():
+def test_cuda_graphs_give_the_same_image():
     """Over prompts of several lengths, with and without guidance, at several sizes, after an adapter."""
     pipe = SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.bfloat16).to("cuda")
 
-    def pictures() -> list[torch.Tensor]:
+    def images() -> list[torch.Tensor]:
         settings = [("a fox", 4.5, 128), ("a red apple on a blue background", 4.5, 128), ("a fox", 1.0, 96)]
         return [
             pipe(
@@ -68,15 +68,15 @@ def test_cuda_graphs_give_the_same_picture():
             for prompt, guidance, size in settings
         ]
 
-    expected = pictures()
+    expected = images()
     pipe.enable_cuda_graphs()
     for _ in range(2):
-        for actual, eager in zip(pictures(), expected, strict=True):
+        for actual, eager in zip(images(), expected, strict=True):
             assert torch.equal(actual, eager)
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
-    changed = pictures()
+    changed = images()
     pipe.disable_cuda_graphs()
-    for actual, eager in zip(changed, pictures(), strict=True):
+    for actual, eager in zip(changed, images(), strict=True):
         assert torch.equal(actual, eager)
     assert not torch.equal(changed[0], expected[0])
 

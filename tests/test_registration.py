@@ -75,25 +75,25 @@ def test_unregister_restores():
     assert contents()[1] == registered[1]  # in front again
 
 
-def test_foreign_entry_stays(caplog):
+def test_third_party_entry_stays(caplog):
     diffusers_sana.unregister()
-    foreign = type("ForeignPipeline", (), {})
-    AUTO_TEXT2IMAGE_PIPELINES_MAPPING["diffusers_sana"] = foreign
+    third_party = type("ThirdPartyPipeline", (), {})
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING["diffusers_sana"] = third_party
     try:
         with caplog.at_level(logging.WARNING, logger="diffusers_sana._registration"):
             diffusers_sana.register()
             diffusers_sana.register()
         assert len(caplog.records) == 1
-        assert "ForeignPipeline" in caplog.text
+        assert "ThirdPartyPipeline" in caplog.text
         assert "diffusers_sana.pipelines.pipeline_sana.SanaPipeline" in caplog.text
         assert "diffusers_sana" in LOADABLE_CLASSES  # the others are made
 
         diffusers_sana.unregister()
         before = contents()
-        with pytest.raises(RuntimeError, match=r"auto_pipeline.*ForeignPipeline.*SanaPipeline"):
+        with pytest.raises(RuntimeError, match=r"auto_pipeline.*ThirdPartyPipeline.*SanaPipeline"):
             diffusers_sana.register(strict=True)
         assert contents() == before
-        assert AUTO_TEXT2IMAGE_PIPELINES_MAPPING["diffusers_sana"] is foreign
+        assert AUTO_TEXT2IMAGE_PIPELINES_MAPPING["diffusers_sana"] is third_party
     finally:
         del AUTO_TEXT2IMAGE_PIPELINES_MAPPING["diffusers_sana"]
 

@@ -20,6 +20,19 @@ LATENT_CHANNELS = 4
 # What the scheduler_config.json of the official checkpoints says where it differs from diffusers' defaults.
 OFFICIAL_SCHEDULER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
+TRANSFORMER = {
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_cross_attention_heads": 2,
+    "cross_attention_head_dim": 8,
+    "cross_attention_dim": 16,
+    "caption_channels": TEXT_WIDTH,
+    "sample_size": 16,
+}
+
 OFFICIAL_INDEX = {
     "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
     "text_encoder": ["transformers", "Gemma2Model"],
@@ -40,36 +53,20 @@ def tokenizer() -> GemmaTokenizerFast:
     )
 
 
+def text_config(**changes: Any) -> Gemma2Config:
+    sizes = {"vocab_size": 160, "hidden_size": TEXT_WIDTH, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    return Gemma2Config(**sizes | heads | {"initializer_range": 0.5} | changes)
+
+
 def text_encoder(seed: int = 0) -> Gemma2Model:
     torch.manual_seed(seed)
-    config = Gemma2Config(
-        vocab_size=160,
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        initializer_range=0.5,
-    )
-    return Gemma2Model(config).eval()
+    return Gemma2Model(text_config()).eval()
 
 
 def transformer(library: ModuleType = diffusers, seed: int = 0, **changes: Any) -> torch.nn.Module:
     torch.manual_seed(seed)
-    config = {
-        "in_channels": LATENT_CHANNELS,
-        "out_channels": LATENT_CHANNELS,
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "num_cross_attention_heads": 2,
-        "cross_attention_head_dim": 8,
-        "cross_attention_dim": 16,
-        "caption_channels": TEXT_WIDTH,
-        "sample_size": 16,
-        **changes,
-    }
+    config = TRANSFORMER | changes
     weights = diffusers.SanaTransformer2DModel(**config).state_dict()
     model = library.SanaTransformer2DModel(**config)
     model.load_state_dict(weights)
@@ -124,6 +121,12 @@ def pipeline(library: ModuleType, seed: int = 0, **kwargs: Any) -> diffusers.Dif
     pipe = library.SanaPipeline(**components(library, seed, **kwargs))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def generate(pipe: diffusers.DiffusionPipeline, prompt: Any = "a cat", seed: int = 3, **kwargs: Any) -> Any:
+    """Latents of `pipe` for the prompt as it is, or what `kwargs` ask for."""
+    defaults = {"complex_human_instruction": None, "output_type": "latent"}
+    return pipe(prompt=prompt, **defaults | {"generator": torch.Generator().manual_seed(seed)} | kwargs).images
 
 
 def write_official_folder(folder: Path, seed: int = 0, **kwargs: Any) -> Path:

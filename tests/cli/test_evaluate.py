@@ -22,14 +22,14 @@ def evaluate(out, *options: str, model: str = "sana-emoji") -> dict:
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
+def evaluated(tmp_path_factory):
     """A folder with a finished evaluation, and its report."""
     out = tmp_path_factory.mktemp("evaluated")
     return out, evaluate(out)
 
 
-def test_with_nothing_else(drawn):
-    out, report = drawn
+def test_with_nothing_else(evaluated):
+    out, report = evaluated
     figures = report["models"]["sana-emoji"]
     assert figures["scenes"]["correct"]["of"] == 4
     assert {"object", "count", "background", "style"} <= figures["scenes"]["by_property"].keys()
@@ -41,16 +41,16 @@ def test_with_nothing_else(drawn):
     assert "FID, to true images" in page
 
 
-def test_called_again_it_draws_nothing(drawn, monkeypatch, capsys):
-    out, report = drawn
+def test_called_again_it_generates_nothing(evaluated, monkeypatch, capsys):
+    out, report = evaluated
     monkeypatch.setattr("diffusers_sana.evaluation.run.load_pipeline", None)  # would fail
     assert evaluate(out) == report
     assert str(out / "report.md") in capsys.readouterr().out
 
 
-def test_from_python(drawn, monkeypatch):
+def test_from_python(evaluated, monkeypatch):
     """The same report as from the command line."""
-    out, report = drawn
+    out, report = evaluated
     monkeypatch.setattr("diffusers_sana.evaluation.run.load_pipeline", None)
     config = EvaluationConfig(model="sana-emoji", out=out, steps=2, limit=4, batch_size=4, dtype="float32")
     assert json.loads(json.dumps(evaluate_in_python(config))) == report
@@ -71,9 +71,9 @@ def test_errors_in_python(options, message):
         EvaluationConfig(**{"model": "sana-emoji", **options})
 
 
-def test_against_a_folder(drawn, tmp_path, monkeypatch):
-    """Of the same pictures: nothing differs."""
-    out, _ = drawn
+def test_against_a_folder(evaluated, tmp_path, monkeypatch):
+    """Against its own images nothing differs."""
+    out, _ = evaluated
     monkeypatch.setattr("diffusers_sana.evaluation.run.load_pipeline", None)
     checks = ["--checks", "psnr", "ssim", "fid"]
     report = evaluate(out, "--against", str(out / "pictures"), *checks)
@@ -102,12 +102,12 @@ def folder(tmp_path_factory):
     return str(tiny.write_official_folder(tmp_path_factory.mktemp("official")))
 
 
-def test_other_prompts(folder, drawn, tmp_path):
+def test_other_prompts(folder, evaluated, tmp_path):
     """A file of checks, features of the probe, and a model that knows nothing of emoji."""
     checks = tmp_path / "checks.jsonl"
     rows = [{"tag": "any", "prompt": f"a {label}", "include": [{"class": label}]} for label in ("cat", "dog")]
     checks.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--prompts", str(checks), "--features", "probe", "--against", str(drawn[0] / "pictures")]
+    options = ["--prompts", str(checks), "--features", "probe", "--against", str(evaluated[0] / "pictures")]
     report = evaluate(tmp_path / "out", *options, model=folder)
     (figures,) = report["against"].values()
     assert figures["pictures"] == 2

@@ -32,21 +32,21 @@ def picture(tmp_path):
 
 
 def test_generate(pipe, folders, tmp_path, capsys):
-    """Picture i of a seed is the first one of seed + i."""
+    """Image i of a seed is the first one of seed + i."""
     out = tmp_path / "new" / "picture.png"
     options = ["--num-images", "2", "--seed", "3", "--guidance-scale", "2"]
     cli.main(["generate", "a cat", "--model", folders["pipeline"], "--out", str(out), *options])
     paths = [out, out.with_stem("picture-1")]
     assert capsys.readouterr().out.split() == list(map(str, paths))
     for path, seed in zip(paths, (3, 4), strict=True):
-        drawn = pipe("a cat", guidance_scale=2.0, generator=torch.Generator().manual_seed(seed)).images[0]
-        assert Image.open(path).tobytes() == drawn.tobytes()
+        generated = pipe("a cat", guidance_scale=2.0, generator=torch.Generator().manual_seed(seed)).images[0]
+        assert Image.open(path).tobytes() == generated.tobytes()
 
 
 def test_generate_takes_the_scale_of_the_model(pipe, folders, tmp_path):
     cli.main(["generate", "a cat", "--model", folders["transformers"], "--out", str(tmp_path / "x.png")])
-    drawn = pipe("a cat", generator=torch.Generator().manual_seed(0)).images[0]
-    assert Image.open(tmp_path / "x.png").tobytes() == drawn.tobytes()
+    generated = pipe("a cat", generator=torch.Generator().manual_seed(0)).images[0]
+    assert Image.open(tmp_path / "x.png").tobytes() == generated.tobytes()
 
 
 def test_chat(pipe, folders, picture, capsys):

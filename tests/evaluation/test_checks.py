@@ -1,4 +1,4 @@
-"""What counts as a right picture, by lists of detections made by hand."""
+"""Which images count as correct, by lists of detections made by hand."""
 
 import json
 from dataclasses import replace

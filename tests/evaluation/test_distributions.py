@@ -37,7 +37,7 @@ def test_gaussians_that_do_not_commute():
     assert frechet_distance(zero, a, zero, b) == pytest.approx(expected, rel=1e-10)
 
 
-def test_fid_with_fewer_pictures_than_features():
+def test_fid_with_fewer_images_than_features():
     """Singular covariances: a set is at distance 0 from itself, and at |d|² from itself moved by d."""
     x, d = torch.randn(10, 64), torch.randn(64)
     assert frechet_inception_distance(x, x) == pytest.approx(0, abs=1e-5)
@@ -57,7 +57,7 @@ def test_kid_is_the_formula():
     across = sum(kernel(a, b) for a in x for b in y) / 25
     mean, deviation = kernel_inception_distance(x, y, subsets=3)
     assert mean == pytest.approx(within - 2 * across, rel=1e-12)
-    assert deviation == pytest.approx(0, abs=1e-9)  # each draw is the whole set
+    assert deviation == pytest.approx(0, abs=1e-9)  # each subset is the whole set
 
 
 def test_kid_is_unbiased():

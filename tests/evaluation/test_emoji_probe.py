@@ -29,7 +29,7 @@ def bundled():
 
 
 def answer(probe: EmojiProbe, **words: str) -> None:
-    """Makes the probe give these answers to every picture."""
+    """Makes the probe give these answers to every image."""
     for name, word in words.items():
         layer = probe.name_object if name == "first" else probe.name_layout[name]
         torch.nn.init.zeros_(layer.weight)
@@ -49,9 +49,9 @@ def test_one_object(probe, where):
 
 def test_two_objects(probe):
     answer(probe, number="2", place="top")
-    pictures = torch.rand(4, 3, 128, 128)
-    logits = probe(pictures)
-    for i, observation in enumerate(probe.observe(pictures)):
+    images = torch.rand(4, 3, 128, 128)
+    logits = probe(images)
+    for i, observation in enumerate(probe.observe(images)):
         left, right = observation.objects
         assert left.label == ("cat", "dog")[logits["first"][i].argmax()]
         assert right.label == ("cat", "dog")[logits["second"][i].argmax()]
@@ -63,9 +63,9 @@ def test_saving(probe, tmp_path):
     assert {"config.json", "model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
     again = EmojiProbe.from_pretrained(tmp_path).eval()
     assert again.answers == probe.answers
-    pictures = torch.rand(2, 3, 64, 64)  # of any size
-    assert torch.equal(again.features(pictures), probe.features(pictures))
-    assert probe.features(pictures).shape == (2, 12)
+    images = torch.rand(2, 3, 64, 64)  # of any size
+    assert torch.equal(again.features(images), probe.features(images))
+    assert probe.features(images).shape == (2, 12)
 
 
 def test_bundled_folder(bundled):

@@ -1,4 +1,4 @@
-"""Drawing that goes on where it stopped, and measures over files."""
+"""Generation that goes on where it stopped, and measures over files."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ PROMPTS, SEEDS = [f"p{i}" for i in range(5)], [3, 4, 5, 6, 7]
 
 
 class Artist:
-    """Draws one colour a seed; stops after some batches."""
+    """Generates one color per seed; stops after some batches."""
 
     def __init__(self, stop_after: int = 100):
         self.calls, self.stop_after = [], stop_after
@@ -41,8 +41,8 @@ def test_goes_on_where_it_stopped(tmp_path):
     assert again.calls == []
 
 
-def test_a_missing_picture_is_drawn_in_its_old_batch(tmp_path):
-    """What a model draws may depend on the batch, by rounding."""
+def test_a_missing_image_is_generated_in_its_old_batch(tmp_path):
+    """What a model generates may depend on the batch, by rounding."""
     paths = generate_missing(Artist(), PROMPTS, SEEDS, tmp_path, {}, batch_size=2)
     before = paths[1].read_bytes()
     paths[1].unlink()
@@ -65,7 +65,7 @@ def test_half_an_image_is_none(tmp_path):
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_pictures_of_other_settings(tmp_path):
+def test_images_of_other_settings(tmp_path):
     generate_missing(Artist(), PROMPTS, SEEDS, tmp_path / "a", {"model": "m"})
     with pytest.raises(ValueError, match="model, pictures differ; choose another folder"):
         generate_missing(Artist(), PROMPTS[:3], SEEDS[:3], tmp_path / "a", {"model": "other"})
@@ -101,13 +101,13 @@ def test_batches_have_one_size(paths):
 
 
 def test_checked_scenes(paths):
-    """Picture i is red to 40 i; the observer says fox from 80 on, and knows which check is asked."""
+    """Image i is red to 40 i; the observer says fox from 80 on, and knows which check is asked."""
     tags = ["easy", "easy", "easy", "hard", "hard"]
     checks = [Check(tag, f"p{i}", i, (Wanted("fox"),), style=str(i % 2)) for i, tag in enumerate(tags)]
 
-    def observe(pictures, asked):
-        assert len(pictures) == len(asked)
-        labels = ["fox" if picture[0, 0, 0] > 0.3 else "cat" for picture in pictures]
+    def observe(images, asked):
+        assert len(images) == len(asked)
+        labels = ["fox" if image[0, 0, 0] > 0.3 else "cat" for image in images]
         return [Observation((Detection(label, 1.0, (0, 0, 1, 1)),), style="1") for label in labels]
 
     report = measure.check_scenes(paths, checks, observe)
@@ -120,8 +120,8 @@ def test_checked_scenes(paths):
 def test_clip_scores_keep_to_their_texts(paths):
     texts = ["0", "40", "80", "120", "160"]
 
-    def scores(pictures, lines):
-        return (pictures[:, 0, 0, 0] * 255 - torch.tensor([float(line) for line in lines])).abs()
+    def scores(images, lines):
+        return (images[:, 0, 0, 0] * 255 - torch.tensor([float(line) for line in lines])).abs()
 
     assert measure.mean_clip_score(paths, texts, scores) == pytest.approx(0, abs=1e-3)
 
@@ -135,7 +135,7 @@ def test_pairs(paths):
 
 
 def test_sets(paths):
-    features = measure.collect_features(paths, lambda pictures: pictures[:, :, 0, 0])
+    features = measure.collect_features(paths, lambda images: images[:, :, 0, 0])
     assert features.shape == (5, 3)
     report = measure.compare_sets(features, features, ("fid", "kid"))
     assert report["fid"] == pytest.approx(0, abs=1e-9)

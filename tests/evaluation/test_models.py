@@ -51,21 +51,21 @@ def zero_shot_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures():
+def images():
     return torch.rand(3, 3, 40, 32)
 
 
-def test_clip_scores(clip_folder, pictures):
+def test_clip_scores(clip_folder, images):
     """100 times the cosine, as the model itself has it before its temperature, and none below zero."""
     clip, texts = Clip(clip_folder), ["a red cat", "dog", "one two three four five six seven eight nine"]
-    scores = clip.scores(pictures, texts)
+    scores = clip.scores(images, texts)
     tokens = clip.tokenizer(texts, return_tensors="pt", padding=True, truncation=True)
-    pixels = clip.image_processor(to_images(pictures), return_tensors="pt")["pixel_values"]
+    pixels = clip.image_processor(to_images(images), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         output = clip.model(**tokens, pixel_values=pixels)
     cosines = output.logits_per_image.diagonal() / clip.model.logit_scale.exp()
     assert torch.allclose(scores, 100 * cosines.clamp(min=0), atol=1e-4)
-    assert clip.choose(to_images(pictures)[0], texts) == output.logits_per_image[0].argmax()
+    assert clip.choose(to_images(images)[0], texts) == output.logits_per_image[0].argmax()
 
 
 def test_clip_that_is_not_there():
@@ -74,36 +74,36 @@ def test_clip_that_is_not_there():
 
 
 @pytest.mark.parametrize("kind", ["closed_folder", "zero_shot_folder"])
-def test_detections(kind, request, pictures):
+def test_detections(kind, request, images):
     detector = Detector(request.getfixturevalue(kind), threshold=0.0)
     check = Check("two_object", "a cat and a dog", 0, (Wanted("cat"), Wanted("dog")))
     detector.check_labels([check])
-    observations = detector.observe(pictures, [check] * 3)
+    observations = detector.observe(images, [check] * 3)
     assert len(observations) == 3
     for observation in observations:
         assert {one.label for one in observation.objects} <= {"cat", "dog"}
         for one in observation.objects:
             assert 0 <= one.score <= 1
-            assert -1 < one.box[0] <= one.box[2] < 2, "in fractions of the picture"
+            assert -1 < one.box[0] <= one.box[2] < 2, "in fractions of the image"
             assert one.color is None
     assert any(observation.objects for observation in observations)
     detector.threshold = 1.0
-    assert not any(observation.objects for observation in detector.observe(pictures, [check] * 3))
+    assert not any(observation.objects for observation in detector.observe(images, [check] * 3))
 
 
-def test_colors_are_those_of_the_box(closed_folder, clip_folder, pictures):
+def test_colors_are_those_of_the_box(closed_folder, clip_folder, images):
     detector = Detector(closed_folder, Clip(clip_folder))
     check = Check("colors", "a red cat", 0, (Wanted("cat", color="red"),))
     box = {"xmin": 4, "ymin": 8, "xmax": 20, "ymax": 30}
     detector.find = lambda image, threshold: [{"label": label, "score": 0.5, "box": box} for label in ("cat", "dog")]
     asked = []
 
-    def choose(picture: Image.Image, texts: list[str]) -> int:
-        asked.append((picture.size, texts[0]))
+    def choose(image: Image.Image, texts: list[str]) -> int:
+        asked.append((image.size, texts[0]))
         return 3
 
     detector.clip.choose = choose
-    cat, dog = detector.observe(pictures[:1], [check])[0].objects
+    cat, dog = detector.observe(images[:1], [check])[0].objects
     assert asked == [((16, 22), "a photo of a red cat")]
     assert (cat.color, dog.color) == (COLORS[3], None)
     assert cat.box == pytest.approx((4 / 32, 8 / 40, 20 / 32, 30 / 40))

@@ -40,7 +40,7 @@ class FakeLPIPS(torch.nn.Module):
         self.net = net
 
     def forward(self, a, b, normalize=False):
-        assert normalize, "pictures are in [0, 1]"
+        assert normalize, "images are in [0, 1]"
         return (a - b).abs().mean((1, 2, 3), keepdim=True)
 
 
@@ -51,9 +51,9 @@ class FakeInception(torch.nn.Module):
         super().__init__()
         self.weights = feature_extractor_weights_path
 
-    def forward(self, pictures):
-        assert pictures.dtype == torch.uint8
-        return (pictures.flatten(1).float(),)
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        return (images.flatten(1).float(),)
 
 
 def test_lpips(monkeypatch):

@@ -85,28 +85,15 @@ OFFICIAL: dict[str, dict[str, Any]] = {
 
 _WIDTHS = (8, 8, 16, 16, 32)
 _SIZES = {"latent_channels": 8, "attention_head_dim": 8}
+_SANA_SIZES = {"scales": (5,), "downsample_block_type": "Conv", **_SIZES}
 SMALL: dict[str, dict[str, Any]] = {
     "sana": layout(
-        _WIDTHS,
-        (2, 1, 1, 2, 1),
-        (1, 2, 1, 1, 2),
-        attention="ed",
-        scales=(5,),
-        downsample_block_type="Conv",
-        upsample_block_type="interpolate",
-        **_SIZES,
+        _WIDTHS, (2, 1, 1, 2, 1), (1, 2, 1, 1, 2), attention="ed", upsample_block_type="interpolate", **_SANA_SIZES
     ),
     "two-scales": layout(_WIDTHS, (1, 1, 1, 1, 1), (1, 1, 1, 1, 1), attention="ed", scales=(3, 5), **_SIZES),
     "in": layout(_WIDTHS, (0, 1, 2, 1, 1), (0, 2, 1, 1, 1), attention="ed", **_SIZES, **batch_norm_tail(5)),
     "lite": layout(
-        _WIDTHS,
-        (1, 1, 1, 1, 1),
-        (0, 1, 2, 1, 1),
-        attention="e",
-        scales=(5,),
-        downsample_block_type="Conv",
-        decoder_conv_act_fn="silu",
-        **_SIZES,
+        _WIDTHS, (1, 1, 1, 1, 1), (0, 1, 2, 1, 1), attention="e", decoder_conv_act_fn="silu", **_SANA_SIZES
     ),
     "1.5": layout(_WIDTHS, (0, 1, 2, 1, 1), (0, 2, 1, 1, 1), **_SIZES, **NO_SHORTCUT),
 }

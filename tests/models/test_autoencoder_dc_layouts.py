@@ -42,7 +42,7 @@ def test_defaults_are_those_of_diffusers():
         assert dict(AutoencoderDC().config) == dict(diffusers.AutoencoderDC().config)
 
 
-def test_old_and_foreign_configs_load():
+def test_old_and_third_party_configs_load():
     """Files older than `encoder_out_shortcut` and its like, JSON lists, and keys of a later version."""
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in SMALL["sana"].items()}
     model = AutoencoderDC.from_config({**config, "_class_name": "AutoencoderDC", "made_up": 1})

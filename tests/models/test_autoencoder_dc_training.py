@@ -69,7 +69,7 @@ def test_channels_last():
 
 
 def test_learns():
-    """Forty steps on one smooth image must leave a quarter of the error of its mean colour, or less."""
+    """Forty steps on one smooth image must leave a quarter of the error of its mean color, or less."""
     model = small_model("sana").train()
     ramp = torch.linspace(-1, 1, 32)
     x = torch.stack([ramp.expand(32, 32), ramp[:, None].expand(32, 32), ramp.outer(ramp)])[None]

@@ -50,7 +50,7 @@ def outputs(model, height):
     return {"whole": whole, "context": sample.contiguous()}
 
 
-def draw(pipe):
+def generate(pipe):
     generator = torch.Generator().manual_seed(0)
     image = pipe("a cat", num_inference_steps=3, height=24, width=16, generator=generator, output_type="pt").images
     return {"image": image.contiguous()}
@@ -88,7 +88,7 @@ def main(folder):
     (folder / f"errors-{rank}.json").write_text(json.dumps(errors_of(ContextParallelConfig(ring_degree=2))))
     pipe = tiny.pipeline(diffusers_sana)
     pipe.transformer.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
-    save_file(draw(pipe), folder / f"pipeline-{rank}.safetensors")
+    save_file(generate(pipe), folder / f"pipeline-{rank}.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +113,8 @@ def test_two_processes_equal_one(results, case):
         assert_close_fp32(actual[name], expected[name])
 
 
-def test_both_processes_draw_the_picture_of_one(results):
-    expected = draw(tiny.pipeline(diffusers_sana))["image"]
+def test_both_processes_generate_the_image_of_one(results):
+    expected = generate(tiny.pipeline(diffusers_sana))["image"]
     assert (of_both(results, "pipeline")["image"] - expected).abs().max() < 1e-5
 
 

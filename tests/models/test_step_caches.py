@@ -5,15 +5,6 @@ import copy
 import diffusers
 import pytest
 import torch
-from diffusers import (
-    FasterCacheConfig,
-    FirstBlockCacheConfig,
-    MagCacheConfig,
-    PyramidAttentionBroadcastConfig,
-    SeaCacheConfig,
-    TaylorSeerCacheConfig,
-    TextKVCacheConfig,
-)
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.transformers.sana_transformer import SanaTransformerBlock as UpstreamBlock
@@ -30,26 +21,34 @@ ATTENTION = r"transformer_blocks\.\d+\.attn[12]"
 TIMES = {"spatial_attention_timestep_skip_range": (-1, 950)}
 # What Sana needs to be told is filled in by ours; diffusers' class is told here. The value is for ours, then for it.
 CONFIGS = {
-    "first_block": (FirstBlockCacheConfig, {"threshold": 0.35}, {}),
+    "first_block": (diffusers.FirstBlockCacheConfig, {"threshold": 0.35}, {}),
     "mag": (
-        MagCacheConfig,
+        diffusers.MagCacheConfig,
         {"threshold": 0.2, "max_skip_steps": 1, "mag_ratios": [0.95] * STEPS, "num_inference_steps": STEPS},
         {},
     ),
-    "taylor": (TaylorSeerCacheConfig, {"taylor_factors_dtype": torch.float32}, {"cache_identifiers": [ATTENTION]}),
-    "taylor_lite": (TaylorSeerCacheConfig, {"taylor_factors_dtype": torch.float32, "use_lite_mode": True}, {}),
+    "taylor": (
+        diffusers.TaylorSeerCacheConfig,
+        {"taylor_factors_dtype": torch.float32},
+        {"cache_identifiers": [ATTENTION]},
+    ),
+    "taylor_lite": (
+        diffusers.TaylorSeerCacheConfig,
+        {"taylor_factors_dtype": torch.float32, "use_lite_mode": True},
+        {},
+    ),
     "sea": (
-        SeaCacheConfig,
+        diffusers.SeaCacheConfig,
         {},
         {"raw_vision_callback": lambda _, args, kwargs: list(kwargs["hidden_states"][:, :, None])},
     ),
     "pyramid": (
-        PyramidAttentionBroadcastConfig,
+        diffusers.PyramidAttentionBroadcastConfig,
         {"spatial_attention_block_skip_range": 2, "cross_attention_block_skip_range": 3, **TIMES},
         {"current_timestep_callback": lambda: NOW[0]},
     ),
     "faster": (
-        FasterCacheConfig,
+        diffusers.FasterCacheConfig,
         {"unconditional_batch_timestep_skip_range": (-1, 950), "attention_weight_callback": lambda _: 0.3, **TIMES},
         {"current_timestep_callback": lambda: NOW[0], "tensor_format": "BCHW"},
     ),
@@ -121,7 +120,7 @@ def pipe():
     return tiny.pipeline(diffusers_sana, num_layers=3)
 
 
-def draw(pipe, **arguments):
+def generate(pipe, **arguments):
     arguments = {"num_inference_steps": STEPS, "output_type": "latent", **arguments}
     return pipe("a cat", generator=torch.Generator().manual_seed(0), **arguments).images
 
@@ -134,17 +133,17 @@ def stop_at_third(pipe, step, timestep, tensors):
 
 @each_cache
 def test_pipeline_begins_anew(name, pipe):
-    plain = draw(pipe)
+    plain = generate(pipe)
     pipe.transformer.enable_cache(config(name))
-    cached = draw(pipe)
-    assert torch.equal(draw(pipe), cached)
+    cached = generate(pipe)
+    assert torch.equal(generate(pipe), cached)
     with pytest.raises(KeyboardInterrupt):
-        draw(pipe, callback_on_step_end=stop_at_third)
-    assert torch.equal(draw(pipe), cached)
+        generate(pipe, callback_on_step_end=stop_at_third)
+    assert torch.equal(generate(pipe), cached)
     assert cached.isfinite().all()
     assert relative_error(cached, plain) > 1e-6
     pipe.transformer.disable_cache()
-    assert torch.equal(draw(pipe), plain)
+    assert torch.equal(generate(pipe), plain)
 
 
 def unguided_from_third(pipe, step, timestep, tensors):
@@ -154,17 +153,17 @@ def unguided_from_third(pipe, step, timestep, tensors):
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "faster"])
 def test_guidance_may_end_early(name, pipe):
-    plain = draw(pipe, callback_on_step_end=unguided_from_third)
+    plain = generate(pipe, callback_on_step_end=unguided_from_third)
     pipe.transformer.enable_cache(config(name))
-    cached = draw(pipe, callback_on_step_end=unguided_from_third)
+    cached = generate(pipe, callback_on_step_end=unguided_from_third)
     assert cached.shape == plain.shape
     assert cached.isfinite().all()
 
 
 def test_time_of_the_pipeline(pipe):
     arguments = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": (-1, 800)}
-    pipe.transformer.enable_cache(PyramidAttentionBroadcastConfig(**arguments))
-    expected = draw(pipe)
+    pipe.transformer.enable_cache(diffusers.PyramidAttentionBroadcastConfig(**arguments))
+    expected = generate(pipe)
     pipe.transformer.disable_cache()
     seen = []
 
@@ -172,51 +171,53 @@ def test_time_of_the_pipeline(pipe):
         seen.append(pipe.current_timestep)
         return seen[-1]
 
-    pipe.transformer.enable_cache(PyramidAttentionBroadcastConfig(**arguments, current_timestep_callback=callback))
-    assert torch.equal(draw(pipe), expected)
+    pipe.transformer.enable_cache(
+        diffusers.PyramidAttentionBroadcastConfig(**arguments, current_timestep_callback=callback)
+    )
+    assert torch.equal(generate(pipe), expected)
     pipe.scheduler.set_timesteps(STEPS)
     assert sorted(set(seen), reverse=True) == pipe.scheduler.timesteps.tolist()
 
 
 @pytest.mark.parametrize("kind", ["lora", "svdquant"])
 def test_adapters_and_4_bit(kind, pipe):
-    original = draw(pipe)
+    original = generate(pipe)
     if kind == "lora":
         pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
     else:
         diffusers_sana.quantize(pipe, diffusers_sana.SVDQuantConfig(rank=4), progress=False)
-    plain, runs = draw(pipe), []
+    plain, runs = generate(pipe), []
     assert relative_error(plain, original) > 1e-4
     pipe.transformer.transformer_blocks[1].ff.conv_point.register_forward_hook(lambda *_: runs.append(1))
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.35))
-    assert relative_error(draw(pipe), plain) < 0.5
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.35))
+    assert relative_error(generate(pipe), plain) < 0.5
     assert 0 < len(runs) < STEPS
 
 
 def test_too_few_steps(pipe):
     pipe.transformer.enable_cache(config("first_block"))
     with pytest.raises(ValueError, match="`num_inference_steps` must be at least 5 with a step cache, got 4"):
-        draw(pipe, num_inference_steps=4)
-    draw(pipe, num_inference_steps=5)
+        generate(pipe, num_inference_steps=4)
+    generate(pipe, num_inference_steps=5)
     pipe.transformer.disable_cache()
-    draw(pipe, num_inference_steps=1)
+    generate(pipe, num_inference_steps=1)
 
 
 def test_what_a_call_cannot_have(pipe):
     pipe.transformer.enable_cache(config("mag"))
     with pytest.raises(ValueError, match="must be the number of steps that are run, got 6 and 10"):
-        draw(pipe, num_inference_steps=10)
+        generate(pipe, num_inference_steps=10)
     pipe.transformer.disable_cache()
     pipe.transformer.enable_cache(config("faster"))
     with pytest.raises(ValueError, match="`is_guidance_distilled` of the FasterCacheConfig must be True"):
-        draw(pipe, guidance_scale=1.0)
+        generate(pipe, guidance_scale=1.0)
     with pytest.raises(ValueError, match="`is_guidance_distilled` of the FasterCacheConfig must be True"):
-        draw(pipe, callback_on_step_end=unguided_from_third)
+        generate(pipe, callback_on_step_end=unguided_from_third)
     pipe.transformer.disable_cache()
     pipe.transformer.enable_cache(config("first_block"))
     pipe.transformer._parallel_config = object()
     with pytest.raises(ValueError, match="FirstBlockCacheConfig cannot be used with `enable_parallelism`"):
-        draw(pipe)
+        generate(pipe)
 
 
 @torch.no_grad()
@@ -225,7 +226,7 @@ def test_what_a_model_cannot_have():
         tiny_model("sprint").enable_cache(config("first_block"))
     model = tiny_model()
     with pytest.raises(ValueError, match="must not be a TextKVCacheConfig"):
-        model.enable_cache(TextKVCacheConfig())
+        model.enable_cache(diffusers.TextKVCacheConfig())
     model.enable_cache(config("pyramid"))
     with pytest.raises(ValueError, match="`current_timestep_callback` must be given"):
         model(**tiny_inputs(model))

@@ -163,7 +163,7 @@ class ScaledText:
 
 
 @torch.no_grad()
-def test_foreign_processors_get_the_projected_text():
+def test_third_party_processors_get_the_projected_text():
     model = tiny_model()
     inputs = tiny_inputs(model)
     before = model(**inputs).sample

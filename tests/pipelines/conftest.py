@@ -20,3 +20,12 @@ def ours():
 @pytest.fixture(scope="session")
 def official_folder(tmp_path_factory):
     return tiny.write_official_folder(tmp_path_factory.mktemp("official"))
+
+
+OFFLOADS = ("enable_model_cpu_offload", "enable_sequential_cpu_offload")
+
+
+@pytest.fixture(params=[pytest.param(method, marks=pytest.mark.gpu) for method in OFFLOADS])
+def offload(request):
+    """The method of a pipeline that keeps its models off the accelerator while they are idle."""
+    return request.param

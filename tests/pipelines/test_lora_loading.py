@@ -1,4 +1,4 @@
-"""`load_lora_weights` with different trainers' files: the picture is that of the same LoRA in diffusers' format."""
+"""`load_lora_weights` with different trainers' files: the image is that of the same LoRA in diffusers' format."""
 
 import copy
 
@@ -34,22 +34,22 @@ def lora(base):
 @pytest.fixture(scope="module")
 def expected(base, lora):
     base.load_lora_weights(plain(lora))
-    picture = draw(base)
+    image = generate(base)
     base.unload_lora_weights()
-    assert not torch.allclose(picture, draw(base), atol=0.1)
-    return picture
+    assert not torch.allclose(image, generate(base), atol=0.1)
+    return image
 
 
-def draw(pipe) -> torch.Tensor:
+def generate(pipe) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     settings = {"num_inference_steps": 2, "output_type": "latent", "complex_human_instruction": None}
     return pipe("a fox", height=32, width=32, use_resolution_binning=False, generator=generator, **settings).images
 
 
-def test_diffusers_draws_the_expected(base, lora, expected):
+def test_diffusers_generates_the_expected(base, lora, expected):
     upstream = pipeline(diffusers)
     upstream.load_lora_weights(plain(lora))
-    assert torch.allclose(draw(upstream), expected, atol=1e-4)
+    assert torch.allclose(generate(upstream), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -57,7 +57,7 @@ def test_file(pipe, lora, expected, name, tmp_path):
     path = tmp_path / "lora.safetensors"
     save_file(FORMATS[name](lora), path)
     pipe.load_lora_weights(path)
-    assert torch.equal(draw(pipe), expected)
+    assert torch.equal(generate(pipe), expected)
 
 
 def test_folder_of_peft(pipe, lora, expected, tmp_path):
@@ -77,18 +77,18 @@ def test_folder_of_peft(pipe, lora, expected, tmp_path):
     for source in (tmp_path, tmp_path / "adapter_model.safetensors"):
         pipe.load_lora_weights(source, adapter_name=source.stem)
         pipe.set_adapters(source.stem)
-        assert torch.equal(draw(pipe), expected)
+        assert torch.equal(generate(pipe), expected)
 
 
 def test_in_memory_beside_another_and_hotswapped(pipe, lora, expected):
     pipe.load_lora_weights(FORMATS["kohya"](random_lora(pipe.transformer, seed=1)), adapter_name="other")
     pipe.load_lora_weights(FORMATS["ComfyUI"](lora), adapter_name="this")
     pipe.set_adapters("this")
-    assert torch.equal(draw(pipe), expected)
+    assert torch.equal(generate(pipe), expected)
     pipe.set_adapters("other")
-    assert not torch.allclose(draw(pipe), expected, atol=0.1)
+    assert not torch.allclose(generate(pipe), expected, atol=0.1)
     pipe.load_lora_weights(FORMATS["OneTrainer"](lora), adapter_name="other", hotswap=True)
-    assert torch.equal(draw(pipe), expected)
+    assert torch.equal(generate(pipe), expected)
 
 
 def test_hotswap_leaves_the_tensors_of_the_caller(pipe, lora):
@@ -97,12 +97,12 @@ def test_hotswap_leaves_the_tensors_of_the_caller(pipe, lora):
     layers = {key: x.clone() for key, x in plain(lora).items() if "conv_point" not in key}
     low = {key: (x[:1] if ".lora_A." in key else x[:, :1]).clone() for key, x in layers.items()}
     pipe.load_lora_weights(layers, adapter_name="two")
-    expected = draw(pipe)
+    expected = generate(pipe)
     pipe.unload_lora_weights()
     before = copy.deepcopy(layers)
     pipe.load_lora_weights(low, adapter_name="one")
     pipe.load_lora_weights(layers, adapter_name="one", hotswap=True)
-    assert torch.equal(draw(pipe), expected)
+    assert torch.equal(generate(pipe), expected)
     assert all(torch.equal(layers[key], before[key]) for key in before)
 
 
@@ -117,19 +117,19 @@ def test_scales_are_saved_again(pipe, lora, expected, tmp_path):
     name = "transformer_blocks.0.attn1.to_q"
     assert torch.equal(saved[f"transformer.{name}.lora_B.weight"], lora[name][1])  # not rounded by a scale
     pipe.load_lora_weights(tmp_path)
-    assert torch.equal(draw(pipe), expected)
+    assert torch.equal(generate(pipe), expected)
 
 
 def test_on_4_bits(lora):
     pipe = pipeline(diffusers_sana)
     quantized(pipe.transformer)
-    pictures = [draw(pipe)]
+    images = [generate(pipe)]
     for state_dict in (plain(lora), FORMATS["ComfyUI"](lora)):
         pipe.load_lora_weights(state_dict)
-        pictures.append(draw(pipe))
+        images.append(generate(pipe))
         pipe.unload_lora_weights()
-    assert not torch.allclose(pictures[0], pictures[1], atol=0.1)
-    assert torch.equal(pictures[1], pictures[2])
+    assert not torch.allclose(images[0], images[1], atol=0.1)
+    assert torch.equal(images[1], images[2])
 
 
 def test_dora(pipe, lora):
@@ -147,8 +147,10 @@ def test_dora(pipe, lora):
     for name, (_, magnitude, _) in by_authors_names(rows).items():
         state_dict[f"lora_unet_{name.replace('.', '_')}.dora_scale"] = magnitude
     pipe.load_lora_weights(state_dict)
-    picture = draw(pipe)
-    assert torch.allclose(picture, draw(diffusers_sana.SanaPipeline.from_pipe(pipe, transformer=expected)), atol=1e-4)
+    image = generate(pipe)
+    assert torch.allclose(
+        image, generate(diffusers_sana.SanaPipeline.from_pipe(pipe, transformer=expected)), atol=1e-4
+    )
 
 
 def test_of_another_size(pipe):
@@ -178,10 +180,10 @@ class Mark:
 def test_bin_files_are_read_and_never_run(pipe, lora, expected, weight_name, tmp_path):
     torch.save(plain(lora), tmp_path / "lora.bin")
     pipe.load_lora_weights(tmp_path, weight_name=weight_name)
-    assert torch.equal(draw(pipe), expected)
+    assert torch.equal(generate(pipe), expected)
     pipe.unload_lora_weights()
     pipe.load_lora_weights(tmp_path, weight_name=weight_name, use_safetensors=False)
-    assert torch.equal(draw(pipe), expected)
+    assert torch.equal(generate(pipe), expected)
     pipe.unload_lora_weights()
     if weight_name is None:
         with pytest.raises(OSError, match="safetensors"):
@@ -199,7 +201,7 @@ def test_nothing_of_a_model_is_warned_of(pipe, expected, caplog):
     finally:
         logging.get_logger("diffusers").removeHandler(caplog.handler)
     assert "No LoRA keys associated to SanaTransformer2DModel" in caplog.text
-    assert not torch.equal(draw(pipe), expected)
+    assert not torch.equal(generate(pipe), expected)
 
 
 def test_an_argument_that_nobody_obeys(pipe, lora):
@@ -239,15 +241,15 @@ def test_depthwise_layers_as_one_trainer_writes_them(pipe, name):
     every = random_lora(pipe.transformer, depthwise=True)
     depthwise = {layer: factors for layer, factors in every.items() if layer.endswith("conv_depth")}
     assert len(depthwise) == pipe.transformer.config.num_layers
-    reference = draw(beside_depthwise(pipe, depthwise))
-    assert not torch.allclose(reference, draw(pipe), atol=0.05)
+    reference = generate(beside_depthwise(pipe, depthwise))
+    assert not torch.allclose(reference, generate(pipe), atol=0.05)
     pipe.load_lora_weights(FORMATS[name](depthwise))
-    assert torch.allclose(draw(pipe), reference, atol=1e-4)
+    assert torch.allclose(generate(pipe), reference, atol=1e-4)
     pipe.unload_lora_weights()
     pipe.load_lora_weights(FORMATS[name](every))
-    images = draw(pipe)
+    images = generate(pipe)
     pipe.load_lora_weights(plain({layer: factors for layer, factors in every.items() if layer not in depthwise}))
-    assert not torch.allclose(draw(pipe), images, atol=0.01)  # the depthwise ones took part
+    assert not torch.allclose(generate(pipe), images, atol=0.01)  # the depthwise ones took part
 
 
 @pytest.mark.parametrize("form", ["dense", "PEFT", "own weights", "LyCORIS"])
@@ -266,22 +268,22 @@ def test_other_forms_of_depthwise_layers(pipe, form, tmp_path):
     if form == "LyCORIS":  # a product of the layer's own weights
         weight = (up.flatten(1) @ down.flatten(1)).reshape(channels, 1, 3, 3)
         layers_built = {name: (weight, torch.ones(channels, 1, 1, 1), 2.0 * channels / 3)}
-    before = draw(pipe)
-    reference = draw(beside_depthwise(pipe, layers_built if form == "LyCORIS" else layers))
+    before = generate(pipe)
+    reference = generate(beside_depthwise(pipe, layers_built if form == "LyCORIS" else layers))
     pipe.load_lora_weights(written(layers, "lycoris_", "_"), adapter_name="depthwise")
-    assert torch.allclose(draw(pipe), reference, atol=1e-4)
+    assert torch.allclose(generate(pipe), reference, atol=1e-4)
 
     state_dict = get_peft_model_state_dict(pipe.transformer, adapter_name="depthwise")
     metadata = pipe.transformer.peft_config["depthwise"].to_dict()
     pipe.save_lora_weights(tmp_path, state_dict, transformer_lora_adapter_metadata=metadata)
     pipe.unload_lora_weights()
-    assert torch.equal(draw(pipe), before)
+    assert torch.equal(generate(pipe), before)
     pipe.load_lora_weights(tmp_path, adapter_name="again")
-    assert torch.allclose(draw(pipe), reference, atol=1e-4)
+    assert torch.allclose(generate(pipe), reference, atol=1e-4)
     weight = pipe.transformer.get_submodule(name).get_base_layer().weight.detach().clone()
     if form in ("own weights", "LyCORIS"):
         pipe.fuse_lora(components=["transformer"], safe_fusing=True)
-        assert torch.allclose(draw(pipe), reference, atol=1e-4)
+        assert torch.allclose(generate(pipe), reference, atol=1e-4)
         pipe.unfuse_lora(components=["transformer"])
         assert torch.allclose(pipe.transformer.get_submodule(name).get_base_layer().weight, weight, atol=1e-6)
         pipe.transformer.get_submodule(name).get_base_layer().weight.data = weight
@@ -307,25 +309,25 @@ def test_two_loras_with_depthwise_layers(pipe):
     images = {}
     for name, layers in (("first", first), ("second", second)):
         pipe.load_lora_weights(FORMATS["kohya"](layers), adapter_name=name)
-        images[name] = draw(pipe)
+        images[name] = generate(pipe)
         pipe.unload_lora_weights()
     for name, layers in (("first", first), ("second", second)):
         pipe.load_lora_weights(FORMATS["kohya"](layers), adapter_name=name)
     for name, expected in images.items():
         pipe.set_adapters(name)
-        assert torch.equal(draw(pipe), expected)
+        assert torch.equal(generate(pipe), expected)
     pipe.set_adapters(["first", "second"], [1.0, 0.0])
-    assert torch.allclose(draw(pipe), images["first"], atol=1e-5)
+    assert torch.allclose(generate(pipe), images["first"], atol=1e-5)
     pipe.delete_adapters("second")
     pipe.set_adapters("first")
-    assert torch.equal(draw(pipe), images["first"])
+    assert torch.equal(generate(pipe), images["first"])
     pipe.load_lora_weights(FORMATS["kohya"](second), adapter_name="first", hotswap=True)
-    assert torch.equal(draw(pipe), images["second"])
+    assert torch.equal(generate(pipe), images["second"])
 
 
 def test_depthwise_factors_that_fit_no_form(pipe):
     name = "transformer_blocks.0.ff.conv_depth"
-    before = draw(pipe)
+    before = generate(pipe)
     channels = pipe.transformer.get_submodule(name).out_channels
     for down, up, message in (
         (torch.ones(2, channels, 3, 3), torch.ones(channels // 2, 2, 1, 1), f"must have size {channels} in axis 0"),
@@ -337,7 +339,7 @@ def test_depthwise_factors_that_fit_no_form(pipe):
     assert type(pipe.transformer.get_submodule(name)) is type(
         pipe.transformer.get_submodule("transformer_blocks.1.ff.conv_depth")
     )
-    assert torch.equal(draw(pipe), before)
+    assert torch.equal(generate(pipe), before)
 
 
 def test_a_depthwise_convolution_that_peft_has_wrapped(pipe):
@@ -356,8 +358,8 @@ def test_depthwise_layers_on_4_bits():
     every = random_lora(pipe.transformer, depthwise=True)
     depthwise = {layer: factors for layer, factors in every.items() if layer.endswith("conv_depth")}
     quantized(pipe.transformer)
-    before = draw(pipe)
-    reference = draw(beside_depthwise(pipe, depthwise))
+    before = generate(pipe)
+    reference = generate(beside_depthwise(pipe, depthwise))
     pipe.load_lora_weights(FORMATS["kohya"](depthwise))
-    assert torch.allclose(draw(pipe), reference, atol=1e-4)
+    assert torch.allclose(generate(pipe), reference, atol=1e-4)
     assert not torch.allclose(before, reference, atol=0.01)

@@ -1,6 +1,6 @@
 """Every pipeline in every combination: 16 and 4 bits, with and without LoRA, with and without offloading.
 
-All share the parts of one `SanaPipeline` through `from_pipe`; where a picture should not change, its bits do not.
+All share the parts of one `SanaPipeline` through `from_pipe`; where an image should not change, its bits do not.
 """
 
 from copy import deepcopy

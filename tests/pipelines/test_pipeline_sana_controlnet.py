@@ -100,7 +100,7 @@ def test_made_from_the_text_to_image_pipeline(ours, tmp_path):
     assert type(auto) is diffusers_sana.SanaControlNetPipeline
 
 
-def test_gray_pictures_and_bytes(ours):
+def test_gray_images_and_bytes(ours):
     gray = (EDGES[0, :, :, 0] * 255).astype(np.uint8)
     as_color = Image.fromarray(gray).convert("RGB")
     expected = generate(ours, control_image=as_color)

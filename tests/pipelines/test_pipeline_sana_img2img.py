@@ -1,5 +1,7 @@
 """`SanaImg2ImgPipeline`: begins where `strength` says, at the noise level of that step, from the given image."""
 
+from functools import partial
+
 import diffusers
 import numpy as np
 import pytest
@@ -14,19 +16,11 @@ from tests.numerics import assert_close_fp32
 STEPS = 5
 PROMPT = "a cat"
 
+generate = partial(tiny.generate, num_inference_steps=STEPS)
 
-def picture(height=32, width=32, seed=0):
+
+def random_image(height=32, width=32, seed=0):
     return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
-
-
-def generate(pipe, prompt=PROMPT, seed=3, **kwargs):
-    defaults = {
-        "num_inference_steps": STEPS,
-        "complex_human_instruction": None,
-        "output_type": "latent",
-        "generator": torch.Generator().manual_seed(seed),
-    }
-    return pipe(prompt, **defaults | kwargs).images
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +29,7 @@ def pipe(ours):
 
 
 def test_values_below_0_are_taken_for_the_range_around_0(pipe):
-    assert_close_fp32(generate(pipe, image=picture() * 2 - 1), generate(pipe, image=picture()))
+    assert_close_fp32(generate(pipe, image=random_image() * 2 - 1), generate(pipe, image=random_image()))
 
 
 @torch.no_grad()
@@ -72,14 +66,14 @@ def test_equals_the_steps_of_diffusers(ours, upstream, name):
     scheduler = ours.scheduler if name == "FlowDPMSolver" else type(theirs).from_config(theirs.config)
     pipe = diffusers_sana.SanaImg2ImgPipeline(**ours.components | {"scheduler": scheduler})
     pipe.set_progress_bar_config(disable=True)
-    actual = generate(pipe, image=picture(), strength=0.6)
-    assert_close_fp32(actual, by_diffusers(upstream, theirs, picture(), begin=2), tolerance=1e-4)
+    actual = generate(pipe, image=random_image(), strength=0.6)
+    assert_close_fp32(actual, by_diffusers(upstream, theirs, random_image(), begin=2), tolerance=1e-4)
     assert pipe.num_timesteps == 3
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.95])
 def test_strength_1_is_text_to_image(ours, pipe, strength):
-    assert torch.equal(generate(pipe, image=picture(), strength=strength), generate(ours))
+    assert torch.equal(generate(pipe, image=random_image(), strength=strength), generate(ours))
 
 
 @pytest.mark.parametrize(
@@ -89,42 +83,42 @@ def test_strength_1_is_text_to_image(ours, pipe, strength):
 def test_number_of_steps(pipe, strength, steps, left):
     count = []
     callback = lambda pipe, step, t, tensors: setattr(pipe, "_interrupt", True) or count.append(step)  # noqa: E731
-    generate(pipe, image=picture(), strength=strength, num_inference_steps=steps, callback_on_step_end=callback)
+    generate(pipe, image=random_image(), strength=strength, num_inference_steps=steps, callback_on_step_end=callback)
     assert pipe.num_timesteps == left
     assert len(count) == 1
 
 
 def test_less_strength_stays_nearer_to_the_image(pipe):
     with torch.no_grad():
-        z = pipe.vae.encode(2 * picture() - 1).latent * pipe.vae.config.scaling_factor
-    distances = [(generate(pipe, image=picture(), strength=s) - z).norm() for s in (0.2, 0.6, 1.0)]
+        z = pipe.vae.encode(2 * random_image() - 1).latent * pipe.vae.config.scaling_factor
+    distances = [(generate(pipe, image=random_image(), strength=s) - z).norm() for s in (0.2, 0.6, 1.0)]
     assert distances[0] < distances[1] < distances[2]
 
 
 def test_same_seed_same_bits(pipe):
-    assert torch.equal(generate(pipe, image=picture()), generate(pipe, image=picture()))
-    assert not torch.equal(generate(pipe, image=picture()), generate(pipe, image=picture(), seed=4))
+    assert torch.equal(generate(pipe, image=random_image()), generate(pipe, image=random_image()))
+    assert not torch.equal(generate(pipe, image=random_image()), generate(pipe, image=random_image(), seed=4))
 
 
 def test_the_scheduler_of_the_next_pipeline_begins_at_its_beginning(ours, pipe):
     before = generate(ours)
-    generate(pipe, image=picture())
+    generate(pipe, image=random_image())
     assert torch.equal(generate(ours), before)
 
 
 def test_custom_schedules(pipe, ours):
     ours.scheduler.set_timesteps(STEPS)
     grid = ours.scheduler.timesteps.tolist()
-    given = generate(pipe, image=picture(), timesteps=grid, num_inference_steps=1)
+    given = generate(pipe, image=random_image(), timesteps=grid, num_inference_steps=1)
     assert pipe.num_timesteps == 3
-    assert_close_fp32(given, generate(pipe, image=picture()), tolerance=2e-2)  # timesteps are truncated
-    assert generate(pipe, image=picture(), sigmas=[0.9, 0.4], strength=0.5).isfinite().all()
+    assert_close_fp32(given, generate(pipe, image=random_image()), tolerance=2e-2)  # timesteps are truncated
+    assert generate(pipe, image=random_image(), sigmas=[0.9, 0.4], strength=0.5).isfinite().all()
     assert pipe.num_timesteps == 1
 
 
 class TestImages:
     def test_forms(self, pipe):
-        data = (picture() * 255).round().to(torch.uint8)
+        data = (random_image() * 255).round().to(torch.uint8)
         array = data[0].movedim(0, -1).numpy()
         expected = generate(pipe, image=Image.fromarray(array))
         forms = [[Image.fromarray(array)], array, array[None], array / np.float32(255), data, data[0], data / 255]
@@ -132,15 +126,15 @@ class TestImages:
             assert torch.equal(generate(pipe, image=form), expected)
 
     def test_gray_and_transparent(self, pipe):
-        gray = Image.fromarray((picture()[0, 0] * 255).byte().numpy())
+        gray = Image.fromarray((random_image()[0, 0] * 255).byte().numpy())
         expected = generate(pipe, image=gray.convert("RGB"))
         for form in (gray, gray.convert("RGBA"), np.array(gray), torch.tensor(np.array(gray))[None] / 255):
             assert torch.equal(generate(pipe, image=form), expected)
 
     def test_latents(self, pipe):
         with torch.no_grad():
-            z = pipe.vae.encode(2 * picture(32, 48) - 1).latent * pipe.vae.config.scaling_factor
-        image = {"image": picture(32, 48), "use_resolution_binning": False}
+            z = pipe.vae.encode(2 * random_image(32, 48) - 1).latent * pipe.vae.config.scaling_factor
+        image = {"image": random_image(32, 48), "use_resolution_binning": False}
         assert torch.equal(generate(pipe, image=z), generate(pipe, **image))
         assert torch.equal(generate(pipe, image=z, output_type="pt"), generate(pipe, **image, output_type="pt"))
 
@@ -149,11 +143,11 @@ class TestImages:
 
     def test_noise_as_latents(self, pipe):
         noise = torch.randn(1, tiny.LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(3))
-        given = generate(pipe, image=picture(), latents=noise, generator=None)
-        assert torch.equal(given, generate(pipe, image=picture()))
+        given = generate(pipe, image=random_image(), latents=noise, generator=None)
+        assert torch.equal(given, generate(pipe, image=random_image()))
 
     def test_noise_as_latents_decides_on_the_size(self, pipe):
-        given = generate(pipe, image=picture(), latents=torch.zeros(1, tiny.LATENT_CHANNELS, 8, 20))
+        given = generate(pipe, image=random_image(), latents=torch.zeros(1, tiny.LATENT_CHANNELS, 8, 20))
         assert given.shape[-2:] == (8, 20)
 
 
@@ -172,15 +166,15 @@ class TestSizes:
         ],
     )
     def test_generated_and_returned(self, pipe, size, arguments, generated):
-        latents = generate(pipe, image=picture(*size), **arguments)
+        latents = generate(pipe, image=random_image(*size), **arguments)
         assert latents.shape[-2:] == (generated[0] // 2, generated[1] // 2)
-        image = generate(pipe, image=picture(*size), **arguments, output_type="pt")
+        image = generate(pipe, image=random_image(*size), **arguments, output_type="pt")
         assert image.shape[-2:] == (arguments.get("height", size[0]), arguments.get("width", size[1]))
 
     def test_with_a_table(self):
         pipe = tiny.pipeline(diffusers_sana, num_stages=6)  # 512 pixels native size
         pipe = diffusers_sana.SanaImg2ImgPipeline.from_pipe(pipe)
-        arguments = {"image": picture(300, 280), "num_inference_steps": 1, "strength": 1.0}
+        arguments = {"image": random_image(300, 280), "num_inference_steps": 1, "strength": 1.0}
         assert generate(pipe, **arguments).shape[-2:] == (512 // 32, 480 // 32)
         assert generate(pipe, **arguments, output_type="np").shape == (1, 300, 280, 3)
 
@@ -188,7 +182,7 @@ class TestSizes:
 class TestBatches:
     def test_equal_single_images(self, pipe):
         generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
-        images = [picture(seed=5), picture(seed=6)]
+        images = [random_image(seed=5), random_image(seed=6)]
         prompts = ["a cat", "a dog"]
         batch = generate(
             pipe, prompts, image=images, negative_prompt=["x", "yy"], num_images_per_prompt=2, generator=generators
@@ -198,12 +192,12 @@ class TestBatches:
             assert_close_fp32(batch[i : i + 1], single)
 
     def test_one_prompt_for_several_images(self, pipe):
-        images = torch.cat([picture(seed=5), picture(seed=6)])
+        images = torch.cat([random_image(seed=5), random_image(seed=6)])
         assert torch.equal(generate(pipe, image=images), generate(pipe, [PROMPT, PROMPT], image=images))
 
     def test_one_image_for_several_prompts(self, pipe):
-        both = generate(pipe, ["a", "b"], image=picture())
-        assert_close_fp32(both, generate(pipe, ["a", "b"], image=[picture()[0], picture()[0]]))
+        both = generate(pipe, ["a", "b"], image=random_image())
+        assert_close_fp32(both, generate(pipe, ["a", "b"], image=[random_image()[0], random_image()[0]]))
 
 
 @pytest.mark.parametrize(
@@ -218,22 +212,30 @@ class TestBatches:
         ({"strength": 0.3, "sigmas": [0.9, 0.5]}, ValueError, r"at least 1, got 0.3 \* 2"),
         ({"image": "cat.png"}, TypeError, "`image` must be PIL images, arrays or tensors, one or a list, got str"),
         ({"image": []}, ValueError, "`image` must have at least one image"),
-        ({"image": picture() * torch.inf}, ValueError, "`image` must be finite"),
-        ({"image": picture() * torch.nan}, ValueError, "`image` must be finite"),
+        ({"image": random_image() * torch.inf}, ValueError, "`image` must be finite"),
+        ({"image": random_image() * torch.nan}, ValueError, "`image` must be finite"),
         (
-            {"image": picture().long()},
+            {"image": random_image().long()},
             TypeError,
             r"`image` must hold floats in \[0, 1\], booleans or integers of 8 or 16",
         ),
         ({"image": torch.zeros(1, 2, 32, 32)}, ValueError, r"`image` must have 3 color channels.*\[1, 2, 32, 32\]"),
-        ({"image": [picture(), picture(64, 32)]}, ValueError, r"`image` must have images of one size.*\(64, 32\)"),
-        ({"image": [picture()] * 2, "prompt": ["a"] * 3}, ValueError, "`image` must have one image, or one for each"),
+        (
+            {"image": [random_image(), random_image(64, 32)]},
+            ValueError,
+            r"`image` must have images of one size.*\(64, 32\)",
+        ),
+        (
+            {"image": [random_image()] * 2, "prompt": ["a"] * 3},
+            ValueError,
+            "`image` must have one image, or one for each",
+        ),
         ({"image": torch.full((1, 4, 16, 16), torch.inf)}, ValueError, "`image` must be finite"),
         ({"image": torch.zeros(1, 4, 16, 16), "height": 32}, ValueError, "`height` and `width` must be left out"),
         ({"height": 0}, ValueError, "`height` must be at least 1"),
         ({"width": 32.0}, TypeError, "`width` must be an integer"),
         (
-            {"image": picture(33, 32), "use_resolution_binning": False},
+            {"image": random_image(33, 32), "use_resolution_binning": False},
             ValueError,
             "`height` must be a multiple of 2, got 33. Use 32 or 34.",
         ),
@@ -243,16 +245,16 @@ class TestBatches:
 )
 def test_refused(pipe, arguments, error, message):
     with pytest.raises(error, match=message):
-        generate(pipe, **{"image": picture(), "prompt": PROMPT, **arguments})
+        generate(pipe, **{"image": random_image(), "prompt": PROMPT, **arguments})
 
 
 def test_without_autoencoder(ours):
     pipe = diffusers_sana.SanaImg2ImgPipeline(**ours.components | {"vae": None})
     with pytest.raises(ValueError, match="`image` must be latents, because this pipeline was made without"):
-        generate(pipe, image=picture())
+        generate(pipe, image=random_image())
 
 
 def test_scheduler_without_noise_levels(ours):
     pipe = diffusers_sana.SanaImg2ImgPipeline(**ours.components | {"scheduler": diffusers.DDPMScheduler()})
     with pytest.raises(TypeError, match=r"`scheduler` must be a solver of flows.*DDPMScheduler"):
-        generate(pipe, image=picture())
+        generate(pipe, image=random_image())

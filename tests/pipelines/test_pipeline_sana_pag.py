@@ -25,17 +25,9 @@ CAT, DOG = "A cat, sleeping", "a dog that has eaten too much"
 QK_NORM = {"qk_norm": "rms_norm_across_heads"}
 
 
-def generate(pipe, prompt=CAT, seed=3, **kwargs):
-    defaults = {
-        "num_inference_steps": 3,
-        "height": 32,
-        "width": 32,
-        "use_resolution_binning": False,
-        "complex_human_instruction": None,
-        "output_type": "latent",
-        "generator": torch.Generator().manual_seed(seed),
-    }
-    return pipe(**{"prompt": prompt} | defaults | kwargs).images
+def generate(pipe, prompt=CAT, **kwargs):
+    settings = {"num_inference_steps": 3, "height": 32, "width": 32, "use_resolution_binning": False}
+    return tiny.generate(pipe, prompt, **settings | kwargs)
 
 
 def pag(library=diffusers_sana, pag_applied_layers="transformer_blocks.0", **changes):

@@ -108,9 +108,9 @@ def test_guidance_is_rounded_as_in_diffusers(ours, upstream, dtype):
 
 
 def test_half_precision_is_no_worse():
-    gold = sprint_pipeline(diffusers)(**CALL, generator=seeded()).images
+    reference = sprint_pipeline(diffusers)(**CALL, generator=seeded()).images
     errors = [
-        (sprint_pipeline(library).to(torch.bfloat16)(**CALL, generator=seeded()).images.float() - gold).norm()
+        (sprint_pipeline(library).to(torch.bfloat16)(**CALL, generator=seeded()).images.float() - reference).norm()
         for library in (diffusers_sana, diffusers)
     ]
     assert errors[0] <= 1.2 * errors[1]

@@ -29,7 +29,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def picture(height=32, width=64, number=1):
+def random_image(height=32, width=64, number=1):
     return torch.rand(number, 3, height, width, generator=seeded(7))
 
 
@@ -40,16 +40,16 @@ def as_pil(tensor):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"image": picture()},
-        {"image": picture()[0], "strength": 0.4},
-        {"image": as_pil(picture())[0], "num_inference_steps": 4, "strength": 0.75},
-        {"image": as_pil(picture(50, 40))[0], "num_inference_steps": 1, "strength": 1.0},
-        {"image": picture(64, 32), "num_inference_steps": 3, "strength": 0.5},
-        {"image": np.array(as_pil(picture())[0]) / np.float32(255), "output_type": "latent"},
-        {"image": picture(number=2), "prompt": ["a fox", "two red apples"], "strength": 0.5},
+        {"image": random_image()},
+        {"image": random_image()[0], "strength": 0.4},
+        {"image": as_pil(random_image())[0], "num_inference_steps": 4, "strength": 0.75},
+        {"image": as_pil(random_image(50, 40))[0], "num_inference_steps": 1, "strength": 1.0},
+        {"image": random_image(64, 32), "num_inference_steps": 3, "strength": 0.5},
+        {"image": np.array(as_pil(random_image())[0]) / np.float32(255), "output_type": "latent"},
+        {"image": random_image(number=2), "prompt": ["a fox", "two red apples"], "strength": 0.5},
         # Of equal length: diffusers gives the images of several prompts each other's masks.
-        {"image": picture(), "prompt": ["a fox", "a cat"], "num_images_per_prompt": 2, "strength": 0.5},
-        {"image": picture(), "latents": torch.randn(1, 4, 16, 32, generator=seeded()), "strength": 0.5},
+        {"image": random_image(), "prompt": ["a fox", "a cat"], "num_images_per_prompt": 2, "strength": 0.5},
+        {"image": random_image(), "latents": torch.randn(1, 4, 16, 32, generator=seeded()), "strength": 0.5},
     ],
     ids=["tensor", "weak", "pil", "resized pil", "resized tensor", "array", "batch", "several", "latents"],
 )
@@ -65,8 +65,8 @@ def test_latents_in_place_of_an_image(ours):
     call = {name: value for name, value in CALL.items() if name not in ("height", "width")}
     vae = ours.vae
     with torch.no_grad():
-        latents = vae.encode(picture() * 2 - 1).latent * vae.config.scaling_factor
-    expected = ours(**call, image=picture(), strength=0.5, generator=seeded()).images
+        latents = vae.encode(random_image() * 2 - 1).latent * vae.config.scaling_factor
+    expected = ours(**call, image=random_image(), strength=0.5, generator=seeded()).images
     assert_close_fp32(ours(**call, image=latents, strength=0.5, generator=seeded()).images, expected)
     assert expected.shape == (1, 3, 32, 64)  # the size of the image
 
@@ -82,9 +82,9 @@ def test_a_weak_change_stays_near_the_image(ours):
 
 
 def test_several_images_of_one_prompt(ours):
-    together = ours(**CALL, image=picture(number=2), strength=0.5, generator=[seeded(1), seeded(2)]).images
+    together = ours(**CALL, image=random_image(number=2), strength=0.5, generator=[seeded(1), seeded(2)]).images
     for index, seed in ((0, 1), (1, 2)):
-        alone = ours(**CALL, image=picture(number=2)[index], strength=0.5, generator=seeded(seed)).images
+        alone = ours(**CALL, image=random_image(number=2)[index], strength=0.5, generator=seeded(seed)).images
         assert_close_fp32(together[index : index + 1], alone)
 
 
@@ -99,8 +99,8 @@ def test_from_pipe_and_auto_pipeline(tmp_path, ours):
         SanaSprintImg2ImgPipeline.from_pretrained(tmp_path),
     ):
         assert type(pipe) is SanaSprintImg2ImgPipeline
-        images = pipe(**CALL, image=picture(), strength=0.5, generator=seeded()).images
-        assert_close_fp32(images, ours(**CALL, image=picture(), strength=0.5, generator=seeded()).images)
+        images = pipe(**CALL, image=random_image(), strength=0.5, generator=seeded()).images
+        assert_close_fp32(images, ours(**CALL, image=random_image(), strength=0.5, generator=seeded()).images)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_from_pipe_and_auto_pipeline(tmp_path, ours):
 )
 def test_values_outside_of_0_to_1_are_those_of_diffusers(ours, upstream, change, caplog):
     """Below 0 means [-1, 1]; beyond white is kept. Both are likely mistakes."""
-    image = change(picture())
+    image = change(random_image())
     logging.getLogger("diffusers_sana").addHandler(caplog.handler)
     try:
         images = ours(**CALL, image=image, generator=seeded()).images
@@ -122,17 +122,17 @@ def test_values_outside_of_0_to_1_are_those_of_diffusers(ours, upstream, change,
     ("arguments", "error", "message"),
     [
         ({}, ValueError, "`image` must be given, got None. Use SanaSprintPipeline"),
-        ({"image": picture() * torch.inf}, ValueError, "`image` must be finite"),
+        ({"image": random_image() * torch.inf}, ValueError, "`image` must be finite"),
         ({"image": "fox.png"}, TypeError, "`image` must be PIL images, arrays or tensors"),
         (
             {"image": torch.zeros(1, 4, 8, 8)},
             ValueError,
             "must be left out where `image` is latents",
         ),
-        ({"image": picture(), "strength": 0}, ValueError, "`strength` must be above 0 and at most 1, got 0"),
-        ({"image": picture(), "strength": "weak"}, TypeError, "`strength` must be a number"),
+        ({"image": random_image(), "strength": 0}, ValueError, "`strength` must be above 0 and at most 1, got 0"),
+        ({"image": random_image(), "strength": "weak"}, TypeError, "`strength` must be a number"),
         (
-            {"image": picture(number=3), "prompt": ["a", "b"]},
+            {"image": random_image(number=3), "prompt": ["a", "b"]},
             ValueError,
             "`image` must have one image, or one for each",
         ),

@@ -1,4 +1,4 @@
-"""`VilaUPipeline`: pictures and videos are the model's; seeds, callbacks, folders, offloading."""
+"""`VilaUPipeline`: images and videos are the model's; seeds, callbacks, folders, offloading."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def folders(pipe, tmp_path_factory):
     return write_folders(pipe, tmp_path_factory.mktemp("folders"))
 
 
-class TestPictures:
+class TestImages:
     def test_is_generate_of_the_model(self, pipe):
         options = {"guidance_scale": 2.0, "temperature": 1.5, "top_k": 20, "top_p": 0.8}
         out = pipe(PROMPTS, negative_prompt="c", generator=seeded(1, 2, 3), output_type="pt", **options)
@@ -73,10 +73,10 @@ class TestPictures:
     def test_same_seed_same_bits_whatever_the_batch(self, pipe):
         together, again = (pipe(PROMPTS, generator=seeded(1, 2, 3), output_type="pt").images for _ in range(2))
         assert torch.equal(again, together)
-        for prompt, seed, picture in zip(PROMPTS, (1, 2, 3), together, strict=True):
-            assert torch.equal(pipe(prompt, generator=seeded(seed), output_type="pt").images[0], picture)
+        for prompt, seed, image in zip(PROMPTS, (1, 2, 3), together, strict=True):
+            assert torch.equal(pipe(prompt, generator=seeded(seed), output_type="pt").images[0], image)
 
-    def test_pictures_of_a_prompt_are_neighbours(self, pipe):
+    def test_images_of_a_prompt_are_neighbors(self, pipe):
         codes = codes_of(pipe, PROMPTS[:2], num_images_per_prompt=2, generator=seeded(1, 2, 3, 4))
         assert codes.shape == (4, CELLS, DEPTH)
         assert torch.equal(codes[2], codes_of(pipe, PROMPTS[1], generator=seeded(3))[0])
@@ -102,7 +102,7 @@ class TestPictures:
 
 
 class TestCallback:
-    def test_sees_the_picture_grow(self, pipe):
+    def test_sees_the_image_grow(self, pipe):
         calls = []
 
         def callback(*call):

@@ -28,10 +28,10 @@ def expected(pipe, *parts):
 
 
 def test_one(pipe):
-    picture, question = {"type": "image", "image": GREY}, {"type": "text", "text": "cat?"}
+    image, question = {"type": "image", "image": GREY}, {"type": "text", "text": "cat?"}
     video = {"type": "video", "video": [RED, GREY, RED]}
     answers = {
-        pipe.chat(GREY, "cat?", max_new_tokens=6): expected(pipe, picture, question),
+        pipe.chat(GREY, "cat?", max_new_tokens=6): expected(pipe, image, question),
         pipe.chat(None, "cat?", max_new_tokens=6): expected(pipe, question),
         pipe.chat(question="cat?", video=[RED, GREY, RED], max_new_tokens=6): expected(pipe, video, question),
     }
@@ -40,11 +40,11 @@ def test_one(pipe):
 
 
 def test_batch(pipe):
-    """Rows with none, one and several pictures are answered as if alone."""
-    pictures = [GREY, None, [RED, GREY]]
-    answers = pipe.chat(pictures, "cat?", max_new_tokens=6)
+    """Rows with none, one and several images are answered as if alone."""
+    images = [GREY, None, [RED, GREY]]
+    answers = pipe.chat(images, "cat?", max_new_tokens=6)
     pair = [{"type": "image", "image": item} for item in (RED, GREY)]
-    assert answers[:2] == [pipe.chat(item, "cat?", max_new_tokens=6) for item in pictures[:2]]
+    assert answers[:2] == [pipe.chat(item, "cat?", max_new_tokens=6) for item in images[:2]]
     assert answers[2] == expected(pipe, *pair, {"type": "text", "text": "cat?"})
     questions = ["cat?", "a"]
     assert pipe.chat(GREY, questions, max_new_tokens=6) == [

@@ -39,7 +39,7 @@ def test_equals_diffusers(ours, upstream, instruction, max_sequence_length):
         assert_close_fp32(actual, expected * expected_mask[..., None])
 
 
-def test_rows_of_a_prompt_are_neighbours(ours):
+def test_rows_of_a_prompt_are_neighbors(ours):
     """diffusers interleaves the features and tiles the masks."""
     single = ours.encode_prompt(PROMPTS, negative_prompt=["x", "yyy"])
     double = ours.encode_prompt(PROMPTS, negative_prompt=["x", "yyy"], num_images_per_prompt=2)

@@ -115,11 +115,11 @@ class TestEqualsTheWholeRun:
             assert_right(model, instruction=instruction)
 
     def test_bf16_is_no_worse(self, model):
-        gold, _ = encode_whole(model)
+        reference, _ = encode_whole(model)
         model.to(torch.bfloat16)
         eager, _ = encode_whole(model)
         assert eager.dtype == torch.bfloat16
-        assert_no_worse(encode(model)[0], eager, gold)
+        assert_no_worse(encode(model)[0], eager, reference)
 
     def test_inference_mode(self, model):
         with torch.inference_mode():
@@ -289,10 +289,10 @@ class TestForgets:
         encode(model.to(torch.bfloat16))
         model.to(torch.float64)
         assert encode(model)[0].dtype == torch.float64
-        gold = encode_whole(model)[0]
+        reference = encode_whole(model)[0]
         # Not less: the model's cosines are fp32, and where a vector of them begins changes their last bit. What bf16
         # had left would be wrong by 1e-3.
-        assert (encode(model)[0] - gold).norm() < 1e-6 * gold.norm()
+        assert (encode(model)[0] - reference).norm() < 1e-6 * reference.norm()
 
     def test_autocast(self, model):
         plain = encode(model, "a")[0], encode(model)[0]

@@ -20,11 +20,11 @@ def bundled():
 
 def random_merges():
     """A vocabulary in which the end of a run of letters decides about tokens far before it."""
-    draw = random.Random(0)
+    rng = random.Random(0)
     vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "▁": 5, "a": 6, "b": 7, "c": 8}
     merges = []
     while len(merges) < 120:
-        left, right = draw.choice(list(vocab)[5:]), draw.choice(list(vocab)[5:])
+        left, right = rng.choice(list(vocab)[5:]), rng.choice(list(vocab)[5:])
         if left + right not in vocab and len(left + right) <= 9:
             vocab[left + right] = len(vocab)
             merges.append((left, right))
@@ -59,9 +59,9 @@ class Reader:
 @pytest.mark.parametrize("alphabet", ALPHABETS)
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_tokens_are_those_of_the_whole_text(tokenizer, alphabet):
-    tokenizer, draw = TOKENIZERS[tokenizer](), random.Random(1)
+    tokenizer, rng = TOKENIZERS[tokenizer](), random.Random(1)
     for size in (30, 400, 5000):
-        text = "".join(draw.choice(ALPHABETS[alphabet]) for _ in range(size))
+        text = "".join(rng.choice(ALPHABETS[alphabet]) for _ in range(size))
         cut = beginning(tokenizer, Reader(tokenizer), text, NUM_TOKENS)
         assert text.startswith(cut)
         whole = tokenizer(text, max_length=NUM_TOKENS, truncation=True).input_ids

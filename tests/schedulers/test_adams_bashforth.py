@@ -96,4 +96,4 @@ def test_documented_tables_are_the_measured_ones():
     assert {row["solver"] for row in result["rows"]} == set(study.SOLVERS)
     page = study.PAGE.read_text()
     assert page.split(study.BEGIN)[1].split(study.END)[0].strip() == study.markdown(result).strip()
-    assert study.PICTURE.is_file()
+    assert study.FIGURE.is_file()

@@ -135,12 +135,12 @@ def test_step_in_half_precision_is_no_worse_than_diffusers(dtype):
     for scheduler in (FlowDPMSolverScheduler(flow_shift=3.0), stock(flow_shift=3.0)):
         scheduler.set_timesteps(20)
         outputs.append(run(scheduler, latents(dtype)))
-    gold = FlowDPMSolverScheduler(flow_shift=3.0)
-    gold.set_timesteps(20)
-    gold = run(gold, latents(dtype).double())
+    reference = FlowDPMSolverScheduler(flow_shift=3.0)
+    reference.set_timesteps(20)
+    reference = run(reference, latents(dtype).double())
     assert outputs[0].dtype == outputs[1].dtype == dtype
-    assert gold.dtype == torch.float64
-    assert_no_worse(outputs[0], outputs[1], gold)
+    assert reference.dtype == torch.float64
+    assert_no_worse(outputs[0], outputs[1], reference)
 
 
 def test_step_of_half_velocity_and_fp32_sample_gives_fp32_as_diffusers():

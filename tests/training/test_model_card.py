@@ -22,7 +22,7 @@ def code_of(card: ModelCard) -> str:
 
 def test_pipeline(tmp_path):
     folder = tiny.write_official_folder(tmp_path / "sana-cats")
-    facts = {"trained on": "7 pictures"}
+    facts = {"trained on": "7 images"}
     write_model_card(folder, base_model="someone/Sana", license="apache-2.0", tags=("cats",), facts=facts)
     card = ModelCard.load(folder / "README.md")
     data = card.data.to_dict()
@@ -39,7 +39,7 @@ def test_pipeline(tmp_path):
     )
     count = sum(p.numel() for p in tiny.transformer().parameters()) / 1e6
     assert f"| transformer | {count:.3g} million parameters |" in card.text
-    assert "| trained on | 7 pictures |" in card.text
+    assert "| trained on | 7 images |" in card.text
     # tests/pipelines/test_folders.py runs these lines in a process without this package.
     assert 'Plain diffusers loads it too: `diffusers.SanaPipeline.from_pretrained("sana-cats")`.' in card.text
     config = json.loads((folder / "transformer" / "config.json").read_text())

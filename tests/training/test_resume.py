@@ -71,6 +71,14 @@ def start(folder, save=None, spoil=lambda number, loss: loss, make_optimizer=Non
     return loop, model, run
 
 
+def checkpoint_of_a_run(folder, **settings):
+    """The only checkpoint of a run from `start`."""
+    _, _, run = start(folder, **settings)
+    run()
+    [checkpoint] = checkpoints(folder)
+    return checkpoint
+
+
 def nan_at(*numbers):
     return lambda number, loss: loss * float("nan") if number in numbers else loss
 
@@ -334,9 +342,7 @@ OWN = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "random_
 
 @pytest.mark.parametrize("name", [*PICKLES, *OWN])
 def test_nothing_in_a_checkpoint_is_executed(tmp_path, name):
-    _, _, run = start(tmp_path, max_steps=2, ema_decay=0.5)
-    run()
-    [folder] = checkpoints(tmp_path)
+    folder = checkpoint_of_a_run(tmp_path, max_steps=2, ema_decay=0.5)
     assert {path.name for path in folder.iterdir()} == set(OWN)
     for protocol in ("pickle", "torch"):
         fuse = tmp_path / f"executed-{protocol}"
@@ -359,9 +365,7 @@ def test_checkpoints_of_older_versions_are_refused(tmp_path):
 
 
 def test_a_missing_or_cut_file_is_an_error_that_names_it(tmp_path):
-    _, _, run = start(tmp_path, max_steps=2)
-    run()
-    [folder] = checkpoints(tmp_path)
+    folder = checkpoint_of_a_run(tmp_path, max_steps=2)
     (folder / "random_0.safetensors").rename(folder / "elsewhere")
     with pytest.raises(ValueError, match=r"random_0\.safetensors' cannot be read"):
         start(tmp_path, resume=True)
@@ -373,9 +377,7 @@ def test_a_missing_or_cut_file_is_an_error_that_names_it(tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    _, _, run = start(tmp_path, max_steps=1)
-    run()
-    [folder] = checkpoints(tmp_path)
+    folder = checkpoint_of_a_run(tmp_path, max_steps=1)
     state = read_state(folder / "model.safetensors")
     write_state(state | {"0.weight": torch.zeros(3, 3)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"is not a checkpoint of this model: 1 tensors .* '0\.weight' first"):

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+from transformers import Gemma2Model, GemmaTokenizer
 
 from diffusers_sana import AutoencoderDC, FlowDPMSolverScheduler, SanaPipeline, SanaTransformer2DModel
 from diffusers_sana.prompts.training_prompts import complex_human_instruction
+from tests import tiny
 
 
 CAPTIONS = ["a red cat", "two dogs on a blue hill", "", "A green house "]
@@ -38,34 +39,13 @@ def tiny_tokenizer() -> GemmaTokenizer:
 
 def tiny_text_encoder(**changes: Any) -> Gemma2Model:
     """Two layers of width 16, one of them with a sliding window."""
-    settings = {
-        "vocab_size": 320,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "query_pre_attn_scalar": 8,
-        "initializer_range": 0.3,
-    }
-    return Gemma2Model(Gemma2Config(**settings | changes)).eval()
+    settings = {"vocab_size": 320, "num_hidden_layers": 2, "query_pre_attn_scalar": 8, "initializer_range": 0.3}
+    return Gemma2Model(tiny.text_config(**settings | changes)).eval()
 
 
 def tiny_transformer() -> SanaTransformer2DModel:
     """Two blocks of width 16."""
-    return SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=2,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        cross_attention_dim=16,
-        caption_channels=16,
-        sample_size=32,
-    )
+    return SanaTransformer2DModel(**tiny.TRANSFORMER | {"sample_size": 32})
 
 
 def tiny_autoencoder(has_attention: bool = False) -> AutoencoderDC:

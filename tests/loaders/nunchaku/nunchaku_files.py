@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests import tiny
 from tests.loaders.nunchaku import nunchaku_formulas as formulas
 
 
@@ -50,18 +51,9 @@ def flux(heads: int, head_dim: int, num_layers: int = 2) -> torch.nn.Module:
 def sana() -> torch.nn.Module:
     """5 heads, which are padded to 8; 400 channels of the feed-forward, which are padded to 448."""
     torch.manual_seed(0)
-    return diffusers.SanaTransformer2DModel(
-        num_layers=2,
-        num_attention_heads=5,
-        attention_head_dim=32,
-        num_cross_attention_heads=5,
-        cross_attention_head_dim=32,
-        cross_attention_dim=160,
-        caption_channels=16,
-        in_channels=4,
-        out_channels=4,
-        sample_size=8,
-    ).to(DTYPE)
+    heads = {"num_attention_heads": 5, "attention_head_dim": 32, "num_cross_attention_heads": 5}
+    cross = {"cross_attention_head_dim": 32, "cross_attention_dim": 160}
+    return diffusers.SanaTransformer2DModel(**tiny.TRANSFORMER | heads | cross | {"sample_size": 8}).to(DTYPE)
 
 
 def quantize(

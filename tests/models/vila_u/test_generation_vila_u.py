@@ -1,4 +1,4 @@
-"""Pictures and videos from `generate`: against an uncached loop, batches, caches, guidance, seeds, compilation."""
+"""Images and videos from `generate`: against an uncached loop, batches, caches, guidance, seeds, compilation."""
 
 import pytest
 import torch
@@ -151,7 +151,7 @@ def test_without_guidance_the_second_half_does_not_run():
 
 
 def test_guided_in_an_interval_only():
-    """Of every picture; outside, the model is the conditional one, and where no cell is inside it runs alone."""
+    """Of every image; outside, the model is the conditional one, and where no cell is inside it runs alone."""
     model = shared_model()
     scales = [3.0 if 4 <= cell < 8 else 1.0 for cell in range(CELLS)]
     codes = model.generate(**prompt(*PROMPTS), **GREEDY, guidance_interval=(0.25, 0.5))
@@ -217,8 +217,8 @@ def test_video():
     torch.testing.assert_close(pixels[0], model.model.vision_tower.decode_codes(codes[0]))
 
 
-def test_pictures_in_the_prompt():
-    """A video from its first frame: as many pictures as prompts say, also several samples, also in the negative."""
+def test_images_in_the_prompt():
+    """A video from its first frame: as many images as prompts say, also several samples, also in the negative."""
     model = shared_model()
     frame = torch.randint(CODES, (2, CELLS, DEPTH), generator=torch.Generator().manual_seed(1))
     rows = [[BOS, row, VIDEO_START, *[IMAGE] * CELLS] for row in (5, 6)]

@@ -1,4 +1,4 @@
-"""Pictures to tensors and back: three ways to make a square, exact values, rounding."""
+"""Images to tensors and back: three ways to make a square, exact values, rounding."""
 
 import numpy as np
 import pytest
@@ -42,12 +42,12 @@ class TestSquares:
         torch.testing.assert_close(pixels_of(noise(*size), image_aspect_ratio="crop"), wanted)
 
     @pytest.mark.parametrize(("size", "corner"), [((20, 12), (0, 4)), ((12, 20), (4, 0)), ((16, 16), (0, 0))])
-    def test_pad_adds_the_mean_colour(self, size, corner):
+    def test_pad_adds_the_mean_color(self, size, corner):
         canvas = Image.new("RGB", (max(size), max(size)), (127, 127, 127))
         canvas.paste(noise(*size), corner)
         torch.testing.assert_close(pixels_of(noise(*size), image_aspect_ratio="pad"), expected(canvas))
 
-    def test_colour_of_the_bars_is_that_of_the_mean(self):
+    def test_color_of_the_bars_is_that_of_the_mean(self):
         black = Image.new("RGB", (16, 2))
         options = {"image_aspect_ratio": "pad", "image_mean": [1.0, 0.0, 0.5], "do_normalize": False}
         assert pixels_of(black, **options)[:, 0, 0].mul(255).round().tolist() == [255, 0, 127]
@@ -112,7 +112,7 @@ def test_other_modes_become_rgb(mode):
     torch.testing.assert_close(pixels_of(image), expected(image.convert("RGB")))
 
 
-def test_pictures_of_different_sizes():
+def test_images_of_different_sizes():
     batch = processor()([noise(20, 12), noise(9, 30)], return_tensors="pt")["pixel_values"]
     assert batch.shape == (2, 3, 8, 8)
     assert torch.equal(batch[1], pixels_of(noise(9, 30)))

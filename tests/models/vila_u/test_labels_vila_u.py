@@ -1,4 +1,4 @@
-"""Labels that the processor makes of chats: what the assistant says, its pictures included, and nothing else."""
+"""Labels that the processor makes of chats: what the assistant says, its images included, and nothing else."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from tests.models.vila_u.tiny_processor import tiny_processor
 
 PROCESSOR = tiny_processor()
 SPACE, A, CAT, NEW_LINE = (PROCESSOR.tokenizer.convert_tokens_to_ids(piece) for piece in ("▁", "▁a", "cat", "<0x0A>"))
-PICTURE = {"type": "image", "image": Image.new("RGB", (9, 5))}
+IMAGE_PART = {"type": "image", "image": Image.new("RGB", (9, 5))}
 VIDEO = {"type": "video", "video": [Image.new("RGB", (9, 5))] * 2}
 CELLS_OF_ONE = [IMAGE] * CELLS
 
@@ -28,11 +28,11 @@ def turns(*contents):
 
 
 # A chat, and what the assistant says in it, answer by answer.
-GENERATION = turns("a cat", [PICTURE]), [[SPACE, IMAGE_START, *CELLS_OF_ONE, IMAGE_END, EOS]]
-UNDERSTANDING = turns([PICTURE, text("cat?")], "a cat"), [[A, SPACE, CAT, EOS]]
+GENERATION = turns("a cat", [IMAGE_PART]), [[SPACE, IMAGE_START, *CELLS_OF_ONE, IMAGE_END, EOS]]
+UNDERSTANDING = turns([IMAGE_PART, text("cat?")], "a cat"), [[A, SPACE, CAT, EOS]]
 CHAT = turns("a", "cat", "ASSISTANT: a</s>", "a"), [[SPACE, CAT, EOS], [A, EOS]]
 MEDIA = (
-    turns([PICTURE, VIDEO, text("cat")], [text("\ncat "), VIDEO, text("\n"), PICTURE]),
+    turns([IMAGE_PART, VIDEO, text("cat")], [text("\ncat "), VIDEO, text("\n"), IMAGE_PART]),
     [
         [
             *(SPACE, NEW_LINE, CAT, SPACE),
@@ -41,7 +41,7 @@ MEDIA = (
         ]
     ],
 )
-BARE = turns([PICTURE], "a <image>\ncat"), [[A, SPACE, *CELLS_OF_ONE, SPACE, NEW_LINE, CAT, EOS]]
+BARE = turns([IMAGE_PART], "a <image>\ncat"), [[A, SPACE, *CELLS_OF_ONE, SPACE, NEW_LINE, CAT, EOS]]
 
 
 def inputs_of(chats, *options, **processor_kwargs):
@@ -78,7 +78,7 @@ def test_by_hand(side):
         assert (batch["labels"][index][~seen] == -100).all()
 
 
-def test_wrapped_pictures():
+def test_wrapped_images():
     """Marks that are added move what stands behind them."""
     chat, [answer] = MEDIA
     labels = inputs_of(chat, wrap_image_tokens=True)["labels"][0]
@@ -86,11 +86,15 @@ def test_wrapped_pictures():
     assert labels[-len(answer) :].tolist() == answer
 
 
-def test_a_picture_without_its_marks():
+def test_an_image_without_its_marks():
     """The text behind it starts with a space that is no character of the chat, and still is to be learned."""
     chat, [answer] = BARE
     batch = PROCESSOR.apply_chat_template(
-        chat, tokenize=True, return_dict=True, output_labels=True, processor_kwargs={"images": [PICTURE["image"]] * 2}
+        chat,
+        tokenize=True,
+        return_dict=True,
+        output_labels=True,
+        processor_kwargs={"images": [IMAGE_PART["image"]] * 2},
     )
     assert batch["labels"][0, -len(answer) :].tolist() == answer
     assert (batch["labels"][0, : -len(answer)] == -100).all()

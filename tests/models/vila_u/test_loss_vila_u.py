@@ -25,11 +25,11 @@ from tests.models.vila_u.tiny import (
 )
 
 
-PICTURE = [IMAGE] * CELLS
-GENERATION = [BOS, 5, 6, IMAGE_START, *PICTURE, IMAGE_END, EOS]  # text to picture: the picture is the target
-UNDERSTANDING = [BOS, *PICTURE, 7, 8, 9, EOS]  # picture to text
+IMAGE_TOKENS = [IMAGE] * CELLS
+GENERATION = [BOS, 5, 6, IMAGE_START, *IMAGE_TOKENS, IMAGE_END, EOS]  # text to image: the image is the target
+UNDERSTANDING = [BOS, *IMAGE_TOKENS, 7, 8, 9, EOS]  # image to text
 CHAT = [BOS, 11, 12, 13, EOS]
-INTERLEAVED = [BOS, *PICTURE, 14, IMAGE_START, *PICTURE, IMAGE_END, 15]
+INTERLEAVED = [BOS, *IMAGE_TOKENS, 14, IMAGE_START, *IMAGE_TOKENS, IMAGE_END, 15]
 
 
 def labels_of(row: list[int], ignored: range) -> list[int]:
@@ -42,11 +42,11 @@ SAMPLES = {  # row and labels
     "chat": (CHAT, labels_of(CHAT, range(2))),
     "interleaved": (INTERLEAVED, labels_of(INTERLEAVED, range(CELLS + 1))),
 }
-PICTURES = {"generation": 1, "understanding": 1, "chat": 0, "interleaved": 2}
+NUM_IMAGES = {"generation": 1, "understanding": 1, "chat": 0, "interleaved": 2}
 
 
 def codes_for(names) -> torch.Tensor:
-    count = sum(PICTURES[name] for name in names)
+    count = sum(NUM_IMAGES[name] for name in names)
     return torch.randint(CODES, (count, CELLS, DEPTH), generator=torch.Generator().manual_seed(3))
 
 
@@ -54,7 +54,7 @@ def batch(*names: str, left: bool = False) -> dict[str, torch.Tensor]:
     input_ids, mask = ids(*(SAMPLES[name][0] for name in names), left=left)
     labels, _ = ids(*(SAMPLES[name][1] for name in names), left=left)
     inputs = {"input_ids": input_ids, "attention_mask": mask, "labels": labels.masked_fill(mask == 0, -100)}
-    if sum(PICTURES[name] for name in names):
+    if sum(NUM_IMAGES[name] for name in names):
         inputs["image_codes"] = codes_for(names)
     return inputs
 
@@ -66,7 +66,7 @@ def literal(model, names) -> tuple[list[float], list[float]]:
     pictures = iter(codes_for(names))
     for name in names:
         row, labels = SAMPLES[name]
-        own = torch.stack([next(pictures) for _ in range(PICTURES[name])]) if PICTURES[name] else None
+        own = torch.stack([next(pictures) for _ in range(NUM_IMAGES[name])]) if NUM_IMAGES[name] else None
         states = model.model(input_ids=torch.tensor([row]), image_codes=own).last_hidden_state[0]
         cells = iter([] if own is None else own.flatten(0, 1))
         for position, (token, label) in enumerate(zip(row, labels, strict=True)):
@@ -117,7 +117,7 @@ def test_position_by_position(names, left):
 def target_codes(names) -> torch.Tensor:
     pictures, chosen = iter(codes_for(names)), []
     for name in names:
-        own = [next(pictures) for _ in range(PICTURES[name])]
+        own = [next(pictures) for _ in range(NUM_IMAGES[name])]
         if name in ("generation", "interleaved"):
             chosen.append(own[-1])
     return torch.cat(chosen)
@@ -168,7 +168,7 @@ def test_parts_of_a_sequence_have_the_losses_of_the_whole():
         model(input_ids=part, shift_labels=torch.tensor([[-100, -100, IMAGE]]))
 
 
-def test_a_picture_without_labels_is_no_target():
+def test_an_image_without_labels_is_no_target():
     inputs = batch("generation")
     inputs["labels"][inputs["input_ids"] == IMAGE] = -100
     outputs = shared_model()(**inputs)
@@ -246,8 +246,8 @@ def test_counts_of_a_larger_batch():
         whole = model(**everything)
         for index, name in enumerate(names):
             inputs = {key: everything[key][index : index + 1] for key in ("input_ids", "attention_mask", "labels")}
-            inputs["image_codes"] = everything["image_codes"][used : used + PICTURES[name]]
-            used += PICTURES[name]
+            inputs["image_codes"] = everything["image_codes"][used : used + NUM_IMAGES[name]]
+            used += NUM_IMAGES[name]
             parts.append(model(**inputs, **counts))
     assert sum(part.text_loss for part in parts).item() == pytest.approx(whole.text_loss.item(), rel=1e-4)
     assert sum(part.visual_loss for part in parts).item() == pytest.approx(whole.visual_loss.item(), rel=1e-4)

@@ -1,4 +1,4 @@
-"""The models: pictures among text, text generation, saving, training helpers, compilation, overfitting."""
+"""The models: images among text, text generation, saving, training helpers, compilation, overfitting."""
 
 import pytest
 import torch
@@ -28,10 +28,10 @@ from tests.models.vila_u.tiny import (
 )
 
 
-PICTURE = [IMAGE] * CELLS
+IMAGE_TOKENS = [IMAGE] * CELLS
 TEXT = [BOS, 5, 6, 7]
-ONE = [BOS, *PICTURE, 8]
-TWO = [BOS, *PICTURE, 9, *PICTURE, 10, 11]
+ONE = [BOS, *IMAGE_TOKENS, 8]
+TWO = [BOS, *IMAGE_TOKENS, 9, *IMAGE_TOKENS, 10, 11]
 NEW = {"max_new_tokens": 8, "min_new_tokens": 8}
 
 
@@ -64,7 +64,7 @@ def uncached(model, row: list[int], steps: int = 8) -> list[int]:
 
 
 def test_text_is_written_as_without_a_cache():
-    """Text alone, one and two pictures, in one left-padded batch; each cache; pixels or codes."""
+    """Text alone, one and two images, in one left-padded batch; each cache; pixels or codes."""
     model = shared_model()
     gold = torch.tensor([uncached(model, TEXT), *(uncached(model, row) for row in (ONE, TWO))])
     assert write(model, TEXT).equal(gold[:1])
@@ -87,7 +87,7 @@ def test_sampling_and_beams():
     torch.manual_seed(0)
     sampled = write(model, TEXT, do_sample=True, num_return_sequences=4)
     assert sampled.unique(dim=0).shape[0] > 1
-    # The pictures follow their rows, whose numbers of pictures differ.
+    # The images follow their rows, whose numbers of images differ.
     beams = write(model, ONE, TWO, num_beams=3)
     inputs = batch(ONE, TWO)
     for index, (row, own) in enumerate(((ONE, inputs["image_codes"][:1]), (TWO, inputs["image_codes"][1:]))):
@@ -104,7 +104,7 @@ def test_processors_of_logits_meet_no_placeholder():
 
 
 def test_a_table_with_a_row_for_the_placeholder():
-    """After resizing, the placeholder has a row and a logit, but is still a picture when read and never written."""
+    """After resizing, the placeholder has a row and a logit, but is still an image when read and never written."""
     model = tiny_model()
     before, old = write(model, ONE), model.get_input_embeddings().weight.detach().clone()
     model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
@@ -142,10 +142,10 @@ def test_inputs_embeds_and_caches_in_forward():
 
 
 @torch.no_grad()
-def test_a_picture_in_its_place():
+def test_an_image_in_its_place():
     """The embedding of a cell is the projector of the sum of its entries."""
     model = shared_model()
-    inputs = batch(TEXT + PICTURE + [9])
+    inputs = batch(TEXT + IMAGE_TOKENS + [9])
     features = model.get_image_features(image_codes=inputs["image_codes"])
     embeds = model.model.embed(inputs["input_ids"], features.pooler_output)[0]
     table, (first, _, last) = model.get_input_embeddings().weight, model.model.projector
@@ -254,12 +254,12 @@ def test_gradient_checkpointing():
         torch.testing.assert_close(checkpointed, plain)
 
 
-def test_memorizes_pictures():
-    """Eight pictures learned by heart from their prompts, then written again, greedily and without guidance."""
+def test_memorizes_images():
+    """The model overfits eight images, and generates them again from their prompts, greedily and without guidance."""
     torch.manual_seed(0)
     model = VilaUForConditionalGeneration(tiny_config(depth_config=tiny_depth_config(dropout=0.0)))
     pictures = codes(8)
-    rows = [[BOS, 20 + index, IMAGE_START, *PICTURE, IMAGE_END, EOS] for index in range(8)]
+    rows = [[BOS, 20 + index, IMAGE_START, *IMAGE_TOKENS, IMAGE_END, EOS] for index in range(8)]
     input_ids = torch.tensor(rows)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad], lr=4e-3, weight_decay=0.0

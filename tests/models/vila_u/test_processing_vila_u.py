@@ -15,10 +15,10 @@ from tests.models.vila_u.tiny_processor import tiny_processor
 
 
 PROCESSOR = tiny_processor()
-RUN = "·"  # stands below for the placeholders of one picture
+RUN = "·"  # stands below for the placeholders of one image
 
 
-def picture(level=128, size=(40, 24)):
+def plain_image(level=128, size=(40, 24)):
     return Image.new("RGB", size, (level, level, level))
 
 
@@ -31,11 +31,11 @@ def text_part(text):
 
 
 def image_part(image=None):
-    return {"type": "image", "image": image or picture()}
+    return {"type": "image", "image": image or plain_image()}
 
 
 def tokens(row, mask=None):
-    """Pieces of a row behind the system prompt, with one mark for each picture."""
+    """Pieces of a row behind the system prompt, with one mark for each image."""
     row = row[mask.bool()] if mask is not None else row
     pieces = PROCESSOR.tokenizer.convert_ids_to_tokens(row.tolist())
     head = PROCESSOR.tokenizer.convert_ids_to_tokens([1, *encode_piece(PROCESSOR.tokenizer, SYSTEM_PROMPT)])
@@ -76,8 +76,8 @@ class TestText:
     def test_template(self, chat, text):
         assert PROCESSOR.apply_chat_template(chat, add_generation_prompt=True) == f"{SYSTEM_PROMPT} {text}"
 
-    def test_answers_with_pictures(self):
-        """As in training: a picture that the assistant shows stands between its marks."""
+    def test_answers_with_images(self):
+        """As in training: an image that the assistant shows stands between its marks."""
         chat = [*user(text_part("a cat")), {"role": "assistant", "content": [image_part()]}]
         wanted = f"{SYSTEM_PROMPT} USER: a cat ASSISTANT: <im_start><image><im_end></s>"
         assert PROCESSOR.apply_chat_template(chat) == wanted
@@ -115,7 +115,7 @@ class TestIds:
         assert tokenizer.convert_ids_to_tokens(encode_piece(tokenizer, text)) == pieces
 
     def test_golden_ids(self):
-        """The text behind a picture starts with the id of "▁", which one pass over the whole text would lose."""
+        """The text behind an image starts with the id of "▁", which one pass over the whole text would lose."""
         ids = inputs_of(user(image_part(), text_part("cat?")))["input_ids"][0]
         assert ids[0] == 1
         assert tokens(ids)[:6] == ["▁USER", ":", "▁", RUN, "▁", "<0x0A>"]
@@ -124,8 +124,8 @@ class TestIds:
         whole = PROCESSOR.tokenizer("<image>\ncat?", add_special_tokens=False)["input_ids"]
         assert whole == [IMAGE, 3, 86, 71]
 
-    def test_wrapped_pictures(self):
-        chat = user(image_part(), {"type": "video", "video": [picture()] * 2}, text_part("cat"))
+    def test_wrapped_images(self):
+        chat = user(image_part(), {"type": "video", "video": [plain_image()] * 2}, text_part("cat"))
         wrapped = tokens(inputs_of(chat, wrap_image_tokens=True)["input_ids"][0])
         video = [RUN, "▁", "<0x0A>", RUN, "▁", "<0x0A>", "cat"]  # frames are bare
         assert wrapped[2 : 7 + len(video)] == ["▁", "<im_start>", RUN, "<im_end>", "<0x0A>", *video]
@@ -201,29 +201,29 @@ class TestGeneration:
 
 class TestMedia:
     def test_order_is_that_of_the_placeholders(self):
-        clip = [picture(level) for level in (10, 20, 30)]
+        clip = [plain_image(level) for level in (10, 20, 30)]
         chats = [
-            user(image_part(picture(40)), {"type": "video", "video": clip}, image_part(picture(50))),
-            user(text_part("cat"), image_part(picture(60))),
+            user(image_part(plain_image(40)), {"type": "video", "video": clip}, image_part(plain_image(50))),
+            user(text_part("cat"), image_part(plain_image(60))),
         ]
         levels = (inputs_of(chats)["pixel_values"][:, 0, 0, 0] + 1) * 127.5
         assert levels.round().tolist() == [40, 10, 30, 50, 60]
 
-    def test_ways_to_pass_pictures(self):
+    def test_ways_to_pass_images(self):
         texts = ["<image>a", "<image><image>"]
-        flat = PROCESSOR(text=texts, images=[picture(level) for level in (1, 2, 3)])
-        nested = PROCESSOR(text=texts, images=[[picture(1)], [picture(2), picture(3)]])
-        arrays = PROCESSOR(text=texts, images=[np.array(picture(level)) for level in (1, 2, 3)])
+        flat = PROCESSOR(text=texts, images=[plain_image(level) for level in (1, 2, 3)])
+        nested = PROCESSOR(text=texts, images=[[plain_image(1)], [plain_image(2), plain_image(3)]])
+        arrays = PROCESSOR(text=texts, images=[np.array(plain_image(level)) for level in (1, 2, 3)])
         for other in (nested, arrays):
             assert all(torch.equal(flat[key], other[key]) for key in flat)
         assert (flat["input_ids"] == IMAGE).sum(1).tolist() == [CELLS, 2 * CELLS]
 
     def test_files_and_folders(self, tmp_path):
         for index in range(5):
-            picture(10 * index).save(tmp_path / f"{index}.png")
+            plain_image(10 * index).save(tmp_path / f"{index}.png")
         by_path = PROCESSOR(text="<image>", images=tmp_path / "3.png")["pixel_values"]
         assert torch.equal(by_path, PROCESSOR(text="<image>", images=str(tmp_path / "3.png"))["pixel_values"])
-        assert torch.equal(by_path, PROCESSOR(text="<image>", images=picture(30))["pixel_values"])
+        assert torch.equal(by_path, PROCESSOR(text="<image>", images=plain_image(30))["pixel_values"])
         clip = PROCESSOR(text="<video>", videos=str(tmp_path))["pixel_values"]
         assert ((clip[:, 0, 0, 0] + 1) * 127.5).round().tolist() == [0, 40]
 
@@ -254,19 +254,19 @@ class TestMedia:
         ("options", "message"),
         [
             ({"text": "<image>"}, "the text has 1, got 0"),
-            ({"text": "a", "images": picture()}, "the text has 0, got 1"),
-            ({"text": ["<image>", "a"], "images": [[], [picture()]]}, "prompt 0 has 1, got 0"),
-            ({"text": ["<image>", "a"], "images": [[picture()]]}, r"one list per prompt \(2\), got 1"),
-            ({"text": ["<image>"] * 2, "images": [[picture()], picture()]}, "a list of images; got list"),
+            ({"text": "a", "images": plain_image()}, "the text has 0, got 1"),
+            ({"text": ["<image>", "a"], "images": [[], [plain_image()]]}, "prompt 0 has 1, got 0"),
+            ({"text": ["<image>", "a"], "images": [[plain_image()]]}, r"one list per prompt \(2\), got 1"),
+            ({"text": ["<image>"] * 2, "images": [[plain_image()], plain_image()]}, "a list of images; got list"),
             ({"text": "<image>", "images": 3}, "one of the image kinds or a list, got int"),
             ({"text": "<image>", "images": [3]}, "got int among them"),
             ({"text": "<image>", "images": [np.zeros(4)]}, r"got ndarray of shape \(4,\) among them"),
             ({"text": "<video>"}, "`videos` must be as many as the placeholders `<video>`"),
             ({"text": "<video>", "videos": np.zeros((0, 4, 4, 3), np.uint8)}, "at least one frame"),
-            ({"text": "<video>", "videos": [picture()] * 3, "do_sample_frames": False}, "must have 2 frames each"),
+            ({"text": "<video>", "videos": [plain_image()] * 3, "do_sample_frames": False}, "must have 2 frames each"),
             ({"text": "a", "audio": np.zeros(9)}, "`audio` must be None"),
             ({"text": [3]}, "`text` must be a string or a list of strings"),
-            ({"images": picture()}, "`text` must be a string or a list of strings"),
+            ({"images": plain_image()}, "`text` must be a string or a list of strings"),
             (
                 {"text": "a", "truncation": True, "max_length": 1},
                 "`truncation` must be off for a prompt of 2 positions where 1 are allowed",
@@ -300,7 +300,7 @@ class TestMedia:
             PROCESSOR.post_process_multimodal_output(torch.zeros(1, 3, 4, 4), generation_mode="audio")
 
 
-def test_codes_in_place_of_pictures():
+def test_codes_in_place_of_images():
     processor = tiny_processor()
     codes = [torch.randint(CODES, (CELLS, DEPTH)) for _ in range(2)]
     batch = processor(text=["<image>\na", "<image>\nb"], images=codes)
@@ -319,7 +319,7 @@ class TestOptionsOfTransformers:
     TEXT = ("a <image>b", "c <image> d <image>")
 
     def call(self, **options):
-        return PROCESSOR(images=[[picture()], [picture(), picture()]], text=list(self.TEXT), **options)
+        return PROCESSOR(images=[[plain_image()], [plain_image(), plain_image()]], text=list(self.TEXT), **options)
 
     @pytest.mark.parametrize("kind", ["pt", "np", None])
     def test_types_of_tokens(self, kind):

@@ -20,7 +20,7 @@ class TestOutputs:
         ids = torch.tensor([encode_piece(PROCESSOR.tokenizer, "a cat</s>")])
         assert PROCESSOR.post_process_multimodal_output(ids) == ["a cat"]
 
-    def test_pictures_and_videos(self):
+    def test_images_and_videos(self):
         pictures = PROCESSOR.post_process_multimodal_output(torch.zeros(2, 3, 4, 4), generation_mode="image")
         assert [item.size for item in pictures] == [(4, 4)] * 2
         clips = PROCESSOR.post_process_multimodal_output(torch.zeros(1, 2, 3, 4, 4), generation_mode="video")

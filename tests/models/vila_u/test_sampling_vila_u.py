@@ -1,4 +1,4 @@
-"""How codes are drawn: filters on adversarial logits, frequencies, noise of its own for each sample, guidance."""
+"""How codes are sampled: filters on adversarial logits, frequencies, noise of its own for each sample, guidance."""
 
 import pytest
 import torch
@@ -28,9 +28,9 @@ def test_candidates(name, options):
     probabilities, codes = VisualSampling(True, *options).candidates(logits)
     for row, of_row, their_codes in zip(logits, probabilities, codes, strict=True):
         best = sorted(row.double().tolist(), reverse=True)[: top_k or 50]
-        gold = torch.tensor(best, dtype=torch.float64).div(temperature).softmax(0)
+        reference = torch.tensor(best, dtype=torch.float64).div(temperature).softmax(0)
         total, kept = 0.0, []
-        for value in gold.tolist():
+        for value in reference.tolist():
             kept.append(value if total < top_p - 1e-9 else 0.0)
             total += value
         torch.testing.assert_close(of_row.double(), torch.tensor(kept, dtype=torch.float64), atol=1e-6, rtol=1e-5)
@@ -43,10 +43,10 @@ def test_draws_follow_the_probabilities():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0]).expand(40_000, 5)
     sampling = VisualSampling(top_k=4, top_p=1.0)
     noise = CodeNoise(torch.Generator().manual_seed(0), (40_000, 1, 1, 5), torch.device("cpu")).sample()
-    drawn = sampling.choose(logits, noise[:, 0, 0]).bincount(minlength=5) / 40_000
-    gold = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf]).softmax(0)
-    torch.testing.assert_close(drawn, gold, atol=0.01, rtol=0)
-    assert drawn[4] == 0
+    sampled = sampling.choose(logits, noise[:, 0, 0]).bincount(minlength=5) / 40_000
+    reference = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf]).softmax(0)
+    torch.testing.assert_close(sampled, reference, atol=0.01, rtol=0)
+    assert sampled[4] == 0
 
 
 def test_noise_of_each_sample_is_its_own():

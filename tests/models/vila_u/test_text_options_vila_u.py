@@ -10,8 +10,8 @@ from tests.models.vila_u.tiny import BOS, CELLS, CODES, DEPTH, EOS, IMAGE, PAD, 
 from tests.models.vila_u.tiny_processor import tiny_tokenizer
 
 
-PICTURE = [IMAGE] * CELLS
-ROW = [BOS, *PICTURE, 5, 6, 7, 9, 5, 6]
+IMAGE_TOKENS = [IMAGE] * CELLS
+ROW = [BOS, *IMAGE_TOKENS, 5, 6, 7, 9, 5, 6]
 NEW = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 
 
@@ -29,13 +29,13 @@ def next_logits(model, row: list[int]) -> torch.Tensor:
         return model(**inputs(row), use_cache=False).logits[0, -1].float()
 
 
-@pytest.mark.parametrize("row", [ROW, [BOS, 5, *PICTURE]], ids=["text behind", "image at the end"])
+@pytest.mark.parametrize("row", [ROW, [BOS, 5, *IMAGE_TOKENS]], ids=["text behind", "image at the end"])
 @pytest.mark.parametrize("ngram", [1, 2])
 def test_prompt_lookup_writes_the_same(row, ngram):
     model = shared_model()
-    gold = model.generate(**inputs(row), **NEW)
+    reference = model.generate(**inputs(row), **NEW)
     looked_up = model.generate(**inputs(row), **NEW, prompt_lookup_num_tokens=3, max_matching_ngram_size=ngram)
-    assert looked_up.equal(gold)
+    assert looked_up.equal(reference)
 
 
 def test_prompt_lookup_saves_passes():
@@ -43,42 +43,42 @@ def test_prompt_lookup_saves_passes():
     model, passes = tiny_model(), []
     model.lm_head.register_forward_hook(lambda *_: passes.append(1))
     longer = NEW | {"max_new_tokens": 32}
-    gold = model.generate(**inputs(ROW), **longer)
-    assert len(passes) == len(gold[0]) - len(ROW)
+    reference = model.generate(**inputs(ROW), **longer)
+    assert len(passes) == len(reference[0]) - len(ROW)
     passes.clear()
-    assert model.generate(**inputs(ROW), **longer, prompt_lookup_num_tokens=4).equal(gold)
-    assert len(passes) < len(gold[0]) - len(ROW)
+    assert model.generate(**inputs(ROW), **longer, prompt_lookup_num_tokens=4).equal(reference)
+    assert len(passes) < len(reference[0]) - len(ROW)
 
 
 @pytest.mark.parametrize("as_pixels", [False, True])
 def test_an_assistant_sees_the_images(as_pixels):
     model = shared_model()
     given = {"input_ids": torch.tensor([ROW]), "pixel_values": pixels()} if as_pixels else inputs(ROW)
-    gold = model.generate(**given, **NEW)
+    reference = model.generate(**given, **NEW)
     assistant, seen = copy.deepcopy(model), []
     assistant.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((kwargs["input_ids"], kwargs["mm_encoder_outputs"])), with_kwargs=True
     )
-    assert model.generate(**given, **NEW, assistant_model=assistant).equal(gold)
+    assert model.generate(**given, **NEW, assistant_model=assistant).equal(reference)
     read, features = seen[0]
     assert read.tolist() == [ROW]
     assert features["image"].pooler_output.shape[:2] == (1, CELLS)
     # The same model proposes what is written: it reads the prompt once, and then token after token.
     assert all(images is None for ids, images in seen[1:])
     assert all(len(ids[0]) < len(ROW) for ids, images in seen[1:])
-    assert model.generate(**given, **NEW, assistant_model=tiny_model(seed=1)).equal(gold)
+    assert model.generate(**given, **NEW, assistant_model=tiny_model(seed=1)).equal(reference)
 
 
 def test_encoder_repetition_penalty():
     """Favors what is in the prompt, by its formula; nothing that is not in it, and not the padding, is touched."""
     model = shared_model()
     logits, penalty = next_logits(model, ROW), 1.7
-    gold = logits.clone()
+    reference = logits.clone()
     for token in {BOS, 5, 6, 7, 9}:
-        gold[token] = logits[token] * penalty if logits[token] > 0 else logits[token] / penalty
+        reference[token] = logits[token] * penalty if logits[token] > 0 else logits[token] / penalty
     one = {"max_new_tokens": 1, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
     outputs = model.generate(**inputs(ROW), **one, encoder_repetition_penalty=penalty)
-    torch.testing.assert_close(outputs.scores[0][0], gold)
+    torch.testing.assert_close(outputs.scores[0][0], reference)
 
 
 class TestHealing:
@@ -116,7 +116,7 @@ class TestHealing:
 
     def test_what_is_no_text_stays(self):
         model = shared_model()
-        for row in ([BOS, 5, *PICTURE], [BOS, *PICTURE, 5, EOS]):
+        for row in ([BOS, 5, *IMAGE_TOKENS], [BOS, *IMAGE_TOKENS, 5, EOS]):
             assert self.write(model, row, token_healing=True)[0, : len(row)].tolist() == row
 
     def test_from_a_configuration_and_with_pixels(self):
@@ -139,7 +139,7 @@ def test_what_images_cannot_have():
             **inputs(ROW), assistant_model=model, tokenizer=tiny_tokenizer(), assistant_tokenizer=tiny_tokenizer()
         )
     with pytest.raises(ValueError, match="`negative_prompt_ids` must be text only"):
-        model.generate(**inputs(ROW), guidance_scale=2.0, negative_prompt_ids=torch.tensor([[BOS, *PICTURE]]))
+        model.generate(**inputs(ROW), guidance_scale=2.0, negative_prompt_ids=torch.tensor([[BOS, *IMAGE_TOKENS]]))
     text = model.generate(torch.tensor([[BOS, 5, 6]]), **NEW, assistant_model=copy.deepcopy(model))
     assert text.equal(model.generate(torch.tensor([[BOS, 5, 6]]), **NEW))
 

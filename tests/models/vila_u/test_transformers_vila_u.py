@@ -65,10 +65,10 @@ def test_resized_and_saved(tied, tmp_path):
 def test_text_after_embeddings():
     model, inputs = shared_model(), batch()
     new = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-    gold = model.generate(**inputs, **new)[:, -6:]
+    reference = model.generate(**inputs, **new)[:, -6:]
     features = model.get_image_features(image_codes=inputs["image_codes"])
     embeds = model.model.embed(inputs["input_ids"], features.pooler_output)
-    assert model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **new).equal(gold)
+    assert model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **new).equal(reference)
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def siglip(ours):
     return theirs.eval()
 
 
-def pictures(number=2, size=32):
+def random_images(number=2, size=32):
     return torch.rand(number, 3, size, size) * 2 - 1
 
 
@@ -57,7 +57,7 @@ def count(module):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("layout", [{}, RESIZED], ids=["256", "384"])
 def test_encoder_equals_siglip(attention, layout):
-    ours, images = tower(**SEMANTIC, **layout), pictures()
+    ours, images = tower(**SEMANTIC, **layout), random_images()
     expected = siglip(ours).vision_model(images, output_hidden_states=True).hidden_states
     ours.set_attn_implementation(attention)
     features = ours.encode(images)
@@ -71,13 +71,13 @@ def test_encoder_equals_siglip(attention, layout):
 
 def test_attention_weights():
     model = tower(attn_implementation="eager")
-    attentions = model(pictures(), output_attentions=True).attentions
+    attentions = model(random_images(), output_attentions=True).attentions
     assert [list(weights.shape) for weights in attentions] == [[2, 4, CELLS, CELLS]] * len(model.layers)
     assert_close_fp32(attentions[0].sum(dim=-1), torch.ones(2, 4, CELLS))
 
 
 def test_semantic_head_and_text_tower_equal_siglip():
-    ours, images, ids = tower(**SEMANTIC), pictures(), torch.randint(VOCABULARY, (2, 16))
+    ours, images, ids = tower(**SEMANTIC), random_images(), torch.randint(VOCABULARY, (2, 16))
     theirs = siglip(ours)
     assert_close_fp32(ours.semantic_head(ours.encode(images).flatten(1, 2)), theirs.vision_model(images).pooler_output)
     expected = theirs(input_ids=ids, pixel_values=images, return_loss=True)
@@ -107,7 +107,7 @@ def test_contrastive_loss_by_its_formula():
 
 
 def test_codes_and_back():
-    model, images = tower(), pictures()
+    model, images = tower(), random_images()
     out = model(images)
     codes = model.encode_to_codes(images)
     assert codes.shape == (2, CELLS, DEPTH)
@@ -168,7 +168,7 @@ def test_official_sizes_384():
 
 
 def test_save_and_load(tmp_path):
-    model, images = tower(**SEMANTIC).train(), pictures()
+    model, images = tower(**SEMANTIC).train(), random_images()
     model.quantizer.start_ema()
     model(images)
     model.eval().save_pretrained(tmp_path)
@@ -207,7 +207,7 @@ def test_what_a_checkpoint_lacks_is_initialised(tmp_path):
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 def test_gradient_checkpointing(reentrant):
-    model, images = tower(**SEMANTIC).train(), pictures()
+    model, images = tower(**SEMANTIC).train(), random_images()
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -226,13 +226,13 @@ def test_gradient_checkpointing(reentrant):
 
 def test_compiles_whole():
     layout = {"num_hidden_layers": 2, "num_codebooks": 2, "patch_size": 2, "decoder_channel_multipliers": (1, 1)}
-    model, images = tower(image_size=8, **layout), pictures(size=8)
+    model, images = tower(image_size=8, **layout), random_images(size=8)
     compiled = torch.compile(lambda x: model.decode_codes(model.encode_to_codes(x)), fullgraph=True, backend="eager")
     assert_close_fp32(compiled(images), model.decode_codes(model.encode_to_codes(images)))
 
 
-def test_overfits_four_pictures():
-    """Encoder, codebook and decoder learn together: the error falls to a quarter of what the pictures' mean makes."""
+def test_overfits_four_images():
+    """Encoder, codebook and decoder learn together: the error falls to a quarter of what the images' mean makes."""
     model = tower(codebook_decay=0.9).train()
     model.quantizer.start_ema()
     images = torch.nn.functional.interpolate(torch.rand(4, 3, 4, 4), size=32, mode="bilinear") * 2 - 1
@@ -267,7 +267,7 @@ def test_errors():
     with pytest.raises(TypeError, match=r"`codes` must be int32 or int64, got torch.float32"):
         model.decode_codes(codes.float())
     with pytest.raises(ValueError, match="use_semantic_head=True"):
-        model.get_image_features(pictures())
+        model.get_image_features(random_images())
     with pytest.raises(ValueError, match="use_text_tower=True"):
         model.get_text_features(codes[..., 0])
     with pytest.raises(ValueError, match="use_text_tower=True"):

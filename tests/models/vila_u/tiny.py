@@ -13,7 +13,7 @@ IMAGE, IMAGE_START, IMAGE_END, VIDEO_START, VIDEO_END = 128, 124, 125, 126, 127
 PAD, BOS, EOS = 0, 1, 2
 CELLS, DEPTH, CODES, WIDTH = 16, 3, 64, 64
 
-# Of different lengths, for pictures; and what to ask greedy pictures with.
+# Prompts for images, of different lengths; a negative prompt; and arguments of `generate` for greedy images.
 PROMPTS = [[BOS, 5, 6, IMAGE_START], [BOS, 7, 8, 9, 10, 11, IMAGE_START]]
 NEGATIVE = [BOS, 3, IMAGE_START]
 GREEDY = {"generation_mode": "image", "do_sample": False}
@@ -120,7 +120,7 @@ def ids(*rows: list[int], left: bool = True) -> tuple[torch.Tensor, torch.Tensor
 
 
 def prompt(*rows: list[int], negative: list[int] | None = NEGATIVE) -> dict[str, torch.Tensor]:
-    """Arguments of `generate` for pictures."""
+    """Arguments of `generate` for images."""
     input_ids, mask = ids(*rows)
     inputs = {"input_ids": input_ids, "attention_mask": mask}
     if negative is not None:

@@ -26,7 +26,7 @@ GUIDED = {
 WIRINGS = ("diffusers", "nvlabs")
 
 
-def draw(pipe, prompt, negative_prompt, **options):
+def generate(pipe, prompt, negative_prompt, **options):
     return pipe(
         prompt,
         negative_prompt=negative_prompt,
@@ -37,14 +37,14 @@ def draw(pipe, prompt, negative_prompt, **options):
     ).images.contiguous()
 
 
-def draw_all(run_parallel):
+def generate_all(run_parallel):
     """Every case; `run_parallel(*models)` is a context."""
     results = {}
     pipe = tiny.pipeline(diffusers_sana)
     with run_parallel(pipe.transformer):
         for name, texts in GUIDED.items():
-            results[name] = draw(pipe, *texts)
-        results["unguided"] = draw(pipe, ["a cat", "a dog", "a fox"], None, guidance_scale=1.0)
+            results[name] = generate(pipe, *texts)
+        results["unguided"] = generate(pipe, ["a cat", "a dog", "a fox"], None, guidance_scale=1.0)
     for wiring in WIRINGS:
         pipe = controlnet_cases.pipeline(parts={"controlnet": controlnet_cases.controlnet(wiring=wiring)})
         with run_parallel(pipe.transformer, pipe.controlnet):
@@ -60,7 +60,7 @@ def draw_all(run_parallel):
 
 def main(folder):
     rank = join()
-    save_file(draw_all(cfg_parallel), folder / f"{rank}.safetensors")
+    save_file(generate_all(cfg_parallel), folder / f"{rank}.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_both_processes_have_the_same_bits(results):
 
 
 def test_two_processes_equal_one(results):
-    expected = draw_all(lambda *models: nullcontext())
+    expected = generate_all(lambda *models: nullcontext())
     for name, image in expected.items():
         assert_close_fp32(results[0][name], image)
 

@@ -1,4 +1,4 @@
-"""Adapters on a quantized FLUX, a model of diffusers that knows nothing of us; its loader reads foreign files."""
+"""Adapters on a quantized FLUX, a model of diffusers that knows nothing of us; its loader reads third-party files."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Drawing one of several captions: how probable each is, and which is drawn when."""
+"""Sampling one of several captions: how probable each is, and which is sampled when."""
 
 from collections import Counter
 from itertools import chain, islice
@@ -24,10 +24,10 @@ def scored(*scores):
     return [Caption(f"model {i}", f"text {i}", score) for i, score in enumerate(scores)]
 
 
-def write_captions(folder, *of_pictures):
-    """Pictures of one size, and their captions."""
-    write_image_folder(folder, [(32, 32)] * len(of_pictures))
-    lines = [caption_line(f"{i}.png", captions) for i, captions in enumerate(of_pictures)]
+def write_captions(folder, *of_images):
+    """Images of one size, and their captions."""
+    write_image_folder(folder, [(32, 32)] * len(of_images))
+    lines = [caption_line(f"{i}.png", captions) for i, captions in enumerate(of_images)]
     (folder / "captions.jsonl").write_text("".join(lines))
 
 
@@ -70,7 +70,7 @@ def test_bad_settings_are_refused():
         caption_probabilities(scored(1.0), temperature=0)
 
 
-def test_lines_of_one_picture_count_together(tmp_path):
+def test_lines_of_one_image_count_together(tmp_path):
     path = tmp_path / "captions.jsonl"
     first, last = [Caption("a", "one"), Caption("b", "two")], Caption("a", "one", 3.5)
     lines = [caption_line("1.png", first), caption_line("2.png", []), caption_line("1.png", [last])]
@@ -95,9 +95,9 @@ def test_draws_follow_the_probabilities(tmp_path):
     write_captions(tmp_path, scored(26.0, 28.0, 10.0))
     folder = ImageFolder(str(tmp_path), [(32, 32)])
     items = SampledCaptions(folder, folder.choices, seed=1)
-    share = Counter(items.sample(epoch, 0) for epoch in range(2000))[1] / 2000
+    fraction = Counter(items.sample(epoch, 0) for epoch in range(2000))[1] / 2000
     expected = 28**10 / (26**10 + 28**10)
-    assert share == pytest.approx(expected, abs=0.04)
+    assert fraction == pytest.approx(expected, abs=0.04)
     assert items[0, 0].keys() == {"pixel_values", "text"}
     for epoch in range(5):
         assert items[epoch, 0]["text"] == f"text {items.sample(epoch, 0)}"
@@ -126,7 +126,7 @@ def test_draws_do_not_depend_on_the_batch_size(tmp_path):
         epochs = (islice(loader_once, batches_an_epoch) for loader_once in [iter(loader)] * 2)
         seen.append([sorted(chain(*(batch["text"] for batch in epoch))) for epoch in epochs])
     assert seen[0] == seen[1]
-    assert seen[0][0] != seen[0][1]  # each picture is in both, but not with the same captions
+    assert seen[0][0] != seen[0][1]  # each image is in both, but not with the same captions
 
 
 def test_the_vectors_of_the_drawn_caption_are_taken_from_a_cache():
@@ -135,8 +135,8 @@ def test_the_vectors_of_the_drawn_caption_are_taken_from_a_cache():
 
     vectors = {embeds_name(i): torch.full((2, 3), float(i)) for i in range(2)}
     items = SampledCaptions(Cached([vectors | {"latents": torch.zeros(1), "text": "?"}]), [scored(None, None)])
-    drawn = {items.sample(epoch, 0) for epoch in range(20)}
-    assert drawn == {0, 1}
+    sampled = {items.sample(epoch, 0) for epoch in range(20)}
+    assert sampled == {0, 1}
     for epoch in range(20):
         item = items[epoch, 0]
         assert item.keys() == {"latents", "text", "prompt_embeds"}

@@ -80,14 +80,14 @@ def test_conversion_and_sampler_are_the_pipelines():
     model = TrigFlowStudent(student)
     for angles in STEP_ANGLES.values():
         options = {"prompt_embeds": embeds, "prompt_attention_mask": mask, "latents": noise, "timesteps": angles}
-        drawn = pipe(**options, output_type="latent", generator=torch.Generator().manual_seed(1)).images
+        generated = pipe(**options, output_type="latent", generator=torch.Generator().manual_seed(1)).images
         ours = sample_consistency(
             lambda x, t: model(x, t, torch.full([2], 4.5), (embeds, mask))[0],
             noise,
             angles,
             torch.Generator().manual_seed(1),
         )
-        assert_close_fp32(ours, drawn)
+        assert_close_fp32(ours, generated)
 
 
 def test_angles():
