@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import signal
+from collections.abc import Iterator
 from dataclasses import fields
 from itertools import islice
 
@@ -206,7 +207,15 @@ def test_the_last_steps_are_logged(tmp_path):
     assert (tmp_path / "short" / "loss.png").exists()
 
 
-def test_a_second_interrupt_is_obeyed_at_once(tmp_path):
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_is_obeyed_at_once(tmp_path, interruptible):
     loop, _, _ = start(tmp_path, max_steps=9)
     before = signal.getsignal(signal.SIGINT)
     steps = loop.run(numbered)
