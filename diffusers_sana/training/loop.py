@@ -544,7 +544,7 @@ class TrainingLoop:
             self._random_state = read_state(folder / self._random_name())
         else:
             logger.warning(
-                "Resuming %s with %d processes, not %d: batches continue where they were, random numbers begin anew.",
+                "Resuming %s with %d processes, not %d: batches continue where they were, random numbers start again.",
                 folder,
                 self.accelerator.num_processes,
                 about["num_processes"],

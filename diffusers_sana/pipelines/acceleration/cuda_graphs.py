@@ -38,7 +38,7 @@ class CudaGraphs:
         """Drops all graphs if weights have moved or adapters have changed since the last call.
 
         Raises:
-            RuntimeError: the model is not on a GPU, or hooks on it decide anew at every step.
+            RuntimeError: the model is not on a GPU, or hooks on it decide again at every step.
         """
         _check(self.model)
         fingerprint = _fingerprint(self.model)

@@ -69,7 +69,7 @@ def train(
 
     def sample(path: Path) -> None:
         if vae is not None:
-            prompt = inputs.prompts(shown)  # anew, since the text encoder may have trained
+            prompt = inputs.prompts(shown)  # again, since the text encoder may have trained
             predict = partial(model, prompt=prompt)
             save_guided_samples(path, config, accelerator, model, vae, predict, shown["noise"])
 
