@@ -268,14 +268,18 @@ def render(art: Art, scenes: list[Scene]) -> Tensor:
 
 
 def crop(images: Tensor, scenes: list[Scene], side: int, rng: random.Random) -> Tensor:
-    """A square `[B, 3, side, side]` of each image, on the token grid, that shows most of one of its objects."""
+    """A square `[B, 3, side, side]` of each image, on the token grid, that shows most of one of its objects.
+
+    One in eight lies anywhere, or plain backgrounds would never be learned.
+    """
     parts = []
     for image, scene in zip(images, scenes, strict=True):
         object_side, corners = placement(scene)
+        corner = rng.choice(corners)
         low, high = (0, object_side - side) if object_side > side else (-GRID, GRID)
-        x, y = (
-            min(max(start + rng.randrange(low, high + 1, GRID), 0), RESOLUTION - side) for start in rng.choice(corners)
-        )
+        if rng.random() < 1 / 8:
+            corner, low, high = (0, 0), 0, RESOLUTION - side
+        x, y = (min(max(start + rng.randrange(low, high + 1, GRID), 0), RESOLUTION - side) for start in corner)
         parts.append(image[:, y : y + side, x : x + side])
     return torch.stack(parts)
 
