@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipes = {
-        "diffusers_sana": SanaPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)),
-        "diffusers": diffusers.SanaPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)),
+        "diffusers_sana": SanaPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)),
+        "diffusers": diffusers.SanaPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)),
     }
     for pipe in pipes.values():
         pipe.to(device).set_progress_bar_config(disable=True)

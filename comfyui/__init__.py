@@ -115,7 +115,7 @@ class SanaLoad(Node):
         found = find_pipeline_class(place)
         if found not in IMAGE_TO_IMAGE:
             raise ValueError(f"`model` must be a Sana or a SANA-Sprint, but {model!r} is a {found.__name__}.")
-        pipe = found.from_pretrained(place, torch_dtype=getattr(torch, dtype))
+        pipe = found.from_pretrained(place, dtype=getattr(torch, dtype))
         pipe.set_progress_bar_config(disable=ProgressBar is not None)
         if not cpu_offload:
             pipe.to("cuda" if torch.cuda.is_available() else "cpu")

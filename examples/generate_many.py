@@ -164,7 +164,7 @@ def main() -> None:
     from diffusers_sana import SanaPipeline
 
     state = PartialState(cpu=not torch.accelerator.is_available())
-    pipe = SanaPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(state.device)
+    pipe = SanaPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(state.device)
     pipe.set_progress_bar_config(disable=True)
     lock = locked(args.out / ".lock", f"generates into {str(args.out)!r}") if state.is_main_process else nullcontext()
     with lock:

@@ -32,7 +32,7 @@ class Generator:
         from diffusers_sana import SanaPipeline
 
         device = "cuda" if ray.get_gpu_ids() else "cpu"
-        self.pipe = SanaPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype)).to(device)
+        self.pipe = SanaPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.options = options
 

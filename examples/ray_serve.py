@@ -92,7 +92,7 @@ class ImageGenerator:
         from diffusers_sana import SanaPipeline
 
         device = "cuda" if ray.get_gpu_ids() else "cpu"
-        self.pipe = SanaPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype)).to(device)
+        self.pipe = SanaPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.options = options
         # Called with one request, it waits for others, and returns the answer to that one.

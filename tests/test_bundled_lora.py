@@ -19,7 +19,7 @@ PROMPT = f"a penguin on a yellow background, flat style{SUFFIX}"
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.float32)
+    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -54,7 +54,7 @@ def test_draws_pixel_art_of_an_object_it_was_not_shown(pipe):
 
 
 def test_plain_diffusers_generates_the_same(pipe):
-    plain = diffusers.SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.float32)
+    plain = diffusers.SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.float32)
     plain.set_progress_bar_config(disable=True)
     size = {"height": 128, "width": 128, "use_resolution_binning": False}
     for each in (pipe, plain):
@@ -64,7 +64,7 @@ def test_plain_diffusers_generates_the_same(pipe):
 
 
 def test_on_the_pipeline_in_4_bits():
-    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.float32)
+    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     quantize(pipe, progress=False)
     base = generate(pipe)

@@ -17,7 +17,7 @@ from diffusers_sana.images import sobel_edges
 
 @pytest.fixture(scope="module")
 def base():
-    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.float32)
+    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -33,11 +33,11 @@ def color(image, rows, columns):
 
 def test_sprint_draws_in_one_step(base):
     transformer = SanaTransformer2DModel.from_pretrained(
-        SANA_EMOJI_SPRINT, subfolder="transformer", torch_dtype=torch.float32
+        SANA_EMOJI_SPRINT, subfolder="transformer", dtype=torch.float32
     )
     scheduler = SCMScheduler.from_pretrained(SANA_EMOJI_SPRINT, subfolder="scheduler")
     pipe = SanaSprintPipeline.from_pretrained(
-        SANA_EMOJI, transformer=transformer, scheduler=scheduler, torch_dtype=torch.float32
+        SANA_EMOJI, transformer=transformer, scheduler=scheduler, dtype=torch.float32
     )
     pipe.set_progress_bar_config(disable=True)
     image = generate(pipe, num_inference_steps=1)
@@ -52,8 +52,8 @@ def test_sprint_draws_in_one_step(base):
 
 def test_edges_are_followed(base):
     """A ring that a ball alone would not be: edges of the image agree better with it than without the ControlNet."""
-    controlnet = SanaControlNetModel.from_pretrained(SANA_EMOJI_EDGES, torch_dtype=torch.float32)
-    pipe = SanaControlNetPipeline.from_pretrained(SANA_EMOJI, controlnet=controlnet, torch_dtype=torch.float32)
+    controlnet = SanaControlNetModel.from_pretrained(SANA_EMOJI_EDGES, dtype=torch.float32)
+    pipe = SanaControlNetPipeline.from_pretrained(SANA_EMOJI, controlnet=controlnet, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     along = torch.linspace(-1, 1, 128)
     disc = ((along[:, None] ** 2 + along[None] ** 2) < 0.45).float().expand(1, 3, 128, 128) * 2 - 1

@@ -104,7 +104,7 @@ def test_vila_u_names_what_sana_draws(pipe):
     things = {"a lemon": "black", "a frog": "blue", "a fox": "green", "a star": "purple", "a panda": "pink"}
     prompts = [f"{thing} on a {color} background, flat style" for thing, color in things.items()]
     images = pipe(prompts, generator=[torch.Generator().manual_seed(0) for _ in prompts]).images
-    vila_u = VilaUPipeline.from_pretrained(VILA_U_EMOJI, torch_dtype=torch.float32)
+    vila_u = VilaUPipeline.from_pretrained(VILA_U_EMOJI, dtype=torch.float32)
     named = vila_u.chat(images, "What is this?", do_sample=False)
     assert sum(said == thing for said, thing in zip(named, things, strict=True)) >= 4
     colors = vila_u.chat(images, "Which colour is the background?", do_sample=False)
@@ -112,7 +112,7 @@ def test_vila_u_names_what_sana_draws(pipe):
 
 
 def test_vila_u_generates_on_the_color_of_the_prompt():
-    vila_u = VilaUPipeline.from_pretrained(VILA_U_EMOJI, torch_dtype=torch.float32)
+    vila_u = VilaUPipeline.from_pretrained(VILA_U_EMOJI, dtype=torch.float32)
     vila_u.set_progress_bar_config(disable=True)
     prompts = ["a frog on a blue background, flat style", "a lemon on a red background, flat style"]
     generated = vila_u(prompts, generator=[torch.Generator().manual_seed(0) for _ in prompts], output_type="pt").images

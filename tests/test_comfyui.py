@@ -69,7 +69,7 @@ def model(nodes, folder):
 
 @pytest.fixture(scope="module")
 def pipe(folder):
-    pipe = SanaPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = SanaPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

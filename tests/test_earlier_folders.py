@@ -19,7 +19,7 @@ FOLDERS = Path(__file__).parent / "fixtures" / "earlier"
 
 def test_sana():
     expected = load_file(FOLDERS / "sana" / "outputs.safetensors")
-    pipe = DiffusionPipeline.from_pretrained(FOLDERS / "sana", torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(FOLDERS / "sana", dtype=torch.float32)
     assert type(pipe) is diffusers_sana.SanaPipeline
     assert type(pipe.transformer) is diffusers_sana.SanaTransformer2DModel
     assert type(pipe.vae) is diffusers_sana.AutoencoderDC

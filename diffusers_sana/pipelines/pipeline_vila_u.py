@@ -83,7 +83,7 @@ class VilaUPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: what `save_pretrained` wrote; or a checkpoint of transformers, with model
                 and processor in one folder and no `model_index.json`.
-            kwargs: those of `DiffusionPipeline.from_pretrained`; for a checkpoint of transformers `torch_dtype`, the
+            kwargs: those of `DiffusionPipeline.from_pretrained`; for a checkpoint of transformers `dtype`, the
                 components, and those of `transformers.PreTrainedModel.from_pretrained`.
 
         Raises:

@@ -153,9 +153,7 @@ def begin(phase: int, out: Path, state: Path | None, batch_size: int) -> ModelMi
     start = {name: behind[name] for name in ("images", "minutes")} | {"batch_size": batch_size}
     with atomic_write(run / "start.json") as file:
         file.write_text(json.dumps(start) + "\n", encoding="utf-8")
-    return (
-        make_autoencoder_256() if source is None else AutoencoderDC.from_pretrained(source, torch_dtype=torch.float32)
-    )
+    return make_autoencoder_256() if source is None else AutoencoderDC.from_pretrained(source, dtype=torch.float32)
 
 
 @dataclass
@@ -216,7 +214,7 @@ def judged_images(art: Art) -> Tensor:
 
 def write_state(folder: Path, model: Path, report: Mapping[str, Any]) -> None:
     """The weights of the folder `model` in bf16, and `progress.json`."""
-    vae = AutoencoderDC.from_pretrained(model, torch_dtype=torch.bfloat16)
+    vae = AutoencoderDC.from_pretrained(model, dtype=torch.bfloat16)
     # Its name is not the folder it came from, and a run that goes on has not measured its latents yet.
     vae.register_to_config(_name_or_path="emoji-256", scaling_factor=1 / report["latent_rms"])
     vae.save_pretrained(folder)
@@ -226,7 +224,7 @@ def write_state(folder: Path, model: Path, report: Mapping[str, Any]) -> None:
 
 def report_on(run: Path, phase: int, art: Art) -> dict[str, Any]:
     """The progress of a run and its figures; scenes above their reconstructions go to `judged.png`."""
-    vae = AutoencoderDC.from_pretrained(run / "model", torch_dtype=torch.float32).to(art.device)
+    vae = AutoencoderDC.from_pretrained(run / "model", dtype=torch.float32).to(art.device)
     images = judged_images(art)
     figures, decoded = judge(vae, images)
     shown = [part for start in (0, 8) for part in (images[start : start + 8], decoded[start : start + 8])]

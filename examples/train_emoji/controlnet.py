@@ -107,10 +107,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--controlnet", type=Path, help="folder of a trained one, to judge it only")
     args = parser.parse_args(argv)
     art = EmojiArt(args.data)
-    pipe = SanaPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
+    pipe = SanaPipeline.from_pretrained(args.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     folder = args.controlnet or train(art, pipe, args.out, args.minutes)
-    controlnet = SanaControlNetModel.from_pretrained(folder, torch_dtype=torch.float32)
+    controlnet = SanaControlNetModel.from_pretrained(folder, dtype=torch.float32)
     print(json.dumps(judge(pipe, controlnet, art, args.out), indent=1))
 
 

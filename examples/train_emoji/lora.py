@@ -147,7 +147,7 @@ def judge(art: EmojiArt, base: str, loras: dict[str, Path], out: Path, count: in
     labels = [label for label in art.labels if label in KEPT_OUT] or art.labels
     scenes = [Scene(s.labels, s.style, s.color) for s in held_out_scenes(labels, singles=count, pairs=0)]
     prompts = [scene.prompt + SUFFIX for scene in scenes]
-    pipe = SanaPipeline.from_pretrained(base, torch_dtype=torch.float32)
+    pipe = SanaPipeline.from_pretrained(base, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     known = art.among(COMMON_OBJECTS)
     truth = PixelScenes(art, RESOLUTION, labels=known)

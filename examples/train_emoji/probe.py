@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     args = parser.parse_args(argv)
     art = EmojiArt(args.data)
-    vae = AutoencoderDC.from_pretrained(SANA_EMOJI, subfolder="vae", torch_dtype=torch.float32)
+    vae = AutoencoderDC.from_pretrained(SANA_EMOJI, subfolder="vae", dtype=torch.float32)
     labels = art.among(COMMON_OBJECTS)
     log = args.out / "training.json"
     if not args.judge_only:

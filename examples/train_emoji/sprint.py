@@ -86,10 +86,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--student", type=Path, help="folder with a distilled `transformer`, to judge it only")
     args = parser.parse_args(argv)
     art = EmojiArt(args.data)
-    teacher = SanaPipeline.from_pretrained(args.model, torch_dtype=torch.float32).to(device())
+    teacher = SanaPipeline.from_pretrained(args.model, dtype=torch.float32).to(device())
     teacher.set_progress_bar_config(disable=True)
     folder = args.student or train(art, teacher, args.out, args.minutes)
-    transformer = SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32)
+    transformer = SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=torch.float32)
     parts = teacher.components | {"transformer": transformer, "scheduler": SCMScheduler()}
     student = SanaSprintPipeline(**parts).to(device())
     student.set_progress_bar_config(disable=True)

@@ -25,7 +25,7 @@ def test_quantize(tmp_path, capsys):
     assert "import diffusers_sana" in (out / "README.md").read_text()
     assert (out / "quantization_report.png").exists()
 
-    pipe = SanaPipeline.from_pretrained(out, torch_dtype=torch.bfloat16)
+    pipe = SanaPipeline.from_pretrained(out, dtype=torch.bfloat16)
     assert {layer.rank for layer in quantized_layers(pipe.transformer)} == {8}
     cli.main(["generate", "a fox", "--model", str(out), "--out", str(tmp_path / "x.png"), "--steps", "2"])
     assert (tmp_path / "x.png").exists()

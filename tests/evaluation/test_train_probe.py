@@ -15,7 +15,7 @@ from tests.examples.conftest import NAMES, art, pack  # noqa: F401, fixtures
 
 @pytest.fixture
 def data(art):  # noqa: F811
-    vae = AutoencoderDC.from_pretrained(SANA_EMOJI, subfolder="vae", torch_dtype=torch.float32)
+    vae = AutoencoderDC.from_pretrained(SANA_EMOJI, subfolder="vae", dtype=torch.float32)
     return training.ProbeScenes(EmojiScenes(art, seed=1, labels=NAMES), vae)
 
 

@@ -26,7 +26,7 @@ def prompts(tmp_path):
 def test_images_do_not_depend_on_the_number_of_processes(tmp_path, prompts):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
-    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.float32)
+    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     settings = settings_of(SimpleNamespace(model=SANA_EMOJI, steps=1, guidance_scale=4.5, dtype="float32"))
     tasks = read_tasks(prompts, one, 7, settings)

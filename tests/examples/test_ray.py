@@ -41,7 +41,7 @@ def local_ray(monkeypatch):
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.float32)
+    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

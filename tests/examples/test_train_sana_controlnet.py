@@ -132,7 +132,7 @@ def test_sobel_edges():
 
 def test_emoji_batches_and_training(art, tmp_path):
     """The bundled checkpoint itself, for a few steps, and the judge's report."""
-    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.float32)
+    pipe = SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     scenes = emoji.EdgeScenes(EmojiScenes(art, 128, seed=4), pipe.vae, size=4, renewed=1)
     batch = next(scenes.batches(2))

@@ -87,7 +87,7 @@ def test_main_makes_a_pipeline(tmp_path):
 
 def test_emoji(art, tmp_path, monkeypatch):
     """The bundled checkpoint itself, for a step or two, and the judge's report."""
-    teacher = SanaPipeline.from_pretrained(SANA_EMOJI, torch_dtype=torch.float32)
+    teacher = SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.float32)
     teacher.set_progress_bar_config(disable=True)
     folder = emoji.train(art, teacher, tmp_path, minutes=0.01, batch_size=8, store=8, max_steps=1)
     student = SanaSprintPipeline.from_pretrained(folder)

@@ -37,7 +37,7 @@ def test_files_are_shared_with_diffusers(tmp_path, name, arguments):
 
 def test_half_precision_load(tmp_path):
     small_model("in").save_pretrained(tmp_path)
-    model = AutoencoderDC.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    model = AutoencoderDC.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model(image().bfloat16()).sample.isfinite().all()
 

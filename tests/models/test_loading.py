@@ -26,7 +26,7 @@ TENSORS = {
     "AutoencoderDC": ("encoder.conv_in.weight", "decoder.up_blocks.0.9.conv1.weight"),
     "SanaControlNetModel": ("transformer_blocks.0.attn1.to_q.weight", "controlnet_blocks.1.weight"),
 }
-WAYS = [{}, {"low_cpu_mem_usage": False}, {"torch_dtype": torch.bfloat16}, {"device_map": "cpu"}]
+WAYS = [{}, {"low_cpu_mem_usage": False}, {"dtype": torch.bfloat16}, {"device_map": "cpu"}]
 
 
 @pytest.fixture(params=MODELS)

@@ -66,7 +66,7 @@ def test_loading_in_half_precision(low_cpu_mem_usage, tmp_path):
     model = tiny_model("sana_4k")
     model.save_pretrained(tmp_path)
     loaded = SanaTransformer2DModel.from_pretrained(
-        tmp_path, torch_dtype=torch.bfloat16, low_cpu_mem_usage=low_cpu_mem_usage
+        tmp_path, dtype=torch.bfloat16, low_cpu_mem_usage=low_cpu_mem_usage
     )
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     expected = model.to(torch.bfloat16).state_dict()

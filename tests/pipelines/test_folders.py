@@ -62,7 +62,7 @@ def test_official_folder_loads_our_classes(official_folder, upstream):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, {"transformer": torch.float16, "default": torch.bfloat16}], ids=str)
 def test_dtypes(official_folder, dtype):
-    pipe = load(official_folder, torch_dtype=dtype)
+    pipe = load(official_folder, dtype=dtype)
     wanted = dtype if isinstance(dtype, dict) else {"transformer": dtype, "default": dtype}
     assert pipe.transformer.dtype == wanted["transformer"]
     assert pipe.text_encoder.dtype == pipe.vae.dtype == wanted["default"]

@@ -180,7 +180,7 @@ class TestFolders:
     @pytest.mark.parametrize("kind", ["pipeline", "transformers"])
     def test_dtypes_and_passed_components(self, pipe, folders, kind):
         for dtype in (torch.bfloat16, {"model": torch.float16}):
-            loaded = quiet(VilaUPipeline.from_pretrained(folders[kind], torch_dtype=dtype))
+            loaded = quiet(VilaUPipeline.from_pretrained(folders[kind], dtype=dtype))
             assert loaded.dtype == (dtype["model"] if isinstance(dtype, dict) else dtype)
             assert codes_of(loaded).unique().numel() > 10
             assert isinstance(loaded.chat(GREY, "cat?", max_new_tokens=2), str)

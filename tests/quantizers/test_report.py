@@ -74,7 +74,7 @@ def test_card(report, tmp_path):
     blocks = loaded.text.split("```")
     assert blocks[1] == "bash\npip install diffusers_sana\n"
     assert "import diffusers_sana" in blocks[3]
-    assert 'SanaPipeline.from_pretrained("sana-int4", torch_dtype=torch.bfloat16)' in blocks[3]
+    assert 'SanaPipeline.from_pretrained("sana-int4", dtype=torch.bfloat16)' in blocks[3]
     compile(blocks[3].removeprefix("python\n"), "card", "exec")
     for fact in ("| rank | 16 |", "| layers | 2 in w4a4, 1 in w4a16 |", "| calibration | 3 prompts |"):
         assert fact in loaded.text

@@ -97,7 +97,7 @@ def all_tensors(
     for key, tensor in tensors.items():
         # fp16 cannot represent all bf16 values.
         if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32) and not tensor.isfinite().all():
-            raise ValueError(f"{key!r} must be finite in {conversion.dtype}, but is not. Use another `torch_dtype`.")
+            raise ValueError(f"{key!r} must be finite in {conversion.dtype}, but is not. Use another `dtype`.")
     # Views of one tensor of the file become separate tensors, which can be saved, moved and modified one by one.
     return {key: torch.clone(tensor, memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
 

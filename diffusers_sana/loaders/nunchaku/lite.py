@@ -33,7 +33,7 @@ def load_nunchaku_lite(
     path_or_repo: str | Path,
     subfolder: str = "",
     model_cls: type | None = None,
-    torch_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
     **hub: Any,
 ) -> Any:
     """Loads a model from a Nunchaku-Lite folder, on the CPU, with this package's quantized layers.
@@ -42,7 +42,7 @@ def load_nunchaku_lite(
         path_or_repo: a folder or "owner/name" on the Hub.
         subfolder: such as "transformer".
         model_cls: the class to build; by default the diffusers class that the config names.
-        torch_dtype: of everything except packed weights: bfloat16, float16 or float32; by default the file's.
+        dtype: of everything except packed weights: bfloat16, float16 or float32; by default the file's.
         hub: for `huggingface_hub.snapshot_download`, such as `revision` or `token`.
 
     Returns:
@@ -52,8 +52,8 @@ def load_nunchaku_lite(
         TypeError: an option that the Hub does not know.
         ValueError: another format, or a file that is damaged or for a different architecture; the tensor is named.
     """
-    if torch_dtype not in (None, *DTYPES):
-        raise ValueError(f"`torch_dtype` must be one of {DTYPES} or None, got {torch_dtype!r}.")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"`dtype` must be one of {DTYPES} or None, got {dtype!r}.")
     path = Path(path_or_repo)
     if path.is_dir():
         check_hub_options(path, snapshot_download, hub)
@@ -87,7 +87,7 @@ def load_nunchaku_lite(
         return out
 
     model = empty_model(model_cls, config, config.get("_class_name", ""))
-    return assemble(model, convert, tensors, str(path), torch_dtype)
+    return assemble(model, convert, tensors, str(path), dtype)
 
 
 def export_nunchaku_lite(

@@ -37,7 +37,7 @@ IGNORED = ".smooth_orig"  # a record of the quantizer, not needed for inference
 
 
 def load_nunchaku(
-    path_or_repo: str | Path, model_cls: type | None = None, torch_dtype: torch.dtype | None = None, **hub: Any
+    path_or_repo: str | Path, model_cls: type | None = None, dtype: torch.dtype | None = None, **hub: Any
 ) -> Any:
     """Loads a model from a Nunchaku checkpoint, on the CPU.
 
@@ -45,7 +45,7 @@ def load_nunchaku(
         path_or_repo: a `.safetensors` file, an older folder, or either on the Hub: "owner/name/file.safetensors",
             "owner/name".
         model_cls: the class to build; by default the diffusers class that the file names.
-        torch_dtype: of everything except packed weights: bfloat16, float16 or float32; by default the file's.
+        dtype: of everything except packed weights: bfloat16, float16 or float32; by default the file's.
         hub: for `huggingface_hub`, such as `revision` or `token`.
 
     Returns:
@@ -54,15 +54,15 @@ def load_nunchaku(
     Raises:
         TypeError: an option that the Hub does not know.
         ValueError: the file is damaged, or for a different architecture or format (the tensor is named), or has values
-            that `torch_dtype` cannot represent.
+            that `dtype` cannot represent.
     """
-    if torch_dtype not in (None, *DTYPES):
-        raise ValueError(f"`torch_dtype` must be one of {DTYPES} or None, got {torch_dtype!r}.")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"`dtype` must be one of {DTYPES} or None, got {dtype!r}.")
     path = _local(str(path_or_repo), hub)
     tensors, metadata = _read_folder(path) if path.is_dir() else read_safetensors(path)
     config, name = _config(metadata, path)
     model = empty_model(model_cls, config, name)
-    return assemble(model, CONVERTERS[name], tensors, str(path), torch_dtype)
+    return assemble(model, CONVERTERS[name], tensors, str(path), dtype)
 
 
 def assemble(
@@ -70,7 +70,7 @@ def assemble(
     convert: Converter,
     tensors: Mapping[str, Tensor],
     origin: str,
-    torch_dtype: torch.dtype | None,
+    dtype: torch.dtype | None,
 ) -> nn.Module:
     """Converts tensors and fills a 16-bit model on the meta device with them.
 
@@ -79,10 +79,10 @@ def assemble(
     """
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     source = Source(tensors, origin)
-    if torch_dtype is None:
+    if dtype is None:
         dtypes = (tensor.dtype for key, tensor in tensors.items() if key.endswith(ALWAYS_16_BIT))
-        torch_dtype = next(dtypes, torch.bfloat16)
-    conversion = convert(source, shapes, torch_dtype)
+        dtype = next(dtypes, torch.bfloat16)
+    conversion = convert(source, shapes, dtype)
     fill_model(model, conversion, all_tensors(conversion, source, shapes, IGNORED))
     return model
 

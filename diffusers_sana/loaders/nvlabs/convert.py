@@ -76,7 +76,7 @@ class ConversionPlan:
 def plan_conversion(
     path: str | Path,
     component: str | None = None,
-    torch_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
     weights: str = "model",
     **fields: Any,
 ) -> ConversionPlan:
@@ -86,7 +86,7 @@ def plan_conversion(
         path: `.pth` or `.safetensors` of Sana, SANA-1.5, SANA-Sprint, a ControlNet or DC-AE, with the original tensor
             names.
         component: "transformer" or "controlnet", for a file that has both; by default the ControlNet.
-        torch_dtype: of the weights; by default the file's, in which case no weight is read.
+        dtype: of the weights; by default the file's, in which case no weight is read.
         weights: "model", or "ema" for the EMA weights that the original trainers store next to them.
         fields: config fields that the file does not state or states wrongly.
 
@@ -109,7 +109,7 @@ def plan_conversion(
         )
     model_cls = MODELS[official.class_name]
     check_config_fields(model_cls, fields)
-    return ConversionPlan(official, official.model(checkpoint, model_cls, torch_dtype), weights, other_weights)
+    return ConversionPlan(official, official.model(checkpoint, model_cls, dtype), weights, other_weights)
 
 
 def convert(
@@ -117,14 +117,14 @@ def convert(
     target: str | Path,
     base: str | Path | None = None,
     component: str | None = None,
-    torch_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
     weights: str = "model",
     **fields: Any,
 ) -> ConversionPlan:
     """Converts a file to a folder that `from_pretrained` of diffusers and of this package loads.
 
     Args:
-        path, component, torch_dtype, weights, fields: see `plan_conversion`.
+        path, component, dtype, weights, fields: see `plan_conversion`.
         target: a new folder.
         base: folder or Hub id of a pipeline that provides the other components; None writes the model alone.
 
@@ -138,7 +138,7 @@ def convert(
     target = Path(target)
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"`target` must be a new folder, but {target} is not empty.")
-    plan = plan_conversion(path, component, torch_dtype, weights, **fields)
+    plan = plan_conversion(path, component, dtype, weights, **fields)
     folder = target
     if base is not None:
         _copy_base(plan, str(base), target)

@@ -19,7 +19,7 @@ import torch
 import diffusers_sana  # lets diffusers read the 4-bit layers
 from {library} import {cls}
 
-{variable} = {cls}.from_pretrained("{place}", torch_dtype=torch.{dtype})
+{variable} = {cls}.from_pretrained("{place}", dtype=torch.{dtype})
 ```
 
 | | |

@@ -76,7 +76,7 @@ def load_captioner(model: str, prompt: str, max_new_tokens: int, device: str, dt
     path = checkpoint_path(model)
     if not has_file(path, VilaUPipeline.config_name):
         return TransformersCaptioner(path, prompt, max_new_tokens, device, dtype)
-    pipe: Any = VilaUPipeline.from_pretrained(path, torch_dtype=dtype).to(device)
+    pipe: Any = VilaUPipeline.from_pretrained(path, dtype=dtype).to(device)
     return lambda images: pipe.chat(images, prompt, max_new_tokens=max_new_tokens, do_sample=False)
 
 

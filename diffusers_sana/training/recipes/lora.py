@@ -151,7 +151,7 @@ def prepare(
     set_seed(config.seed)
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     dtypes = {"vae": torch.float32, "default": dtype}
-    pipe = SanaPipeline.from_pretrained(model.pretrained, torch_dtype=dtypes).to(device)
+    pipe = SanaPipeline.from_pretrained(model.pretrained, dtype=dtypes).to(device)
     if config.flow_shift is None:
         config.flow_shift = pipe.scheduler.config.flow_shift
     inputs = SanaInputs(config, device, pipe.vae, pipe.text_encoder, pipe.tokenizer)

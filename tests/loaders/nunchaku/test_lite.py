@@ -137,7 +137,7 @@ def test_several_files_in_a_subfolder_on_the_hub(tmp_path):
     transformer = folder / "snapshots" / ("0" * 40) / "transformer"
     export_nunchaku_lite(model, transformer, max_shard_size="500KB")
     assert len(list(transformer.glob("*.safetensors"))) > 1
-    again = load_nunchaku_lite("someone/flux", subfolder="transformer", cache_dir=tmp_path, torch_dtype=torch.float16)
+    again = load_nunchaku_lite("someone/flux", subfolder="transformer", cache_dir=tmp_path, dtype=torch.float16)
     assert again.get_submodule("transformer_blocks.0.attn.to_q").proj_up.dtype == torch.float16
     check_same_weights(load_nunchaku_lite(transformer), model)
 
@@ -201,8 +201,8 @@ def test_what_cannot_be_loaded(tmp_path):
     refused(r"has no layer 'no.layer'", {"svdq_w4a4": {"targets": ["no.layer"]}})
     refused("must have 'x_embedder.qweight'", {"svdq_w4a4": {"targets": ["x_embedder"]}})
     refused("names 'NoModel', which diffusers does not have", _class_name="NoModel")
-    with pytest.raises(ValueError, match="`torch_dtype` must be one of"):
-        load_nunchaku_lite(tmp_path, torch_dtype=torch.int8)
+    with pytest.raises(ValueError, match="`dtype` must be one of"):
+        load_nunchaku_lite(tmp_path, dtype=torch.int8)
     path.unlink()
     with pytest.raises(ValueError, match=r"must be a folder with config.json"):
         load_nunchaku_lite(tmp_path)

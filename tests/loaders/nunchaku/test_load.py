@@ -73,7 +73,7 @@ def test_numbers(name, precision, tmp_path):
     """Every weight and bias, the output of the model, and closeness to the weights before quantization."""
     original, tensors, meant = case(name, precision)
     path = files.write(tmp_path / "file.safetensors", tensors, original)
-    model = load_nunchaku(path, torch_dtype=torch.float32)
+    model = load_nunchaku(path, dtype=torch.float32)
     assert type(model) is type(original)
     assert not model.training
     layers = {key: module for key, module in model.named_modules() if isinstance(module, SVDQuantLayer)}
@@ -115,7 +115,7 @@ def test_can_be_saved(tmp_path, sana):
     model = load_nunchaku(sana())
     assert isinstance(model.get_submodule("transformer_blocks.0.ff.conv_point"), SVDQuantConv2d)
     model.save_pretrained(tmp_path / "ours")
-    again = type(model).from_pretrained(tmp_path / "ours", torch_dtype=torch.bfloat16)
+    again = type(model).from_pretrained(tmp_path / "ours", dtype=torch.bfloat16)
     state = again.state_dict()
     assert state.keys() == model.state_dict().keys()
     for key, tensor in model.state_dict().items():
@@ -124,7 +124,7 @@ def test_can_be_saved(tmp_path, sana):
 
 def test_bias_of_the_shift_is_near_the_original(tmp_path):
     original, tensors, _ = case("flux", "int4")
-    model = load_nunchaku(files.write(tmp_path / "file.safetensors", tensors, original), torch_dtype=torch.float32)
+    model = load_nunchaku(files.write(tmp_path / "file.safetensors", tensors, original), dtype=torch.float32)
     for name in ("transformer_blocks.1.ff.net.2", "single_transformer_blocks.0.proj_out"):
         true = original.get_submodule(name).bias
         assert relative_error(model.get_submodule(name).bias, true) < 0.02
@@ -153,7 +153,7 @@ def test_missing_tensor(key, sana, tmp_path):
 )
 def test_wrong_tensor(key, tensor, message, sana):
     with pytest.raises(ValueError, match=message):
-        load_nunchaku(sana({key: tensor}), torch_dtype=torch.float16)
+        load_nunchaku(sana({key: tensor}), dtype=torch.float16)
 
 
 def test_file_that_is_cut_short(sana):
@@ -180,8 +180,8 @@ def test_other_files(metadata, message, sana):
 
 
 def test_arguments(sana, tmp_path):
-    with pytest.raises(ValueError, match="`torch_dtype` must be one of"):
-        load_nunchaku(sana(), torch_dtype=torch.int8)
+    with pytest.raises(ValueError, match="`dtype` must be one of"):
+        load_nunchaku(sana(), dtype=torch.int8)
     with pytest.raises(ValueError, match="which does not exist"):
         load_nunchaku(tmp_path / "nothing.safetensors")
     with pytest.raises(ValueError, match=r"must be a folder with 'transformer_blocks.safetensors'"):
@@ -215,7 +215,7 @@ def snapshot(cache_dir, repo):
 def test_file_on_the_hub(tmp_path):
     model, tensors, meant = case("sana", "int4")
     files.write(snapshot(tmp_path, "someone/sana") / "svdq.safetensors", tensors, model)
-    loaded = load_nunchaku("someone/sana/svdq.safetensors", cache_dir=tmp_path, torch_dtype=torch.float32)
+    loaded = load_nunchaku("someone/sana/svdq.safetensors", cache_dir=tmp_path, dtype=torch.float32)
     assert_close_fp32(loaded.proj_out.weight, meant["proj_out.weight"])
 
 
@@ -229,6 +229,6 @@ def test_older_folder_on_the_hub(tmp_path):
     rest = {key: tensor for key, tensor in tensors.items() if key not in blocks}
     files.write(folder / "unquantized_layers.safetensors", rest, model, **nothing)
     (folder / "config.json").write_text(json.dumps(dict(model.config) | {"_class_name": "FluxTransformer2DModel"}))
-    loaded = load_nunchaku("someone/flux", cache_dir=tmp_path, torch_dtype=torch.float32)
+    loaded = load_nunchaku("someone/flux", cache_dir=tmp_path, dtype=torch.float32)
     name = "transformer_blocks.1.ff.net.2.weight"
     assert_close_fp32(loaded.get_submodule(name.removesuffix(".weight")).weight, meant[name])

@@ -312,7 +312,7 @@ def test_a_pipeline_around_the_file(tmp_path, capsys):
 
     cli.main(["convert", str(path), "-o", str(tmp_path / "out"), "--base", str(base), "--dtype", "bfloat16", *heads])
     assert capsys.readouterr().out.startswith(str(tmp_path / "out"))
-    pipe = diffusers.SanaPipeline.from_pretrained(tmp_path / "out", torch_dtype=torch.bfloat16)
+    pipe = diffusers.SanaPipeline.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     assert_equal_weights(pipe.transformer, sana().bfloat16().state_dict())
     size = {"height": 32, "width": 32, "use_resolution_binning": False}
     assert pipe("a fox", num_inference_steps=1, output_type="pt", **size).images.isfinite().all()

@@ -122,7 +122,7 @@ def test_parallel_loading(original, quantized, tmp_path, monkeypatch):
 def test_single_file(tmp_path):
     model, inputs = tiny_models.flux()
     model.save_pretrained(tmp_path / "original")
-    arguments = {"config": str(tmp_path / "original"), "local_files_only": True, "torch_dtype": torch.float32}
+    arguments = {"config": str(tmp_path / "original"), "local_files_only": True, "dtype": torch.float32}
     loaded = FluxTransformer2DModel.from_single_file(
         str(tmp_path / "original" / WEIGHTS), quantization_config=CONFIG, **arguments
     )
@@ -226,16 +226,14 @@ def test_older_folders(original, quantized, copy):
 
 
 def test_dtype_is_kept(original, tmp_path):
-    model = SanaTransformer2DModel.from_pretrained(original[0], torch_dtype=torch.bfloat16)
+    model = SanaTransformer2DModel.from_pretrained(original[0], dtype=torch.bfloat16)
     diffusers_sana.quantize(model, CONFIG, folder=tmp_path / "in memory", progress=False)
-    on_the_way = SanaTransformer2DModel.from_pretrained(
-        original[0], quantization_config=CONFIG, torch_dtype=torch.bfloat16
-    )
+    on_the_way = SanaTransformer2DModel.from_pretrained(original[0], quantization_config=CONFIG, dtype=torch.bfloat16)
     on_the_way.save_pretrained(tmp_path / "on the way")
     for folder in (tmp_path / "in memory", tmp_path / "on the way"):
         loaded = SanaTransformer2DModel.from_pretrained(folder)
         assert loaded.dtype == loaded.get_submodule(LAYER).proj_up.dtype == torch.bfloat16
-        full = SanaTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
+        full = SanaTransformer2DModel.from_pretrained(folder, dtype=torch.float32)
         assert full.dtype == full.get_submodule(LAYER).proj_up.dtype == torch.float32
 
 
@@ -261,7 +259,7 @@ class TestRefused:
             ({"quantization_config": SVDQuantConfig(rank=17)}, "`rank` must be at most 16"),
             ({"quantization_config": SVDQuantConfig(rank=4, modules={"nothing": "w4a4"})}, "'nothing' matches none"),
             ({"quantization_config": SVDQuantConfig(rank=4, gptq=True)}, "`gptq` must be False in `from_pretrained`"),
-            ({"quantization_config": CONFIG, "torch_dtype": torch.float8_e4m3fn}, "`torch_dtype` must be one of"),
+            ({"quantization_config": CONFIG, "dtype": torch.float8_e4m3fn}, "`dtype` must be one of"),
             ({"quantization_config": CONFIG, "device_map": {"": "disk"}}, "`device_map` must not put layers on disk"),
         ],
     )

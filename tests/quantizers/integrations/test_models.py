@@ -35,19 +35,19 @@ def test_round_trip(family, precision, dtype, tmp_path):
     smoothing = "search" if family == "sana" else "none"
     config = SVDQuantConfig(rank=4, precision=precision, smoothing=smoothing)
     load, folder = type(model).from_pretrained, tmp_path / "quantized"
-    first = load(tmp_path / "original", quantization_config=config, torch_dtype=dtype)
+    first = load(tmp_path / "original", quantization_config=config, dtype=dtype)
     assert {layer.precision for layer in quantized_layers(first)} >= {precision}
     result = output(first, inputs, dtype)
     assert result.dtype == dtype
     assert relative_error(result, expected) < 0.1
 
     first.save_pretrained(folder)
-    again = load(folder, torch_dtype=dtype)
+    again = load(folder, dtype=dtype)
     assert torch.equal(output(again, inputs, dtype), result)
     for name, parameter in first.named_parameters():
         other = again.get_parameter(name)
         assert (other.dtype, other.shape) == (parameter.dtype, parameter.shape)
-    second = load(tmp_path / "original", quantization_config=config, torch_dtype=dtype)
+    second = load(tmp_path / "original", quantization_config=config, dtype=dtype)
     assert torch.equal(output(second, inputs, dtype), result)  # same seed, same bits
 
 
@@ -57,10 +57,10 @@ def test_a_16_bit_folder_in_fp32_has_the_same_numbers(tmp_path):
     model.to(torch.bfloat16).save_pretrained(tmp_path / "original")
     config = SVDQuantConfig(rank=4, precision="nvfp4", compute_mode="w4a16")
     load = type(model).from_pretrained
-    quantized = load(tmp_path / "original", quantization_config=config, torch_dtype=torch.bfloat16)
+    quantized = load(tmp_path / "original", quantization_config=config, dtype=torch.bfloat16)
     quantized.save_pretrained(tmp_path / "quantized")
     assert load(tmp_path / "quantized").dtype == torch.bfloat16
-    again = load(tmp_path / "quantized", torch_dtype=torch.float32)
+    again = load(tmp_path / "quantized", dtype=torch.float32)
     assert again.dtype == torch.float32
     for layer, other in zip(quantized_layers(quantized), quantized_layers(again), strict=True):
         assert other.wscales.dtype in (torch.float8_e4m3fn, torch.float32)

@@ -61,7 +61,7 @@ def test_no_cast(model, cast):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_dtype_of_loading(saved, dtype):
-    model = SanaTransformer2DModel.from_pretrained(saved[1], torch_dtype=dtype)
+    model = SanaTransformer2DModel.from_pretrained(saved[1], dtype=dtype)
     assert model.dtype == dtype
     result = output(model, saved[3], dtype)
     assert result.dtype == dtype

@@ -48,7 +48,7 @@ class SVDQuantQuantizer(DiffusersQuantizer):
         checkpoint.check_request(self.quantization_config, self.pre_quantized, device_map)
         if isinstance(torch_dtype, torch.dtype) and torch_dtype not in checkpoint.FULL_DTYPES:
             raise ValueError(
-                f"`torch_dtype` must be one of {checkpoint.FULL_DTYPES}, that of scales, low-rank branch and layers "
+                f"`dtype` must be one of {checkpoint.FULL_DTYPES}, that of scales, low-rank branch and layers "
                 f"that are not quantized, got {torch_dtype}."
             )
 
@@ -83,7 +83,7 @@ class SVDQuantQuantizer(DiffusersQuantizer):
         self._mark(model)
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
-        """Without `torch_dtype`, a quantized model is loaded in the dtype in which it was saved."""
+        """Without `dtype`, a quantized model is loaded in the dtype in which it was saved."""
         saved = self.quantization_config.dtype if self.pre_quantized else None
         return getattr(torch, saved) if torch_dtype is None and saved is not None else torch_dtype
 
