@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 from torch import Tensor, nn
 
-from benchmarks.harness import RESULTS, alternating_times, environment, peak_memory, write_results
+from benchmarks.harness import RESULTS, alternating_times, environment, write_results
 from diffusers_sana import AutoencoderDC
+from diffusers_sana.evaluation.machine import peak_memory
 from diffusers_sana.training.objectives.flow_matching import (
     interpolate,
     sample_euler,

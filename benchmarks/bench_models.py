@@ -21,12 +21,11 @@ from benchmarks.harness import (
     RESULTS,
     alternating_times,
     environment,
-    peak_memory,
     summary,
-    synchronize,
     write_results,
 )
 from benchmarks.models import AUTOENCODER, TRANSFORMERS, pipelines, step_inputs, twins
+from diffusers_sana.evaluation.machine import peak_memory, synchronize
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

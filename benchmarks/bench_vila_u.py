@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import RESULTS, alternating_times, environment, peak_memory, summary, write_results
+from benchmarks.harness import RESULTS, alternating_times, environment, summary, write_results
 from benchmarks.official_vila_u import official_pictures
 from benchmarks.vila_u import REDUCED, deeper, picture_bytes, prompts, question, vila_u
+from diffusers_sana.evaluation.machine import peak_memory
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 
 

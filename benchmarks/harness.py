@@ -1,35 +1,22 @@
 """What all benchmarks share: timing in turn, memory, and where results go."""
 
-import contextlib
-import ctypes
-import gc
 import json
-import os
-import platform
 import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 
-from diffusers_sana import __version__
+from diffusers_sana.evaluation.machine import device_name, synchronize, versions
 
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def synchronize() -> None:
-    """Waits for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def alternate(functions: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, float]:
@@ -74,16 +61,6 @@ def copy_bandwidth(device: str, elements: int = 2**30) -> float:
     return 2 * x.nbytes / alternate({"copy": lambda: y.copy_(x)}, rounds=10, warmup=3)["copy"]
 
 
-def device_name() -> str:
-    """The GPU's name, or the processor's with what it can do with half precision."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    extensions = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name} " in info]
-    return f"{names[0] if names else platform.machine()} ({os.cpu_count()} cores, {' '.join(extensions)})"
-
-
 def commit() -> str:
     """The commit of the code: from git, or from the file that `tools/gpu_pack.py` writes, or ""."""
     packed = Path(__file__).parents[1] / "COMMIT"
@@ -104,13 +81,7 @@ def environment() -> dict[str, Any]:
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "commit": commit(),
-        "versions": {
-            "diffusers_sana": __version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 
@@ -121,30 +92,3 @@ def write_results(name: str, report: dict[str, Any], results: Path = RESULTS) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return path
-
-
-@contextlib.contextmanager
-def peak_memory() -> Iterator[dict[str, float]]:
-    """Fills `mib` of the dictionary with the most memory in use during the block, beyond what was in use before it.
-
-    On a GPU what torch allocated; on a CPU the resident size of the process.
-    """
-    result: dict[str, float] = {}
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield result
-        synchronize()
-        result["mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    else:
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before must not serve the block unseen
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forgets the high-water mark
-        before = _status_kib("VmRSS")
-        yield result
-        result["mib"] = (_status_kib("VmHWM") - before) / 2**10
-
-
-def _status_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").split("\n")
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

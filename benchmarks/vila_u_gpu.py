@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from transformers import CompileConfig
 
-from benchmarks.harness import alternate, copy_bandwidth, peak_memory
+from benchmarks.harness import alternate, copy_bandwidth
 from benchmarks.vila_u import LAYOUT_384, picture_bytes, prompts, question, vila_u
+from diffusers_sana.evaluation.machine import peak_memory
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 
 

@@ -37,7 +37,7 @@ MAY_IMPORT = {
         "quantizers",
         "schedulers",
     },
-    "evaluation": {"checkpoints", "loading", "quantizers"},
+    "evaluation": {"checkpoints", "kernels", "loading", "quantizers"},
     "checkpoints": set(),
 }
 # Nothing in the package but these and recipes may import a pipeline: data flows from pipelines down.

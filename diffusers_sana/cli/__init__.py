@@ -9,7 +9,7 @@ import re
 import sys
 
 from diffusers_sana.arguments import ArgumentParser
-from diffusers_sana.cli import chat, convert, demo, env, evaluate, generate, quantize
+from diffusers_sana.cli import chat, convert, demo, env, evaluate, generate, quantize, verify
 from diffusers_sana.files import UserError
 
 
@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": (chat, "answer a question about an image"),
     "quantize": (quantize, "save a pipeline in 4 bits"),
     "evaluate": (evaluate, "measure the quality of a model's images"),
+    "verify": (verify, "compare a checkpoint's results and speed with diffusers' on this machine"),
     "convert": (convert, "convert original (NVlabs) checkpoints to diffusers folders"),
     "demo": (demo, "serve a web page to try the models"),
     "env": (env, "show what will run on this machine, and why"),

@@ -8,7 +8,6 @@ Legend: N images, H/W height and width, F features.
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,12 @@ from diffusers_sana.evaluation.detector import Detector
 from diffusers_sana.evaluation.emoji_probe import EmojiProbe
 from diffusers_sana.evaluation.features import Features, make_inception
 from diffusers_sana.evaluation.images import generate_missing
+from diffusers_sana.evaluation.machine import versions
 from diffusers_sana.files import model_identity
 from diffusers_sana.loading import checkpoint_path, find_pipeline_class, load_on
 
 
 TRUE_FEATURES = Path(EMOJI_PROBE) / "reference.safetensors"  # of renderings of the emoji themselves
-PACKAGES = ("diffusers_sana", "torch", "diffusers", "transformers")
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         against[str(config.against)] = compare(networks, paths, config.others, set(config.measures))
     return {
         "settings": settings(config),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": versions(),
         "models": {name: measure_alone(config, networks, paths) for name, paths in generated.items()},
         "against": against,
     }

@@ -48,13 +48,15 @@ def rms_norm(
     if use_triton("rms_norm", hidden_states, weight, bias, residual, unsupported=reason):
         return _rms_norm_triton(hidden_states, weight, bias, residual, eps)
     if hidden_states.device.type == "cpu" and is_inference(hidden_states, weight, bias, residual):
-        return row_blocks(partial(_rms_norm_reference, weight, bias, eps), hidden_states, residual)
-    return _rms_norm_reference(weight, bias, eps, hidden_states, residual)
+        block = partial(rms_norm_reference, weight=weight, bias=bias, eps=eps)
+        return row_blocks(lambda rows, residual: block(rows, residual=residual), hidden_states, residual)
+    return rms_norm_reference(hidden_states, weight, bias, eps=eps, residual=residual)
 
 
-def _rms_norm_reference(
-    weight: Tensor | None, bias: Tensor | None, eps: float, hidden_states: Tensor, residual: Tensor | None
-) -> Tensor:
+def rms_norm_reference(
+    hidden_states: Tensor, weight: Tensor | None, bias: Tensor | None = None,
+    *, eps: float = 1e-5, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The formula in PyTorch; float64 inputs give the reference result."""
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     out = hidden_states.to(dtype)

@@ -24,9 +24,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import device_name
 from diffusers_sana import SanaPipeline, __version__
 from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.evaluation.machine import device_name
 from diffusers_sana.training.objectives.perceptual import RandomFeatures
 from diffusers_sana.training.plots import save_image_grid
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffusers_sana._compat import cpu_has_vnni, has_int8_product
 from diffusers_sana.kernels.low_bit import nonzero, pad_features, requantize_rows
+from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank_reference
 
 
 BLOCK = 2**20  # elements of the output computed at a time: 4 MiB of fp32
@@ -98,3 +99,15 @@ def int8_linear(hidden_states: Tensor, smooth_factor: Tensor, proj_down: Tensor,
         )  # fmt: skip
         out[start : start + rows] = product.mul_(scales).addmm_(low, up)
     return out
+
+
+def int8_linear_reference(
+    hidden_states: Tensor, qweight: Tensor, wscales: Tensor, wtscale: Tensor | None,
+    smooth_factor: Tensor, proj_down: Tensor, proj_up: Tensor, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The formula in PyTorch, computed in float64 from the codes of the activations on; not rounded."""
+    codes, scales, low = quantize_lowrank_reference(hidden_states, smooth_factor, proj_down, "int8")
+    weight, rows = requantize_rows(qweight, wscales, wtscale, levels())
+    out = (codes.double() @ weight.double().t()) * scales.double() * rows.double()
+    out = out + low.double() @ proj_up.double().t()
+    return out if bias is None else out + bias.double()

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from diffusers_sana.kernels.cpu import int8_linear as module
-from diffusers_sana.kernels.cpu.int8_linear import int8_linear, levels, prepare
-from diffusers_sana.kernels.low_bit import encode_weight, pad_features, requantize_rows, weight_scales
-from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank_reference
+from diffusers_sana.kernels.cpu.int8_linear import int8_linear, int8_linear_reference, prepare
+from diffusers_sana.kernels.low_bit import encode_weight, pad_features, weight_scales
 from tests.numerics import relative_error
 
 
@@ -28,13 +27,6 @@ def layer(outputs, features, rank, precision="int4", dtype=torch.float32):
     )
 
 
-def formula(x, qweight, wscales, wtscale, smooth, down, up, bias):
-    codes, scales, low = quantize_lowrank_reference(x, smooth, down, "int8")
-    weight, rows = requantize_rows(qweight, wscales, wtscale, levels())
-    out = (codes.double() @ weight.double().t()) * scales.double() * rows.double() + low.double() @ up.double().t()
-    return out if bias is None else out + bias.double()
-
-
 def run(x, qweight, wscales, wtscale, smooth, down, up, bias):
     return int8_linear(x, smooth, down, prepare(qweight, wscales, wtscale, up, bias))
 
@@ -43,17 +35,17 @@ def run(x, qweight, wscales, wtscale, smooth, down, up, bias):
 @pytest.mark.parametrize(
     ("tokens", "outputs", "features", "rank"), [(1, 8, 64, 4), (70, 33, 100, 0), (130, 96, 320, 5)]
 )
-def test_equals_the_formula(tokens, outputs, features, rank, precision):
+def test_equals_the_int8_linear_reference(tokens, outputs, features, rank, precision):
     tensors = layer(outputs, features, rank, precision)
     x = torch.randn(tokens, features)
-    assert relative_error(run(x, *tensors), formula(x, *tensors)) < 1e-5
+    assert relative_error(run(x, *tensors), int8_linear_reference(x, *tensors)) < 1e-5
     assert torch.equal(run(x, *tensors), run(x, *tensors))
 
 
 def test_without_bias():
     *tensors, _ = layer(16, 64, 4)
     x = torch.randn(5, 64)
-    assert relative_error(run(x, *tensors, None), formula(x, *tensors, None)) < 1e-5
+    assert relative_error(run(x, *tensors, None), int8_linear_reference(x, *tensors, None)) < 1e-5
 
 
 def test_rows_in_blocks_are_as_in_one(monkeypatch):
@@ -67,7 +59,7 @@ def test_bf16_is_rounded_once():
     tensors, x = layer(32, 128, 4, dtype=torch.bfloat16), torch.randn(9, 128).bfloat16()
     out = run(x, *tensors)
     assert out.dtype == torch.bfloat16
-    expected = formula(x, *tensors)
+    expected = int8_linear_reference(x, *tensors)
     assert relative_error(out, expected) <= 1.01 * relative_error(expected.bfloat16(), expected) + 1e-5
 
 
