@@ -7,6 +7,7 @@ public name below is imported from its module on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from diffusers_sana._compat import VILA_U, supports_feature
 from diffusers_sana._registration import register as register
 from diffusers_sana._registration import unregister as unregister
 
@@ -67,8 +68,6 @@ _BASE_CLASSES = {
     "SchedulerMixin": "diffusers",
 }
 
-__all__ = ["register", "unregister", *_EXPORTS]
-
 if TYPE_CHECKING:
     from diffusers_sana.checkpoints import SANA_EMOJI as SANA_EMOJI
     from diffusers_sana.checkpoints import SANA_EMOJI_EDGES as SANA_EMOJI_EDGES
@@ -120,7 +119,16 @@ if TYPE_CHECKING:
     from diffusers_sana.schedulers.scheduling_flow_dpm_solver import FlowDPMSolverScheduler as FlowDPMSolverScheduler
 
 
+def _public_names() -> list[str]:
+    """What `import *` gives: without the names of VILA-U where transformers is too old for it."""
+    # Not computed on import, since the version of transformers takes longer to read than this file.
+    names = _EXPORTS if supports_feature(VILA_U) else (name for name in _EXPORTS if "vila_u" not in _EXPORTS[name])
+    return ["register", "unregister", *names]
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return _public_names()
     module = _EXPORTS.get(name) or _BASE_CLASSES.get(name)
     if module is None:
         raise AttributeError(f"module 'diffusers_sana' has no attribute {name!r}; it has {sorted(_EXPORTS)}")
@@ -128,7 +136,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
+    return sorted([*_public_names(), *(name for name in globals() if name.startswith("__"))])
 
 
 register()

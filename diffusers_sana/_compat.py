@@ -204,6 +204,11 @@ def supports(name: HostName) -> bool:
     return release(version_of(name.host)) >= release(name.oldest)
 
 
+def supports_feature(feature: str) -> bool:
+    """Whether the installed versions should have all names that a feature imports."""
+    return all(supports(name) for name in IMPORTS.values() if name.feature == feature)
+
+
 class MissingHostName(ImportError):
     """The installed version of a host lacks a name that a feature needs."""
 

@@ -43,13 +43,13 @@ def test_fresh_process():
 
 
 def test_exports_exist():
-    of_vila_u = [name for name in _compat.IMPORTS.values() if name.feature == _compat.VILA_U]
-    for name in diffusers_sana._EXPORTS:
-        assert name in dir(diffusers_sana)
-        if "VilaU" in name and not all(map(_compat.supports, of_vila_u)):
+    for name, module in diffusers_sana._EXPORTS.items():
+        if "vila_u" in module and not _compat.supports_feature(_compat.VILA_U):
+            assert name not in dir(diffusers_sana)
             with pytest.raises(_compat.MissingHostName, match=r"transformers>=5\.21"):
                 getattr(diffusers_sana, name)
         else:
+            assert name in dir(diffusers_sana)
             assert name.isupper() or getattr(diffusers_sana, name).__name__ == name
 
 
@@ -58,10 +58,20 @@ def test_star_import_is_the_public_api():
     names: dict = {}
     exec("from diffusers_sana import *", names)
     exported = {name for name in names if not name.startswith("__")}
-    assert exported == set(diffusers_sana.__all__) == {*diffusers_sana._EXPORTS, "register", "unregister"}
+    assert exported == set(diffusers_sana.__all__)
+    if _compat.supports_feature(_compat.VILA_U):
+        assert exported == {*diffusers_sana._EXPORTS, "register", "unregister"}
     assert {name for name in dir(diffusers_sana) if not name.startswith("__")} == exported
     for name, host in diffusers_sana._BASE_CLASSES.items():
         assert getattr(diffusers_sana, name) is getattr(import_module(host), name)
+
+
+def test_star_import_works_where_transformers_is_too_old_for_vila_u(monkeypatch):
+    monkeypatch.setattr(_compat, "version_of", {"transformers": "5.17.0"}.get)
+    names: dict = {}
+    exec("from diffusers_sana import *", names)
+    assert {"SanaPipeline", "VILA_U_EMOJI", "quantize"} <= set(names)
+    assert not {"VilaUModel", "VilaUPipeline", "convert_vila_u", "add_remote_code"} & set(names)
 
 
 def test_unknown_name():
