@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from diffusers_sana import quantize
-from diffusers_sana.pipelines.resolution import ASPECT_RATIO_BINS
+from diffusers_sana.pipelines.resolution import trained_sizes
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,8 @@ class Comparison:
         parameters = inspect.signature(type(pipe).__call__).parameters
         self.default_steps: int = parameters["num_inference_steps"].default
         self.default_guidance: float = parameters["guidance_scale"].default
-        default_size = pipe.transformer.config.sample_size * pipe.vae_scale_factor
-        table = ASPECT_RATIO_BINS.get(default_size, {"1.0": (default_size, default_size)})
         # Heights and widths in pixels that the checkpoint was trained on, the square one first.
-        self.sizes = sorted(
-            {(int(h), int(w)) for h, w in table.values()}, key=lambda size: (abs(size[0] - size[1]), size)
-        )
+        self.sizes = trained_sizes(pipe.transformer.config.sample_size * pipe.vae_scale_factor)
 
     def generate(
         self,

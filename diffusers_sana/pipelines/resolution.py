@@ -35,6 +35,17 @@ def bin_size(height: int, width: int, native_size: int) -> tuple[int, int]:
     return PixArtImageProcessor.classify_height_width_bin(height, width, ratios=ASPECT_RATIO_BINS[native_size])
 
 
+def trained_sizes(native_size: int) -> list[tuple[int, int]]:
+    """Heights and widths in pixels that a checkpoint was trained on, the square one first.
+
+    Args:
+        native_size: side in pixels of its square images.
+    """
+    table = ASPECT_RATIO_BINS.get(native_size, {"1.0": (native_size, native_size)})
+    sizes = {(int(height), int(width)) for height, width in table.values()}
+    return sorted(sizes, key=lambda size: (abs(size[0] - size[1]), size))
+
+
 def check_size(name: str, size: int, multiple: int) -> None:
     """Raises where `size`, the argument `name` in pixels, is not a positive multiple of `multiple`."""
     if size > 0 and size % multiple == 0:
