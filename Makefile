@@ -10,7 +10,7 @@ JOBS ?= 12
 RESULTS ?= benchmarks/results
 SETUP_UNLESS_PY := $(if $(filter $(BIN)/python,$(PY)),setup)
 
-.PHONY: setup demo test test-lowest test-versions check format host-tests gpu-check gpu-bench bench compile-kernels tables study train-bundled train-bundled-vila-u prepare-data docs
+.PHONY: setup demo test test-lowest test-versions check format host-tests gpu-check gpu-bench bench compile-kernels tables study train-bundled train-autoencoder train-transformer train-bundled-vila-u prepare-data docs
 
 setup: $(STAMP)
 
@@ -81,6 +81,10 @@ train-bundled: setup outputs/emoji.zip  ## retrains diffusers_sana/checkpoints/s
 train-autoencoder: setup outputs/emoji-256.zip  ## goes on with the autoencoder for 256 px for MINUTES, in three phases
 	$(BIN)/python -m examples.train_emoji.autoencoder --data outputs/emoji-256.zip --out outputs/autoencoder \
 		--minutes $(MINUTES) --save-state
+
+train-transformer: setup outputs/emoji-256.zip  ## goes on with the transformer for 256 px for MINUTES, on the kept autoencoder
+	$(BIN)/python -m examples.train_emoji.transformer --data outputs/emoji-256.zip --vae examples/train_emoji/state/autoencoder \
+		--out outputs/sana-emoji-256 --minutes $(MINUTES)
 
 train-bundled-vila-u: setup outputs/emoji.zip  ## retrains diffusers_sana/checkpoints/vila-u-emoji within MINUTES
 	$(BIN)/python -m examples.train_vila_u_emoji.run --data outputs/emoji.zip --out outputs/vila-u-emoji --minutes $(MINUTES)

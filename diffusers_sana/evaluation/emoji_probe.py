@@ -22,8 +22,11 @@ PLACES = {
     "top": (0.25, 0.04, 0.75, 0.54),
     "bottom": (0.25, 0.46, 0.75, 0.96),
 }
-# Boxes of two objects: the left one and the right one.
-PAIR = {"first": (0.025, 0.265, 0.495, 0.735), "second": (0.505, 0.265, 0.975, 0.735)}
+# Boxes of several objects, by their number: two from left to right; three with the first one above.
+SEVERAL = {
+    "2": ((0.025, 0.265, 0.495, 0.735), (0.505, 0.265, 0.975, 0.735)),
+    "3": ((0.25, 0.0, 0.75, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0)),
+}
 
 
 def _block(in_channels: int, out_channels: int, kernel: int, stride: int) -> nn.Sequential:
@@ -32,11 +35,11 @@ def _block(in_channels: int, out_channels: int, kernel: int, stride: int) -> nn.
 
 
 class EmojiProbe(nn.Module, PyTorchModelHubMixin):
-    """Recognizes objects, number, place, background color and style in an image of one or two emoji.
+    """Recognizes objects, number, place, background color and style in an image of one to three emoji.
 
     Two attention maps find the first and the second object, left to right; one layer classifies what either has found,
-    wherever it is. `from_pretrained(folder)` and `save_pretrained(folder)` are those of `huggingface_hub`:
-    `config.json` and `model.safetensors`.
+    wherever it is. Three objects are of one kind. `from_pretrained(folder)` and `save_pretrained(folder)` are those of
+    `huggingface_hub`: `config.json` and `model.safetensors`.
 
     Args:
         objects: names of the objects it distinguishes.
@@ -44,6 +47,7 @@ class EmojiProbe(nn.Module, PyTorchModelHubMixin):
         styles: names of styles.
         object_features: number of features per object.
         layout_features: number of features for everything else.
+        max_objects: the largest number of objects, 2 or 3.
     """
 
     def __init__(
@@ -53,12 +57,13 @@ class EmojiProbe(nn.Module, PyTorchModelHubMixin):
         styles: Sequence[str],
         object_features: int = 96,
         layout_features: int = 64,
+        max_objects: int = 2,
     ):
         super().__init__()
         self.answers = {
             "first": tuple(objects),
             "second": tuple(objects),
-            "number": ("1", "2"),
+            "number": ("1", *SEVERAL)[:max_objects],
             "place": tuple(PLACES),
             "color": tuple(colors),
             "style": tuple(styles),
@@ -112,13 +117,14 @@ class EmojiProbe(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def observe(self, images: Tensor) -> list[Observation]:
-        """What each of the images `[B, 3, H, W]` in [0, 1] shows: one object or two."""
+        """What each of the images `[B, 3, H, W]` in [0, 1] shows."""
         found = {name: logits.softmax(-1).max(-1) for name, logits in self(images).items()}
         observations = []
         for i in range(len(images)):
             word = {name: self.answers[name][int(best.indices[i])] for name, best in found.items()}
             score = {name: float(best.values[i]) for name, best in found.items()}
-            boxes = {"first": PLACES[word["place"]]} if word["number"] == "1" else PAIR
-            objects = tuple(Detection(word[name], score[name], box) for name, box in boxes.items())
+            boxes = SEVERAL.get(word["number"], (PLACES[word["place"]],))
+            names = ("first", "second") if word["number"] == "2" else ("first",) * len(boxes)
+            objects = tuple(Detection(word[name], score[name], box) for name, box in zip(names, boxes, strict=True))
             observations.append(Observation(objects, word["color"], word["style"]))
         return observations

@@ -49,7 +49,7 @@ def make_autoencoder_256() -> ModelMixin:
     return model
 
 
-def make_transformer() -> ModelMixin:
+def make_transformer(sample_size: int = RESOLUTION // 32) -> ModelMixin:
     """A Sana of 8 blocks and width 192, with the query and key norms of SANA-1.5."""
     return SanaTransformer2DModel(
         num_attention_heads=6,
@@ -59,7 +59,7 @@ def make_transformer() -> ModelMixin:
         cross_attention_head_dim=48,
         cross_attention_dim=192,
         caption_channels=192,
-        sample_size=RESOLUTION // 32,
+        sample_size=sample_size,
         qk_norm="rms_norm_across_heads",
     )
 

@@ -25,7 +25,7 @@ from .common import device, make_parser, make_settings
 from .data import COMMON_OBJECTS, EmojiArt, EmojiScenes, LatentScenes
 from .evaluate import evaluate, held_out_scenes
 from .models import FLOW_SHIFT, RESOLUTION, make_autoencoder, make_text_encoder, make_transformer
-from .tokenizer import make_tokenizer
+from .tokenizer import make_tokenizer, texts
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def train_autoencoder(
 
 def train_transformer(preset: Preset, art: EmojiArt, vae_folder: Path, out: Path, minutes: float) -> Path:
     """Trains the transformer and its text encoder; returns the folder of the pipeline."""
-    tokenizer = make_tokenizer(art, complex_human_instruction())
+    tokenizer = make_tokenizer(texts(art), complex_human_instruction())
     vae = AutoencoderDC.from_pretrained(vae_folder).to(device())
     scenes = EmojiScenes(art, RESOLUTION, device(), seed=3, labels=taught(preset, art))
     latents = LatentScenes(scenes, vae, preset.store, preset.renewed)

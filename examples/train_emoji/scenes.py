@@ -23,6 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusers_sana.files import digest
+
 
 RESOLUTION = 256
 GRID = 32  # pixels of a token's side: an autoencoder f32
@@ -213,9 +215,13 @@ def held_out_scenes(objects: list[str], kinds: Mapping[str, int] = HELD_OUT, see
     for i, (kind, count) in enumerate(kinds.items()):
         source = Scenes(objects, seed + i, {kind: 1})
         chosen: dict[str, Scene] = {}
-        while len(chosen) < count:
+        for _ in range(2_000):
             scene = source.sample(held_out=True)
             chosen.setdefault(scene.objects[0], scene)
+            if len(chosen) == count:
+                break
+        else:
+            raise ValueError(f"`kinds` must not ask for more than there is, got {count} of {kind!r}: ask for less.")
         scenes += chosen.values()
     return scenes
 
@@ -232,6 +238,7 @@ class Art:
                 for style in STYLES
             ]
         self.index = {word: i for i, word in enumerate(self.objects)}
+        self.digest = digest(Path(path))
         self.device = device
         self.pixels: dict[int, Tensor] = {}
         for side in (LARGE, SMALL):

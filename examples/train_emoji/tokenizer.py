@@ -13,15 +13,15 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import GemmaTokenizer, PreTrainedTokenizerBase
 
 from .data import COLORS, POSITIONS, STYLES, EmojiArt, with_article
+from .scenes import UNCOUNTED, Scenes
 
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]  # Gemma's first ids
 
 
-def corpus(art: EmojiArt, instruction: str) -> list[str]:
-    """Every word that training can show, in context, each often enough to become one token."""
-    rng = random.Random(0)
-    texts = [instruction] * 16
+def texts(art: EmojiArt) -> list[str]:
+    """Every word that training at 128 px can show, in context, each often enough to become one token."""
+    rng, texts = random.Random(0), []
     for label in art.labels * 4:
         color, position, style = rng.choice(list(COLORS)), rng.choice(list(POSITIONS)), rng.choice(STYLES)
         texts.append(f"{with_article(label)} and {with_article(label, style)}{position}")
@@ -29,8 +29,23 @@ def corpus(art: EmojiArt, instruction: str) -> list[str]:
     return texts
 
 
-def make_tokenizer(art: EmojiArt, instruction: str, vocab_size: int = 1536) -> PreTrainedTokenizerBase:
-    """A `GemmaTokenizer` of at most `vocab_size` tokens; `instruction` is the complex human instruction."""
+def scene_texts(objects: list[str]) -> list[str]:
+    """The same at 256 px: captions, of each object and of its plural."""
+    rng = random.Random(0)
+    of_each = [Scenes([word], seed, {kind: 1}) for word in objects for seed, kind in enumerate(("object", "position"))]
+    of_each += [Scenes([word], 2, {"count": 1}) for word in objects if word not in UNCOUNTED]
+    pairs = Scenes(objects, kinds={"pair": 1, "small": 1})
+    return [source.sample(None).caption(rng) for source in [*of_each * 4, *[pairs] * 2000]]
+
+
+def make_tokenizer(texts: list[str], instruction: str, vocab_size: int = 1536) -> PreTrainedTokenizerBase:
+    """A `GemmaTokenizer` of at most `vocab_size` tokens, which merges what is frequent.
+
+    Args:
+        texts: what it will read.
+        instruction: the complex human instruction, before each of them.
+        vocab_size: the largest number of tokens.
+    """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     # Only for learning: no merge then crosses a word or a mark, so that `GemmaTokenizer`, which does not split at
@@ -39,7 +54,7 @@ def make_tokenizer(art: EmojiArt, instruction: str, vocab_size: int = 1536) -> P
         [pre_tokenizers.Split(Regex("▁"), "merged_with_next"), pre_tokenizers.Split(Regex(r"[,:.\n]"), "isolated")]
     )
     tokenizer.train_from_iterator(
-        corpus(art, instruction),
+        [instruction] * 16 + texts,
         trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=SPECIAL_TOKENS + [f"<0x{byte:02X}>" for byte in range(256)],

@@ -58,6 +58,15 @@ def test_two_objects(probe):
         assert relations(left, right) == {"left of"}
 
 
+def test_three_objects_are_of_one_kind():
+    probe = EmojiProbe(["cat", "dog"], ["red", "blue"], ["3d", "flat"], 4, 4, max_objects=3).eval()
+    answer(probe, first="dog", number="3", place="left")
+    (observation,) = probe.observe(torch.rand(1, 3, 128, 128))
+    above, left, right = observation.objects
+    assert {one.label for one in observation.objects} == {"dog"}
+    assert (place(above), relations(left, right)) == ("top", {"left of"})
+
+
 def test_saving(probe, tmp_path):
     probe.save_pretrained(tmp_path)
     assert {"config.json", "model.safetensors"} <= {path.name for path in tmp_path.iterdir()}

@@ -9,7 +9,7 @@ from examples.train_emoji import run
 from examples.train_emoji.data import COLORS, EmojiScenes, Scene, is_held_out, with_article
 from examples.train_emoji.evaluate import held_out_scenes, prompt_following
 from examples.train_emoji.models import make_autoencoder, make_text_encoder, make_transformer
-from examples.train_emoji.tokenizer import make_tokenizer
+from examples.train_emoji.tokenizer import make_tokenizer, texts
 from tests.examples.conftest import NAMES
 
 
@@ -63,7 +63,7 @@ def test_tokenizer_is_gemmas(art, tmp_path):
     from transformers import GemmaTokenizerFast
 
     instruction = complex_human_instruction()
-    tokenizer = make_tokenizer(art, instruction)
+    tokenizer = make_tokenizer(texts(art), instruction)
     prefix = tokenizer.encode(instruction)
     tokens = tokenizer.encode(instruction + "a red ball on a blue background, 3d style")
     assert tokens[0] == tokenizer.bos_token_id
@@ -76,7 +76,7 @@ def test_tokenizer_is_gemmas(art, tmp_path):
 
 def test_sizes(art):
     """What is bundled stays under 30 MB of bf16."""
-    tokenizer = make_tokenizer(art, complex_human_instruction())
+    tokenizer = make_tokenizer(texts(art), complex_human_instruction())
     with torch.device("meta"):
         models = [make_autoencoder(), make_transformer(), make_text_encoder(tokenizer)]
     assert 2 * sum(p.numel() for model in models for p in model.parameters()) < 30e6

@@ -1,9 +1,10 @@
-"""The emoji example at 256 px: scenes and what is held out of them, and the autoencoder's three phases, tiny."""
+"""The emoji example at 256 px: scenes and what is held out of them, each training, tiny, and the blind test."""
 
 import io
 import json
 import random
 import zipfile
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,11 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from diffusers_sana import AutoencoderDC
-from examples.train_emoji import autoencoder, prepare_data
+from diffusers_sana import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
+from diffusers_sana.evaluation.checks import read_checks
+from diffusers_sana.evaluation.emoji_probe import EmojiProbe
+from examples.train_emoji import autoencoder, blind, judge, latents, prepare_data, transformer
+from examples.train_emoji.latents import latent_batches, load_latents, taught_scenes
 from examples.train_emoji.models import make_autoencoder_256
 from examples.train_emoji.scenes import (
     COLORS,
@@ -96,7 +100,7 @@ def test_every_object_stands_on_the_token_grid(art):
         assert all(0 <= value <= 256 - side for corner in corners for value in corner)
 
 
-def test_a_crop_is_a_square_of_the_scene_on_the_token_grid_with_an_object(art):
+def test_a_crop_is_a_square_of_the_scene_on_the_token_grid_mostly_with_an_object(art):
     scenes = [
         Scene(("cat",), "3d", "red"),
         Scene(("cat",), "3d", "red", "left"),
@@ -104,12 +108,14 @@ def test_a_crop_is_a_square_of_the_scene_on_the_token_grid_with_an_object(art):
     ]
     images = render(art, scenes)
     rng = random.Random(0)
-    for _ in range(20):
+    with_object = []
+    for _ in range(40):
         for image, part in zip(images, crop(images, scenes, 128, rng), strict=True):
             places = [(x, y) for x in range(0, 129, GRID) for y in range(0, 129, GRID)]
             assert any(torch.equal(part, image[:, y : y + 128, x : x + 128]) for x, y in places)
             background = image[:, 0, 0, None, None]
-            assert ((part - background).abs().amax(0) > 0.1).float().mean() > 0.3
+            with_object.append(((part - background).abs().amax(0) > 0.1).float().mean() > 0.3)
+    assert 0.87 < sum(with_object) / len(with_object) < 1
 
 
 def test_batches_are_reproducible(art):
@@ -204,3 +210,178 @@ def test_phases_follow_each_other_and_the_state_outlives_the_run(pack, tmp_path,
     assert json.loads((state / "progress.json").read_text())["images"] == 4 * 2 * 2
     with pytest.raises(ValueError, match=r"needs .*phase_1"):
         autoencoder.main(["--data", str(pack), "--out", str(tmp_path / "third"), "--phase", "2", "--state", "none"])
+
+
+def test_taught_scenes_are_all_but_the_held_out_ones():
+    scenes = taught_scenes(list(WORDS), pairs=20)
+    kinds = Counter(scene.kind for scene in scenes)
+    looks = len(WORDS) * len(STYLES) * len(COLORS)
+    assert kinds["pair"] == 20
+    assert 0.8 * looks < kinds["object"] == kinds["small"] == kinds["position"] / 4 < looks
+    assert kinds["count"] < 2 * kinds["object"]  # not of "bread"
+    assert not any(is_held_out(scene) for scene in scenes)
+    assert len(set(scenes)) >= len(scenes) - 20  # pairs may come twice
+
+
+def test_latents_are_encoded_once(art, tmp_path, monkeypatch):
+    vae, scenes, path = (
+        tiny().eval(),
+        taught_scenes(art.objects, pairs=2)[:6],
+        tmp_path / "out" / "latents.safetensors",
+    )
+    written = load_latents(path, vae, art, scenes)
+    with torch.no_grad():
+        expected = vae.encode(render(art, scenes)).latent * vae.config.scaling_factor
+    torch.testing.assert_close(written.float(), expected, atol=2e-3, rtol=2e-3)
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "encode", lambda *_: pytest.fail("encoded again"))
+        assert torch.equal(load_latents(path, vae, art, scenes), written)
+    # Another encoder, or other scenes, and the file is written anew.
+    with torch.no_grad():
+        vae.encoder.conv_out.weight.mul_(2)
+    assert not torch.equal(load_latents(path, vae, art, scenes), written)
+    assert len(load_latents(path, vae, art, scenes[:3])) == 3
+
+
+def test_batches_of_latents_have_the_kinds_and_captions_of_their_scenes(art):
+    scenes = taught_scenes(art.objects, pairs=50)
+    numbers = torch.arange(len(scenes)).view(-1, 1, 1, 1).half()
+    batch = next(latent_batches(scenes, numbers, 64, seed=1, kinds={"pair": 3, "count": 1}))
+    chosen = [scenes[int(row)] for row in batch["latents"].flatten()]
+    kinds = Counter(scene.kind for scene in chosen)
+    assert set(kinds) == {"pair", "count"}
+    assert kinds["pair"] > kinds["count"]
+    for scene, caption in zip(chosen, batch["text"], strict=True):
+        assert scene.objects[0] in caption or plural(scene.objects[0]) in caption
+    again = next(latent_batches(scenes, numbers, 64, seed=1, kinds={"pair": 3, "count": 1}))
+    assert again["text"] == batch["text"]
+
+
+def test_the_transformer_is_trained_on_latents_and_becomes_a_pipeline(pack, tmp_path, monkeypatch):
+    folder = tmp_path / "vae"
+    tiny_vae = tiny()
+    tiny_vae.save_pretrained(folder)
+    monkeypatch.setattr(transformer, "taught_scenes", lambda objects: taught_scenes(objects, pairs=4)[:40])
+    monkeypatch.setattr(transformer, "BATCH_SIZE", {"cpu": 2, "cuda": 2})
+    monkeypatch.setattr(transformer, "KINDS", {"object": 1})
+    monkeypatch.setattr(transformer, "SAMPLES", 1)
+    small = {"max_steps": 2, "sample_steps": 1, "compile": False}
+    monkeypatch.setattr(transformer, "SETTINGS", {**transformer.SETTINGS, **small})
+    monkeypatch.setattr(transformer, "make_transformer", tiny_transformer)
+    out = tmp_path / "out"
+    transformer.main(["--data", str(pack), "--vae", str(folder), "--out", str(out), "--minutes", "5"])
+    pipe = SanaPipeline.from_pretrained(out / "pipeline", dtype=torch.float32)
+    assert pipe.vae.dtype == torch.float32
+    assert load_file(out / "pipeline" / "transformer" / WEIGHTS)["proj_out.weight"].dtype == torch.bfloat16
+    image = pipe("a cat on a red background", num_inference_steps=1, height=256, width=256, output_type="pt").images
+    assert image.shape == (1, 3, 256, 256)
+    assert (out / "sana" / "log.jsonl").exists()
+
+
+def tiny_transformer(sample_size):
+    return SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=192,
+        sample_size=sample_size,
+    )
+
+
+def test_the_judge_learns_scenes_and_writes_checks(pack, tmp_path):
+    vae, out = tmp_path / "vae", tmp_path / "judge"
+    tiny().save_pretrained(vae)
+    arguments = ["--data", str(pack), "--vae", str(vae), "--out", str(out), "--results", str(tmp_path / "results")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge, "BATCH_SIZE", 8)
+        patch.setattr(judge, "STORE", 16)
+        patch.setattr(judge, "HELD_OUT", {"object": 2, "position": 1, "pair": 1, "count": 1})
+        judge.main([*arguments, "--steps", "2"])
+    checks = read_checks(out / "checks.jsonl")
+    assert Counter(check.tag for check in checks) == {
+        "single_object": 2,
+        "position": 1,
+        "two_object": 1,
+        "counting": 1,
+    }
+    report = json.loads(next((tmp_path / "results").rglob("emoji_judge.json")).read_text())
+    assert set(report["true_images"]) == set(report["through_autoencoder"]) > {"object", "objects_of_a_pair", "number"}
+    assert EmojiProbe.from_pretrained(out).answers["number"] == ("1", "2", "3")
+
+
+def test_answers_of_the_judge_say_what_a_scene_shows():
+    probe = EmojiProbe(list(WORDS), list(COLORS), list(STYLES), max_objects=3)
+    scenes = [
+        Scene(("dog",), "flat", "blue", "top"),
+        Scene(("cat", "dog"), "3d", "red"),
+        Scene(("key",) * 3, "flat", "white"),
+    ]
+    found = {name: column.tolist() for name, column in judge.answers(probe, scenes).items()}
+    assert found["first"] == [WORDS.index("dog"), WORDS.index("cat"), WORDS.index("key")]
+    assert found["second"] == [-1, WORDS.index("dog"), -1]
+    assert found["number"] == [0, 1, 2]
+    assert found["place"] == [probe.answers["place"].index("top"), -1, -1]
+    assert [judge.check(scene, 5)["include"] for scene in scenes] == [
+        [{"class": "dog", "place": "top"}],
+        [{"class": "cat"}, {"class": "dog", "position": ["right of", 0]}],
+        [{"class": "key", "count": 3}],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "word", "right"),
+    [
+        ("a hedgehog", "hedgehog", True),
+        ("Hedgehogs!", "hedgehog", True),
+        ("porcupine", "hedgehog", True),
+        ("a fox or a hedgehog", "hedgehog", False),
+        ("hedgehog / fox", "hedgehog", True),
+        ("the water-melon", "watermelon", True),
+        ("car", "police car", False),
+        ("scarf", "car", False),
+        ("", "car", False),
+    ],
+)
+def test_blind_answers(answer, word, right):
+    assert blind.is_named(answer, word, json.loads(blind.SYNONYMS.read_text())) == right
+
+
+def test_blind_score(tmp_path):
+    scenes = blind.blind_scenes()
+    assert len(scenes) == 50
+    assert all(len(scene.objects) == 1 for scene in scenes)
+    lines = [f"{i}: {scene.objects[0]}" for i, scene in enumerate(scenes, start=1)]
+    lines[3] = "4. a thing"
+    (tmp_path / "answers.txt").write_text("\n".join(lines[:49]) + "\n")
+    blind.main(["score", str(tmp_path / "answers.txt"), "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "blind.json").read_text())
+    assert (report["images"], report["named"]) == (50, 48)
+    assert list(report["not_named"].values()) == ["a thing", ""]
+    (tmp_path / "answers.txt").write_text("hedgehog\n")
+    with pytest.raises(ValueError, match="line 1"):
+        blind.read_answers(tmp_path / "answers.txt")
+
+
+def test_synonyms_are_of_objects():
+    synonyms = json.loads(blind.SYNONYMS.read_text())
+    assert set(synonyms) < set(OBJECTS)
+    # What names another object as well is accepted only where the two look alike.
+    shared = {(word, name) for word, names in synonyms.items() for name in names if name in OBJECTS}
+    assert shared == {("soccer ball", "football"), ("tropical fish", "fish")}
+
+
+def test_the_sheet_numbers_its_images(tmp_path):
+    blind.write_sheet(torch.zeros(12, 3, 64, 64), tmp_path / "sheet.png")
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.size == (10 * 64, 2 * (64 + 24))
+    assert sheet.getpixel((32, 24 + 32)) == (128, 128, 128)
+
+
+def test_more_held_out_scenes_than_there_are(art):
+    with pytest.raises(ValueError, match=r"`kinds` .* 9 of 'object'"):
+        held_out_scenes(art.objects, {"object": 9})
