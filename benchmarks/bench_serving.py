@@ -1,6 +1,7 @@
 """A load test of `examples/ray_serve.py` on loopback: throughput, latency, and whether any request is lost.
 
-    python -m benchmarks.bench_serving [--clients 8] [--seconds 40]
+    diffusers-sana quantize sana-emoji --out outputs/sana-emoji-int4
+    python -m benchmarks.bench_serving --model-4bit outputs/sana-emoji-int4 [--clients 8] [--seconds 40]
 
 Clients ask for one image after another, each for the next when it has the last. Three phases: all is well; a replica
 is killed (SIGKILL) in the middle; the server is told to end (SIGTERM) in the middle. A request is lost if it gets
@@ -60,7 +61,7 @@ def wait_until_ready(port: int, server: subprocess.Popen, seconds: float) -> dic
                 return json.loads(body)["replicas"]
         except OSError:
             pass
-        time.sleep(1)
+        time.sleep(5)
     raise TimeoutError("the server does not answer; run it alone to see why: python -m examples.ray_serve")
 
 
@@ -103,7 +104,7 @@ class Clients:
     def __init__(self, port: int, models: list[str], count: int) -> None:
         self.port, self.models = port, models
         self.stopped = threading.Event()
-        self.answers: list[tuple[str, float]] = []  # what became of each request, and seconds
+        self.answers: list[tuple[str, float, float]] = []  # what became of each request, when it was sent, and seconds
         self.threads = [threading.Thread(target=self._ask, args=(i,)) for i in range(count)]
         self.started = time.perf_counter()
         for thread in self.threads:
@@ -125,7 +126,7 @@ class Clients:
                 outcome = "connection refused"
             except (OSError, http.client.HTTPException) as error:
                 outcome = f"lost: {type(error).__name__}"
-            self.answers.append((outcome, time.perf_counter() - start))
+            self.answers.append((outcome, start, time.perf_counter() - start))
             number += len(self.threads)
             if outcome in ("status 503", "connection refused"):
                 self.stopped.wait(0.2)
@@ -136,9 +137,16 @@ class Clients:
         for thread in self.threads:
             thread.join()
         seconds = time.perf_counter() - self.started
-        outcomes = Counter(outcome for outcome, _ in self.answers)
-        times = sorted(duration for outcome, duration in self.answers if outcome == "image")
-        answered = ("image", "status 503", "connection refused")
+        # After its first refusal the server accepts nothing more, so what its end cuts off then was not accepted.
+        refused = min(
+            (sent + took for outcome, sent, took in self.answers if outcome == "status 503"), default=math.inf
+        )
+        outcomes = Counter(
+            "cut off after refusals" if outcome.startswith("lost") and sent > refused else outcome
+            for outcome, sent, _ in self.answers
+        )
+        times = sorted(took for outcome, _, took in self.answers if outcome == "image")
+        answered = ("image", "status 503", "connection refused", "cut off after refusals")
         return {
             "seconds": round(seconds, 1),
             "requests": len(self.answers),
@@ -160,6 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=40, help="of each of the first two phases")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--replicas-4bit", type=int, default=1)
+    parser.add_argument("--model-4bit", help="saved in 4 bits; default: quantized by each replica at its start")
     parser.add_argument("--cpus-per-replica", type=float, default=1)
     parser.add_argument("--gpus-per-replica", type=float, default=0)
     parser.add_argument("--steps", type=int, default=4)
@@ -169,8 +178,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     port = free_port()
-    names = ("replicas", "replicas_4bit", "cpus_per_replica", "gpus_per_replica", "steps", "batch_size")
-    options = [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+    names = ("replicas", "replicas_4bit", "model_4bit", "cpus_per_replica", "gpus_per_replica", "steps", "batch_size")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    options = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     command = ["-m", "examples.ray_serve", "--port", str(port), *options]
     server = subprocess.Popen([sys.executable, *command], cwd=ROOT)
     try:

@@ -37,6 +37,7 @@ logger = logging.getLogger("ray.serve")
 
 ATTEMPTS = 4  # replicas that may die with an image before it is taken for the cause
 NAME = "images"  # of the application
+SECONDS_OF_LAST_ANSWERS = 3  # to pass through Ray's proxy, which ends without waiting for them
 
 
 class ImageGenerator:
@@ -259,6 +260,7 @@ def serve_until_signal(app: Any, host: str, port: int, timeout: float) -> None:
         time.sleep(0.2)
     print("shutting down: waiting for the accepted images", flush=True)
     left = handle.drain.remote(timeout).result()
+    time.sleep(SECONDS_OF_LAST_ANSWERS)
     serve.shutdown()
     print("done" if left == 0 else f"done, without {left} images that took more than {timeout:g} s", flush=True)
 
