@@ -22,6 +22,7 @@ PAGES = (
     DOCS / "vila_u.md",
     DOCS / "caching.md",
     DOCS / "dc_ae_dit.md",
+    DOCS / "serving.md",
 )
 
 
@@ -303,6 +304,28 @@ def dc_ae_dit() -> str:
     )
 
 
+def serving() -> str:
+    """A load test of the server: is any request lost?"""
+    report = json.loads((RESULTS / "cpu" / "serving.json").read_text(encoding="utf-8"))
+    rows = []
+    for name, phase in report["phases"].items():
+        outcomes, latency = phase["outcomes"], phase["latency_seconds"]
+        refused = sum(outcomes.get(how, 0) for how in ("status 503", "connection refused", "cut off after refusals"))
+        rows.append(
+            [
+                name,
+                outcomes.get("image", 0),
+                refused,
+                f"**{phase['lost']}**",
+                "" if refused else f"{phase['images_per_second']:.2f}",  # not while it is ending
+                *(f"{latency[p]:.1f}" for p in ("p50", "p95", "p99")),
+            ]
+        )
+    header = ["phase", "images", "refused", "lost", "images/s", "p50 s", "p95 s", "p99 s"]
+    replicas = ", ".join(f"{count} of {model}" for model, count in report["replicas"].items())
+    return f"{render(header, rows)}\n\n{report['clients']} clients, replicas: {replicas}. {provenance(report)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "models_cpu": models_cpu,
@@ -315,6 +338,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "vila_u_others": vila_u_others,
     "step_caches": step_caches,
     "dc_ae_dit": dc_ae_dit,
+    "serving": serving,
 }
 
 
