@@ -4,22 +4,36 @@ PYTHON ?= python3
 PROMPT ?= a red apple on a blue background
 MINUTES ?= 25
 BIN := .venv/bin
+RUNTIME := .venv/.runtime
 STAMP := .venv/.installed
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 PY ?= $(BIN)/python
 JOBS ?= 12
 RESULTS ?= benchmarks/results
+HUB := $(if $(OWNER),--owner $(OWNER)) $(if $(PUSH),--push)
 SETUP_UNLESS_PY := $(if $(filter $(BIN)/python,$(PY)),setup)
 
-.PHONY: setup demo test test-lowest test-versions check format host-tests gpu-check gpu-bench bench compile-kernels tables study train-bundled train-autoencoder train-transformer train-bundled-vila-u prepare-data docs
+.PHONY: setup demo test test-lowest test-versions check format host-tests gpu-check gpu-bench bench compile-kernels tables study train-bundled train-autoencoder train-transformer train-bundled-vila-u prepare-data docs dist hub-kernels hub-checkpoints
 
-setup: $(STAMP)
+setup: $(STAMP)  ## .venv with what tests, checks and docs need
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	touch $@
+$(RUNTIME): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \
+		'Python 3.11 or newer is needed, $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12' % sys.version_info[:2])"
+	@echo "Installing PyTorch, diffusers and transformers into .venv, once: one to three minutes."
+	@echo "Without an NVIDIA GPU, Linux needs 0.2 instead of 3 GB to download if PyTorch comes from its index for CPUs:"
+	@echo "  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
+	@$(PYTHON) -m venv .venv
+	@$(INSTALL) -e .
+	@touch $@
 
-demo: setup  ## writes an image of PROMPT from the bundled checkpoint and prints its path
+$(STAMP): $(RUNTIME)
+	@echo "Installing what tests, checks, docs and all extras need into .venv, once: about three minutes."
+	@$(INSTALL) -e ".[dev]"
+	@touch $@
+
+demo: $(RUNTIME)  ## writes an image of PROMPT from the bundled checkpoint and prints its path
+	@echo "Generating on the GPU if there is one, else on the CPU: loading takes seconds, the image a second or two."
 	$(BIN)/diffusers-sana generate "$(PROMPT)"
 
 test: setup  ## the whole CPU suite
@@ -66,6 +80,16 @@ study: setup  ## solvers on flows with known answers: results, table, image
 
 docs: setup  ## the documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
+
+dist: setup  ## wheel and sdist for a package index, checked, with their sizes, in dist/; publish: twine upload dist/*
+	$(INSTALL) -e ".[publish]"
+	$(BIN)/python -m tools.publish.dist
+
+hub-kernels: setup  ## the operations as a kernel repository for the Hub, in build/hub; publish: OWNER=name PUSH=1
+	$(BIN)/python -m tools.publish.kernels $(HUB)
+
+hub-checkpoints: setup  ## the bundled checkpoints, in 16 and 4 bits, for the Hub, in build/hub; publish: OWNER=name PUSH=1
+	$(BIN)/python -m tools.publish.checkpoints $(HUB)
 
 outputs/emoji.zip:
 	$(BIN)/python -m examples.train_emoji.prepare_data --out $@

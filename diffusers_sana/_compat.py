@@ -312,9 +312,8 @@ def upstream_instruction() -> tuple[str, ...]:
     Raises:
         MissingHostName: the installed diffusers has no such argument.
     """
-    from diffusers.pipelines.sana.pipeline_sana import SanaPipeline
-
-    argument = inspect.signature(SanaPipeline.__call__).parameters.get("complex_human_instruction")
+    pipeline = import_module("diffusers.pipelines.sana.pipeline_sana").SanaPipeline
+    argument = inspect.signature(pipeline.__call__).parameters.get("complex_human_instruction")
     if argument is None:
         where = "diffusers.pipelines.sana.pipeline_sana:SanaPipeline"
         raise _missing(HostName(where, "the instruction before a prompt"), "__call__(complex_human_instruction)")

@@ -3,6 +3,24 @@
 import argparse
 import os
 import platform
+import re
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+
+
+# Extra -> what it is for. Left out are `dev`, `docs` and `publish`, which serve this package itself.
+EXTRAS = {
+    "train": "LoRA in all pipelines; training",
+    "eval": "SSIM and plots of evaluations",
+    "demo": "the web page of `diffusers-sana demo`",
+    "data": "training data from the Hub and from Parquet files",
+    "bits8": "training with 8-bit optimizers",
+    "caption": "`clean_caption=True`",
+    "ray": "prompt lists and serving on several machines, by Ray",
+    "notebooks": "the notebooks in examples/",
+    "triton": "Triton kernels, where there is a GPU and torch did not bring it",
+}
 
 
 def _memory() -> str:
@@ -20,8 +38,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Shows what will run on this machine, and why."""
-    from importlib.metadata import PackageNotFoundError, version
-
     import torch
 
     from diffusers_sana import __version__
@@ -33,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{'diffusers_sana':15} {__version__}")
     for package in ("torch", "diffusers", "transformers", "peft", "triton"):
         try:
-            installed = version(package)
-        except PackageNotFoundError:
+            installed = metadata.version(package)
+        except metadata.PackageNotFoundError:
             installed = "not installed"
         print(f"{package:15} {installed}")
     print(f"{'python':15} {platform.python_version()} on {platform.platform()}")
@@ -47,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         name = torch.cuda.get_device_name()
         print(f"{'GPU':15} {name}, compute capability {capability}, {free:.1f} of {total:.1f} GiB free")
     else:
-        print(f"{'GPU':15} none that PyTorch can use")
+        print(f"{'GPU':15} none that PyTorch can use{_why_not(torch.version.cuda)}")
 
     mode = current_kernel_mode()
     runs, why = "PyTorch", "set by name" if mode == "torch" else "Triton needs a GPU"
@@ -61,3 +77,35 @@ def run(args: argparse.Namespace) -> None:
     print(f"{'operations':15} {runs} in mode {mode!r} of {ENVIRONMENT_VARIABLE}: {why}")
     for precision in ("int4", "nvfp4"):
         print(f"{precision + ' layers':15} {best_mode(device, precision)}: {best_mode_reason(device, precision)}")
+    for extra, purpose in EXTRAS.items():
+        lacks = missing(extra)
+        remedy = f'pip install "diffusers_sana[{extra}]", for {", ".join(lacks)}' if lacks else "installed"
+        print(f"{'for more' if extra == 'train' else '':15} {purpose}: {remedy}")
+
+
+def missing(extra: str) -> list[str]:
+    """The packages of an extra that are not installed."""
+    return [package for package in _packages(extra) if not _is_installed(package)]
+
+
+def _packages(extra: str) -> Iterator[str]:
+    """Names of the packages that an extra asks for."""
+    for requirement in metadata.requires("diffusers_sana") or ():
+        package, _, marker = requirement.partition(";")
+        if re.search(rf"""extra == ['"]{extra}['"]""", marker):
+            yield re.match(r"[\w.-]+", package)[0]  # type: ignore[index]  # a requirement begins with a name
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _why_not(cuda: str | None) -> str:
+    """What to install where there is an NVIDIA GPU that this build of PyTorch cannot use."""
+    if shutil.which("nvidia-smi") is None or cuda is not None:
+        return ""
+    return "; this machine has nvidia-smi, but this PyTorch is a CPU build: see pytorch.org/get-started"

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from diffusers_sana import SVDQuantConfig
 from diffusers_sana import quantize as quantize_pipeline
 from diffusers_sana.arguments import find_device
+from diffusers_sana.checkpoints import SANA_EMOJI, SANA_EMOJI_SPRINT
 from diffusers_sana.checks import check_integer
 from diffusers_sana.evaluation.kernel_checks import checked_kernels, relative_error
 from diffusers_sana.evaluation.machine import device_name, peak_memory, synchronize, versions
@@ -187,7 +189,13 @@ def _load(pipeline_class: type[Any], model: str, device: str, dtype: str, varian
     dtypes = {"default": default}
     if dtype == "float16":
         dtypes |= dict.fromkeys(OVERFLOW_FLOAT16, torch.bfloat16)
-    pipe = pipeline_class.from_pretrained(model, dtype=dtypes, variant=variant).to(device)
+    parts: dict[str, Any] = {}
+    if model == SANA_EMOJI_SPRINT:  # bundled without what it shares with sana-emoji
+        library = import_module(pipeline_class.__module__.partition(".")[0])
+        transformer = library.SanaTransformer2DModel.from_pretrained(model, subfolder="transformer", dtype=default)
+        scheduler = diffusers.SCMScheduler.from_pretrained(model, subfolder="scheduler")
+        model, parts = SANA_EMOJI, {"transformer": transformer, "scheduler": scheduler}
+    pipe = pipeline_class.from_pretrained(model, dtype=dtypes, variant=variant, **parts).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -7,6 +7,7 @@ code.
 Kernels are operators of PyTorch (`triton_operator`), so `torch.compile` keeps whole graphs.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,6 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from diffusers.utils import logging
 from torch import Tensor
 
 from diffusers_sana._compat import triton_refusal, warn_if_untested
@@ -23,7 +23,7 @@ from diffusers_sana._compat import triton_refusal, warn_if_untested
 
 warn_if_untested("torch")
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "DIFFUSERS_SANA_KERNELS"
 MODES = ("auto", "triton", "torch")
@@ -160,7 +160,7 @@ def triton_operator(
         raise RuntimeError(f"the kernel `{name}` has no backward pass. Set the kernel mode to 'torch'.")
 
     def register(empty_outputs: Callable[..., Any]) -> Callable[..., Any]:
-        module = f"diffusers_sana.kernels.triton.{empty_outputs.__module__.rpartition('.')[2]}"
+        module = f"{__package__}.triton.{empty_outputs.__module__.rpartition('.')[2]}"
 
         def launch(*arguments: Any) -> Any:
             return getattr(import_module(module), name)(*arguments)

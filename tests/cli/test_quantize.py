@@ -1,16 +1,19 @@
 """`diffusers-sana quantize` and `env`."""
 
 import json
+import tomllib
 
 import pytest
 import torch
 
 from diffusers_sana import SanaPipeline, cli
 from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.cli import env
 from diffusers_sana.kernels.dispatch import kernel_mode
 from diffusers_sana.quantizers.svdquant.layers.linear import quantized_layers
 from diffusers_sana.quantizers.svdquant.unfinished_run import UnfinishedRun
 from tests import tiny
+from tests.two_processes import ROOT
 
 
 def test_quantize(tmp_path, capsys):
@@ -70,10 +73,22 @@ def test_errors(arguments, message, tmp_path):
 def test_env(capsys):
     cli.main(["env"])
     lines = capsys.readouterr().out.splitlines()
-    assert 10 <= len(lines) <= 14
+    assert 10 <= len(lines) - len(env.EXTRAS) <= 14
     described = {line.split()[0]: line for line in lines}
     assert torch.__version__ in described["torch"]
     assert described["int4"].split(":")[0].endswith(("w4a4", "w4a8", "w4a16"))
     with kernel_mode("torch"):
         cli.main(["env"])
     assert "PyTorch in mode 'torch'" in capsys.readouterr().out
+
+
+def test_env_says_what_to_install(capsys, monkeypatch):
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert env.EXTRAS.keys() | {"dev", "docs", "publish"} == pyproject["project"]["optional-dependencies"].keys()
+    requires = ["torch>=2.8", 'gradio>=6; extra == "demo"', "no-such>=1; extra == 'eval'", 'other; extra == "eval"']
+    monkeypatch.setattr(env.metadata, "requires", lambda package: requires)
+    monkeypatch.setattr(env, "_is_installed", lambda package: package == "gradio")
+    cli.main(["env"])
+    printed = capsys.readouterr().out
+    assert "the web page of `diffusers-sana demo`: installed" in printed
+    assert 'SSIM and plots of evaluations: pip install "diffusers_sana[eval]", for no-such, other' in printed

@@ -1,0 +1,10 @@
+{
+  description = "Operations of Sana, DC-AE and SVDQuant as Triton kernels";
+
+  inputs.kernel-builder.url = "github:huggingface/kernels";
+
+  outputs = { self, kernel-builder }: kernel-builder.lib.genKernelFlakeOutputs {
+    inherit self;
+    path = ./.;
+  };
+}
