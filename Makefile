@@ -9,11 +9,13 @@ STAMP := .venv/.installed
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 PY ?= $(BIN)/python
 JOBS ?= 12
+COMFYUI_PYTHON ?= $(BIN)/python
+export COMFYUI_DIR
 RESULTS ?= benchmarks/results
 HUB := $(if $(OWNER),--owner $(OWNER)) $(if $(PUSH),--push)
 SETUP_UNLESS_PY := $(if $(filter $(BIN)/python,$(PY)),setup)
 
-.PHONY: setup demo test test-lowest test-versions check format host-tests gpu-check gpu-bench bench compile-kernels tables study train-bundled train-autoencoder train-transformer train-bundled-vila-u prepare-data docs dist hub-kernels hub-checkpoints
+.PHONY: setup demo test test-lowest test-versions check format host-tests test-comfyui gpu-check gpu-bench bench compile-kernels tables study train-bundled train-autoencoder train-transformer train-bundled-vila-u prepare-data docs dist hub-kernels hub-checkpoints
 
 setup: $(STAMP)  ## .venv with what tests, checks and docs need
 
@@ -58,6 +60,9 @@ host-tests: setup  ## the hosts' own tests on our classes, see tools/host_tests/
 	$(BIN)/pip install --quiet --disable-pip-version-check parameterized pytest-timeout requests-mock
 	CLASSES=$(CLASSES) $(BIN)/python -m tools.host_tests.run $(if $(DIFFUSERS),--diffusers $(DIFFUSERS)) \
 		$(if $(TRANSFORMERS),--transformers $(TRANSFORMERS))
+
+test-comfyui: $(if $(filter $(BIN)/python,$(COMFYUI_PYTHON)),setup)  ## example workflows in a real server: COMFYUI_DIR=checkout
+	$(COMFYUI_PYTHON) -m tools.test_comfyui
 
 gpu-check: $(SETUP_UNLESS_PY)  ## on a GPU: every kernel against its reference, and what only a GPU can show
 	$(PY) -m pytest tests/kernels tests/test_gpu.py -n $(JOBS) --dist worksteal \

@@ -77,7 +77,9 @@ def replica_processes(server: int, model: str) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                parents[int(entry.name)] = int(
+                    (entry / "stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1]
+                )
                 titles[int(entry.name)] = (entry / "cmdline").read_bytes().decode(errors="replace").rstrip("\0 ")
             except OSError:
                 continue  # it has ended

@@ -58,6 +58,7 @@ _EXPORTS = {
     "plan_vila_u": "diffusers_sana.loaders.vila_u.convert",
     "quantize": "diffusers_sana.quantizers.svdquant.api",
     "set_compute_mode": "diffusers_sana.quantizers.svdquant.api",
+    "sobel_edges": "diffusers_sana.images",
 }
 # diffusers and transformers look for the base classes of a class in its package. They are not part of our API.
 _BASE_CLASSES = {
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from diffusers_sana.checkpoints import SANA_EMOJI_PIXEL_ART as SANA_EMOJI_PIXEL_ART
     from diffusers_sana.checkpoints import SANA_EMOJI_SPRINT as SANA_EMOJI_SPRINT
     from diffusers_sana.checkpoints import VILA_U_EMOJI as VILA_U_EMOJI
+    from diffusers_sana.images import sobel_edges as sobel_edges
     from diffusers_sana.kernels.dispatch import kernel_mode as kernel_mode
     from diffusers_sana.loaders.lora.comfyui import lora_to_comfyui as lora_to_comfyui
     from diffusers_sana.loaders.lora.formats import convert_sana_lora as convert_sana_lora
