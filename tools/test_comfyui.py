@@ -109,18 +109,21 @@ class Client:
             if event == "progress":
                 bars[data["node"]] = (data["value"], data["max"])
                 if interrupt:
-                    interrupt, asked = False, time.perf_counter()
+                    interrupt = False
                     await self.post("/interrupt", {})
             elif event == "execution_cached":
                 entry["from_cache"] = sorted(prompt[node]["class_type"] for node in data["nodes"])
             elif event == "execution_interrupted":
-                entry["seconds_to_stop"] = round(time.perf_counter() - asked, 2)
-                break
+                entry["interrupted"] = True
             elif event == "execution_error":
                 raise RuntimeError(f"{name}: {data['node_type']}: {data['exception_message']}\n{data['traceback']}")
             elif event == "executing" and data["node"] is None:
                 break
-        entry["seconds"] = round(time.perf_counter() - start, 1)
+        seconds = time.perf_counter() - start
+        print(
+            f"{name}: {seconds:.0f} s, previews: {entry['previews']}, from the cache: {entry['from_cache']}",
+            flush=True,
+        )
         entry["progress"] = {f"{prompt[node]['class_type']} {node}": list(bar) for node, bar in bars.items()}
         self.log[name] = entry
         return entry | {"outputs": (await self.get(f"/history/{id}"))[id]["outputs"]}
@@ -206,7 +209,6 @@ async def check_workflows(client: Client) -> None:
         assert run["progress"]
         assert all(value == total for value, total in run["progress"].values()), run["progress"]
         assert run["previews"] > 0, f"{path.stem}: no previews"
-        print(path.stem, {key: entry[key] for key in ("seconds", "previews", "images", "text")}, flush=True)
 
 
 async def check_interruption(client: Client) -> None:
@@ -224,7 +226,9 @@ async def check_interruption(client: Client) -> None:
         runs.append(await client.images(run))
     before, during, after = runs
     assert not during
-    assert client.log["interrupted"]["seconds_to_stop"] < 10
+    assert client.log["interrupted"]["interrupted"]
+    ((done, steps),) = client.log["interrupted"]["progress"].values()
+    assert done < steps / 4  # how many depends on the machine: it is asked after the first
     assert "SanaSample" not in client.log["after interruption"]["from_cache"]
     assert {place: image.tobytes() for place, image in before.items()} == {
         place: image.tobytes() for place, image in after.items()
