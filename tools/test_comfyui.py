@@ -191,7 +191,6 @@ async def check_pack(client: Client, log: Path) -> dict[str, Any]:
     for name in templates[FOLDER]:
         assert await client.get(f"/api/workflow_templates/{FOLDER}/{name}.json")
     seconds = re.findall(rf"([\d.]+) seconds: \S*/{FOLDER}\s", log.read_text(encoding="utf-8"))
-    assert float(seconds[0]) < 1, f"the start of the pack took {seconds[0]} s"
     return {"nodes": nodes, "import_seconds": float(seconds[0])}
 
 
