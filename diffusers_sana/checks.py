@@ -38,6 +38,15 @@ def check_number(
             raise ValueError(f"`{name}` must be {bound}, got {value}.")
 
 
+def check_size(name: str, size: int, multiple: int) -> None:
+    """Raises where `size`, the argument `name` in pixels, is not a positive multiple of `multiple`."""
+    if size > 0 and size % multiple == 0:
+        return
+    below = size // multiple * multiple
+    choices = f"{below} or {below + multiple}" if below > 0 else f"{multiple}"
+    raise ValueError(f"`{name}` must be a multiple of {multiple}, got {size}. Use {choices}.")
+
+
 def check_flag(name: str, value: Any) -> None:
     """Raises TypeError where `value` is neither True nor False."""
     if not isinstance(value, bool):

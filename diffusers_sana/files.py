@@ -78,6 +78,27 @@ def read_json_lines(path: PathLike, *, may_be_torn: bool = False) -> list[tuple[
     return rows
 
 
+def safetensors_header(path: PathLike) -> dict[str, Any]:
+    """Name -> dtype, shape and offsets of the tensors in a safetensors file.
+
+    Raises:
+        ValueError: the file is not one, or it is cut off; the message names it.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        head = file.read(length) if 2 <= length <= size - 8 else b""
+    try:
+        header = json.loads(head)
+        header.pop("__metadata__", None)
+        end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{str(path)!r} is not a safetensors file, or it is damaged. Download it again.") from None
+    if end > size:
+        raise ValueError(f"{str(path)!r} is cut off: {size} of {end} bytes are there. Download it again.")
+    return header
+
+
 @contextmanager
 def atomic_write(path: PathLike) -> Iterator[Path]:
     """Yields a new path beside `path` to write to, which takes the place of `path` at the end.
@@ -152,12 +173,13 @@ def digest(*parts: Any) -> str:
     return result.hexdigest()
 
 
-def model_identity(model: str, index: str = "model_index.json") -> str:
+def model_identity(model: str, index: str = "model_index.json", revision: str | None = None) -> str:
     """What the name of a model stands for at present, without reading all of its weights.
 
     Args:
         model: a folder, or the id of a repository of the Hub.
         index: a file of the repository.
+        revision: branch, tag or commit of the repository.
 
     Returns:
         For a folder a digest of names and sizes of its files, and of their first and last megabyte; for a repository
@@ -169,7 +191,8 @@ def model_identity(model: str, index: str = "model_index.json") -> str:
         )
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(model, index)).parent.name
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    return Path(hf_hub_download(model, index, **options)).parent.name
 
 
 def _outline(path: Path, size: int = 2**20) -> str:

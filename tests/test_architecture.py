@@ -12,6 +12,7 @@ from diffusers_sana import _compat
 
 ROOT = Path(diffusers_sana.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
+TEXTS = (".ipynb", ".md", ".py")
 
 # Modules of the package's root that everything may import: they import nothing of ours but each other.
 COMMON = {"_compat", "arguments", "checkpoint_files", "checks", "files", "images", "locks", "saving"}
@@ -106,8 +107,8 @@ def own_names() -> set[str]:
 
 
 OWN_NAMES = own_names()
-# Fields of the files of diffusers and transformers, and a method of Python's named tuples.
-NOT_OF_HOSTS = {"_asdict", "_class_name", "_fields", "_name_or_path", "_use_default_values"}
+# Fields of the files of diffusers and transformers, a method of Python's named tuples, and the options of argparse.
+NOT_OF_HOSTS = {"_actions", "_asdict", "_class_name", "_fields", "_name_or_path", "_use_default_values"}
 
 
 def host_names_in(path: Path) -> set[tuple[int, str]]:
@@ -166,6 +167,16 @@ def test_no_folder_is_named_like_a_diffusers_pipeline():
     taken = {path.name for path in Path(diffusers.pipelines.__file__).parent.iterdir() if path.is_dir()}
     ours = {path.parent.name for path in FILES if path.parent != ROOT}
     assert not ours & (taken - {"__pycache__"})
+
+
+def test_no_deprecated_arguments_of_hosts():
+    """Calls, docs, model cards and notebooks say `dtype`: diffusers and transformers warn of the earlier name."""
+    earlier = "torch_" + "dtype="
+    folders = ("benchmarks", "comfyui", "diffusers_sana", "docs", "examples", "tests", "tools")
+    files = [path for name in folders for path in (ROOT.parent / name).rglob("*") if path.suffix in TEXTS]
+    assert len(files) > 400
+    found = [path for path in [*files, *ROOT.parent.glob("*.md")] if earlier in path.read_text(encoding="utf-8")]
+    assert found == []
 
 
 def test_exports():

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors.torch import save_file
 
 from diffusers_sana import checkpoints
-from diffusers_sana.loading import checkpoint_path, find_pipeline_class, pipeline_class_name
+from diffusers_sana.loading import checkpoint_path, default_dtype, find_pipeline_class, pipeline_class_name
 
 
 def test_bundled_names():
@@ -87,3 +89,40 @@ def test_no_such_repository(monkeypatch, error, message):
 def test_names_that_no_repository_has():
     with pytest.raises(OSError, match="there is no folder no/such/folder, and the Hub has no such repository"):
         pipeline_class_name("no/such/folder")
+
+
+def test_names_without_an_owner():
+    """Most likely a bundled checkpoint was meant; the Hub is not asked."""
+    with pytest.raises(FileNotFoundError, match=r"no folder sana-emoij, and the bundled checkpoints are sana-emoji, "):
+        pipeline_class_name("sana-emoij")
+
+
+def test_bundled_parts():
+    assert pipeline_class_name("sana-emoji-sprint") == "SanaSprintPipeline"
+    with pytest.raises(
+        FileNotFoundError, match="is a component, a SanaControlNetModel; name the folder of a pipeline"
+    ):
+        pipeline_class_name("sana-emoji-edges")
+
+
+@pytest.mark.parametrize(
+    ("stored", "cpu", "gpu"),
+    [
+        (torch.float32, "bfloat16", "bfloat16"),
+        (torch.bfloat16, "bfloat16", "bfloat16"),
+        (torch.float16, "float16", "float16"),
+    ],
+)
+def test_default_dtype(tmp_path, monkeypatch, stored, cpu, gpu):
+    """Small models are computed in float32 on a CPU. Packed weights of quantized models do not count as floats."""
+    (tmp_path / "transformer").mkdir()
+    tensors = {"packed": torch.zeros(1000, dtype=torch.uint8), "a": torch.zeros(100, dtype=stored)}
+    save_file(tensors | {"b": torch.zeros(3)}, tmp_path / "transformer" / "weights.safetensors")
+    save_file({"a": torch.zeros(2000).half()}, tmp_path / "transformer" / "weights.fp16.safetensors")
+    place = str(tmp_path)
+    assert default_dtype(place, "cpu") == "float32"
+    assert default_dtype(place, "cuda") == gpu
+    assert default_dtype(place, "cuda:1", variant="fp16") == "float16"
+    assert default_dtype("some/model", "cuda") == "bfloat16"
+    monkeypatch.setattr("diffusers_sana.loading.SMALL", 1000)
+    assert default_dtype(place, "cpu") == cpu

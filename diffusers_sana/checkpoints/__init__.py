@@ -21,5 +21,7 @@ SANA_EMOJI_SPRINT = str(Path(__file__).parent / "sana-emoji-sprint")
 # The classifier behind `diffusers-sana evaluate sana-emoji`.
 EMOJI_PROBE = str(Path(__file__).parent / "emoji-probe")
 
-# Pipelines that a name stands for, on the command line and elsewhere.
-BUNDLED = {"sana-emoji": SANA_EMOJI, "vila-u-emoji": VILA_U_EMOJI}
+# What a name stands for, on the command line and elsewhere: pipelines, a ControlNet and a LoRA for sana-emoji.
+BUNDLED = {"sana-emoji": SANA_EMOJI, "sana-emoji-sprint": SANA_EMOJI_SPRINT, "vila-u-emoji": VILA_U_EMOJI}
+BUNDLED_CONTROLNETS = {"sana-emoji-edges": SANA_EMOJI_EDGES}
+BUNDLED_LORAS = {"sana-emoji-pixel-art": SANA_EMOJI_PIXEL_ART}

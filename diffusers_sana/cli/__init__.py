@@ -2,19 +2,25 @@
 
 Modules of commands import what is heavy inside `run`, after the arguments are checked: `--help` and errors of use come
 at once.
+
+Exit codes: 0; 1 for what went wrong although the command is right (network, disk, memory, damaged files); 2 for a
+command that must be changed; 130 after Ctrl-C.
 """
 
-import logging
-import re
+import argparse
+import os
 import sys
 
+import diffusers_sana
 from diffusers_sana.arguments import ArgumentParser
-from diffusers_sana.cli import chat, convert, demo, env, evaluate, generate, quantize, verify
-from diffusers_sana.files import UserError
+from diffusers_sana.cli import again, chat, completion, convert, demo, env, evaluate, generate, quantize, verify
+from diffusers_sana.cli.errors import explain
+from diffusers_sana.cli.quiet import quiet
 
 
 COMMANDS = {
     "generate": (generate, "generate images from a prompt"),
+    "again": (again, "generate an image again from what it says of itself"),
     "chat": (chat, "answer a question about an image"),
     "quantize": (quantize, "save a pipeline in 4 bits"),
     "evaluate": (evaluate, "measure the quality of a model's images"),
@@ -22,12 +28,14 @@ COMMANDS = {
     "convert": (convert, "convert original (NVlabs) checkpoints to diffusers folders"),
     "demo": (demo, "serve a web page to try the models"),
     "env": (env, "show what will run on this machine, and why"),
+    "completion": (completion, "print a script that completes commands and options in a shell"),
 }
 
 
 def parser() -> ArgumentParser:
     """All commands and their options."""
     root = ArgumentParser(prog="diffusers-sana", description="Sana, SVDQuant and VILA-U from the command line.")
+    root.add_argument("--version", action="version", version=f"diffusers-sana {diffusers_sana.__version__}")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=module.run.__doc__)
@@ -37,22 +45,24 @@ def parser() -> ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a command. Errors that the user can fix end it with one line that names the option."""
+    """Runs a command. An error that the user can mend ends it with one line and its exit code."""
     args = parser().parse_args(argv)
-    # If installed, it is imported by diffusers, and warns about kernels that nothing here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
+        quiet()
         args.run(args)
-    except (ValueError, TypeError, OSError, UserError) as error:
-        sys.exit(f"diffusers-sana: {_with_options(str(error), args.command)}")
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        _end(args.command, "interrupted", 130)
+    except BrokenPipeError:  # the reader of the output has gone: `diffusers-sana env | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        explained = explain(error, args.command)
+        if explained is None or os.environ.get("DIFFUSERS_SANA_TRACEBACK"):
+            raise
+        _end(args.command, *explained)
 
 
-def _with_options(message: str, command: ArgumentParser) -> str:
-    """The message of a function, with the command's options in place of the function's arguments."""
-    options = set(re.findall(r"--[a-z-]+", command.format_help()))
-
-    def option(match: re.Match) -> str:
-        name = "--" + match[1].replace("_", "-")
-        return name if name in options else match[0]
-
-    return re.sub(r"`(\w+)`", option, message)
+def _end(command: argparse.ArgumentParser, message: str, code: int) -> None:
+    print(f"{command.prog}: {message}", file=sys.stderr)
+    sys.exit(code)

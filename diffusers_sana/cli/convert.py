@@ -2,15 +2,16 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from diffusers_sana.arguments import DTYPES, check_file
+from diffusers_sana.arguments import DTYPES, check_file, check_new_folder, file_path
 
 
 def _field(text: str) -> tuple[str, Any]:
     """A config field and its value, which is JSON or a word."""
-    name, _, value = text.partition("=")
+    name, equals, value = text.partition("=")
+    if not name.isidentifier() or not equals:
+        raise argparse.ArgumentTypeError(f"must be a field and its value, as in sample_size=32, got {text!r}")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
@@ -19,8 +20,12 @@ def _field(text: str) -> tuple[str, Any]:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    command.add_argument("file", type=Path, help=".pth or .safetensors of a Sana, ControlNet or DC-AE")
-    command.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="new or empty folder to write")
+    command.add_argument(
+        "file", metavar="FILE", type=file_path, help=".pth or .safetensors of a Sana, ControlNet or DC-AE"
+    )
+    command.add_argument(
+        "-o", "--out", type=file_path, required=True, metavar="DIR", help="new or empty folder to write"
+    )
     command.add_argument("--base", metavar="PIPELINE", help="folder or Hub id with the other components")
     command.add_argument(
         "--component", choices=("transformer", "controlnet"), help="which one, of a file that has both"
@@ -47,6 +52,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Converts an original (NVlabs) checkpoint of Sana, its ControlNet or DC-AE to a diffusers folder."""
     check_file("FILE", args.file)
+    if not args.dry_run:
+        check_new_folder("--out", args.out)
 
     import torch
 

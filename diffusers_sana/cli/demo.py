@@ -4,7 +4,7 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from diffusers_sana.arguments import add_device, add_model, find_device, integer
+from diffusers_sana.arguments import UsageError, add_device, add_model, find_device, integer
 from diffusers_sana.checkpoints import VILA_U_EMOJI
 from diffusers_sana.loading import find_pipeline_class, load_on, pipeline_class_name
 
@@ -17,12 +17,26 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_device(command, dtype="bfloat16")
 
 
+def check_port(port: int) -> None:
+    """Raises where nothing can be served there."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UsageError(f"--port {port} cannot be used: {error.strerror}; leave it out for a free one") from None
+
+
 def run(args: argparse.Namespace) -> None:
     """Serves a page that generates each image in 16 and in 4 bits, and answers questions about images."""
     if find_spec("gradio") is None:
         raise OSError("demo needs gradio, which is not installed: pip install 'diffusers_sana[demo]'")
     if pipeline_class_name(args.model) not in ("SanaPipeline", "SanaSprintPipeline"):
-        raise ValueError(f"--model must be a Sana or a SANA-Sprint, which {args.model} is not; leave it out")
+        raise UsageError(f"--model must be a Sana or a SANA-Sprint, which {args.model} is not; leave it out")
+    if args.port is not None:
+        check_port(args.port)
 
     from diffusers_sana import VilaUPipeline
     from diffusers_sana.demo.comparison import Comparison

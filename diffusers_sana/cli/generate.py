@@ -1,72 +1,249 @@
-"""`diffusers-sana generate`: generate images from a prompt."""
+"""`diffusers-sana generate`: generate images from a prompt, and perhaps from other images."""
 
 import argparse
+import logging
+import re
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
-from diffusers_sana.arguments import add_device, add_model, find_device, integer, number, seed
-from diffusers_sana.loading import load_on, pipeline_class_name
+from diffusers_sana.arguments import (
+    UsageError,
+    add_device,
+    add_hub,
+    add_model,
+    check_file,
+    file_path,
+    find_device,
+    integer,
+    number,
+    read_prompts,
+    seed,
+)
+from diffusers_sana.checkpoints import BUNDLED_CONTROLNETS, BUNDLED_LORAS, SANA_EMOJI, SANA_EMOJI_EDGES
+from diffusers_sana.checks import check_size, check_texts
+from diffusers_sana.cli.output import Task, name_files, save
+from diffusers_sana.cli.pipelines import (
+    IMAGES,
+    KINDS,
+    LEFT_OUT,
+    SANA,
+    SCHEDULERS,
+    SPRINT,
+    VILA_U,
+    generate,
+    load,
+    option,
+    read_images,
+)
+from diffusers_sana.cli.record import LoRA, make_record
+from diffusers_sana.cli.words import unknown_words
+from diffusers_sana.files import safetensors_header
+from diffusers_sana.loading import checkpoint_path, pipeline_class_name, read_config
+
+
+logger = logging.getLogger(__name__)
+
+
+def sigmas(text: str) -> list[float]:
+    """The `type` of `--sigmas`: descending noise levels, separated by commas."""
+    try:
+        values = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers such as 1,0.7,0.3, got {text!r}") from None
+    if not all(0 < value <= 1 for value in values) or sorted(set(values), reverse=True) != values:
+        raise argparse.ArgumentTypeError(f"must descend from at most 1 to above 0, got {text!r}")
+    return values
+
+
+def strength(text: str) -> float:
+    """The `type` of `--strength`."""
+    value = number(at_most=1)(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
+    return value
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    command.add_argument("prompt", help="what to generate")
-    add_model(command, "sana-emoji", "Hub id or folder of a Sana or VILA-U, or vila-u-emoji (bundled)")
-    command.add_argument("--out", type=Path, default=Path("outputs/generated.png"), help="the file to write")
-    command.add_argument("--negative-prompt", default="", help="what to avoid")
-    command.add_argument("--height", type=integer(), help="in pixels; default: the checkpoint's")
-    command.add_argument("--width", type=integer(), help="in pixels; default: the checkpoint's")
-    command.add_argument("--steps", type=integer(), help="denoising steps; default: 20, or 2 for SANA-Sprint")
-    command.add_argument("--guidance-scale", type=number(), help="weight of the prompt; default: the model's")
-    command.add_argument("--num-images", type=integer(), default=1, help="images to generate")
-    command.add_argument("--seed", type=seed, default=0, help="same seed, same image")
-    add_device(command)
+    add = command.add_argument
+    add("prompt", nargs="?", metavar="PROMPT", help="what to generate")
+    add("--prompts", type=file_path, metavar="FILE", help="in place of PROMPT: one prompt per line of a text file")
+    add("--negative-prompt", metavar="TEXT", help="what to avoid")
+    add_model(command, "sana-emoji", "Hub id or folder of a Sana, SANA-Sprint or VILA-U, or a bundled checkpoint")
+    add_hub(command)
+    add("--lora", type=LoRA.parse, action="append", default=[], metavar="FILE[:SCALE]", help="may be repeated")
+    add("--image", type=file_path, metavar="FILE", help="image to change")
+    add("--strength", type=strength, help="how far to go from --image, above 0 to 1; default: 0.6, or 1 with --mask")
+    add("--mask", type=file_path, metavar="FILE", help="repaint --image only where this one is white")
+    add("--control-image", type=file_path, metavar="FILE", help="image to follow, such as white edges on black")
+    add("--controlnet", metavar="MODEL", help="that follows it; default for sana-emoji: sana-emoji-edges (bundled)")
+    add("--control-scale", type=number(), metavar="SCALE", help="strength of the control; default: 1")
+    add("--height", type=integer(at_most=2**14), help="in pixels; default: the checkpoint's")
+    add("--width", type=integer(at_most=2**14), help="in pixels; default: the checkpoint's")
+    add("--steps", type=integer(at_most=1000), help="denoising steps; default: 20, or 2 for SANA-Sprint")
+    add("--guidance-scale", type=number(), metavar="SCALE", help="weight of the prompt; default: the model's")
+    add("--scheduler", choices=SCHEDULERS, help="solver; default: the checkpoint's")
+    add("--sigmas", type=sigmas, metavar="S,S,...", help="noise levels before the shift, in place of --steps")
+    add("--num-images", type=integer(at_most=10_000), default=1, help="images of each prompt; default: 1")
+    add("--seed", type=seed, default=0, help="of the first image; the next ones have the next seeds; default: 0")
+    add(
+        "--out",
+        type=file_path,
+        default=Path("outputs"),
+        metavar="FILE|DIR",
+        help="image file, or folder of files named by prompt and seed; default: outputs. A PNG says how it was made",
+    )
+    add("--overwrite", action="store_true", help="replace the files that are there")
+    add_device(command, dtype=None)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generates images from a prompt and prints their paths."""
-    from PIL import Image
+    """Generates images from a prompt, and perhaps from other images, and prints the paths of their files.
 
+    Images do not depend on how many are generated at once: each has a seed of its own.
+    """
     started = time.perf_counter()
-    name = pipeline_class_name(args.model)
-    is_vila_u, is_sprint = name == "VilaUPipeline", name == "SanaSprintPipeline"
-    options = {name: getattr(args, name) for name in ("height", "width", "steps") if getattr(args, name) is not None}
-    if is_vila_u and options:
-        raise ValueError(f"--{', --'.join(options)} must be left out for a VILA-U, which {args.model} is")
-    if not is_sprint:
-        options["negative_prompt"] = args.negative_prompt
-    elif args.negative_prompt:
-        raise ValueError(f"--negative-prompt must be left out for SANA-Sprint, which {args.model} is")
-    if "steps" in options:
-        options["num_inference_steps"] = options.pop("steps")
-    if args.guidance_scale is not None:
-        options["guidance_scale"] = args.guidance_scale
-    if args.out.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--out must end in an image format such as .png or .jpg, got {args.out}")
-
-    import torch
-
-    import diffusers_sana
-
-    # On the CPU, for the same noise on every device. VILA-U takes one per image, which then depends on no other image.
-    seeds = range(args.seed, args.seed + (args.num_images if is_vila_u else 1))
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    kind, tasks = check(args)
     device = find_device(args.device)
-    pipeline_class = getattr(diffusers_sana, name if is_vila_u or is_sprint else "SanaPipeline")
-    pipe = load_on(device, pipeline_class, args.model, args.dtype)
+    images = read_images(args)
+    record = make_record(args)
+    pipe = load(args, kind, device)
     loaded = time.perf_counter()
-    images, *_ = pipe(
-        args.prompt,
-        num_images_per_prompt=args.num_images,
-        generator=generators if is_vila_u else generators[0],
-        return_dict=False,
-        **options,
-    )
+    for task in tasks:
+        words = [] if args.lora else unknown_words(args.model, task.prompt)  # a LoRA may teach words
+        if words:
+            logger.warning(
+                f"{Path(args.model).name} was not taught: {', '.join(words)}. It knows the words on its card,"
+                f" {Path(args.model, 'README.md')}."
+            )
+        image = generate(pipe, args, task, images)
+        save(image, task, record(task, pipe))
+        print(task.path.resolve(), flush=True)
     generated = time.perf_counter()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        path = args.out if i == 0 else args.out.with_stem(f"{args.out.stem}-{i}")
-        image.save(path)
-        print(path.resolve())
     print(f"loaded in {loaded - started:.1f} s, generated in {generated - loaded:.1f} s on {device}", file=sys.stderr)
+
+
+def check(args: argparse.Namespace) -> tuple[str, list[Task]]:
+    """What is to be done: the kind of pipeline, and each image with its file. Loads nothing.
+
+    Bundled ControlNets and LoRAs that are named as the model are put where they belong.
+
+    Raises:
+        UsageError, OSError: naming the option.
+    """
+    _check_together(args)
+    prompts = _prompts(args)
+    if args.seed + args.num_images > 2**63:
+        raise UsageError(f"--seed must leave room for --num-images, {args.num_images}, below 2**63, got {args.seed}")
+    tasks = name_files(args.out, prompts, range(args.seed, args.seed + args.num_images), args.overwrite)
+    for name in IMAGES:
+        if getattr(args, name) is not None:
+            check_file(option(name), getattr(args, name))
+    if args.lora and find_spec("peft") is None:
+        raise ModuleNotFoundError("--lora needs peft, which is not installed: pip install peft")
+    for lora in args.lora:
+        _check_lora(lora)
+    kind = _check_model(args)
+    if kind != VILA_U:
+        _check_sizes(args)
+    return kind, tasks
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Options that need or exclude each other."""
+    if args.model in BUNDLED_CONTROLNETS.values():
+        if args.control_image is None:
+            raise UsageError(f"--model {Path(args.model).name} needs --control-image FILE")
+        args.model, args.controlnet = SANA_EMOJI, args.controlnet or args.model
+    elif args.model in BUNDLED_LORAS.values():
+        args.model, args.lora = SANA_EMOJI, [LoRA(args.model), *args.lora]
+    if args.control_image is not None and args.controlnet is None and args.model == SANA_EMOJI:
+        args.controlnet = SANA_EMOJI_EDGES
+    for name, needed in (
+        ("strength", "image"),
+        ("mask", "image"),
+        ("controlnet", "control_image"),
+        ("control_scale", "control_image"),
+    ):
+        if getattr(args, name) is not None and getattr(args, needed) is None:
+            raise UsageError(f"{option(name)} needs {option(needed)} FILE")
+    for name, other in (("mask", "control_image"), ("sigmas", "steps"), ("prompts", "prompt")):
+        if getattr(args, name) is not None and getattr(args, other) is not None:
+            raise UsageError(
+                f"{option(name)} and {'PROMPT' if other == 'prompt' else option(other)} exclude each other"
+            )
+    if args.sigmas is not None and args.scheduler is not None and not SCHEDULERS[args.scheduler][1]:
+        able = ", ".join(name for name, (_, takes_sigmas) in SCHEDULERS.items() if takes_sigmas)
+        raise UsageError(f"--scheduler must be one of {able} with --sigmas, got {args.scheduler}")
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompts is not None:
+        prompts = read_prompts("--prompts", args.prompts)
+    else:
+        prompts = [args.prompt]
+    if args.prompts is None and not (args.prompt or "").strip():
+        raise UsageError("PROMPT must say what to generate, or --prompts FILE must be given")
+    check_texts("prompts" if args.prompts else "prompt", prompts, prompts)
+    if args.negative_prompt is not None:
+        check_texts("negative_prompt", [args.negative_prompt], args.negative_prompt)
+    return prompts
+
+
+def _check_lora(lora: LoRA) -> None:
+    place = Path(checkpoint_path(lora.place))
+    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+    if place.is_dir() and not files:
+        raise UsageError(f"--lora must have a .safetensors file, but there is none in {place}")
+    if not place.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", lora.place) and place.suffix != ".safetensors":
+        return  # on the Hub
+    for file in files:
+        check_file("--lora", file)
+        if file.suffix != ".safetensors":
+            raise UsageError(f"--lora must be a .safetensors file, got {file}")
+        try:
+            safetensors_header(file)
+        except ValueError as error:
+            raise UsageError(f"--lora {error}") from None
+
+
+def _check_model(args: argparse.Namespace) -> str:
+    """The kind of the model, which the other options must fit."""
+    try:
+        name = pipeline_class_name(args.model, args.revision)
+    except FileNotFoundError as error:
+        raise UsageError(f"--model: {error}") from None
+    if name not in KINDS:
+        raise UsageError(f"--model must be a {SANA}, {SPRINT} or {VILA_U}, but {args.model} is a {name}")
+    kind = KINDS[name]
+    if wrong := [option(given) for given in LEFT_OUT[kind] if getattr(args, given) not in (None, [])]:
+        raise UsageError(f"{', '.join(wrong)} must be left out for {kind}, which {args.model} is")
+    has_controlnet = "ControlNet" in name
+    if has_controlnet and args.control_image is None:
+        raise UsageError(f"--control-image must be given for {args.model}, which is a {name}")
+    if args.control_image is not None and args.controlnet is None and not has_controlnet:
+        raise UsageError("--control-image needs --controlnet, the Hub id or folder of a ControlNet")
+    if args.controlnet is not None:
+        try:
+            found = (read_config(args.controlnet, "config.json") or {}).get("_class_name", "no model")
+        except FileNotFoundError as error:
+            raise UsageError(f"--controlnet: {error}") from None
+        if found != "SanaControlNetModel":
+            raise UsageError(f"--controlnet must be the folder of a ControlNet, but {args.controlnet} has {found}")
+    return kind
+
+
+def _check_sizes(args: argparse.Namespace) -> None:
+    """Sizes that the model cannot generate."""
+    if (args.height, args.width) == (None, None):
+        return
+    vae = read_config(args.model, "vae/config.json", args.revision) or {}
+    transformer = read_config(args.model, "transformer/config.json", args.revision) or {}
+    channels, patch = vae.get("encoder_block_out_channels"), transformer.get("patch_size")
+    if not isinstance(channels, list) or not isinstance(patch, int) or patch < 1:
+        return  # the models say what is wrong with their configs
+    for name in ("height", "width"):
+        if getattr(args, name) is not None:
+            check_size(name, getattr(args, name), 2 ** (len(channels) - 1) * patch)

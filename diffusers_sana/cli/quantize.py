@@ -1,48 +1,69 @@
 """`diffusers-sana quantize`: save a pipeline in 4 bits."""
 
 import argparse
-from pathlib import Path
 
-from diffusers_sana.arguments import add_device, find_device, integer, seed
-from diffusers_sana.files import read_lines
-from diffusers_sana.loading import checkpoint_path, find_pipeline_class, load_on, pipeline_class_name
+from diffusers_sana.arguments import (
+    UsageError,
+    add_device,
+    add_hub,
+    check_new_folder,
+    file_path,
+    find_device,
+    integer,
+    read_prompts,
+    seed,
+)
+from diffusers_sana.loading import checkpoint_path, find_pipeline_class, load_on, pipeline_class_name, read_config
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    command.add_argument("model", type=checkpoint_path, help="Hub id or folder of a pipeline, or a bundled checkpoint")
-    command.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="new or empty folder to write")
-    command.add_argument("--precision", default="int4", choices=("int4", "nvfp4"))
-    command.add_argument("--rank", type=integer(at_least=0), default=32, help="of the low-rank branch")
-    command.add_argument("--prompts", type=Path, metavar="FILE", help="calibration prompts, one per line")
+    command.add_argument(
+        "model", metavar="MODEL", type=checkpoint_path, help="Hub id or folder of a pipeline, or a bundled checkpoint"
+    )
+    command.add_argument(
+        "-o", "--out", type=file_path, required=True, metavar="DIR", help="new or empty folder to write"
+    )
+    command.add_argument("--precision", default="int4", choices=("int4", "nvfp4"), help="default: int4")
+    command.add_argument("--rank", type=integer(at_least=0), default=32, help="of the low-rank branch; default: 32")
+    command.add_argument("--prompts", type=file_path, metavar="FILE", help="calibration prompts, one per line")
     command.add_argument("--gptq", action="store_true", help="smaller errors, slower; needs --prompts")
-    command.add_argument("--components", nargs="+", default=["transformer"], help="models to quantize")
-    command.add_argument("--steps", type=integer(), help="denoising steps of the calibration; default: the pipeline's")
-    command.add_argument("--seed", type=seed, default=0, help="of the calibration")
+    command.add_argument(
+        "--components", nargs="+", help="models to quantize; default: transformer, or model for a VILA-U"
+    )
+    command.add_argument(
+        "--steps", type=integer(at_most=1000), help="denoising steps of the calibration; default: the pipeline's"
+    )
+    command.add_argument("--seed", type=seed, default=0, help="of the calibration; default: 0")
+    add_hub(command)
     add_device(command, dtype="bfloat16")
 
 
 def run(args: argparse.Namespace) -> None:
     """Saves a pipeline with its transformer in 4 bits (SVDQuant). If interrupted, run it again to continue."""
-    prompts = None
-    if args.prompts is not None:
-        prompts = [line.strip() for _, line in read_lines(args.prompts)]
+    prompts = None if args.prompts is None else read_prompts("--prompts", args.prompts)
     if args.gptq and not prompts:
-        raise ValueError("--gptq needs calibration data: pass --prompts FILE")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ValueError(f"--out must be new or empty, got {str(args.out)!r}, which is not; choose another")
-    pipeline_class_name(args.model)  # an error at once if there is no such model
+        raise UsageError("--gptq needs calibration data: pass --prompts FILE")
+    check_new_folder("--out", args.out)
+    name = pipeline_class_name(args.model, args.revision)
+    components = args.components or ["model" if name == "VilaUPipeline" else "transformer"]
+    index = read_config(args.model, "model_index.json", args.revision) or {}
+    known = [part for part, value in index.items() if isinstance(value, list) and value[0] is not None]
+    if unknown := [part for part in components if index and part not in known]:
+        raise UsageError(f"--components must be of {', '.join(known)}, got {', '.join(unknown)}")
 
     from diffusers_sana import SVDQuantConfig
     from diffusers_sana import quantize as quantize_pipeline
 
     config = SVDQuantConfig(precision=args.precision, rank=args.rank, gptq=args.gptq)
-    pipe = load_on(find_device(args.device), find_pipeline_class(args.model), args.model, args.dtype)
+    device = find_device(args.device)
+    hub = {"revision": args.revision, "variant": args.variant}
+    pipe = load_on(device, find_pipeline_class(args.model, args.revision), args.model, args.dtype, **hub)
     report = quantize_pipeline(
         pipe,
         config,
         prompts=prompts,
-        components=args.components,
+        components=components,
         folder=args.out,
         num_inference_steps=args.steps,
         seed=args.seed,

@@ -6,19 +6,21 @@ import shlex
 import sys
 from pathlib import Path
 
-from diffusers_sana.arguments import DTYPES, device, integer
+from diffusers_sana.arguments import DTYPES, check_writable, device, file_path, integer
 from diffusers_sana.files import atomic_write
 from diffusers_sana.loading import pipeline_class_name
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    command.add_argument("model", help="Hub id or folder of a Sana or SANA-Sprint, or a bundled checkpoint")
+    command.add_argument(
+        "model", metavar="MODEL", help="Hub id or folder of a Sana or SANA-Sprint, or a bundled checkpoint"
+    )
     command.add_argument(
         "--quantize", nargs="?", const="int4", choices=("int4", "nvfp4"), help="also compare 4 bits; default: int4"
     )
     command.add_argument(
-        "--out", type=Path, default=Path("outputs/verified.json"), metavar="FILE", help="the report to write"
+        "--out", type=file_path, default=Path("outputs/verified.json"), metavar="FILE", help="the report to write"
     )
     command.add_argument("--prompt", default="a red apple on a blue background", help="what to generate")
     command.add_argument("--num-images", type=integer(2), default=3, help="images by each, the first to warm up")
@@ -33,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
 
     Prints tables and writes a JSON file to attach to a report. Exits with 1 if a result is not as exact as it must be.
     """
+    check_writable("--out", args.out.parent)
     pipeline_class_name(args.model)  # an error at once if there is no such model
 
     from diffusers_sana.evaluation.verification import summary, verify

@@ -12,13 +12,12 @@ from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
-from diffusers_sana.checks import check_number
+from diffusers_sana.checks import check_number, check_size
 from diffusers_sana.images import to_pixels, to_rgb
 from diffusers_sana.locks import exclusive
 from diffusers_sana.models.controlnets.controlnet_sana import control, wiring_of
 from diffusers_sana.pipelines.conditioning import for_each_output
 from diffusers_sana.pipelines.decoding import encode_images
-from diffusers_sana.pipelines.resolution import check_size
 from diffusers_sana.pipelines.sampling import Denoiser, Predict, TextInputs, predict_flow
 
 

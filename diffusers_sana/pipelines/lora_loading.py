@@ -1,6 +1,7 @@
 """LoRA files of many trainers, by the one call that diffusers has for its own."""
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,7 +135,9 @@ class LoraLoading(SanaLoraLoaderMixin):
         else:
             prepare_depthwise(transformer, plain, adapter_name)
         try:
-            super().load_lora_into_transformer(state_dict, transformer, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are no mistake
+                super().load_lora_into_transformer(state_dict, transformer, adapter_name, *args, **kwargs)
         finally:
             drop_unused(transformer)
 

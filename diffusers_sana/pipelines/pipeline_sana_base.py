@@ -21,7 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
-from diffusers_sana.checks import check_integer
+from diffusers_sana.checks import check_integer, check_size
 from diffusers_sana.locks import exclusive
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
@@ -32,7 +32,7 @@ from diffusers_sana.pipelines.decoding import decode_latents
 from diffusers_sana.pipelines.loading import ComponentLoading
 from diffusers_sana.pipelines.lora_loading import LoraLoading
 from diffusers_sana.pipelines.request import Request, check_prompts
-from diffusers_sana.pipelines.resolution import bin_size, check_size, resize_and_crop
+from diffusers_sana.pipelines.resolution import bin_size, resize_and_crop
 from diffusers_sana.prompts.encoding import encode_prompts
 
 

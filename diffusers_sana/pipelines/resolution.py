@@ -46,15 +46,6 @@ def trained_sizes(native_size: int) -> list[tuple[int, int]]:
     return sorted(sizes, key=lambda size: (abs(size[0] - size[1]), size))
 
 
-def check_size(name: str, size: int, multiple: int) -> None:
-    """Raises where `size`, the argument `name` in pixels, is not a positive multiple of `multiple`."""
-    if size > 0 and size % multiple == 0:
-        return
-    below = size // multiple * multiple
-    choices = f"{below} or {below + multiple}" if below > 0 else f"{multiple}"
-    raise ValueError(f"`{name}` must be a multiple of {multiple}, got {size}. Use {choices}.")
-
-
 def resize_and_crop(image: Tensor, height: int, width: int) -> Tensor:
     """Scales images to cover `height` by `width` and crops the center.
 

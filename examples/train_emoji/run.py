@@ -115,8 +115,8 @@ def train_transformer(preset: Preset, art: EmojiArt, vae_folder: Path, out: Path
 
 def assemble(sana: Path, vae_folder: Path, out: Path) -> None:
     """Puts the trained parts together, in bf16: half the bytes, and what the model was trained in."""
-    vae = AutoencoderDC.from_pretrained(vae_folder, torch_dtype=torch.bfloat16)
-    pipe = SanaPipeline.from_pretrained(sana, vae=vae, torch_dtype=torch.bfloat16)
+    vae = AutoencoderDC.from_pretrained(vae_folder, dtype=torch.bfloat16)
+    pipe = SanaPipeline.from_pretrained(sana, vae=vae, dtype=torch.bfloat16)
     for part in (pipe, pipe.vae, pipe.transformer):
         part.register_to_config(_name_or_path="sana-emoji")  # and not the folder it came from
     pipe.save_pretrained(out)

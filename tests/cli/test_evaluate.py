@@ -11,6 +11,7 @@ from diffusers_sana import cli
 from diffusers_sana.evaluation.config import EvaluationConfig, spread
 from diffusers_sana.evaluation.run import evaluate as evaluate_in_python
 from tests import tiny
+from tests.cli.commands import run
 
 
 FAST = ["--steps", "2", "--limit", "4", "--batch-size", "4", "--dtype", "float32"]
@@ -82,8 +83,8 @@ def test_against_a_folder(evaluated, tmp_path, monkeypatch):
     assert figures["ssim"] == pytest.approx(1)
     assert figures["fid"] == pytest.approx(0, abs=1e-6)
     Image.new("RGB", (128, 128)).save(tmp_path / "only.png")
-    with pytest.raises(SystemExit, match="--against must be a folder of as many images as there are prompts, 4"):
-        evaluate(out, "--against", str(tmp_path), *checks)
+    command = ["evaluate", "sana-emoji", "--out", str(out), *FAST, "--against", str(tmp_path), *checks]
+    assert "--against must be a folder of as many images as there are prompts, 4" in run(*command).error
 
 
 def test_four_bits_beside_sixteen(tmp_path):
@@ -133,12 +134,12 @@ def test_other_prompts(folder, evaluated, tmp_path):
         (["--limit", "0", "--clip", "x"], "--limit: must be at least 1"),
     ],
 )
-def test_errors_before_anything_is_generated(folder, options, message, tmp_path, monkeypatch, capsys):
+def test_errors_before_anything_is_generated(folder, options, message, tmp_path, monkeypatch):
     for package in ("lpips", "torch_fidelity", "skimage"):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit) as error:
-        cli.main(["evaluate", folder, "--out", str(tmp_path / "out"), *options])
-    assert re.search(message, str(error.value) + capsys.readouterr().err)
+    ended = run("evaluate", folder, "--out", str(tmp_path / "out"), *options)
+    assert re.search(message, ended.error)
+    assert ended.code
     assert not (tmp_path / "out").exists()
 
 

@@ -13,6 +13,7 @@ from diffusers_sana.kernels.dispatch import kernel_mode
 from diffusers_sana.quantizers.svdquant.layers.linear import quantized_layers
 from diffusers_sana.quantizers.svdquant.unfinished_run import UnfinishedRun
 from tests import tiny
+from tests.cli.commands import run
 from tests.two_processes import ROOT
 
 
@@ -33,15 +34,15 @@ def test_quantize(tmp_path, capsys):
     cli.main(["generate", "a fox", "--model", str(out), "--out", str(tmp_path / "x.png"), "--steps", "2"])
     assert (tmp_path / "x.png").exists()
 
-    with pytest.raises(SystemExit, match="must be new or empty"):
-        cli.main(["quantize", folder, "-o", str(out), *options])
+    assert "--out must be new or empty" in run("quantize", folder, "-o", str(out), *options).error
 
 
 def test_two_commands_in_one_folder(tmp_path):
     folder, out = str(tiny.write_official_folder(tmp_path / "official")), tmp_path / "out"
     other = UnfinishedRun(out, {})
-    with pytest.raises(SystemExit, match=f"diffusers-sana: Another process quantizes into '{out}'. Wait"):
-        cli.main(["quantize", folder, "-o", str(out), "--rank", "4"])
+    ended = run("quantize", folder, "-o", str(out), "--rank", "4")
+    assert f"diffusers-sana quantize: Another process quantizes into '{out}'. Wait" in ended.error
+    assert ended.code == 1
     other.close()
 
 
@@ -64,9 +65,9 @@ def test_other_pipelines(tmp_path, capsys):
     ],
 )
 def test_errors(arguments, message, tmp_path):
-    with pytest.raises(SystemExit) as error:
-        cli.main(["quantize", *arguments, "-o", str(tmp_path / "out")])
-    assert message in str(error.value)
+    ended = run("quantize", *arguments, "-o", str(tmp_path / "out"))
+    assert message in ended.error
+    assert ended.code == 2
     assert list(tmp_path.iterdir()) == []
 
 

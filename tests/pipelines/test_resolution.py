@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from diffusers_sana.pipelines.resolution import ASPECT_RATIO_BINS, bin_size, check_size, resize_and_crop
+from diffusers_sana.checks import check_size
+from diffusers_sana.pipelines.resolution import ASPECT_RATIO_BINS, bin_size, resize_and_crop
 
 
 @pytest.mark.parametrize("native", [512, 1024, 2048, 4096])
