@@ -1,11 +1,11 @@
 """Quantized weights back to 16 bit, at the layers of SANA-1.6B and FLUX.1.
 
-python -m benchmarks.bench_dequantize_weight
+python -m benchmarks.kernel_benchmark dequantize_weight
 """
 
 import torch
 
-from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors, main
+from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight
 
 
@@ -41,13 +41,9 @@ def forward(qweight, wscales, wtscale, smooth_factor, proj_down, proj_up, dtype)
 BENCHMARK = KernelBenchmark(
     dequantize_weight,
     cases=[
-        case("sana-1.6b", 2240, 2240, "int4"),
-        case("flux", 12288, 3072, "int4"),
-        case("sana-1.6b", 2240, 2240, "nvfp4"),
-        case("flux", 12288, 3072, "nvfp4"),
+        case(model, outputs, features, precision)
+        for precision in ("int4", "nvfp4")
+        for model, outputs, features in (("sana-1.6b", 2240, 2240), ("flux", 12288, 3072))
     ],
     launches=[forward],
 )
-
-if __name__ == "__main__":
-    main(BENCHMARK)

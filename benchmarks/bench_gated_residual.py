@@ -1,11 +1,11 @@
 """Gated residual at the token counts of SANA 1.6B (2240 channels) and 0.6B (1152), guided.
 
-python -m benchmarks.bench_gated_residual
+python -m benchmarks.kernel_benchmark gated_residual
 """
 
 import torch
 
-from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors, main
+from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors
 from diffusers_sana.kernels.gated_residual import gated_residual
 
 
@@ -53,6 +53,3 @@ BENCHMARK = KernelBenchmark(
     launches=[forward, backward],
     eager=eager,
 )
-
-if __name__ == "__main__":
-    main(BENCHMARK)

@@ -1,12 +1,12 @@
 """The gated depthwise convolution at the shapes of Sana's Mix-FFN and of DC-AE's GLUMBConv.
 
-python -m benchmarks.bench_glu_depthwise_conv
+python -m benchmarks.kernel_benchmark glu_depthwise_conv
 """
 
 import torch
 from torch.nn import functional as F
 
-from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors, main
+from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors
 from diffusers_sana.kernels.glu_depthwise_conv import glu_depthwise_conv
 
 
@@ -56,6 +56,3 @@ BENCHMARK = KernelBenchmark(
     launches=[forward, backward],
     eager=eager,
 )
-
-if __name__ == "__main__":
-    main(BENCHMARK)

@@ -1,11 +1,11 @@
 """Guidance and solver step of order 2 at the latents of Sana: 32 channels, 1/32 of the pixels a side.
 
-python -m benchmarks.bench_guided_solver_step
+python -m benchmarks.kernel_benchmark guided_solver_step
 """
 
 import torch
 
-from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors, main
+from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors
 from diffusers_sana.kernels.guided_solver_step import guided_solver_step
 
 
@@ -34,6 +34,3 @@ def forward(**arguments):
 BENCHMARK = KernelBenchmark(
     guided_solver_step, cases=[case(512, 1), case(1024, 1), case(1024, 8), case(4096, 4)], launches=[forward]
 )
-
-if __name__ == "__main__":
-    main(BENCHMARK)

@@ -1,6 +1,6 @@
 """Low-bit matrix products at the layers of SANA-1.6B and FLUX.1, beside the 16-bit product that they replace.
 
-python -m benchmarks.bench_lowbit_linear
+python -m benchmarks.kernel_benchmark lowbit_linear
 """
 
 from functools import lru_cache
@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch.nn import functional as F
 
-from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors, main
+from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors
 from diffusers_sana.kernels.lowbit_linear import lowbit_linear
 
 
@@ -86,6 +86,3 @@ BENCHMARK = KernelBenchmark(
     launches=[forward],
     eager=eager,
 )
-
-if __name__ == "__main__":
-    main(BENCHMARK)

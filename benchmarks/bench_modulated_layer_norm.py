@@ -1,12 +1,12 @@
 """Modulated layer norm at the token counts of SANA 1.6B (2240 channels) and 0.6B (1152), guided.
 
-python -m benchmarks.bench_modulated_layer_norm
+python -m benchmarks.kernel_benchmark modulated_layer_norm
 """
 
 import torch
 from torch.nn import functional as F
 
-from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors, main
+from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors
 from diffusers_sana.kernels.modulated_layer_norm import modulated_layer_norm
 
 
@@ -45,6 +45,3 @@ BENCHMARK = KernelBenchmark(
     launches=[forward, backward],
     eager=eager,
 )
-
-if __name__ == "__main__":
-    main(BENCHMARK)

@@ -1,12 +1,12 @@
 """The multiscale projection at the shapes of DC-AE's attention blocks, at 1024 and at 4096 pixels.
 
-python -m benchmarks.bench_multiscale_projection
+python -m benchmarks.kernel_benchmark multiscale_projection
 """
 
 import torch
 from torch.nn import functional as F
 
-from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors, main
+from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors
 from diffusers_sana.kernels.multiscale_projection import multiscale_projection
 
 
@@ -53,6 +53,3 @@ BENCHMARK = KernelBenchmark(
     launches=[forward, backward],
     eager=eager,
 )
-
-if __name__ == "__main__":
-    main(BENCHMARK)

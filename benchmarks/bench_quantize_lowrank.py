@@ -1,11 +1,11 @@
 """Activation quantization and down projection at the layers of SANA-1.6B and FLUX.1, in the three formats.
 
-python -m benchmarks.bench_quantize_lowrank
+python -m benchmarks.kernel_benchmark quantize_lowrank
 """
 
 import torch
 
-from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors, main
+from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank
 
 
@@ -45,6 +45,3 @@ BENCHMARK = KernelBenchmark(
     ],
     launches=[forward],
 )
-
-if __name__ == "__main__":
-    main(BENCHMARK)

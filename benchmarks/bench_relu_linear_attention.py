@@ -1,11 +1,11 @@
 """ReLU linear attention at the shapes of SANA 1.6B (with and without guidance) and of DC-AE's attention stages.
 
-python -m benchmarks.bench_relu_linear_attention
+python -m benchmarks.kernel_benchmark relu_linear_attention
 """
 
 import torch
 
-from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors, main
+from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors
 from diffusers_sana.kernels.relu_linear_attention import relu_linear_attention
 
 
@@ -55,6 +55,3 @@ BENCHMARK = KernelBenchmark(
     ],
     launches=[forward, backward],
 )  # fmt: skip
-
-if __name__ == "__main__":
-    main(BENCHMARK)

@@ -1,11 +1,11 @@
 """RMS norm at the shapes of DC-AE's stages (with bias and residual) and of SANA-1.5's query norm.
 
-python -m benchmarks.bench_rms_norm
+python -m benchmarks.kernel_benchmark rms_norm
 """
 
 import torch
 
-from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors, main
+from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors
 from diffusers_sana.kernels.rms_norm import rms_norm
 
 
@@ -50,6 +50,3 @@ BENCHMARK = KernelBenchmark(
     cases=[image_case(128, 1024), image_case(512, 256), image_case(1024, 32), token_case(2240, 1024)],
     launches=[forward, backward],
 )
-
-if __name__ == "__main__":
-    main(BENCHMARK)

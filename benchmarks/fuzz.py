@@ -35,23 +35,12 @@ import torch
 
 from benchmarks.harness import environment, write_results
 from diffusers_sana import FlowDPMSolverScheduler, SanaPipeline, SanaTransformer2DModel
+from tests.tiny import TRANSFORMER
 
 
 MEMORY = 4 * 2**30  # bytes that a case may take beyond what this process has
 SECONDS = 30
-CONFIG = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": 2,
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "num_cross_attention_heads": 2,
-    "cross_attention_head_dim": 8,
-    "cross_attention_dim": 16,
-    "caption_channels": 16,
-    "sample_size": 8,
-    "qk_norm": "rms_norm_across_heads",
-}
+CONFIG = TRANSFORMER | {"sample_size": 8, "qk_norm": "rms_norm_across_heads"}
 WEIGHTS, LORA = diffusers.utils.SAFETENSORS_WEIGHTS_NAME, "pytorch_lora_weights.safetensors"
 # Kind of case -> the file that is changed, in the pipeline's folder.
 KINDS = {

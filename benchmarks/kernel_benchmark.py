@@ -1,10 +1,15 @@
 """What a benchmark of one operation states, and how it is timed on a GPU.
 
+    python -m benchmarks.kernel_benchmark rms_norm
+
+This times one operation; `bench_gpu.py` times all.
+
 `bench_<operation>.py` builds a `KernelBenchmark`: the operation, the shapes of the real models, the bytes and FLOPs
 that it must move and do. From it come the timing (here), the ahead-of-time compilation (`compile_kernels.py`) and the
 roofline.
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -104,9 +109,15 @@ def _in_mode(mode: str, function: Callable[..., Tensor]) -> Callable[..., Tensor
     return run
 
 
-def main(benchmark: KernelBenchmark) -> None:
-    """Runs one benchmark by itself; `bench_gpu.py` runs all."""
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("operation", choices=operations())
+    benchmark = load(parser.parse_args(argv).operation)
     if not torch.cuda.is_available():
         raise SystemExit(f"The kernel of `{benchmark.name}` is timed on a GPU; there is none here.")
     report = {**environment(), "kernels": {benchmark.name: run_on_gpu(benchmark)}}
     print(write_results(f"kernel_{benchmark.name}", report))
+
+
+if __name__ == "__main__":
+    main()

@@ -213,13 +213,10 @@ def quantized_size() -> str:
     return f"{render(header, rows)}\n\n{provenance(report)}"
 
 
-def vila_u_pictures() -> str:
+def vila_u_images() -> str:
     """Images of a small VILA-U, the official way and ours."""
-    report = json.loads((RESULTS / "cpu" / "vila_u.json").read_text(encoding="utf-8"))
-    rows = []
-    for name, case in report["cases"].items():
-        if "speedup" not in case:
-            continue
+
+    def row(case: dict[str, Any]) -> list[str]:
         low, high = case["speedup_range"]
         spread = f" ({low:.2f}-{high:.2f})" if case["rounds"] > 1 else ""
         theirs, ours = (
@@ -231,26 +228,34 @@ def vila_u_pictures() -> str:
         )
         best = case["same_best_codes"]
         same = f"all {best['codes']}" if best else "not compared"
-        rows.append([name, *theirs, *ours, f"**{case['speedup']:.2f}x**{spread}", same])
+        return [*theirs, *ours, f"**{case['speedup']:.2f}x**{spread}", same]
+
     sides = [f"{side} {what}" for side in ("official", "ours") for what in ("s", "cells/s", "MiB")]
-    return f"{render(['case', *sides, 'faster', 'same best codes'], rows)}\n\n{vila_u_provenance(report)}"
+    return vila_u_table([*sides, "faster", "same best codes"], row, compared=True)
 
 
 def vila_u_others() -> str:
     """Text of the same VILA-U, and its image tokenizer."""
+
+    def row(case: dict[str, Any]) -> list[str]:
+        low, high = case["seconds_range"]
+        unit = "tokens" if "tokens_per_second" in case else "images"
+        pace = f"{case[f'{unit}_per_second']:.2g} {unit}/s"
+        seconds, memory = case["seconds"]["diffusers_sana"], case["peak_mib"]["diffusers_sana"]
+        return [pace, f"{seconds:.2f} ({low:.2f}-{high:.2f})", f"{memory:.0f}"]
+
+    return vila_u_table(["pace", "s", "MiB"], row, compared=False)
+
+
+def vila_u_table(header: list[str], row: Callable[[dict[str, Any]], list[str]], compared: bool) -> str:
+    """A row for each of the cases that were, or were not, also measured the official way."""
     report = json.loads((RESULTS / "cpu" / "vila_u.json").read_text(encoding="utf-8"))
-    rows = []
-    for name, case in report["cases"].items():
-        if "speedup" not in case:
-            low, high = case["seconds_range"]
-            unit = "tokens" if "tokens_per_second" in case else "images"
-            pace = f"{case[f'{unit}_per_second']:.2g} {unit}/s"
-            seconds, memory = case["seconds"]["diffusers_sana"], case["peak_mib"]["diffusers_sana"]
-            rows.append([name, pace, f"{seconds:.2f} ({low:.2f}-{high:.2f})", f"{memory:.0f}"])
-    return f"{render(['case', 'pace', 's', 'MiB'], rows)}\n\n{vila_u_provenance(report)}"
+    cases = {name: case for name, case in report["cases"].items() if ("speedup" in case) == compared}
+    table = render(["case", *header], [[name, *row(case)] for name, case in cases.items()])
+    return f"{table}\n\n{timed_provenance(report)}"
 
 
-def vila_u_provenance(report: dict[str, Any]) -> str:
+def timed_provenance(report: dict[str, Any]) -> str:
     """Also says which clock."""
     return f"{provenance(report)} Seconds are {'processor' if report['clock'] == 'cpu' else 'wall'} time."
 
@@ -268,10 +273,9 @@ def step_caches() -> str:
         for name, row in report["variants"].items()
     ]
     table = render(["variant", "s per image", "faster", "PSNR dB"], rows)
-    clock = "processor" if report["clock"] == "cpu" else "wall"
     return (
         f"{table}\n\nMedians over {report['prompts']} prompts, {report['steps']} steps where nothing else is said. "
-        f"{provenance(report)} Seconds are {clock} time."
+        f"{timed_provenance(report)}"
     )
 
 
@@ -297,10 +301,9 @@ def dc_ae_dit() -> str:
         "sampled and decoded",
     ]
     table = render([*header, "MiB: training, sampling, decoding"], rows)
-    clock = "processor" if report["clock"] == "cpu" else "wall"
     return (
         f"{table}\n\n{report['image_size']} pixels, {report['train_batch']} images a training step, {report['steps']}"
-        f" guided steps a sample, medians of {report['rounds']} rounds. {provenance(report)} Seconds are {clock} time."
+        f" guided steps a sample, medians of {report['rounds']} rounds. {timed_provenance(report)}"
     )
 
 
@@ -334,7 +337,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantized_errors": quantized_errors,
     "quantized_steps": quantized_steps,
     "quantized_size": quantized_size,
-    "vila_u_pictures": vila_u_pictures,
+    "vila_u_images": vila_u_images,
     "vila_u_others": vila_u_others,
     "step_caches": step_caches,
     "dc_ae_dit": dc_ae_dit,

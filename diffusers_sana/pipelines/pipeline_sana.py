@@ -106,9 +106,7 @@ class SanaPipeline(GuidedSanaPipeline):
         device = self._execution_device
         with self._begin(request) as call:
             # 2. Text features, [B, L, width], of the prompts and the negative prompts
-            texts = encode_prompts(
-                self.tokenizer, self.text_encoder, **request.texts, is_guided=call.is_guided, device=device
-            )
+            texts = encode_prompts(self.tokenizer, self.text_encoder, request, is_guided=call.is_guided, device=device)
 
             # 3. Schedule and noise, [B, C, h, w] in fp32
             steps = request.lay_out(call.scheduler, device)

@@ -33,7 +33,7 @@ from diffusers_sana.pipelines.loading import ComponentLoading
 from diffusers_sana.pipelines.lora_loading import LoraLoading
 from diffusers_sana.pipelines.request import Request, check_prompts
 from diffusers_sana.pipelines.resolution import bin_size, resize_and_crop
-from diffusers_sana.prompts.encoding import encode_prompts
+from diffusers_sana.prompts.encoding import Prompts, encode_prompts
 
 
 logger = logging.get_logger(__name__)
@@ -149,6 +149,7 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
             height, width: as generated, after binning.
             the others: as in `__call__`.
         """
+        prompts = Prompts.of(locals())
         multiple = self.vae_scale_factor * self.transformer.config.patch_size
         check_size("height", height, multiple)
         check_size("width", width, multiple)
@@ -159,12 +160,7 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
                     f" {name!r}."
                 )
         check_prompts(
-            prompt,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            prompt_attention_mask,
-            negative_prompt_attention_mask,
+            prompts,
             channels=self.transformer.config.caption_channels,
             can_encode=self.tokenizer is not None and self.text_encoder is not None,
         )
@@ -348,23 +344,9 @@ class GuidedSanaPipeline(SanaPipelineBase):
         Returns:
             Features `[B, L, width]`, mask `[B, L]`, and the same of the negative prompts or None twice.
         """
-        tensors = encode_prompts(
-            self.tokenizer,
-            self.text_encoder,
-            prompt,
-            negative_prompt,
-            is_guided=do_classifier_free_guidance,
-            device=device or self._execution_device,
-            num_images_per_prompt=num_images_per_prompt,
-            prompt_embeds=prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_embeds=negative_prompt_embeds,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            clean_caption=clean_caption,
-            max_sequence_length=max_sequence_length,
-            complex_human_instruction=complex_human_instruction,
-            lora_scale=lora_scale,
-        )
+        prompts, is_guided = Prompts.of(locals()), do_classifier_free_guidance
+        device = device or self._execution_device
+        tensors = encode_prompts(self.tokenizer, self.text_encoder, prompts, is_guided=is_guided, device=device)
         return tuple(tensors.values())  # type: ignore[return-value]
 
 

@@ -132,9 +132,7 @@ class SanaControlNetPipeline(GuidedSanaPipeline):
         device = self._execution_device
         with self._begin(request) as call:
             # 2. Text features, [B, L, width], and control latents, [B, C, h, w]
-            texts = encode_prompts(
-                self.tokenizer, self.text_encoder, **request.texts, is_guided=call.is_guided, device=device
-            )
+            texts = encode_prompts(self.tokenizer, self.text_encoder, request, is_guided=call.is_guided, device=device)
             num_images = len(texts["prompt_embeds"])
             counts = num_images // num_images_per_prompt, num_images_per_prompt
             texts["control_image"] = encode_control(

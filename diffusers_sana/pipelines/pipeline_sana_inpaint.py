@@ -117,9 +117,7 @@ class SanaInpaintPipeline(ImageSanaPipeline):
         device = self._execution_device
         with self._begin(request) as call:
             # 2. Text features, [B, L, width], of the prompts and the negative prompts
-            texts = encode_prompts(
-                self.tokenizer, self.text_encoder, **request.texts, is_guided=call.is_guided, device=device
-            )
+            texts = encode_prompts(self.tokenizer, self.text_encoder, request, is_guided=call.is_guided, device=device)
             num_images = len(texts["prompt_embeds"])
 
             # 3. Schedule, noise, image and mask, [B, C, h, w] in fp32

@@ -166,9 +166,7 @@ class SanaPAGPipeline(SanaPipeline):
         pag = {"pag_scale": pag_scale, "pag_adaptive_scale": pag_adaptive_scale, "pag_layers": layers}
         with self._begin(request, **pag) as call:
             # 2. Text features, [B, L, width], of the prompts and the negative prompts
-            texts = encode_prompts(
-                self.tokenizer, self.text_encoder, **request.texts, is_guided=call.is_guided, device=device
-            )
+            texts = encode_prompts(self.tokenizer, self.text_encoder, request, is_guided=call.is_guided, device=device)
 
             # 3. Schedule and noise, [B, C, h, w] in fp32
             steps = request.lay_out(call.scheduler, device)

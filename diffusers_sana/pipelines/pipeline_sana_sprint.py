@@ -96,9 +96,7 @@ class SanaSprintPipeline(SanaSprintPipelineBase):
         device = self._execution_device
         with self._begin(request) as call:
             # 2. Text features, [B, L, width]
-            texts = encode_prompts(
-                self.tokenizer, self.text_encoder, **request.texts, is_guided=call.is_guided, device=device
-            )
+            texts = encode_prompts(self.tokenizer, self.text_encoder, request, is_guided=call.is_guided, device=device)
 
             # 3. Schedule and noise, [B, C, h, w] in fp32
             steps = lay_out_angles(call.scheduler, num_steps, *angles, device)

@@ -16,7 +16,7 @@ from diffusers_sana.pipelines.call import Call
 from diffusers_sana.pipelines.pipeline_sana_base import SanaPipelineBase
 from diffusers_sana.pipelines.request import check_numbers
 from diffusers_sana.pipelines.sampling import Denoiser, TextInputs, denoise
-from diffusers_sana.prompts.encoding import encode_prompts
+from diffusers_sana.prompts.encoding import Prompts, encode_prompts
 from diffusers_sana.schedulers.trigflow import flow_to_trigflow
 
 
@@ -39,20 +39,8 @@ class SanaSprintPipelineBase(SanaPipelineBase):
         lora_scale: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Text features `[B, L, width]` and mask `[B, L]`; the arguments are those of `SanaPipeline.encode_prompt`."""
-        tensors = encode_prompts(
-            self.tokenizer,
-            self.text_encoder,
-            prompt,
-            is_guided=False,
-            device=device or self._execution_device,
-            num_images_per_prompt=num_images_per_prompt,
-            prompt_embeds=prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            clean_caption=clean_caption,
-            max_sequence_length=max_sequence_length,
-            complex_human_instruction=complex_human_instruction,
-            lora_scale=lora_scale,
-        )
+        prompts, device = Prompts.of(locals()), device or self._execution_device
+        tensors = encode_prompts(self.tokenizer, self.text_encoder, prompts, is_guided=False, device=device)
         return tensors["prompt_embeds"], tensors["prompt_attention_mask"]
 
 

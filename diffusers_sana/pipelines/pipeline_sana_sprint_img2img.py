@@ -107,9 +107,7 @@ class SanaSprintImg2ImgPipeline(SanaSprintPipelineBase):
         device = self._execution_device
         with self._begin(request) as call:
             # 2. Text features, [B, L, width]
-            texts = encode_prompts(
-                self.tokenizer, self.text_encoder, **request.texts, is_guided=call.is_guided, device=device
-            )
+            texts = encode_prompts(self.tokenizer, self.text_encoder, request, is_guided=call.is_guided, device=device)
             num_images, sigma = len(texts["prompt_embeds"]), call.scheduler.config.sigma_data
 
             # 3. Schedule, and the image under noise, [B, C, h, w] in fp32

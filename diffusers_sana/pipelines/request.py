@@ -1,7 +1,7 @@
 """The arguments that the pipelines' `__call__` share, checked before anything is computed."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Self, cast
 
@@ -11,44 +11,34 @@ from diffusers.pipelines.sana.pipeline_sana import retrieve_timesteps
 from torch import Tensor
 
 from diffusers_sana.checks import check_integer, check_number, check_texts
+from diffusers_sana.prompts.encoding import Prompts
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(Prompts):
     """The arguments that pipelines share. `SanaPipeline.__call__` says what they mean.
 
     Arguments that only some pipelines have stay out of it, and are passed to the steps that need them.
     """
 
-    prompt: str | list[str] | None
     num_inference_steps: int
     guidance_scale: float
-    num_images_per_prompt: int
     height: int | None
     width: int | None
     eta: float
     generator: torch.Generator | list[torch.Generator] | None
     latents: Tensor | None
-    prompt_embeds: Tensor | None
-    prompt_attention_mask: Tensor | None
     output_type: str
     return_dict: bool
-    clean_caption: bool
     use_resolution_binning: bool
     attention_kwargs: dict[str, Any] | None
     callback_on_step_end: Callable[[Any, int, Tensor, dict], dict | None] | None
     callback_on_step_end_tensor_inputs: Sequence[str]
-    max_sequence_length: int
-    complex_human_instruction: str | Sequence[str] | None
     timesteps: Sequence[float] | None = None
-    # Not for SANA-Sprint:
-    negative_prompt: str | list[str] | None = None
-    negative_prompt_embeds: Tensor | None = None
-    negative_prompt_attention_mask: Tensor | None = None
-    sigmas: Sequence[float] | None = None
+    sigmas: Sequence[float] | None = None  # not for SANA-Sprint
 
     @classmethod
     def collect(cls, arguments: Mapping[str, Any], *, has_vae: bool) -> Self:
@@ -61,35 +51,17 @@ class Request:
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        known = {field.name for field in fields(cls)}
-        request = cls(**{name: value for name, value in arguments.items() if name in known})
+        request = cls.of(arguments)
         if isinstance(request.callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             names = request.callback_on_step_end.tensor_inputs
             request = replace(request, callback_on_step_end_tensor_inputs=names)
         request._check(has_vae)
-        return request
+        return replace(request, lora_scale=(request.attention_kwargs or {}).get("scale"))
 
     @property
     def is_sized(self) -> bool:
         """Whether the size of the images is asked for."""
         return (self.height, self.width) != (None, None)
-
-    @property
-    def texts(self) -> dict[str, Any]:
-        """The arguments of `encode_prompts` that the request has."""
-        return {
-            "prompt": self.prompt,
-            "negative_prompt": self.negative_prompt,
-            "num_images_per_prompt": self.num_images_per_prompt,
-            "prompt_embeds": self.prompt_embeds,
-            "prompt_attention_mask": self.prompt_attention_mask,
-            "negative_prompt_embeds": self.negative_prompt_embeds,
-            "negative_prompt_attention_mask": self.negative_prompt_attention_mask,
-            "clean_caption": self.clean_caption,
-            "max_sequence_length": self.max_sequence_length,
-            "complex_human_instruction": self.complex_human_instruction,
-            "lora_scale": (self.attention_kwargs or {}).get("scale"),
-        }
 
     def for_images(self, count: int) -> Self:
         """The same with one prompt repeated for `count` images."""
@@ -175,24 +147,16 @@ def check_embeds(name: str, embeds: Tensor, mask: Tensor | None, mask_name: str,
         raise ValueError(f"`{name}` must be finite, but has NaN or infinite values. Run the text encoder in bfloat16.")
 
 
-def check_prompts(
-    prompt: str | list[str] | None,
-    negative_prompt: str | list[str] | None,
-    prompt_embeds: Tensor | None,
-    negative_prompt_embeds: Tensor | None,
-    prompt_attention_mask: Tensor | None,
-    negative_prompt_attention_mask: Tensor | None,
-    *,
-    channels: int,
-    can_encode: bool,
-) -> None:
+def check_prompts(prompts: Prompts, *, channels: int, can_encode: bool) -> None:
     """Raises where texts, or the features in their place, are wrong or contradict each other.
 
     Args:
+        prompts: texts or features.
         channels: width of text features that the denoiser takes.
         can_encode: whether there are a tokenizer and a text encoder.
-        the others: as in `SanaPipeline.__call__`.
     """
+    prompt, negative_prompt = prompts.prompt, prompts.negative_prompt
+    prompt_embeds, negative_prompt_embeds = prompts.prompt_embeds, prompts.negative_prompt_embeds
     if (prompt is None) == (prompt_embeds is None):
         raise ValueError(
             "Exactly one of `prompt` and `prompt_embeds` must be given, got "
@@ -213,13 +177,13 @@ def check_prompts(
 
     num_prompts = len(prompt) if isinstance(prompt, list) else 1
     if prompt_embeds is not None:
-        check_embeds("prompt_embeds", prompt_embeds, prompt_attention_mask, "prompt_attention_mask", channels)
+        check_embeds("prompt_embeds", prompt_embeds, prompts.prompt_attention_mask, "prompt_attention_mask", channels)
         num_prompts = len(prompt_embeds)
     if negative_prompt_embeds is not None:
         check_embeds(
             "negative_prompt_embeds",
             negative_prompt_embeds,
-            negative_prompt_attention_mask,
+            prompts.negative_prompt_attention_mask,
             "negative_prompt_attention_mask",
             channels,
         )

@@ -7,8 +7,9 @@ instruction.
 Legend: B prompts, L text tokens, C width of the language model.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,36 +27,48 @@ from diffusers_sana.prompts.tokenization import clean_captions, join_instruction
 TEXT_TENSORS = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Prompts, or the features in their place, and how to read them, as `SanaPipeline.encode_prompt` takes them.
+
+    The pipelines of SANA-Sprint have no negative prompts.
+    """
+
+    prompt: str | list[str] | None
+    negative_prompt: str | list[str] | None = None
+    prompt_embeds: Tensor | None = None
+    prompt_attention_mask: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    negative_prompt_attention_mask: Tensor | None = None
+    num_images_per_prompt: int = 1
+    clean_caption: bool = False
+    max_sequence_length: int = 300
+    complex_human_instruction: str | Sequence[str] | None = None
+    lora_scale: float | None = None
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """Those among the arguments of a call, the `locals()` at its start; other names in it are left."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in arguments.items() if name in known})
+
+
 def encode_prompts(
-    tokenizer: Any,
-    text_encoder: Any,
-    prompt: str | list[str] | None,
-    negative_prompt: str | list[str] | None = "",
-    *,
-    is_guided: bool,
-    device: torch.device,
-    num_images_per_prompt: int = 1,
-    prompt_embeds: Tensor | None = None,
-    prompt_attention_mask: Tensor | None = None,
-    negative_prompt_embeds: Tensor | None = None,
-    negative_prompt_attention_mask: Tensor | None = None,
-    clean_caption: bool = False,
-    max_sequence_length: int = 300,
-    complex_human_instruction: str | Sequence[str] | None = None,
-    lora_scale: float | None = None,
+    tokenizer: Any, text_encoder: Any, prompts: Prompts, *, is_guided: bool, device: torch.device
 ) -> dict[str, Any]:
     """Text features of prompts and negative prompts, one row per image; the images of a prompt are neighbors.
 
     Args:
         tokenizer, text_encoder: of the pipeline; None where all features are given.
+        prompts: texts or features.
         is_guided: whether the features of negative prompts are needed.
-        the others: as in `SanaPipeline.encode_prompt`.
+        device: of the result.
 
     Returns:
         By the names in `TEXT_TENSORS`: features `[B, L, width]` and mask `[B, L]`, and those of the negative prompts
         or None twice.
     """
-    instruction = join_instruction(complex_human_instruction)
+    instruction = join_instruction(prompts.complex_human_instruction)
 
     def encode(name: str, texts: Any, instruction: str) -> tuple[Tensor, Tensor]:
         texts = [texts] if isinstance(texts, str) else texts
@@ -63,26 +76,26 @@ def encode_prompts(
         return encode_captions(
             tokenizer,
             text_encoder,
-            clean_captions(texts, clean_caption),
+            clean_captions(texts, prompts.clean_caption),
             instruction,
-            max_sequence_length=max_sequence_length,
+            max_sequence_length=prompts.max_sequence_length,
             device=device,
             name=name,
         )
 
-    needs_negative = is_guided and negative_prompt_embeds is None
+    needs_negative = is_guided and prompts.negative_prompt_embeds is None
     if needs_negative and text_encoder is None:
         raise ValueError(
             "`negative_prompt_embeds` must be given, because this pipeline was made without a text encoder; or set"
             " `guidance_scale` to 1."
         )
-    with exclusive(text_encoder), scaled_adapters(text_encoder, lora_scale):
-        embeds, mask = prompt_embeds, prompt_attention_mask
+    with exclusive(text_encoder), scaled_adapters(text_encoder, prompts.lora_scale):
+        embeds, mask = prompts.prompt_embeds, prompts.prompt_attention_mask
         if embeds is None:
-            embeds, mask = encode("prompt", prompt, instruction)
-        negative, negative_mask = negative_prompt_embeds, negative_prompt_attention_mask
+            embeds, mask = encode("prompt", prompts.prompt, instruction)
+        negative, negative_mask = prompts.negative_prompt_embeds, prompts.negative_prompt_attention_mask
         if needs_negative:
-            negative, negative_mask = encode("negative_prompt", negative_prompt or "", "")
+            negative, negative_mask = encode("negative_prompt", prompts.negative_prompt or "", "")
             if len(negative) == 1:
                 negative = negative.expand(len(embeds), -1, -1)
                 negative_mask = negative_mask.expand(len(embeds), -1)
@@ -90,8 +103,9 @@ def encode_prompts(
     dtype = embeds.dtype if text_encoder is None else text_encoder.dtype
 
     def per_image(embeds: Any, mask: Any) -> tuple[Tensor, Tensor]:
-        embeds = embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
-        return embeds, mask.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+        count = prompts.num_images_per_prompt
+        embeds = embeds.to(device, dtype).repeat_interleave(count, dim=0)
+        return embeds, mask.to(device).repeat_interleave(count, dim=0)
 
     halves = [*per_image(embeds, mask), *(per_image(negative, negative_mask) if is_guided else (None, None))]
     return dict(zip(TEXT_TENSORS, halves, strict=True))

@@ -25,7 +25,7 @@ class RunError(UserError):
     """A run that cannot continue; the message says why, what is safe, and what to do."""
 
 
-def option(default: Any, help: str, changeable: bool = False) -> Any:
+def option(default: Any, help: str, changeable: bool = False, choices: tuple[Any, ...] = ()) -> Any:
     """A dataclass field whose help text is shown on the command line.
 
     Args:
@@ -33,12 +33,23 @@ def option(default: Any, help: str, changeable: bool = False) -> Any:
         help: its help text.
         changeable: whether a run may be resumed with another value, which then holds from there on. False for what
             defines the model, what it starts from, or the order of the data.
+        choices: the values it may have; empty for any.
     """
-    return field(default=default, metadata={"help": help, "changeable": changeable})
+    return field(default=default, metadata={"help": help, "changeable": changeable, "choices": choices})
 
 
 @dataclass(kw_only=True)
-class TrainingConfig:
+class Options:
+    """A group of options; raises a ValueError for a value that is not among the choices of its option."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if choices := item.metadata.get("choices"):
+                check_choice(item.name, getattr(self, item.name), choices)
+
+
+@dataclass(kw_only=True)
+class TrainingConfig(Options):
     """Budget, optimizer, precision and outputs of a training run.
 
     The run ends when `max_steps` or `max_minutes` is reached, whichever is first. The learning rate follows the
@@ -51,7 +62,9 @@ class TrainingConfig:
         None, "stop after this many minutes of training, resumed time included", changeable=True
     )
     learning_rate: float = option(1e-4, "peak learning rate", changeable=True)
-    lr_schedule: str = option("constant", "`constant` or `cosine`, after the warm-up", changeable=True)
+    lr_schedule: str = option(
+        "constant", "`constant` or `cosine`, after the warm-up", changeable=True, choices=("constant", "cosine")
+    )
     warmup_steps: int = option(0, "steps of linear warm-up", changeable=True)
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW betas", changeable=True)
     weight_decay: float = option(0.0, "AdamW weight decay of matrices and kernels", changeable=True)
@@ -60,7 +73,9 @@ class TrainingConfig:
         20, "end the run after this many steps in a row whose gradients are NaN or infinite", changeable=True
     )
     gradient_accumulation_steps: int = option(1, "batches per optimizer step", changeable=True)
-    mixed_precision: str = option("no", "`no` or `bf16` autocast; fp16 overflows in Sana", changeable=True)
+    mixed_precision: str = option(
+        "no", "`no` or `bf16` autocast; fp16 overflows in Sana", changeable=True, choices=("no", "bf16")
+    )
     ema_decay: float = option(
         0.0, "decay of the EMA weights that are saved; 0 saves the trained weights", changeable=True
     )
@@ -73,8 +88,7 @@ class TrainingConfig:
     log_every: int = option(10, "steps between lines of log.jsonl", changeable=True)
 
     def __post_init__(self) -> None:
-        check_choice("lr_schedule", self.lr_schedule, ("constant", "cosine"))
-        check_choice("mixed_precision", self.mixed_precision, ("no", "bf16"))
+        super().__post_init__()
         if self.max_steps < 1:
             raise ValueError(f"`max_steps` must be at least 1, got {self.max_steps}. Use `max_minutes` to limit time.")
         if not 0 <= self.ema_decay < 1:
@@ -83,7 +97,7 @@ class TrainingConfig:
 
 
 @dataclass(kw_only=True)
-class ImageDataOptions:
+class ImageDataOptions(Options):
     """Images to train on."""
 
     data: str = option(
@@ -102,6 +116,7 @@ class ImageDataOptions:
     num_workers: int = option(4, "processes that load images", changeable=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.data:
             raise ValueError(
                 "`data` must be a folder of images, WebDataset tars or the name of a dataset of the Hub, got ''."

@@ -74,13 +74,13 @@ MACHINES: Mapping[str, Mapping[str, Any]] = {
     "cpu": {},
     "cuda": {"mixed_precision": "bf16", "compile": True, "sample_minutes": 1.0, "save_minutes": 1.0},
 }
+SQUARES: Mapping[str, Any] = {"side": 128, "batch_size": {"cpu": 16, "cuda": 256}}
 LATENTS = {"latent_weight": 0.01, "latent_noise": 0.05}  # near unit scale, and a decoder that bears small errors
 PHASES = {
     # With 1.2e-3 the loss stayed where it was after 40 steps; lowered to 5e-4 it fell by a quarter in ten.
     1: Phase(
         share=0.7,
-        side=128,
-        batch_size={"cpu": 16, "cuda": 256},
+        **SQUARES,
         learning_rate={"cpu": 5e-4, "cuda": 1e-3},
         settings={"optimizer": "muon", "perceptual_weight": 0.0, **LATENTS},
     ),
@@ -101,8 +101,7 @@ PHASES = {
     ),
     3: Phase(
         share=0.2,
-        side=128,
-        batch_size={"cpu": 16, "cuda": 256},
+        **SQUARES,
         learning_rate={"cpu": 2e-4, "cuda": 2e-4},
         settings={
             "betas": (0.5, 0.9),

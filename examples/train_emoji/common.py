@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_sana import SanaPipeline
+from diffusers_sana.checkpoints import SANA_EMOJI
+
 
 def device() -> str:
     """Where images are composed and models trained."""
@@ -33,12 +36,36 @@ def make_settings(out: Path, minutes: float, **changes: Any) -> dict[str, Any]:
     }
 
 
-def make_parser(description: str | None, out: str, out_help: str = "folder of the run") -> argparse.ArgumentParser:
-    """A parser of the options that all scripts have: `--data`, and `--out` with the default `out`."""
+def make_parser(
+    description: str | None,
+    out: str,
+    out_help: str = "folder of the run",
+    minutes: float | None = None,
+    takes_model: bool = False,
+) -> argparse.ArgumentParser:
+    """A parser of the options that scripts share.
+
+    Args:
+        description: of the script.
+        out: default of `--out`, whose help is `out_help`.
+        minutes: default of `--minutes`; None where there is no such option.
+        takes_model: whether there is `--model`, the pipeline to start from.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("outputs/emoji.zip"), help="what prepare_data wrote")
     parser.add_argument("--out", type=Path, default=Path(out), help=out_help)
+    if minutes is not None:
+        parser.add_argument("--minutes", type=float, default=minutes, help="time budget of the training in all")
+    if takes_model:
+        parser.add_argument("--model", default=SANA_EMOJI, help="pipeline folder; default: the bundled one")
     return parser
+
+
+def load_pipeline(folder: str) -> SanaPipeline:
+    """The pipeline in fp32, without progress bars."""
+    pipe = SanaPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @torch.no_grad()
@@ -52,6 +79,7 @@ def generate(pipe: Any, prompts: list[str], batch_size: int = 16, **arguments: A
     return torch.cat(parts).float().cpu() * 2 - 1
 
 
-def write_report(report: dict[str, Any], out: Path) -> None:
-    """Writes the figures of an evaluation into the folder `out`, as `evaluation.json`."""
+def write_report(report: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Writes the figures of an evaluation into the folder `out`, as `evaluation.json`, and returns them."""
     (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report

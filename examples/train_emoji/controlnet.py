@@ -18,13 +18,13 @@ from torch.nn import functional as F
 
 from benchmarks.harness import environment
 from diffusers_sana import SanaControlNetModel, SanaControlNetPipeline, SanaPipeline
-from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.images import sobel_edges
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.recipes.controlnet import train as train_controlnet
 from diffusers_sana.training.recipes.options import ControlNetTrainingConfig
+from diffusers_sana.training.recipes.text_to_image import Encoders
 
-from .common import device, make_parser, make_settings, write_report
+from .common import device, load_pipeline, make_parser, make_settings, write_report
 from .data import EmojiArt, EmojiScenes, LatentScenes, Scene
 from .evaluate import held_out_scenes
 from .models import FLOW_SHIFT, RESOLUTION
@@ -66,8 +66,8 @@ def train(
         flow_shift=FLOW_SHIFT,
     )
     controlnet = SanaControlNetModel.from_transformer(pipe.transformer, NUM_LAYERS)
-    parts = (pipe.transformer, pipe.text_encoder, pipe.tokenizer, pipe.vae)
-    train_controlnet(ControlNetTrainingConfig(**settings), latents.batches(batch_size), controlnet, *parts)
+    config, batches = ControlNetTrainingConfig(**settings), latents.batches(batch_size)
+    train_controlnet(config, batches, controlnet, pipe.transformer, Encoders.of(pipe))
     return out / "model"
 
 
@@ -95,20 +95,15 @@ def judge(
         figures[name] = round(F.cosine_similarity(*edge_maps).mean().item(), 4)
     out.mkdir(parents=True, exist_ok=True)
     save_image_grid(torch.cat(rows), out / "held_out.png", columns=count)
-    report = environment() | {"mean_cosine_of_edges": figures, "scenes": count}
-    write_report(report, out)
-    return report
+    return write_report(environment() | {"mean_cosine_of_edges": figures, "scenes": count}, out)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "outputs/sana-emoji-edges")
-    parser.add_argument("--model", default=SANA_EMOJI, help="pipeline folder of the emoji checkpoint")
-    parser.add_argument("--minutes", type=float, default=10, help="time budget of the training")
+    parser = make_parser(__doc__, "outputs/sana-emoji-edges", minutes=10, takes_model=True)
     parser.add_argument("--controlnet", type=Path, help="folder of a trained one, to judge it only")
     args = parser.parse_args(argv)
     art = EmojiArt(args.data)
-    pipe = SanaPipeline.from_pretrained(args.model, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(args.model)
     folder = args.controlnet or train(art, pipe, args.out, args.minutes)
     controlnet = SanaControlNetModel.from_pretrained(folder, dtype=torch.float32)
     print(json.dumps(judge(pipe, controlnet, art, args.out), indent=1))

@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusers_sana import SanaPipeline, __version__
-from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.evaluation.machine import device_name
 from diffusers_sana.training.objectives.perceptual import RandomFeatures
 from diffusers_sana.training.plots import save_image_grid
@@ -183,13 +182,11 @@ def evaluate(
             renderer,
         ),
     }
-    write_report(report, out)
-    return report
+    return write_report(report, out)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "outputs/evaluation", "folder for figures and images")
-    parser.add_argument("--model", default=SANA_EMOJI, help="pipeline folder; default: the bundled one")
+    parser = make_parser(__doc__, "outputs/evaluation", "folder for figures and images", takes_model=True)
     parser.add_argument("--objects", choices=("common", "all"), default="common", help="what the model was taught")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.5)

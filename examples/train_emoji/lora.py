@@ -23,14 +23,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness import RESULTS, environment, write_results
-from diffusers_sana import SanaPipeline, quantize
-from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana import quantize
 from diffusers_sana.files import read_json_lines
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.recipes.lora import run as train_lora
 from diffusers_sana.training.recipes.options import LoraDataOptions, LoraModelOptions, LoraTrainingConfig
 
-from .common import generate, make_parser, resumable
+from .common import generate, load_pipeline, make_parser, resumable
 from .data import COLORS, COMMON_OBJECTS, STYLES, EmojiArt, EmojiScenes, Scene, is_held_out
 from .evaluate import held_out_scenes, prompt_following
 from .models import RESOLUTION
@@ -147,8 +146,7 @@ def judge(art: EmojiArt, base: str, loras: dict[str, Path], out: Path, count: in
     labels = [label for label in art.labels if label in KEPT_OUT] or art.labels
     scenes = [Scene(s.labels, s.style, s.color) for s in held_out_scenes(labels, singles=count, pairs=0)]
     prompts = [scene.prompt + SUFFIX for scene in scenes]
-    pipe = SanaPipeline.from_pretrained(base, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(base)
     known = art.among(COMMON_OBJECTS)
     truth = PixelScenes(art, RESOLUTION, labels=known)
     true_images = truth.render(scenes, jitter=0.0)
@@ -187,8 +185,7 @@ def summary(run: Path) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "outputs/sana-emoji-pixel-art", "folder of the runs")
-    parser.add_argument("--model", default=SANA_EMOJI, help="pipeline folder of the emoji checkpoint")
+    parser = make_parser(__doc__, "outputs/sana-emoji-pixel-art", "folder of the runs", takes_model=True)
     parser.add_argument("--pictures", type=int, default=384, help="how many to learn from")
     parser.add_argument("--steps", type=int, default=400, help="of each training")
     parser.add_argument("--prompts", type=int, default=24, help="how many to judge by")

@@ -20,6 +20,7 @@ from diffusers_sana import AutoencoderDC, SanaPipeline
 from diffusers_sana.prompts.training_prompts import complex_human_instruction
 from diffusers_sana.training.recipes import dc_ae, sana
 from diffusers_sana.training.recipes.options import DCAETrainingConfig, SanaTrainingConfig
+from diffusers_sana.training.recipes.text_to_image import Encoders
 
 from .common import device, make_parser, make_settings
 from .data import COMMON_OBJECTS, EmojiArt, EmojiScenes, LatentScenes
@@ -106,10 +107,11 @@ def train_transformer(preset: Preset, art: EmojiArt, vae_folder: Path, out: Path
         sample_prompts=tuple(scene.prompt for scene in held_out_scenes(scenes.labels)[:16]),
     )
     config = SanaTrainingConfig(**settings)
-    transformer, text_encoder = make_transformer(), make_text_encoder(tokenizer)
+    transformer = make_transformer()
+    encoders = Encoders(vae=vae, text_encoder=make_text_encoder(tokenizer), tokenizer=tokenizer)
     # On a CPU the fused attention's backward pass is the slowest operation of the step, at 16 tokens per image.
     with nullcontext() if device() == "cuda" else sdpa_kernel(SDPBackend.MATH):
-        sana.train(config, latents.batches(preset.sana_batch), transformer, text_encoder, tokenizer, vae)
+        sana.train(config, latents.batches(preset.sana_batch), transformer, encoders)
     return out / "model"
 
 
@@ -123,8 +125,7 @@ def assemble(sana: Path, vae_folder: Path, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "outputs/sana-emoji", "folder for all stages")
-    parser.add_argument("--minutes", type=float, default=25, help="time budget of the training in all")
+    parser = make_parser(__doc__, "outputs/sana-emoji", "folder for all stages", minutes=25)
     parser.add_argument(
         "--stage", choices=("autoencoder", "sana", "decoder", "evaluate"), help="only this one; default: all in turn"
     )

@@ -10,7 +10,6 @@ same command goes on where it stopped; `--minutes` counts all of it.
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import SCMScheduler
@@ -18,26 +17,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import environment
 from diffusers_sana import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel
-from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.schedulers.trigflow import STEP_ANGLES
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.recipes import sprint
 from diffusers_sana.training.recipes.options import SprintTrainingConfig
+from diffusers_sana.training.recipes.text_to_image import Encoders
 
-from .common import device, generate, make_parser, make_settings, write_report
+from .common import device, generate, load_pipeline, make_parser, make_settings, write_report
 from .data import COMMON_OBJECTS, EmojiArt, EmojiScenes, LatentScenes
 from .evaluate import held_out_scenes, prompt_following
 from .models import RESOLUTION
 
 
 def train(
-    art: EmojiArt,
-    pipe: SanaPipeline,
-    out: Path,
-    minutes: float,
-    batch_size: int = 32,
-    store: int = 512,
-    **changes: Any,
+    art: EmojiArt, pipe: SanaPipeline, out: Path, minutes: float, batch_size: int = 32, store: int = 512
 ) -> Path:
     """Distils `pipe`; returns the folder of the student's pipeline. `store` images are encoded at a time."""
     labels = art.among(COMMON_OBJECTS)
@@ -55,10 +48,9 @@ def train(
         misaligned_pairs=False,
         log_every=5,
     )
-    config = SprintTrainingConfig(**settings | changes)
-    parts = (pipe.transformer, pipe.text_encoder, pipe.tokenizer, pipe.vae)
+    config = SprintTrainingConfig(**settings)
     with nullcontext() if device() == "cuda" else sdpa_kernel(SDPBackend.MATH):  # as in run.py
-        sprint.train(config, latents.batches(batch_size), *parts)
+        sprint.train(config, latents.batches(batch_size), pipe.transformer, Encoders.of(pipe))
     return out / "model"
 
 
@@ -74,20 +66,15 @@ def judge(teacher: SanaPipeline, student: SanaSprintPipeline, art: EmojiArt, out
     out.mkdir(parents=True, exist_ok=True)
     save_image_grid(torch.cat([row[:columns] for row in images.values()]), out / "held_out.png", columns=columns)
     report = environment() | {"rows": list(images)}
-    report |= prompt_following(images, scenes, EmojiScenes(art, RESOLUTION, labels=labels))
-    write_report(report, out)
-    return report
+    return write_report(report | prompt_following(images, scenes, EmojiScenes(art, RESOLUTION, labels=labels)), out)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "outputs/sana-emoji-sprint")
-    parser.add_argument("--model", default=SANA_EMOJI, help="pipeline folder of the teacher")
-    parser.add_argument("--minutes", type=float, default=40, help="time budget of the training")
+    parser = make_parser(__doc__, "outputs/sana-emoji-sprint", minutes=40, takes_model=True)
     parser.add_argument("--student", type=Path, help="folder with a distilled `transformer`, to judge it only")
     args = parser.parse_args(argv)
     art = EmojiArt(args.data)
-    teacher = SanaPipeline.from_pretrained(args.model, dtype=torch.float32).to(device())
-    teacher.set_progress_bar_config(disable=True)
+    teacher = load_pipeline(args.model).to(device())
     folder = args.student or train(art, teacher, args.out, args.minutes)
     transformer = SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=torch.float32)
     parts = teacher.components | {"transformer": transformer, "scheduler": SCMScheduler()}

@@ -145,8 +145,7 @@ def evaluate(
         report["tower_on_held_out_triples"]["zero_shot_object"] = zero_shot(
             tower.eval(), processor.tokenizer, scenes, truth
         )
-    write_report(report, out)
-    return report
+    return write_report(report, out)
 
 
 def enlarge(images: Tensor) -> Tensor:

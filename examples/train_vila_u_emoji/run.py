@@ -123,8 +123,7 @@ def publish(trained: Path, out: Path, decoder: Path | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "outputs/vila-u-emoji", "folder for all stages")
-    parser.add_argument("--minutes", type=float, default=110, help="time budget of the training in all")
+    parser = make_parser(__doc__, "outputs/vila-u-emoji", "folder for all stages", minutes=110)
     parser.add_argument("--start", type=Path, help="folder of a model whose language model is trained on")
     parser.add_argument("--stage", choices=STAGES, help="only this one; default: all in turn")
     args = parser.parse_args(argv)

@@ -13,7 +13,7 @@ from diffusers_sana import VilaUForConditionalGeneration
 from diffusers_sana.training.data.chats import ChatCollator
 from diffusers_sana.training.recipes import dc_ae, vila_u
 from diffusers_sana.training.recipes.options import DCAETrainingConfig, VilaUTrainingConfig
-from tests.models.vila_u.tiny import CELLS, CODES, DEPTH, tiny_config
+from tests.models.vila_u.tiny import random_codes, tiny_config
 from tests.models.vila_u.tiny_processor import tiny_processor
 from tests.training.tiny import smooth_images, tiny_autoencoder
 from tests.two_processes import run_in_two
@@ -49,7 +49,7 @@ def train_model(folder, process_index, num_processes):
 
     def batches(start):
         for step in range(start, 2):
-            codes = torch.randint(CODES, (4, CELLS, DEPTH), generator=torch.Generator().manual_seed(step))
+            codes = random_codes(4, seed=step)
             shown = [[{"type": "image", "image": image}] for image in codes]
             chats = [
                 [{"role": "user", "content": "a"}, {"role": "assistant", "content": shown[i]}]

@@ -12,6 +12,7 @@ from diffusers_sana.training.state_files import read_state
 from examples.train_sana import main
 from tests.training.tiny import (
     check_resuming,
+    encoders,
     image_batches,
     interrupted,
     latent_batch,
@@ -20,7 +21,6 @@ from tests.training.tiny import (
     tiny_autoencoder,
     tiny_pipeline,
     tiny_text_encoder,
-    tiny_tokenizer,
     tiny_transformer,
     write_image_folder,
 )
@@ -50,7 +50,7 @@ def test_joint_training_saves_a_pipeline_that_runs(tmp_path):
     vae = tiny_autoencoder()
     vae_before = {name: value.clone() for name, value in vae.state_dict().items()}
     config = make_config(tmp_path, train_text_encoder=True, ema_decay=0.9, learning_rate=1e-2)
-    train(config, image_batches, transformer, text_encoder, tiny_tokenizer(), vae)
+    train(config, image_batches, transformer, encoders(text_encoder, vae))
     pipeline = SanaPipeline.from_pretrained(tmp_path / "model")
     after = pipeline.text_encoder.state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
@@ -65,7 +65,7 @@ def test_a_frozen_text_encoder_stays_as_it_is(tmp_path):
     text_encoder = tiny_text_encoder()
     before = {name: value.clone() for name, value in text_encoder.state_dict().items()}
     config = make_config(tmp_path, learning_rate=1e-2, sample_prompts=("a cat", "a dog"))
-    train(config, image_batches, tiny_transformer(), text_encoder, tiny_tokenizer(), tiny_autoencoder())
+    train(config, image_batches, tiny_transformer(), encoders(text_encoder, tiny_autoencoder()))
     after = load_file(tmp_path / "model" / "text_encoder" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -90,7 +90,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, train_te
             resume=resume,
             train_text_encoder=train_text_encoder,
         )
-        train(config, batches, transformer, text_encoder, tiny_tokenizer(), vae)
+        train(config, batches, transformer, encoders(text_encoder, vae))
         return load_file(folder / "model" / "transformer" / WEIGHTS)
 
     whole = check_resuming(run, tmp_path)
@@ -117,10 +117,10 @@ def test_compiled_blocks_are_saved_under_their_own_names(tmp_path):
 
 def test_a_trained_text_encoder_reads_the_text_of_a_cache(tmp_path):
     batch = latent_batch() | {"text": ["a red cat"] * 4}
-    parts = tiny_text_encoder(), tiny_tokenizer(), tiny_autoencoder()
+    text_encoder = tiny_text_encoder()
     config = make_config(tmp_path, train_text_encoder=True, learning_rate=1e-2)
-    before = {name: value.clone() for name, value in parts[0].state_dict().items()}
-    train(config, [batch], tiny_transformer(), *parts)
+    before = {name: value.clone() for name, value in text_encoder.state_dict().items()}
+    train(config, [batch], tiny_transformer(), encoders(text_encoder, tiny_autoencoder()))
     after = load_file(tmp_path / "model" / "text_encoder" / "model.safetensors")
     assert any(not torch.equal(before[name], after[name]) for name in before)
 

@@ -63,9 +63,8 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
             )
 
         config = make_config(folder, max_steps=4, ema_decay=0.9, resume=resume, learning_rate=1e-2)
-        train(
-            config, tiny.interrupted(with_edges, stop_at), model, transformer, text_encoder, tiny.tiny_tokenizer(), vae
-        )
+        encoders = tiny.encoders(text_encoder, vae)
+        train(config, tiny.interrupted(with_edges, stop_at), model, transformer, encoders)
         return load_file(folder / "model" / WEIGHTS)
 
     whole = tiny.check_resuming(run, tmp_path)

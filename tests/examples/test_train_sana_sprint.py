@@ -46,7 +46,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
     def run(folder, resume=False, stop_at=None):
         batches = tiny.interrupted(tiny.image_batches, stop_at)
         config = make_config(folder, max_steps=4, ema_decay=0.9, resume=resume)
-        train(config, batches, teacher, text_encoder, tiny.tiny_tokenizer(), vae)
+        train(config, batches, teacher, tiny.encoders(text_encoder, vae))
         return load_file(folder / "model" / "transformer" / WEIGHTS)
 
     tiny.check_resuming(run, tmp_path)
@@ -89,7 +89,7 @@ def test_emoji(art, tmp_path, monkeypatch):
     """The bundled checkpoint itself, for a step or two, and the judge's report."""
     teacher = SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.float32)
     teacher.set_progress_bar_config(disable=True)
-    folder = emoji.train(art, teacher, tmp_path, minutes=0.01, batch_size=8, store=8, max_steps=1)
+    folder = emoji.train(art, teacher, tmp_path, minutes=0.01, batch_size=8, store=8)
     student = SanaSprintPipeline.from_pretrained(folder)
     student.set_progress_bar_config(disable=True)
     report = emoji.judge(teacher, student, art, tmp_path, singles=2)

@@ -1,6 +1,7 @@
 """`SanaPAGPipeline` makes what diffusers' makes, also where that one leaves something out: norms, adapters, 4 bits."""
 
 import inspect
+from functools import lru_cache
 
 import diffusers
 import pytest
@@ -42,15 +43,10 @@ def pipe():
     return pag()
 
 
-@pytest.fixture(scope="module")
-def shared():
-    """Not to be changed."""
-    return pag()
-
-
-@pytest.fixture(scope="module")
-def theirs():
-    return pag(diffusers)
+@lru_cache
+def shared(library=diffusers_sana):
+    """One for all tests that do not change it."""
+    return pag(library)
 
 
 def processors(pipe):
@@ -72,8 +68,8 @@ def processors(pipe):
     ],
     ids=str,
 )
-def test_equals_diffusers(shared, theirs, kwargs):
-    assert_close_fp32(generate(shared, **kwargs), generate(theirs, **kwargs), tolerance=1e-5)
+def test_equals_diffusers(kwargs):
+    assert_close_fp32(generate(shared(), **kwargs), generate(shared(diffusers), **kwargs), tolerance=1e-5)
 
 
 def test_equals_diffusers_with_several_layers():
@@ -82,10 +78,10 @@ def test_equals_diffusers_with_several_layers():
     assert_close_fp32(generate(ours), generate(theirs), tolerance=1e-5)
 
 
-def test_runs_components_of_diffusers(shared, theirs):
-    pipe = SanaPAGPipeline.from_pipe(theirs)
+def test_runs_components_of_diffusers():
+    pipe = SanaPAGPipeline.from_pipe(shared(diffusers))
     assert type(pipe.transformer) is diffusers.SanaTransformer2DModel
-    assert_close_fp32(generate(pipe), generate(shared))
+    assert_close_fp32(generate(pipe), generate(shared()))
     assert not any(name is SanaPAGAttnProcessor for name in processors(pipe))
 
 
@@ -159,33 +155,33 @@ class TestFormula:
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
-def test_images_of_a_batch_equal_single_images(shared, guidance_scale):
+def test_images_of_a_batch_equal_single_images(guidance_scale):
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
     options = {"guidance_scale": guidance_scale, "pag_adaptive_scale": 0.001}
     batch = generate(
-        shared, [CAT, DOG], negative_prompt=["x", "yyy"], num_images_per_prompt=2, generator=generators, **options
+        shared(), [CAT, DOG], negative_prompt=["x", "yyy"], num_images_per_prompt=2, generator=generators, **options
     )
     for index, (prompt, negative) in enumerate([(CAT, "x"), (CAT, "x"), (DOG, "yyy"), (DOG, "yyy")]):
-        single = generate(shared, prompt, seed=index, negative_prompt=negative, **options)
+        single = generate(shared(), prompt, seed=index, negative_prompt=negative, **options)
         assert_close_fp32(batch[index : index + 1], single)
 
 
 @pytest.mark.parametrize("changes", [{"pag_scale": 0}, {"pag_applied_layers": []}], ids=str)
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
-def test_without_it_the_bits_of_the_plain_pipeline(shared, ours, changes, guidance_scale):
-    made = generate(shared, [CAT, DOG], guidance_scale=guidance_scale, **changes)
+def test_without_it_the_bits_of_the_plain_pipeline(ours, changes, guidance_scale):
+    made = generate(shared(), [CAT, DOG], guidance_scale=guidance_scale, **changes)
     assert torch.equal(made, generate(ours, [CAT, DOG], guidance_scale=guidance_scale))
-    assert not shared.do_perturbed_attention_guidance
+    assert not shared().do_perturbed_attention_guidance
 
 
-def test_same_seed_same_bits(shared):
-    assert torch.equal(generate(shared), generate(shared))
+def test_same_seed_same_bits():
+    assert torch.equal(generate(shared()), generate(shared()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype, pipe, shared):
+def test_half_precision(dtype, pipe):
     pipe.transformer.to(dtype)
-    assert_close_fp32(generate(pipe), generate(shared), tolerance=0.1)
+    assert_close_fp32(generate(pipe), generate(shared()), tolerance=0.1)
 
 
 def test_saturates_in_half_precision(pipe):
@@ -272,24 +268,24 @@ def test_signature_is_that_of_the_plain_pipeline_and_more():
     assert all(ours[name].default == theirs[name].default for name in ("pag_scale", "pag_adaptive_scale"))
 
 
-def test_every_argument_is_passed_on(shared, monkeypatch):
+def test_every_argument_is_passed_on(monkeypatch):
     """Also those that the other tests leave at their defaults."""
     marks = {name: object() for name in inspect.signature(SanaPipeline.__call__).parameters if name != "self"}
     collected = []
     monkeypatch.setattr(Request, "_check", lambda request, has_vae: collected.append(request))
-    monkeypatch.setattr(shared, "_sizes", lambda request: 1 / 0)
+    monkeypatch.setattr(shared(), "_sizes", lambda request: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         shared(**marks)
     assert {name: getattr(collected[0], name) for name in marks} == marks
 
 
 @pytest.mark.parametrize("name", ["pag_scale", "pag_adaptive_scale"])
-def test_wrong_scales(shared, name):
+def test_wrong_scales(name):
     with pytest.raises(TypeError, match=f"`{name}` must be a number, got '3'"):
-        generate(shared, **{name: "3"})
+        generate(shared(), **{name: "3"})
     for value, message in ((-1, "not be negative"), (float("nan"), "be finite")):
         with pytest.raises(ValueError, match=f"`{name}` must {message}"):
-            generate(shared, **{name: value})
+            generate(shared(), **{name: value})
 
 
 class TestProcessors:
@@ -316,7 +312,7 @@ class TestProcessors:
         assert pipe.transformer.attn_processors == before
         assert generate(pipe, pag_scale=0).isfinite().all()
 
-    def test_of_the_user_stay_in_use(self, pipe, shared):
+    def test_of_the_user_stay_in_use(self, pipe):
         """Also one that is a module."""
 
         class Doubling(nn.Module):
@@ -327,7 +323,7 @@ class TestProcessors:
         pipe.transformer.transformer_blocks[0].attn1.set_processor(own)
         doubled = generate(pipe, num_inference_steps=1)
         assert pipe.transformer.transformer_blocks[0].attn1.processor is own
-        assert (doubled - generate(shared, num_inference_steps=1)).norm() > 1e-3
+        assert (doubled - generate(shared(), num_inference_steps=1)).norm() > 1e-3
         assert_close_fp32(doubled, TestFormula().by_hand(pipe))
 
     def test_are_equal_for_equal_calls(self):
@@ -387,9 +383,9 @@ class TestCallbacks:
 
         assert self.rest(change, pipeline_class=SanaPipeline) == [6, 6]
 
-    def test_official_callback_that_ends_guidance(self, shared):
+    def test_official_callback_that_ends_guidance(self):
         cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
-        rows, out = self.rows(shared, callback_on_step_end=cutoff)
+        rows, out = self.rows(shared(), callback_on_step_end=cutoff)
         assert rows == [3, 3, 2]
         assert out.isfinite().all()
 
@@ -401,7 +397,7 @@ class TestCallbacks:
         )
         assert (swapped - plain).norm() > 1e-3
 
-    def test_what_they_see(self, shared):
+    def test_what_they_see(self):
         shapes = []
 
         def callback(pipe, step, t, tensors):
@@ -412,15 +408,15 @@ class TestCallbacks:
 
         names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
         options = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names}
-        generate(shared, [CAT, DOG], pag_scale=2.0, pag_adaptive_scale=0.001, **options)
+        generate(shared(), [CAT, DOG], pag_scale=2.0, pag_adaptive_scale=0.001, **options)
         assert shapes == [[2, 2, 2]] * 3
 
-    def test_interrupt(self, shared):
+    def test_interrupt(self):
         def callback(pipe, step, t, tensors):
             pipe._interrupt = True
 
-        assert generate(shared, callback_on_step_end=callback).isfinite().all()
-        assert not any(name is SanaPAGAttnProcessor for name in processors(shared))
+        assert generate(shared(), callback_on_step_end=callback).isfinite().all()
+        assert not any(name is SanaPAGAttnProcessor for name in processors(shared()))
 
 
 def test_text_is_projected_once(pipe):
@@ -434,14 +430,14 @@ def test_text_is_projected_once(pipe):
 def test_group_offload(pipe, shared, offload_type):
     cpu = torch.device("cpu")
     pipe.enable_group_offload(onload_device=cpu, offload_device=cpu, num_blocks_per_group=1, offload_type=offload_type)
-    assert_close_fp32(generate(pipe), generate(shared))
+    assert_close_fp32(generate(pipe), generate(shared()))
 
 
-def test_step_cache(pipe, shared):
+def test_step_cache(pipe):
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
     assert generate(pipe, num_inference_steps=5).isfinite().all()
     pipe.transformer.disable_cache()
-    assert_close_fp32(generate(pipe), generate(shared))
+    assert_close_fp32(generate(pipe), generate(shared()))
 
 
 def test_compiled_transformer():
@@ -452,13 +448,13 @@ def test_compiled_transformer():
     assert_close_fp32(generate(pipe, num_inference_steps=1), expected)
 
 
-def test_compiled_blocks_settle(pipe, shared):
+def test_compiled_blocks_settle(pipe):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     pipe.transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
-    assert_close_fp32(generate(pipe), generate(shared))
+    assert_close_fp32(generate(pipe), generate(shared()))
     compiled = counter.frame_count
     generate(pipe)
     assert counter.frame_count == compiled <= 2  # a block with and a block without
@@ -472,7 +468,7 @@ def test_rows_shared_among_processes_are_refused(pipe):
 
 
 class TestFolders:
-    def test_official(self, official_folder, theirs, monkeypatch):
+    def test_official(self, official_folder, monkeypatch):
         warnings = []
         monkeypatch.setattr(pipeline_utils.logger, "warning", warnings.append)
         loaded = SanaPAGPipeline.from_pretrained(official_folder, pag_applied_layers=[1])
@@ -480,16 +476,16 @@ class TestFolders:
         loaded.set_progress_bar_config(disable=True)
         assert type(loaded.transformer) is diffusers_sana.SanaTransformer2DModel
         assert loaded.pag_applied_layers == [1]
-        expected = generate(theirs)
+        expected = generate(shared(diffusers))
         assert (generate(loaded) - expected).norm() > 1e-3
         assert_close_fp32(generate(loaded, pag_applied_layers=0), expected)
 
-    def test_saved(self, shared, theirs, tmp_path):
-        shared.save_pretrained(tmp_path)
+    def test_saved(self, tmp_path):
+        shared().save_pretrained(tmp_path)
         loaded = diffusers.SanaPAGPipeline.from_pretrained(tmp_path)
         loaded.set_progress_bar_config(disable=True)
         assert type(loaded.transformer) is diffusers.SanaTransformer2DModel
-        assert_close_fp32(generate(loaded), generate(theirs))
+        assert_close_fp32(generate(loaded), generate(shared(diffusers)))
         assert type(SanaPipeline.from_pretrained(tmp_path)) is SanaPipeline
         assert type(SanaPAGPipeline.from_pretrained(tmp_path)) is SanaPAGPipeline
 

@@ -16,6 +16,7 @@ from transformers import Gemma2Model, GemmaTokenizer
 
 from diffusers_sana import AutoencoderDC, FlowDPMSolverScheduler, SanaPipeline, SanaTransformer2DModel
 from diffusers_sana.prompts.training_prompts import complex_human_instruction
+from diffusers_sana.training.recipes.text_to_image import Encoders
 from tests import tiny
 
 
@@ -41,6 +42,11 @@ def tiny_text_encoder(**changes: Any) -> Gemma2Model:
     """Two layers of width 16, one of them with a sliding window."""
     settings = {"vocab_size": 320, "num_hidden_layers": 2, "query_pre_attn_scalar": 8, "initializer_range": 0.3}
     return Gemma2Model(tiny.text_config(**settings | changes)).eval()
+
+
+def encoders(text_encoder: Any, vae: Any) -> Encoders:
+    """Those of a recipe, with the tiny tokenizer."""
+    return Encoders(vae=vae, text_encoder=text_encoder, tokenizer=tiny_tokenizer())
 
 
 def tiny_transformer() -> SanaTransformer2DModel:

@@ -310,14 +310,13 @@ class VilaUGenerationMixin(GenerationMixin):
             ValueError: after the last token, if logits were NaN or infinite.
         """
         positions = mask.cumsum(-1) - 1
-        hidden_states = self.model(
+        hidden_states = self._read(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions.clamp_min(0),
             past_key_values=cache,
-            use_cache=True,
             mm_encoder_outputs=mm_encoder_outputs,
-        ).last_hidden_state[:, -1]
+        )
         prompt, position = ids.shape[1], positions[:, -1:]
         mask = F.pad(mask, (0, num_tokens - 1))
         read_and_generate = self._compiled_round(compile_config)
@@ -354,14 +353,17 @@ class VilaUGenerationMixin(GenerationMixin):
         sampling: VisualSampling,
     ) -> tuple[Tensor, Tensor]:
         """One round of the loop: the language model reads an image token `[R, 1, H]`, then `generate_token`."""
-        outputs = self.model(
+        hidden_states = self._read(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            use_cache=True,
         )
-        return self.generate_token(outputs.last_hidden_state[:, -1], noise, scales, sampling)
+        return self.generate_token(hidden_states, noise, scales, sampling)
+
+    def _read(self, **inputs: Any) -> Tensor:
+        """The state of the language model at the last position, `[R, H]`."""
+        return self.model(**inputs, use_cache=True).last_hidden_state[:, -1]
 
     def generate_token(
         self, hidden_states: Tensor, noise: Tensor | None, scales: Tensor | None, sampling: VisualSampling

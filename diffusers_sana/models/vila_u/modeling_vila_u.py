@@ -9,7 +9,7 @@ entries, C width of an entry, V image tokens that are targets.
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -153,24 +153,26 @@ class VilaUModel(VilaUPreTrainedModel):
         self,
         pixel_values: Tensor | None = None,
         image_codes: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VilaUImageFeatures:
         """Images as inputs of the language model.
 
         Args:
             pixel_values: `[n, 3, H, W]`, in [-1, 1].
             image_codes: `[n, T, D]`, if already known: the encoder then does not run.
-            output_hidden_states, output_attentions: also return those of the encoder; None: as in the config.
+            kwargs: `output_hidden_states`, `output_attentions`: also return those of the encoder; None: as in the
+                config.
 
         Raises:
             ValueError: both are given, or neither; or states are requested of an encoder that does not run.
+            TypeError: another argument.
         """
         if (pixel_values is None) == (image_codes is None):
             raise ValueError("exactly one of `pixel_values` and `image_codes` must be given")
         tower: Any = self.vision_tower
+        requested: dict[str, Any] = {name: value for name, value in kwargs.items() if value is not None}
         if pixel_values is None:
-            if output_hidden_states or output_attentions:
+            if any(requested.values()):
                 raise ValueError(
                     "`output_hidden_states` and `output_attentions` need `pixel_values`: for `image_codes` the encoder"
                     " does not run"
@@ -178,8 +180,6 @@ class VilaUModel(VilaUPreTrainedModel):
             with torch.no_grad():  # nothing in the frozen tower could use a gradient
                 tokens = VilaUVisionModelOutput(codes=image_codes, quantized=tower.embed_codes(image_codes))
         else:
-            states = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-            requested = {name: value for name, value in states.items() if value is not None}
             tokens = tower.tokenize(pixel_values.to(tower.dtype), return_dict=True, **requested)
         entries: Any = tokens.quantized
         return VilaUImageFeatures(

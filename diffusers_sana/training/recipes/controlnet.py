@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffusers_sana.images import sobel_edges
@@ -26,12 +26,13 @@ from diffusers_sana.training.recipes.options import (
 )
 from diffusers_sana.training.recipes.text_to_image import (
     NUM_SAMPLES,
+    Encoders,
     Prompt,
     SanaInputs,
     doubled,
+    first_samples,
     freeze,
     prepare_blocks,
-    sample_noise,
     save_guided_samples,
 )
 from diffusers_sana.training.state_files import copy_with_weights
@@ -42,9 +43,7 @@ def train(
     batches: Batches,
     controlnet: Any,
     transformer: Any,
-    text_encoder: nn.Module | None = None,
-    tokenizer: Any = None,
-    vae: nn.Module | None = None,
+    encoders: Encoders | None = None,
     options: tuple[Any, ...] = (),
 ) -> None:
     """Train `controlnet`, saved in `config.output_dir/model`; everything else is frozen.
@@ -52,15 +51,14 @@ def train(
     Args:
         config: a ControlNetTrainingConfig.
         batches: see `Batches`. A batch holds images and prompts as in `sana.train`, and
-            `control_image` `[B, 3, H, W]` in [-1, 1], which needs `vae`, or its scaled latents as `control_latents`
-            `[B, C, h, w]`.
+            `control_image` `[B, 3, H, W]` in [-1, 1], or its scaled latents as `control_latents` `[B, C, h, w]`.
         controlnet: a SanaControlNetModel, at first `SanaControlNetModel.from_transformer(transformer)`.
         transformer: the SanaTransformer2DModel that it is for.
-        text_encoder, tokenizer, vae, options: as in `sana.train`.
+        encoders, options: as in `sana.train`.
     """
     accelerator = make_accelerator(config)
     set_seed(config.seed, device_specific=True)
-    inputs = SanaInputs(config, accelerator.device, vae, text_encoder, tokenizer)
+    inputs = SanaInputs(config, accelerator.device, encoders)
     freeze(accelerator.device, transformer)
     prepare_blocks(config, controlnet, transformer)
     optimizer = make_adamw(controlnet.train().parameters(), config.learning_rate, config.betas, config.weight_decay)
@@ -81,10 +79,10 @@ def train(
     shown: dict[str, Any] = {}  # what the sample grids show: prompts, control latents and noise, of the first batch
 
     def sample(path: Path) -> None:
-        if vae is not None:
+        if inputs.vae is not None:
             control = shown["control"]
             both = partial(predict, prompt=doubled(shown["prompt"]), control=control.repeat(2, 1, 1, 1))
-            save_guided_samples(path, config, accelerator, model, vae, both, shown["noise"], above=control)
+            save_guided_samples(path, config, accelerator, model, inputs.vae, both, shown["noise"], above=control)
 
     def save(folder: Path) -> None:
         state = accelerator.get_state_dict(model)
@@ -96,10 +94,7 @@ def train(
         latents = inputs.latents(batch)
         control = inputs.latents(batch, "control_latents", "control_image")
         prompt = inputs.prompts(batch)
-        if not shown:
-            noise = sample_noise(latents[:NUM_SAMPLES].shape, config.seed, latents.device)
-            first = tuple(part[:NUM_SAMPLES] for part in prompt)
-            shown |= {"prompt": first, "control": control[:NUM_SAMPLES], "noise": noise}
+        shown = shown or first_samples(config, latents, prompt) | {"control": control[:NUM_SAMPLES]}
         noisy, sigmas, target = noisy_batch(latents, config.flow_shift, config.logit_mean, config.logit_std)
         dropped = torch.rand(len(latents), device=accelerator.device) < config.caption_dropout
         with accelerator.accumulate(model):
@@ -145,9 +140,8 @@ def run(config: ControlNetTrainingConfig, data: ControlNetDataOptions, model: Co
     """Train for a pipeline on captioned images: what `examples/train_sana_controlnet.py` does."""
     make_accelerator(config)
     set_seed(config.seed)
-    parts = SanaPipeline.from_pretrained(model.pretrained).components
-    controlnet = SanaControlNetModel.from_transformer(parts["transformer"], model.num_layers, wiring=model.wiring)
+    pipeline = SanaPipeline.from_pretrained(model.pretrained)
+    controlnet = SanaControlNetModel.from_transformer(pipeline.transformer, model.num_layers, wiring=model.wiring)
     dataset = ControlledImages(load_images(data, bucket_sizes(data.resolution)), data.control_data)
     batches = make_loader(dataset, data.batch_size, config.seed, data.num_workers)
-    models = (parts[name] for name in ("transformer", "text_encoder", "tokenizer", "vae"))
-    train(config, batches, controlnet, *models, options=(data, model))
+    train(config, batches, controlnet, pipeline.transformer, Encoders.of(pipeline), options=(data, model))

@@ -34,13 +34,11 @@ from diffusers_sana.training.objectives.flow_matching import ConditionedTransfor
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.recipes.options import LoraDataOptions, LoraModelOptions, LoraTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import (
-    NUM_SAMPLES,
-    Prompt,
+    Encoders,
     SanaInputs,
     doubled,
-    freeze,
+    first_samples,
     prepare_blocks,
-    sample_noise,
     save_guided_samples,
 )
 
@@ -83,7 +81,7 @@ def train(
         use_dora=config.use_dora,
     )
     set_seed(config.seed, device_specific=True)
-    freeze(accelerator.device, vae)
+    inputs = SanaInputs(config, accelerator.device, Encoders(vae=vae))
     prepare_blocks(config, transformer)
     model = ConditionedTransformer(transformer).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -115,11 +113,8 @@ def train(
         options=options,
     )
     for batch in loop.run(batches):
-        latents, prompt = batch["latents"].float(), _prompt(batch)
-        if not shown:
-            chosen = _prompt(samples) if samples else tuple(part[:NUM_SAMPLES] for part in prompt)
-            noise = sample_noise((len(chosen[0]), *latents.shape[1:]), config.seed, latents.device)
-            shown |= {"prompt": tuple(part.to(latents.device) for part in chosen), "noise": noise}
+        latents, prompt = inputs.latents(batch), inputs.prompts(batch)
+        shown = shown or first_samples(config, latents, prompt, inputs.prompts(samples) if samples else None)
         noisy, sigmas, target = noisy_batch(latents, config.flow_shift, config.logit_mean, config.logit_std)
         dropped = torch.rand(len(latents), device=accelerator.device) < config.caption_dropout
         with accelerator.accumulate(model):
@@ -129,10 +124,6 @@ def train(
             loop.backward(loss)
             loop.update()
         loop.report(images=len(latents), loss=loss)
-
-
-def _prompt(batch: dict[str, Tensor]) -> Prompt:
-    return batch["prompt_embeds"].float(), batch["prompt_attention_mask"]
 
 
 def run(config: LoraTrainingConfig, data: LoraDataOptions, model: LoraModelOptions) -> None:
@@ -154,7 +145,7 @@ def prepare(
     pipe = SanaPipeline.from_pretrained(model.pretrained, dtype=dtypes).to(device)
     if config.flow_shift is None:
         config.flow_shift = pipe.scheduler.config.flow_shift
-    inputs = SanaInputs(config, device, pipe.vae, pipe.text_encoder, pipe.tokenizer)
+    inputs = SanaInputs(config, device, Encoders.of(pipe))
     cache, sizes = Path(data.cache_dir or Path(config.output_dir) / "cache"), bucket_sizes(data.resolution)
     instance = with_prompt(load_images(data, sizes, captions="optional"), data.instance_prompt)
     dataset: Any = inputs.cache(instance, str(cache))

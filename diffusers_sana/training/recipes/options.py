@@ -14,8 +14,8 @@ from pathlib import Path
 from diffusers_sana.training.config import (
     OPTIMIZERS,
     ImageDataOptions,
+    Options,
     TrainingConfig,
-    check_choice,
     check_exists,
     check_file,
     check_one_of,
@@ -87,12 +87,13 @@ class CachedDataOptions(CaptionedDataOptions):
 
 
 @dataclass(kw_only=True)
-class PretrainedOptions:
+class PretrainedOptions(Options):
     """The pipeline to start from."""
 
     pretrained: str = option("", "SanaPipeline folder or repository that provides the models")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_pretrained(self.pretrained)
 
 
@@ -105,7 +106,9 @@ class SanaTrainingConfig(PromptFlowTrainingConfig):
 
     output_dir: str = option("outputs/sana", "folder for checkpoints, samples, log and result", changeable=True)
     optimizer: str = option(
-        "adamw", "`adamw`, `adamw8bit` with a quarter of its memory (needs bitsandbytes), or `muon`"
+        "adamw",
+        "`adamw`, `adamw8bit` with a quarter of its memory (needs bitsandbytes), or `muon`",
+        choices=OPTIMIZERS,
     )
     warmup_steps: int = option(2000, "steps of linear warm-up", changeable=True)
     max_grad_norm: float = option(0.1, "clip the gradient norm; 0 does not clip", changeable=True)
@@ -114,10 +117,6 @@ class SanaTrainingConfig(PromptFlowTrainingConfig):
         (), "prompts of the sample grids; default: those of the first batch", changeable=True
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
-
 
 @dataclass(kw_only=True)
 class SanaDataOptions(CachedDataOptions):
@@ -125,14 +124,13 @@ class SanaDataOptions(CachedDataOptions):
 
     batch_size: int = option(64, "images per batch and process")
     caption_weighting: str = option(
-        "power", "`power` (released code) or `softmax` (paper) of the CLIP scores in captions.jsonl", changeable=True
+        "power",
+        "`power` (released code) or `softmax` (paper) of the CLIP scores in captions.jsonl",
+        changeable=True,
+        choices=CAPTION_WEIGHTINGS,
     )
     caption_temperature: float = option(0.1, "the lower, the more often the best caption is sampled", changeable=True)
     caption_threshold: float = option(25.0, "CLIP score below which captions are not sampled", changeable=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("caption_weighting", self.caption_weighting, CAPTION_WEIGHTINGS)
 
 
 @dataclass(kw_only=True)
@@ -175,11 +173,7 @@ class ControlNetModelOptions(PretrainedOptions):
     """The pipeline to control, and the new ControlNet."""
 
     num_layers: int = option(7, "number of the transformer's blocks that are copied")
-    wiring: str = option("diffusers", "`diffusers` or `nvlabs`, see SanaControlNetModel")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("wiring", self.wiring, WIRINGS)
+    wiring: str = option("diffusers", "`diffusers` or `nvlabs`, see SanaControlNetModel", choices=WIRINGS)
 
 
 # SANA-Sprint
@@ -285,12 +279,8 @@ class LoraModelOptions(PretrainedOptions):
     """The pipeline to adapt."""
 
     pretrained: str = option("", "SanaPipeline folder or repository, also a quantized one")
-    quantize: str = option("no", "`no`, or `int4` or `nvfp4`: quantize the base to 4 bits first")
+    quantize: str = option("no", "`no`, or `int4` or `nvfp4`: quantize the base to 4 bits first", choices=QUANTIZED)
     quantize_rank: int = option(32, "rank of the low-rank branch beside the 4-bit weights")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("quantize", self.quantize, QUANTIZED)
 
 
 # Class-conditional DiT on latents
@@ -362,9 +352,11 @@ class DCAETrainingConfig(TrainingConfig):
     weight_decay: float | None = option(  # type: ignore[assignment]
         None, "AdamW weight decay of matrices and kernels; default: the phase's", changeable=True
     )
-    phase: int = option(1, "1: train all at low resolution, 2: latent side at high, 3: decoder head with GAN")
+    phase: int = option(
+        1, "1: train all at low resolution, 2: latent side at high, 3: decoder head with GAN", choices=(1, 2, 3)
+    )
     trained_prefixes: tuple[str, ...] | None = option(None, "key prefixes that train; default: the phase's")
-    optimizer: str = option("adamw", "`adamw`, `adamw8bit` or `muon`, for the autoencoder")
+    optimizer: str = option("adamw", "`adamw`, `adamw8bit` or `muon`, for the autoencoder", choices=OPTIMIZERS)
     mse_weight: float = option(0.0, "weight of the mean squared error beside L1", changeable=True)
     latent_weight: float = option(
         0.0, "weight of the loss that pulls the mean square of each latent channel to 1", changeable=True
@@ -393,11 +385,6 @@ class DCAETrainingConfig(TrainingConfig):
     channels_last: bool = option(
         True, "keep images channels-last in memory, which suits convolutions", changeable=True
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("phase", self.phase, (1, 2, 3))
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusers_sana.files import read_json
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
@@ -22,6 +22,7 @@ from diffusers_sana.training.optimizers import make_optimizer
 from diffusers_sana.training.recipes.options import SanaDataOptions, SanaModelOptions, SanaTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import (
     NUM_SAMPLES,
+    Encoders,
     SanaInputs,
     prepare_blocks,
     sample_noise,
@@ -35,32 +36,28 @@ def train(
     config: SanaTrainingConfig,
     batches: Batches,
     transformer: Any,
-    text_encoder: Any = None,
-    tokenizer: Any = None,
-    vae: nn.Module | None = None,
+    encoders: Encoders | None = None,
     options: tuple[Any, ...] = (),
 ) -> None:
-    """Train `transformer`, and `text_encoder` with `config.train_text_encoder`; saved in `config.output_dir/model`.
+    """Train `transformer`, and the text encoder with `config.train_text_encoder`; saved in `config.output_dir/model`.
 
     Args:
         config: a SanaTrainingConfig.
         batches: see `Batches`. A batch holds the images as `pixel_values`
-            `[B, 3, H, W]` in [-1, 1], which need `vae`, or as scaled `latents` `[B, C, h, w]`; and the prompts as
-            `text`, a list of B strings, which needs `text_encoder` and `tokenizer`, or as `prompt_embeds`
-            `[B, L, D]` with `prompt_attention_mask` `[B, L]`.
+            `[B, 3, H, W]` in [-1, 1] or as scaled `latents` `[B, C, h, w]`; and the prompts as `text`, a list of B
+            strings, or as `prompt_embeds` `[B, L, D]` with `prompt_attention_mask` `[B, L]`.
         transformer: a SanaTransformer2DModel.
-        text_encoder: a Gemma2Model.
-        tokenizer: its tokenizer.
-        vae: an AutoencoderDC; frozen. Sample grids need it.
+        encoders: frozen but for a text encoder that trains.
         options: groups of options for data and models, that checkpoints record; see `TrainingLoop`.
     """
-    if config.train_text_encoder and text_encoder is None:
+    encoders = encoders or Encoders()
+    if config.train_text_encoder and encoders.text_encoder is None:
         raise ValueError("`text_encoder` must be given to be trained, got None. Pass it and `tokenizer`.")
     accelerator = make_accelerator(config)
     set_seed(config.seed, device_specific=True)
-    inputs = SanaInputs(config, accelerator.device, vae, text_encoder, tokenizer, config.train_text_encoder)
+    inputs = SanaInputs(config, accelerator.device, encoders, config.train_text_encoder)
     prepare_blocks(config, transformer)
-    model = ConditionedTransformer(transformer, text_encoder if config.train_text_encoder else None).train()
+    model = ConditionedTransformer(transformer, encoders.text_encoder if config.train_text_encoder else None).train()
     optimizer = make_optimizer(
         config.optimizer, model.parameters(), config.learning_rate, config.betas, config.weight_decay
     )
@@ -68,10 +65,10 @@ def train(
     shown: dict[str, Any] = {}  # what the sample grids show: a batch of prompts, each twice, and the noise
 
     def sample(path: Path) -> None:
-        if vae is not None:
+        if encoders.vae is not None:
             prompt = inputs.prompts(shown)  # again, since the text encoder may have trained
             predict = partial(model, prompt=prompt)
-            save_guided_samples(path, config, accelerator, model, vae, predict, shown["noise"])
+            save_guided_samples(path, config, accelerator, model, encoders.vae, predict, shown["noise"])
 
     def save(folder: Path) -> None:
         state = accelerator.get_state_dict(model)
@@ -79,7 +76,7 @@ def train(
             trained = copy_with_weights(transformer, sub_state(state, "transformer."))
             encoder = None
             if config.train_text_encoder:
-                encoder = copy_with_weights(text_encoder, sub_state(state, "text_encoder."))
+                encoder = copy_with_weights(encoders.text_encoder, sub_state(state, "text_encoder."))
             scheduler = FlowDPMSolverScheduler(flow_shift=config.flow_shift)
             save_pipeline(folder, SanaPipeline, scheduler, trained, inputs, encoder)
 
@@ -116,24 +113,22 @@ def run(config: SanaTrainingConfig, data: SanaDataOptions, model: SanaModelOptio
     accelerator = make_accelerator(config)
     set_seed(config.seed)
     pipeline = SanaPipeline.from_pretrained(model.pretrained)
-    transformer, text_encoder, tokenizer, vae = (
-        pipeline.components[name] for name in ("transformer", "text_encoder", "tokenizer", "vae")
-    )
+    transformer, encoders = pipeline.transformer, Encoders.of(pipeline)
     if model.transformer_config:
         transformer = SanaTransformer2DModel.from_config(read_json(model.transformer_config))
     transformer = with_native_size(transformer, model.sample_size, model.interpolation_scale)
     if not config.train_text_encoder and config.mixed_precision == "bf16":
-        text_encoder.to(torch.bfloat16)
+        pipeline.text_encoder.to(torch.bfloat16)
     images = load_images(data, bucket_sizes(data.resolution))
     dataset: Any = images
     if data.cache_dir:
-        inputs = SanaInputs(config, accelerator.device, vae, text_encoder, tokenizer, config.train_text_encoder)
+        inputs = SanaInputs(config, accelerator.device, encoders, config.train_text_encoder)
         dataset = inputs.cache(images, data.cache_dir, every_caption=True)
     if images.choices is not None:
         sampling = (data.caption_weighting, data.caption_temperature, data.caption_threshold)
         dataset = SampledCaptions(dataset, images.choices, config.seed, *sampling)
     batches = make_loader(dataset, data.batch_size, config.seed, data.num_workers)
-    train(config, batches, transformer, text_encoder, tokenizer, vae, options=(data, model))
+    train(config, batches, transformer, encoders, options=(data, model))
 
 
 def with_native_size(

@@ -42,12 +42,12 @@ from diffusers_sana.training.objectives.trigflow_distillation import (
 from diffusers_sana.training.optimizers import make_adamw
 from diffusers_sana.training.recipes.options import PretrainedOptions, SprintDataOptions, SprintTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import (
-    NUM_SAMPLES,
+    Encoders,
     Prompt,
     SanaInputs,
+    first_samples,
     freeze,
     prepare_blocks,
-    sample_noise,
     save_pipeline,
     save_samples,
 )
@@ -63,25 +63,21 @@ def train(
     config: SprintTrainingConfig,
     batches: Batches,
     teacher: Any,
-    text_encoder: nn.Module | None = None,
-    tokenizer: Any = None,
-    vae: nn.Module | None = None,
+    encoders: Encoders | None = None,
     options: tuple[Any, ...] = (),
 ) -> None:
     """Distil `teacher`; the student is saved in `config.output_dir/model`, and everything else stays as it is.
 
     Args:
         config: a SprintTrainingConfig.
-        batches: as in `sana.train`: images as `pixel_values` `[B, 3, H, W]` in [-1, 1], which need `vae`, or as
-            scaled `latents` `[B, C, h, w]`; prompts as `text`, which needs `text_encoder` and `tokenizer`, or as
-            `prompt_embeds` `[B, L, D]` with `prompt_attention_mask` `[B, L]`.
+        batches: as in `sana.train`.
         teacher: a SanaTransformer2DModel without guidance embedding.
-        text_encoder, tokenizer, vae, options: as in `sana.train`.
+        encoders, options: as in `sana.train`.
     """
     accelerator = make_accelerator(config)
     set_seed(config.seed, device_specific=True)
     device = accelerator.device
-    inputs = SanaInputs(config, device, vae, text_encoder, tokenizer)
+    inputs = SanaInputs(config, device, encoders)
     freeze(device, teacher)
     guide = ConditionedTransformer(teacher, dense_timesteps=True)
     transformer = make_student(teacher)
@@ -113,7 +109,7 @@ def train(
         return consistency_tangent(noisy, angles, prediction, derivative, direction, *settings)
 
     def sample(path: Path) -> None:
-        if vae is None:
+        if inputs.vae is None:
             return
         prompt, noise = shown["prompt"], shown["noise"]
         guidance = torch.full([len(noise)], config.sample_guidance, device=device)
@@ -125,7 +121,7 @@ def train(
             for angles in trigflow.STEP_ANGLES.values()
         ]
         student.train()
-        save_samples(path, vae, torch.cat(generated), accelerator, columns=len(noise))
+        save_samples(path, inputs.vae, torch.cat(generated), accelerator, columns=len(noise))
 
     def save(folder: Path) -> None:
         state = accelerator.get_state_dict(student)
@@ -140,9 +136,7 @@ def train(
     for batch in loop.run(batches):
         latents, prompt = inputs.latents(batch), inputs.prompts(batch)
         count = len(latents)
-        if not shown:
-            noise = sample_noise(latents[:NUM_SAMPLES].shape, config.seed, device)
-            shown |= {"prompt": tuple(part[:NUM_SAMPLES] for part in prompt), "noise": noise}
+        shown = shown or first_samples(config, latents, prompt)
         angles = trigflow.sample_angles(count, config.angle_mean, config.angle_std, config.sigma_data, device)
         noisy = trigflow.mix(latents, torch.randn_like(latents), angles)
         guidance = scales[torch.randint(len(scales), (count,), device=device)]
@@ -220,15 +214,13 @@ def run(config: SprintTrainingConfig, data: SprintDataOptions, model: Pretrained
     """Distil the transformer of a pipeline on captioned images: what `examples/train_sana_sprint.py` does."""
     device = make_accelerator(config).device
     set_seed(config.seed)
-    components = SanaPipeline.from_pretrained(model.pretrained).components
-    teacher, text_encoder, tokenizer, vae = (
-        components[name] for name in ("transformer", "text_encoder", "tokenizer", "vae")
-    )
+    pipeline = SanaPipeline.from_pretrained(model.pretrained)
+    encoders = Encoders.of(pipeline)
     dataset: Any = load_images(data, bucket_sizes(data.resolution))
     if data.cache_dir:
-        dataset = SanaInputs(config, device, vae, text_encoder, tokenizer).cache(dataset, data.cache_dir)
+        dataset = SanaInputs(config, device, encoders).cache(dataset, data.cache_dir)
     batches = make_loader(dataset, data.batch_size, config.seed, data.num_workers)
-    train(config, batches, teacher, text_encoder, tokenizer, vae, options=(data, model))
+    train(config, batches, pipeline.transformer, encoders, options=(data, model))
 
 
 def make_student(teacher: SanaTransformer2DModel) -> SanaTransformer2DModel:

@@ -4,8 +4,9 @@ Legend: B batch, C latent channels, h/w latent height and width, L text vectors,
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from diffusers_sana.prompts.training_prompts import (
     encode_tokens,
     tokenize_prompts,
 )
+from diffusers_sana.training.config import TrainingConfig
 from diffusers_sana.training.data.captions import embeds_name
 from diffusers_sana.training.data.images import Images
 from diffusers_sana.training.data.latent_cache import CachedItems, fill_cache, model_digest, tokenizer_digest
@@ -33,6 +35,25 @@ Prompt = tuple[Tensor, Tensor]  # vectors `[B, L, D]` and mask `[B, L]`
 NUM_SAMPLES = 8  # images of a sample grid
 
 
+@dataclass(frozen=True, kw_only=True)
+class Encoders:
+    """What encodes the images and prompts of batches; what the batches do not need may be None.
+
+    Attributes:
+        vae: an AutoencoderDC, for batches of images; sample grids need it too.
+        text_encoder, tokenizer: a Gemma2Model and its tokenizer, for batches of text.
+    """
+
+    vae: Any = None
+    text_encoder: Any = None
+    tokenizer: Any = None
+
+    @classmethod
+    def of(cls, pipeline: Any) -> Self:
+        """Those of a pipeline of Sana."""
+        return cls(vae=pipeline.vae, text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer)
+
+
 class SanaInputs:
     """Turns batches into what a Sana transformer trains on: scaled latents and the text vectors of prompts.
 
@@ -41,8 +62,7 @@ class SanaInputs:
     Args:
         config: says how prompts are read.
         device: where the models run.
-        vae: an AutoencoderDC, needed for batches of images.
-        text_encoder, tokenizer: a Gemma2Model and its tokenizer, needed for batches of text.
+        encoders: the models; None where batches hold latents and text vectors.
         train_text_encoder: leave the text encoder as it is, and return tokens for it in the place of vectors.
     """
 
@@ -50,16 +70,15 @@ class SanaInputs:
         self,
         config: PromptTrainingConfig,
         device: torch.device,
-        vae: nn.Module | None = None,
-        text_encoder: nn.Module | None = None,
-        tokenizer: Any = None,
+        encoders: Encoders | None = None,
         train_text_encoder: bool = False,
     ):
-        self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
+        encoders = encoders or Encoders()
+        self.vae, self.text_encoder, self.tokenizer = encoders.vae, encoders.text_encoder, encoders.tokenizer
         self.device, self.train_text_encoder = device, train_text_encoder
         self.max_sequence_length = config.max_sequence_length
         self.instruction = complex_human_instruction() if config.use_instruction else ""
-        freeze(device, vae, None if train_text_encoder else text_encoder)
+        freeze(device, self.vae, None if train_text_encoder else self.text_encoder)
 
     def latents(self, batch: dict[str, Any], latents: str = "latents", images: str = "pixel_values") -> Tensor:
         """Scaled latents `[B, C, h, w]`: `batch[latents]`, or those of `batch[images]`.
@@ -160,6 +179,21 @@ def doubled(prompt: Prompt) -> Prompt:
     """The prompts and, for guidance, the same again."""
     embeds, mask = prompt
     return torch.cat([embeds, embeds]), torch.cat([mask, mask])
+
+
+def first_samples(
+    config: TrainingConfig, latents: Tensor, prompt: Prompt, chosen: Prompt | None = None
+) -> dict[str, Any]:
+    """What the sample grids of a run show: `prompt`, and `noise` that all of them begin with.
+
+    Args:
+        config: has the seed of the noise.
+        latents: of the first batch, `[B, C, h, w]`.
+        prompt: of the first batch; the first ones of it are shown.
+        chosen: shown instead.
+    """
+    shown = tuple(part.to(latents.device) for part in chosen or (part[:NUM_SAMPLES] for part in prompt))
+    return {"prompt": shown, "noise": sample_noise((len(shown[0]), *latents.shape[1:]), config.seed, latents.device)}
 
 
 def sample_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:

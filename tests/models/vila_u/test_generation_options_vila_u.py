@@ -5,12 +5,12 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from tests.models.vila_u.tiny import CELLS, CODES, DEPTH, GREEDY, NEGATIVE, PROMPTS, prompt, shared_model
+from tests.models.vila_u.tiny import GREEDY, NEGATIVE, PROMPTS, prompt, random_codes, shared_model
 
 
 def test_decode_image_tokens():
     model = shared_model()
-    codes = torch.randint(CODES, (5, CELLS, DEPTH), generator=torch.Generator().manual_seed(0))
+    codes = random_codes(5)
     pixels = model.decode_image_tokens(codes)
     assert pixels.shape == (5, 3, 32, 32)
     for shape in (codes.flatten(0, 1), codes.unflatten(0, (5, 1))):

@@ -12,13 +12,14 @@ from tests.models.vila_u.tiny import (
     CODES,
     DEPTH,
     GREEDY,
-    IMAGE,
     IMAGE_START,
+    IMAGE_TOKENS,
     NEGATIVE,
     PROMPTS,
     VIDEO_START,
     ids,
     prompt,
+    random_codes,
     shared_model,
     tiny_depth_config,
     tiny_model,
@@ -220,9 +221,9 @@ def test_video():
 def test_images_in_the_prompt():
     """A video from its first frame: as many images as prompts say, also several samples, also in the negative."""
     model = shared_model()
-    frame = torch.randint(CODES, (2, CELLS, DEPTH), generator=torch.Generator().manual_seed(1))
-    rows = [[BOS, row, VIDEO_START, *[IMAGE] * CELLS] for row in (5, 6)]
-    negative = torch.tensor([[BOS, VIDEO_START, *[IMAGE] * CELLS]] * 2)
+    frame = random_codes(2, seed=1)
+    rows = [[BOS, row, VIDEO_START, *IMAGE_TOKENS] for row in (5, 6)]
+    negative = torch.tensor([[BOS, VIDEO_START, *IMAGE_TOKENS]] * 2)
     options = {"generation_mode": "video", "num_frames": 1, "do_sample": False}
     codes = model.generate(
         **prompt(*rows, negative=None),

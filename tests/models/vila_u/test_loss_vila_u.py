@@ -16,8 +16,10 @@ from tests.models.vila_u.tiny import (
     IMAGE,
     IMAGE_END,
     IMAGE_START,
+    IMAGE_TOKENS,
     VOCABULARY,
     ids,
+    random_codes,
     shared_model,
     tiny_config,
     tiny_depth_config,
@@ -25,7 +27,6 @@ from tests.models.vila_u.tiny import (
 )
 
 
-IMAGE_TOKENS = [IMAGE] * CELLS
 GENERATION = [BOS, 5, 6, IMAGE_START, *IMAGE_TOKENS, IMAGE_END, EOS]  # text to image: the image is the target
 UNDERSTANDING = [BOS, *IMAGE_TOKENS, 7, 8, 9, EOS]  # image to text
 CHAT = [BOS, 11, 12, 13, EOS]
@@ -47,7 +48,7 @@ NUM_IMAGES = {"generation": 1, "understanding": 1, "chat": 0, "interleaved": 2}
 
 def codes_for(names) -> torch.Tensor:
     count = sum(NUM_IMAGES[name] for name in names)
-    return torch.randint(CODES, (count, CELLS, DEPTH), generator=torch.Generator().manual_seed(3))
+    return random_codes(count, seed=3)
 
 
 def batch(*names: str, left: bool = False) -> dict[str, torch.Tensor]:

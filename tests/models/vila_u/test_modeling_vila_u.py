@@ -9,18 +9,20 @@ from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGene
 from tests.models.vila_u.tiny import (
     BOS,
     CELLS,
-    CODES,
     DEPTH,
     EOS,
     GREEDY,
     IMAGE,
     IMAGE_END,
     IMAGE_START,
+    IMAGE_TOKENS,
     PROMPTS,
     VOCABULARY,
     WIDTH,
+    batch,
     ids,
     prompt,
+    random_codes,
     shared_model,
     tiny_config,
     tiny_depth_config,
@@ -28,22 +30,10 @@ from tests.models.vila_u.tiny import (
 )
 
 
-IMAGE_TOKENS = [IMAGE] * CELLS
 TEXT = [BOS, 5, 6, 7]
 ONE = [BOS, *IMAGE_TOKENS, 8]
 TWO = [BOS, *IMAGE_TOKENS, 9, *IMAGE_TOKENS, 10, 11]
 NEW = {"max_new_tokens": 8, "min_new_tokens": 8}
-
-
-def codes(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(CODES, (count, CELLS, DEPTH), generator=torch.Generator().manual_seed(seed))
-
-
-def batch(*rows: list[int]) -> dict[str, torch.Tensor]:
-    input_ids, mask = ids(*rows)
-    inputs = {"input_ids": input_ids, "attention_mask": mask}
-    cells = int((input_ids == IMAGE).sum())
-    return inputs | ({"image_codes": codes(cells // CELLS)} if cells else {})
 
 
 def write(model, *rows: list[int], **options) -> torch.Tensor:
@@ -72,7 +62,7 @@ def test_text_is_written_as_without_a_cache():
     assert write(model, TEXT, past_key_values=DynamicCache(config=model.config.text_config)).equal(gold[:1])
     assert write(model, TWO, cache_implementation="static").equal(gold[2:])
     inputs = batch(TEXT, ONE, TWO)
-    inputs["image_codes"] = torch.cat([codes(1), codes(2)])
+    inputs["image_codes"] = torch.cat([random_codes(1), random_codes(2)])
     written = model.generate(**inputs, do_sample=False, **NEW)
     assert written[:, -8:].equal(gold)
     pixels = torch.rand(1, 3, 32, 32)
@@ -160,7 +150,7 @@ def test_an_image_in_its_place():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_codes": codes(2)}, "32 times for the given images, got 16"),
+        ({"image_codes": random_codes(2)}, "32 times for the given images, got 16"),
         ({"image_codes": None}, "0 times for the given images, got 16"),
         ({"pixel_values": torch.zeros(1, 3, 32, 32)}, "exactly one of `pixel_values` and `image_codes`"),
         ({"inputs_embeds": torch.zeros(1, 2, WIDTH)}, "exactly one of `input_ids` and `inputs_embeds`"),
@@ -258,7 +248,7 @@ def test_memorizes_images():
     """The model overfits eight images, and generates them again from their prompts, greedily and without guidance."""
     torch.manual_seed(0)
     model = VilaUForConditionalGeneration(tiny_config(depth_config=tiny_depth_config(dropout=0.0)))
-    pictures = codes(8)
+    pictures = random_codes(8)
     rows = [[BOS, 20 + index, IMAGE_START, *IMAGE_TOKENS, IMAGE_END, EOS] for index in range(8)]
     input_ids = torch.tensor(rows)
     optimizer = torch.optim.AdamW(

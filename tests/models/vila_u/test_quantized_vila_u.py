@@ -9,12 +9,12 @@ from transformers import QuantoConfig
 
 from diffusers_sana import SVDQuantConfig
 from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGeneration
-from tests.models.vila_u.tiny import BOS, CELLS, CODES, DEPTH, IMAGE, IMAGE_START, shared_model
+from tests.models.vila_u.tiny import BOS, CELLS, DEPTH, IMAGE_START, IMAGE_TOKENS, random_codes, shared_model
 
 
 INPUTS = {
-    "input_ids": torch.tensor([[BOS, *[IMAGE] * CELLS, 8]]),
-    "image_codes": torch.randint(CODES, (1, CELLS, DEPTH), generator=torch.Generator().manual_seed(0)),
+    "input_ids": torch.tensor([[BOS, *IMAGE_TOKENS, 8]]),
+    "image_codes": random_codes(1),
 }
 
 

@@ -6,18 +6,27 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from tests.models.vila_u.tiny import BOS, CELLS, CODES, DEPTH, EOS, IMAGE, PAD, VOCABULARY, shared_model, tiny_model
+from tests.models.vila_u.tiny import (
+    BOS,
+    CELLS,
+    EOS,
+    IMAGE,
+    IMAGE_TOKENS,
+    PAD,
+    VOCABULARY,
+    random_codes,
+    shared_model,
+    tiny_model,
+)
 from tests.models.vila_u.tiny_processor import tiny_tokenizer
 
 
-IMAGE_TOKENS = [IMAGE] * CELLS
 ROW = [BOS, *IMAGE_TOKENS, 5, 6, 7, 9, 5, 6]
 NEW = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 
 
 def inputs(*rows: list[int]) -> dict[str, torch.Tensor]:
-    codes = torch.randint(CODES, (len(rows), CELLS, DEPTH), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": torch.tensor(rows), "image_codes": codes}
+    return {"input_ids": torch.tensor(rows), "image_codes": random_codes(len(rows))}
 
 
 def pixels() -> torch.Tensor:

@@ -9,15 +9,14 @@ from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGene
 from tests.models.vila_u.tiny import (
     BOS,
     CELLS,
-    CODES,
     DEPTH,
     GREEDY,
-    IMAGE,
     IMAGE_END,
     IMAGE_START,
+    IMAGE_TOKENS,
     PROMPTS,
     VOCABULARY,
-    ids,
+    batch,
     prompt,
     shared_model,
     tiny_config,
@@ -26,13 +25,7 @@ from tests.models.vila_u.tiny import (
 )
 
 
-ROWS = [BOS, *[IMAGE] * CELLS, 8], [BOS, 9, IMAGE_START, *[IMAGE] * CELLS, IMAGE_END, 10]
-
-
-def batch() -> dict[str, torch.Tensor]:
-    input_ids, mask = ids(*ROWS)
-    codes = torch.randint(CODES, (2, CELLS, DEPTH), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": input_ids, "attention_mask": mask, "image_codes": codes}
+ROWS = [BOS, *IMAGE_TOKENS, 8], [BOS, 9, IMAGE_START, *IMAGE_TOKENS, IMAGE_END, 10]
 
 
 @torch.no_grad()
@@ -44,7 +37,7 @@ def test_compiles_to_one_graph():
         return aot_eager(graph, inputs)
 
     compiled = torch.compile(model.forward, fullgraph=True, backend=backend)
-    assert compiled(**batch(), use_cache=False).logits.equal(model(**batch(), use_cache=False).logits)
+    assert compiled(**batch(*ROWS), use_cache=False).logits.equal(model(**batch(*ROWS), use_cache=False).logits)
     assert len(graphs) == 1
 
 
@@ -56,14 +49,14 @@ def test_resized_and_saved(tied, tmp_path):
     read = AutoModelForMultimodalLM.from_pretrained(tmp_path)
     assert (read.lm_head.weight is read.get_input_embeddings().weight) == tied
     with torch.no_grad():
-        logits = read(**batch()).logits
+        logits = read(**batch(*ROWS)).logits
         assert logits.shape[-1] == read.config.text_config.vocab_size == VOCABULARY + 8
-        assert logits.equal(model(**batch()).logits)
+        assert logits.equal(model(**batch(*ROWS)).logits)
     assert read.generate(**prompt(*PROMPTS), **GREEDY).equal(model.generate(**prompt(*PROMPTS), **GREEDY))
 
 
 def test_text_after_embeddings():
-    model, inputs = shared_model(), batch()
+    model, inputs = shared_model(), batch(*ROWS)
     new = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     reference = model.generate(**inputs, **new)[:, -6:]
     features = model.get_image_features(image_codes=inputs["image_codes"])
@@ -74,16 +67,16 @@ def test_text_after_embeddings():
 @torch.no_grad()
 def test_a_cache_by_default_unless_there_are_labels():
     model = shared_model()
-    assert isinstance(model(**batch()).past_key_values, DynamicCache)
-    assert model(**batch(), use_cache=False).past_key_values is None
-    assert model(**batch(), labels=batch()["input_ids"]).past_key_values is None
+    assert isinstance(model(**batch(*ROWS)).past_key_values, DynamicCache)
+    assert model(**batch(*ROWS), use_cache=False).past_key_values is None
+    assert model(**batch(*ROWS), labels=batch(*ROWS)["input_ids"]).past_key_values is None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_of_either_kind_reaches_every_weight(reentrant):
     model = tiny_model().train()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model(**batch(), labels=batch()["input_ids"]).loss.backward()
+    model(**batch(*ROWS), labels=batch(*ROWS)["input_ids"]).loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
@@ -99,7 +92,7 @@ def test_tags_are_of_one_model():
 @pytest.mark.parametrize("training", [False, True])
 def test_outputs_by_position(training):
     """As in every model of transformers: the loss first, where there are labels, then logits."""
-    model, inputs = shared_model(), batch()
+    model, inputs = shared_model(), batch(*ROWS)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     outputs = model(**inputs)
     assert list(outputs) == ["logits", "past_key_values", "image_hidden_states"]

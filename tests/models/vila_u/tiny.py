@@ -12,6 +12,7 @@ VOCABULARY = 128
 IMAGE, IMAGE_START, IMAGE_END, VIDEO_START, VIDEO_END = 128, 124, 125, 126, 127
 PAD, BOS, EOS = 0, 1, 2
 CELLS, DEPTH, CODES, WIDTH = 16, 3, 64, 64
+IMAGE_TOKENS = [IMAGE] * CELLS
 
 # Prompts for images, of different lengths; a negative prompt; and arguments of `generate` for greedy images.
 PROMPTS = [[BOS, 5, 6, IMAGE_START], [BOS, 7, 8, 9, 10, 11, IMAGE_START]]
@@ -19,12 +20,19 @@ NEGATIVE = [BOS, 3, IMAGE_START]
 GREEDY = {"generation_mode": "image", "do_sample": False}
 
 
+def blocks(width: int, layers: int) -> dict[str, int]:
+    """Config fields of a stack of transformer blocks."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+    }
+
+
 def tiny_vision_config(**overrides: Any) -> VilaUVisionConfig:
     fields = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
+        **blocks(32, 3),
         "image_size": 32,
         "patch_size": 8,
         "codebook_size": CODES,
@@ -34,10 +42,7 @@ def tiny_vision_config(**overrides: Any) -> VilaUVisionConfig:
         "decoder_channel_multipliers": (1, 1, 1, 1),
         "decoder_num_res_blocks": 1,
         "text_vocab_size": VOCABULARY,
-        "text_hidden_size": 32,
-        "text_intermediate_size": 64,
-        "text_num_hidden_layers": 2,
-        "text_num_attention_heads": 4,
+        **{f"text_{name}": value for name, value in blocks(32, 2).items()},
         "text_max_position_embeddings": 16,
     }
     return VilaUVisionConfig(**(fields | overrides))
@@ -45,10 +50,7 @@ def tiny_vision_config(**overrides: Any) -> VilaUVisionConfig:
 
 def tiny_depth_config(**overrides: Any) -> VilaUDepthConfig:
     fields = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        **blocks(64, 2),
         "num_codebooks": DEPTH,
         "codebook_size": CODES,
         "codebook_dim": 32,
@@ -61,10 +63,7 @@ def tiny_text_config(**overrides: Any) -> dict[str, Any]:
     fields = {
         "model_type": "llama",
         "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        **blocks(WIDTH, 2),
         "max_position_embeddings": 512,
         "pad_token_id": PAD,
         "bos_token_id": BOS,
@@ -117,6 +116,19 @@ def ids(*rows: list[int], left: bool = True) -> tuple[torch.Tensor, torch.Tensor
 
     masks = [padded([1] * len(row), 0) for row in rows]
     return torch.tensor([padded(row, PAD) for row in rows]), torch.tensor(masks)
+
+
+def random_codes(count: int, seed: int = 0) -> torch.Tensor:
+    """Codes `[count, CELLS, DEPTH]` of images."""
+    return torch.randint(CODES, (count, CELLS, DEPTH), generator=torch.Generator().manual_seed(seed))
+
+
+def batch(*rows: list[int]) -> dict[str, torch.Tensor]:
+    """Arguments of `forward`, with codes for the images of which the rows have placeholders."""
+    input_ids, mask = ids(*rows)
+    count = int((input_ids == IMAGE).sum()) // CELLS
+    images = {"image_codes": random_codes(count)} if count else {}
+    return {"input_ids": input_ids, "attention_mask": mask, **images}
 
 
 def prompt(*rows: list[int], negative: list[int] | None = NEGATIVE) -> dict[str, torch.Tensor]:
