@@ -2,7 +2,7 @@
 
     python -m benchmarks.fuzz --count 500 --seed 0
 
-Each case changes one file of a whole pipeline or LoRA, in a process of its own with limits of time and memory. It may
+Each case changes one file of a whole pipeline or LoRA, in a separate process with limits of time and memory. It may
 end in the same image, in another one (a value that can be meant), or in an error that names the file. Anything else
 fails: a crash, a hang, an error that names no file or comes only from use, an image that is not finite. An image from
 weights that were never read is not finite either, because memory that nobody has written is filled with NaN here.
@@ -223,7 +223,7 @@ def outcome(folder: Path, kind: str, file: Path, wanted: torch.Tensor) -> tuple[
 
 
 def in_a_child(task: Callable[[], tuple[str, str]]) -> tuple[str, str]:
-    """What the task returns in a process of its own, or "crash" or "hang"."""
+    """What the task returns in a separate process, or "crash" or "hang"."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

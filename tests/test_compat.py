@@ -169,7 +169,7 @@ def test_modules_warn_of_the_hosts_that_they_use(monkeypatch, caplog, module, us
         monkeypatch.setitem(_compat.HOSTS, host, _compat.Host("0.0", "0.0"))
     _compat.warn_if_untested.cache_clear()
     with caplog.at_level(logging.WARNING, logger="diffusers_sana._compat"):
-        runpy.run_module(f"diffusers_sana.{module}")  # once more, in a namespace of its own
+        runpy.run_module(f"diffusers_sana.{module}")  # once more, in a separate namespace
     _compat.warn_if_untested.cache_clear()
     assert [message.split()[0] for message in caplog.messages] == [used]
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +22,7 @@ from transformers.utils.hub import has_file
 
 from diffusers_sana._compat import private, warn_if_untested
 from diffusers_sana.checkpoint_files import HUB_ARGUMENTS
-from diffusers_sana.checks import check_computed, check_texts
+from diffusers_sana.checks import check_computed, check_integer, check_texts
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 from diffusers_sana.models.vila_u.media_vila_u import is_video
 from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGeneration
@@ -146,12 +145,12 @@ class VilaUPipeline(DiffusionPipeline):
     def check_inputs(
         self,
         prompt: str | list[str],
-        negative_prompt: str | list[str] | None = None,
-        num_images_per_prompt: int = 1,
-        num_frames: int | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        output_type: str = "pil",
-        callback_on_step_end_tensor_inputs: Sequence[str] = (),
+        negative_prompt: str | list[str] | None,
+        num_images_per_prompt: int,
+        num_frames: int | None,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
         """Raises TypeError or ValueError, naming the argument, where the inputs of `__call__` are wrong."""
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt or "")):
@@ -159,11 +158,9 @@ class VilaUPipeline(DiffusionPipeline):
         count = 1 if isinstance(prompt, str) else len(prompt)
         if not isinstance(negative_prompt, str | None) and len(negative_prompt) != count:
             raise ValueError(f"`negative_prompt` must be one for each of {count} prompts, got {len(negative_prompt)}.")
-        for name, number in (("num_images_per_prompt", num_images_per_prompt), ("num_frames", num_frames)):
-            if number is not None and not isinstance(number, Integral):
-                raise TypeError(f"`{name}` must be an integer, got {number!r}.")
-            if number is not None and number < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {number}.")
+        check_integer("num_images_per_prompt", num_images_per_prompt)
+        if num_frames is not None:
+            check_integer("num_frames", num_frames)
         count *= num_images_per_prompt
         if isinstance(generator, Sequence) and len(generator) != count:
             raise ValueError(

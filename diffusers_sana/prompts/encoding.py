@@ -1,10 +1,19 @@
 """Prompts to the text features that Sana's denoiser attends to (arXiv 2410.10629, section 2.3).
 
 The last hidden states of a decoder-only language model, which reads the prompt after an instruction to enrich it (the
-"complex human instruction"). The denoiser sees the first token and the tokens of the prompt, not those of the
+"complex human instruction"). The denoiser sees the first token (BOS) and the tokens of the prompt, not those of the
 instruction.
 
-Legend: B prompts, L text tokens, C width of the language model.
+Pipelines call `encode_prompts`. Training calls `tokenize_prompts` and `encode_tokens`, which compute the same features
+with gradients. The prefix, all tokens before the prompt's first one, is the same for every prompt, and the encoder is
+causal: so the prefix runs once, as a batch of one, and its keys and values serve all prompts. The last token of the
+instruction is a space, which the tokenizer fuses with the prompt's first word; so it does not belong to the prefix.
+
+An empty negative prompt is encoded without the instruction, as BOS alone. BOS attends to nothing but itself, so its
+features are the same in both, and masking all but the first token drops a prompt.
+
+Legend: B prompts, L text tokens that the denoiser sees, C width of the language model, P tokens of the prefix,
+S = L - 1 tokens after it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,12 +28,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diffusers_sana.checks import check_computed, check_texts
 from diffusers_sana.locks import exclusive
 from diffusers_sana.models.layers import scaled_adapters
-from diffusers_sana.prompts.prefix_cache import hidden_states
-from diffusers_sana.prompts.tokenization import clean_captions, join_instruction, tokenize, warn_of_cut
+from diffusers_sana.prompts.prefix_cache import hidden_states, run_after, run_prefix
+from diffusers_sana.prompts.tokenization import (
+    COMPLEX_HUMAN_INSTRUCTION,
+    clean_captions,
+    join_instruction,
+    tokenize,
+    warn_of_cut,
+)
 
 
 # What `encode_prompt` of the pipelines returns, in order.
 TEXT_TENSORS = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+
+
+def complex_human_instruction() -> str:
+    """The instruction that diffusers' Sana pipelines put before a prompt."""
+    return join_instruction(COMPLEX_HUMAN_INSTRUCTION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,3 +171,59 @@ def pad_text(embeds: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]
     """Lengthens `[B, L, C]` features and their `[B, L]` mask to `length` tokens, with zeros."""
     missing = length - embeds.shape[1]
     return F.pad(embeds, (0, 0, 0, missing)), F.pad(mask, (0, missing))
+
+
+@dataclass
+class PromptTokens:
+    """Tokenized prompts.
+
+    Attributes:
+        prefix_ids: `[1, P]`, what all prompts begin with.
+        input_ids: `[B, S]`, what follows, padded on the right to the longest.
+        attention_mask: `[B, S]`, 1 for tokens, 0 for padding.
+    """
+
+    prefix_ids: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def to(self, device: torch.device | str) -> "PromptTokens":
+        """The same on another device."""
+        return PromptTokens(self.prefix_ids.to(device), self.input_ids.to(device), self.attention_mask.to(device))
+
+
+def tokenize_prompts(
+    tokenizer: Any, prompts: list[str], max_sequence_length: int = 300, instruction: str = ""
+) -> PromptTokens:
+    """Lower-case, strip and tokenize prompts after `instruction`; longer ones are cut as the pipeline cuts them.
+
+    Raises a ValueError when the tokenizer merges the instruction's tokens differently before some prompt.
+    """
+    if isinstance(prompts, str):
+        raise TypeError("`prompts` must be a list of str, got a str. Put it into a list.")
+    texts = [instruction + caption for caption in clean_captions(prompts)]
+    shared, tokens = tokenize(tokenizer, texts, instruction, max_sequence_length)
+    prefix = shared or tokens.input_ids[0, :1].tolist()
+    prefix_ids = torch.tensor([prefix])
+    for prompt, ids in zip(prompts, tokens.input_ids, strict=True):
+        if not torch.equal(ids[: len(prefix)], prefix_ids[0]):
+            raise ValueError(
+                f"`instruction` must be tokenized the same before every prompt, got other tokens before {prompt!r}. "
+                "Train the tokenizer on the instruction, or use no instruction."
+            )
+    return PromptTokens(prefix_ids, tokens.input_ids[:, len(prefix) :], tokens.attention_mask[:, len(prefix) :])
+
+
+def encode_tokens(text_encoder: PreTrainedModel, tokens: PromptTokens) -> tuple[Tensor, Tensor]:
+    """Features `[B, L, C]` and their mask `[B, L]`, equal to those of `encode_captions` where the mask is 1."""
+    first_mask = tokens.attention_mask.new_ones(len(tokens.input_ids), 1)
+    prefix_mask = torch.ones_like(tokens.prefix_ids)
+    prefix = run_prefix(text_encoder, tokens.prefix_ids, prefix_mask)
+    mask = torch.cat([prefix_mask.expand(len(first_mask), -1), tokens.attention_mask], dim=1)
+    states = run_after(text_encoder, prefix, tokens.input_ids, mask)
+    return states, torch.cat([first_mask, tokens.attention_mask], dim=1)
+
+
+def drop_prompts(attention_mask: Tensor, dropped: Tensor) -> Tensor:
+    """Mask `[B, L]` in which the `dropped` ones of `[B]` are empty prompts: only the first token is left."""
+    return torch.cat([attention_mask[:, :1], attention_mask[:, 1:] * ~dropped[:, None]], dim=1)

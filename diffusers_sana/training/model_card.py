@@ -4,10 +4,11 @@ from math import prod
 from pathlib import Path
 
 import diffusers
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 import diffusers_sana
+from diffusers_sana.cards import make_card
 from diffusers_sana.files import read_json
 
 
@@ -21,18 +22,6 @@ TASKS = {
     "SanaInpaintPipeline": "image-to-image",
 }
 BINNED_SAMPLE_SIZES = (16, 32, 64, 128)  # `sample_size` of the transformers for which diffusers has image sizes
-TEXT = """# {title}
-
-```python
-{code}
-```
-
-The code is in a package: `pip install {library}`.{plain_diffusers}
-
-| | |
-|---|---|
-{rows}
-"""
 
 
 def write_model_card(
@@ -71,25 +60,19 @@ def write_model_card(
     if is_lora:
         lines.append(f'pipe.load_lora_weights("{title}")')
 
-    link = base_model and f"[{base_model}](https://huggingface.co/{base_model})"
-    rows = {"base model": link, **_parameters(folder), **(facts or {})}
-    data = ModelCardData(
+    card = make_card(
+        title,
+        "\n".join(lines),
+        _parameters(folder) | (facts or {}),
+        library=library,
+        note=_plain_diffusers(folder, name, title) if is_pipeline and not is_lora else "",
+        base_model=base_model,
+        relation="adapter" if is_lora else "finetune",
         library_name="diffusers",
         pipeline_tag=TASKS.get(name),
-        base_model=base_model,
         license=license,
         tags=["diffusers_sana", "sana", *(["lora"] if is_lora else []), *tags],
     )
-    if base_model:
-        data["base_model_relation"] = "adapter" if is_lora else "finetune"
-    text = TEXT.format(
-        title=title,
-        code="\n".join(lines),
-        library=library,
-        plain_diffusers=_plain_diffusers(folder, name, title) if is_pipeline and not is_lora else "",
-        rows="\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None),
-    )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
     card.save(folder / "README.md")
     return card
 
@@ -116,7 +99,7 @@ def _plain_diffusers(folder: Path, name: str, title: str) -> str:
     return f"{text}."
 
 
-def _parameters(folder: Path) -> dict[str, str]:
+def _parameters(folder: Path) -> dict[str, object]:
     """How large each model in `folder` is, by the headers of its files."""
     rows: dict[str, int] = {}
     for path in sorted(folder.glob("**/*.safetensors")):

@@ -84,7 +84,7 @@ def read_state(path: Path) -> Any:
 
 
 def _on_its_own(tensor: Tensor) -> Tensor:
-    """The tensor in storage of its own, contiguous and on the CPU, as safetensors files need it."""
+    """The tensor in its own storage, contiguous and on the CPU, as safetensors files need it."""
     tensor = tensor.detach().cpu()
     if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
         return tensor.clone(memory_format=torch.contiguous_format)

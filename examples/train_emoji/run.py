@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_sana import AutoencoderDC, SanaPipeline
-from diffusers_sana.prompts.training_prompts import complex_human_instruction
+from diffusers_sana.prompts.encoding import complex_human_instruction
 from diffusers_sana.training.recipes import dc_ae, sana
 from diffusers_sana.training.recipes.options import DCAETrainingConfig, SanaTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import Encoders

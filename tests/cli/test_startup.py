@@ -1,4 +1,4 @@
-"""`--help` is fast, and errors of use come before anything heavy is imported. Each in a process of its own."""
+"""`--help` is fast, and errors of use come before anything heavy is imported. Each runs in a separate process."""
 
 import json
 import resource

@@ -9,7 +9,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[2]
-# Run in a process of its own, which has imported nothing: the outcome and the CPU seconds of each command line.
+# Run in a separate process, which has imported nothing: the outcome and the CPU seconds of each command line.
 RUNNER = """
 import contextlib, io, json, runpy, sys, time
 outcomes = []

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from diffusers_sana.prompts.training_prompts import complex_human_instruction
+from diffusers_sana.prompts.encoding import complex_human_instruction
 from examples.train_emoji import run
 from examples.train_emoji.data import COLORS, EmojiScenes, Scene, is_held_out, with_article
 from examples.train_emoji.evaluate import held_out_scenes, prompt_following

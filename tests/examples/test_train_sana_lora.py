@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import diffusers_sana
 from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
 from diffusers_sana.checkpoints import SANA_EMOJI
-from diffusers_sana.prompts.training_prompts import complex_human_instruction
+from diffusers_sana.prompts.encoding import complex_human_instruction
 from diffusers_sana.training.recipes import lora
 from diffusers_sana.training.recipes.lora import WithPrior, captioned_folder, prepare, train
 from diffusers_sana.training.recipes.options import LoraDataOptions, LoraModelOptions, LoraTrainingConfig

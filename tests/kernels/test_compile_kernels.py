@@ -1,6 +1,6 @@
 """Every kernel compiles for every architecture, at the shapes of real models, without spilling registers.
 
-In a process of its own, because the interpreter that runs the other tests' kernels is chosen at import.
+In a separate process, because the interpreter that runs the other tests' kernels is chosen at import.
 """
 
 import json

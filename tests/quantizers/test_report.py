@@ -71,11 +71,11 @@ def test_card(report, tmp_path):
     assert loaded.data.base_model == "someone/Sana"
     assert loaded.data.base_model_relation == "quantized"
     assert loaded.data.library_name == "diffusers"
-    blocks = loaded.text.split("```")
-    assert blocks[1] == "bash\npip install diffusers_sana\n"
-    assert "import diffusers_sana" in blocks[3]
-    assert 'SanaPipeline.from_pretrained("sana-int4", dtype=torch.bfloat16)' in blocks[3]
-    compile(blocks[3].removeprefix("python\n"), "card", "exec")
+    code = loaded.text.split("```")[1].removeprefix("python\n")
+    assert "import diffusers_sana" in code
+    assert 'SanaPipeline.from_pretrained("sana-int4", dtype=torch.bfloat16)' in code
+    compile(code, "card", "exec")
+    assert "`pip install diffusers_sana`" in loaded.text
     for fact in ("| rank | 16 |", "| layers | 2 in w4a4, 1 in w4a16 |", "| calibration | 3 prompts |"):
         assert fact in loaded.text
     assert "(quantization_report.png)" in loaded.text

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import Gemma2Model, GemmaTokenizer
 
 from diffusers_sana import AutoencoderDC, FlowDPMSolverScheduler, SanaPipeline, SanaTransformer2DModel
-from diffusers_sana.prompts.training_prompts import complex_human_instruction
+from diffusers_sana.prompts.encoding import complex_human_instruction
 from diffusers_sana.training.recipes.text_to_image import Encoders
 from tests import tiny
 

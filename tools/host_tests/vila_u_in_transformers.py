@@ -19,7 +19,7 @@ CELLS, VOCABULARY, IMAGE = 16, 99, 98
 BATCH, TEXT = 3, 7
 
 
-# These make up ids or embeddings of their own, without placeholders for the images.
+# These make up their own ids or embeddings, without placeholders for the images.
 TEXT_ALONE = ("test_eager_matches_sdpa_inference", "test_inputs_embeds", "test_model_rope_scaling")
 
 

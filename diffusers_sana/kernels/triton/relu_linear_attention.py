@@ -90,6 +90,13 @@ def _store(p_x, b_x, m_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _range_of(tokens, rows):
+    """First row of the program's split, in 64 bits, and the number of its rows."""
+    first = tl.program_id(1).to(tl.int64) * rows
+    return first, tl.minimum(tokens - first, rows).to(tl.int32)
+
+
+@triton.jit
 def _rows_of(x_ptr, stride_b, stride_n, stride_h, heads, first, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """Pointers to the first block of the program's head and split."""
     i_b, i_h = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
@@ -118,10 +125,11 @@ def _load_state(state_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.co
 
 
 @triton.jit
-def _store_state(state_ptr, i_s, b_state, b_sum, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """S and z of the program's head, as the partial state of split `i_s`."""
+def _store_state(state_ptr, b_state, b_sum, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """S and z of the program's head, as the partial state of its split."""
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
+    i_s = tl.program_id(1).to(tl.int64)
     p_head = state_ptr + (i_s * tl.num_programs(0) + tl.program_id(0)) * ((D + 1) * D)
     tl.store(p_head + o_d[:, None] * D + o_d[None, :], b_state, mask=m_d[:, None] & m_d[None, :])
     tl.store(p_head + D * D + o_d, b_sum, mask=m_d)
@@ -135,10 +143,9 @@ def _state_kernel(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Partial states of keys and values."""
-    i_s = tl.program_id(1).to(tl.int64)
-    left = tl.minimum(tokens - i_s * rows, rows).to(tl.int32)
-    p_k = _rows_of(k_ptr, stride_kb, stride_kn, stride_kh, heads, i_s * rows, BLOCK_N, BLOCK_D)
-    p_v = _rows_of(v_ptr, stride_vb, stride_vn, stride_vh, heads, i_s * rows, BLOCK_N, BLOCK_D)
+    first, left = _range_of(tokens, rows)
+    p_k = _rows_of(k_ptr, stride_kb, stride_kn, stride_kh, heads, first, BLOCK_N, BLOCK_D)
+    p_v = _rows_of(v_ptr, stride_vb, stride_vn, stride_vh, heads, first, BLOCK_N, BLOCK_D)
     b_state, b_sums = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(0, left, BLOCK_N):
         m_n = start + tl.arange(0, BLOCK_N) < left
@@ -149,7 +156,7 @@ def _state_kernel(
         b_sums += b_k.to(tl.float32)
         p_k += _step(stride_kn, BLOCK_N)
         p_v += _step(stride_vn, BLOCK_N)
-    _store_state(partials_ptr, i_s, b_state, tl.sum(b_sums, axis=0), D, BLOCK_D)
+    _store_state(partials_ptr, b_state, tl.sum(b_sums, axis=0), D, BLOCK_D)
 
 
 @triton.jit
@@ -160,13 +167,12 @@ def _out_kernel(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The output; and the sum of the partial states, where there are several."""
-    i_s = tl.program_id(1).to(tl.int64)
-    left = tl.minimum(tokens - i_s * rows, rows).to(tl.int32)
-    p_q = _rows_of(q_ptr, stride_qb, stride_qn, stride_qh, heads, i_s * rows, BLOCK_N, BLOCK_D)
-    p_out = _rows_of(out_ptr, stride_ob, stride_on, stride_oh, heads, i_s * rows, BLOCK_N, BLOCK_D)
+    first, left = _range_of(tokens, rows)
+    p_q = _rows_of(q_ptr, stride_qb, stride_qn, stride_qh, heads, first, BLOCK_N, BLOCK_D)
+    p_out = _rows_of(out_ptr, stride_ob, stride_on, stride_oh, heads, first, BLOCK_N, BLOCK_D)
     b_state, b_sum = _load_state(partials_ptr, D, BLOCK_D, SPLITS)
-    if SPLITS > 1 and i_s == 0:
-        _store_state(state_ptr, i_s, b_state, b_sum, D, BLOCK_D)
+    if SPLITS > 1 and first == 0:
+        _store_state(state_ptr, b_state, b_sum, D, BLOCK_D)
     b_parts, b_scale = _split(b_state, q_ptr.dtype.element_ty)
     for start in range(0, left, BLOCK_N):
         m_n = start + tl.arange(0, BLOCK_N) < left
@@ -185,11 +191,10 @@ def _query_backward_kernel(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the query, and partial sums of the gradient of the state."""
-    i_s = tl.program_id(1).to(tl.int64)
-    left = tl.minimum(tokens - i_s * rows, rows).to(tl.int32)
-    p_grad = _rows_of(grad_ptr, stride_gb, stride_gn, stride_gh, heads, i_s * rows, BLOCK_N, BLOCK_D)
-    p_q = _rows_of(q_ptr, stride_qb, stride_qn, stride_qh, heads, i_s * rows, BLOCK_N, BLOCK_D)
-    p_grad_q = _rows_of(grad_q_ptr, stride_ob, stride_on, stride_oh, heads, i_s * rows, BLOCK_N, BLOCK_D)
+    first, left = _range_of(tokens, rows)
+    p_grad = _rows_of(grad_ptr, stride_gb, stride_gn, stride_gh, heads, first, BLOCK_N, BLOCK_D)
+    p_q = _rows_of(q_ptr, stride_qb, stride_qn, stride_qh, heads, first, BLOCK_N, BLOCK_D)
+    p_grad_q = _rows_of(grad_q_ptr, stride_ob, stride_on, stride_oh, heads, first, BLOCK_N, BLOCK_D)
     b_state, b_sum = _load_state(state_ptr, D, BLOCK_D, 1)
     b_parts, b_scale = _split(tl.trans(b_state), grad_ptr.dtype.element_ty)
     b_grad_state, b_grad_sum = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
@@ -209,7 +214,7 @@ def _query_backward_kernel(
         p_grad += _step(stride_gn, BLOCK_N)
         p_q += _step(stride_qn, BLOCK_N)
         p_grad_q += _step(stride_on, BLOCK_N)
-    _store_state(partials_ptr, i_s, tl.trans(b_grad_state), b_grad_sum, D, BLOCK_D)
+    _store_state(partials_ptr, tl.trans(b_grad_state), b_grad_sum, D, BLOCK_D)
 
 
 @triton.jit
@@ -220,12 +225,11 @@ def _key_value_backward_kernel(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of key and value."""
-    i_s = tl.program_id(1).to(tl.int64)
-    left = tl.minimum(tokens - i_s * rows, rows).to(tl.int32)
-    p_k = _rows_of(k_ptr, stride_kb, stride_kn, stride_kh, heads, i_s * rows, BLOCK_N, BLOCK_D)
-    p_v = _rows_of(v_ptr, stride_vb, stride_vn, stride_vh, heads, i_s * rows, BLOCK_N, BLOCK_D)
-    p_grad_k = _rows_of(grad_k_ptr, stride_ob, stride_on, stride_oh, heads, i_s * rows, BLOCK_N, BLOCK_D)
-    p_grad_v = _rows_of(grad_v_ptr, stride_ob, stride_on, stride_oh, heads, i_s * rows, BLOCK_N, BLOCK_D)
+    first, left = _range_of(tokens, rows)
+    p_k = _rows_of(k_ptr, stride_kb, stride_kn, stride_kh, heads, first, BLOCK_N, BLOCK_D)
+    p_v = _rows_of(v_ptr, stride_vb, stride_vn, stride_vh, heads, first, BLOCK_N, BLOCK_D)
+    p_grad_k = _rows_of(grad_k_ptr, stride_ob, stride_on, stride_oh, heads, first, BLOCK_N, BLOCK_D)
+    p_grad_v = _rows_of(grad_v_ptr, stride_ob, stride_on, stride_oh, heads, first, BLOCK_N, BLOCK_D)
     b_state, b_sum = _load_state(partials_ptr, D, BLOCK_D, SPLITS)
     b_parts_k, b_scale_k = _split(b_state, k_ptr.dtype.element_ty)
     b_parts_v, b_scale_v = _split(tl.trans(b_state), v_ptr.dtype.element_ty)

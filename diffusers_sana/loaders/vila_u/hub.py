@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
+from diffusers_sana.cards import make_card
 from diffusers_sana.files import read_json
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 
@@ -39,26 +40,14 @@ CONFIG_MAP = {
 PROCESSOR_MAP = {"AutoProcessor": "processing_vila_u.VilaUProcessor"}
 IMAGE_PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_vila_u.VilaUImageProcessor"}
 
-TEXT = """# {title}
-
-```python
-from transformers import AutoModelForMultimodalLM, AutoProcessor
+LOADING = """from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 model = AutoModelForMultimodalLM.from_pretrained("{title}", dtype="auto", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{title}", trust_remote_code=True)
 
 inputs = processor(text="a red cat", generation_mode="image")
 codes = model.generate(**inputs, generation_mode="image")
-image = processor.postprocess(model.decode_image_tokens(codes))[0]
-```
-
-The code is in a package: `pip install diffusers_sana`. After `import diffusers_sana`, `trust_remote_code` is not
-needed.
-
-| | |
-|---|---|
-{rows}
-"""
+image = processor.postprocess(model.decode_image_tokens(codes))[0]"""
 
 
 def add_remote_code(folder: str | Path) -> None:
@@ -112,22 +101,23 @@ def write_model_card(folder: str | Path, title: str, license: str, base_model: s
     config = VilaUConfig.from_dict(content)
     vision, text = config.vision_config, config.text_config
     facts = {
-        "base model": base_model and f"[{base_model}](https://huggingface.co/{base_model})",
         "method": "[VILA-U](https://arxiv.org/abs/2409.04429)",
         "images": f"{vision.image_size} x {vision.image_size} pixels, {vision.num_image_tokens} tokens with "
         f"{vision.num_codebooks} codes each, codebook of {vision.codebook_size}",
         "videos": f"{config.num_video_frames} frames",
         "language model": f"{text.model_type}, {text.num_hidden_layers} layers, width {text.hidden_size}",
     }
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value is not None)
-    data = ModelCardData(
+    card = make_card(
+        title,
+        LOADING.format(title=title),
+        facts,
+        note=" After `import diffusers_sana`, `trust_remote_code` is not\nneeded.",
+        base_model=base_model,
         library_name="transformers",
         pipeline_tag="any-to-any",
         license=license,
-        base_model=base_model,
         tags=["vila-u", "diffusers_sana"],
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{TEXT.format(title=title, rows=rows)}")
     card.save(folder / "README.md")
     return card
 

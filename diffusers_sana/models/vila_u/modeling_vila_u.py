@@ -266,7 +266,7 @@ class VilaUModel(VilaUPreTrainedModel):
         if kwargs.keys() - KNOWN_ARGUMENTS and not torch.compiler.is_compiling():
             logger.warning_once(
                 f"`{'`, `'.join(sorted(kwargs.keys() - KNOWN_ARGUMENTS))}`: no argument of {type(self).__name__}, and"
-                " ignored but by attention functions of your own. Leave it out, or correct its name."
+                " ignored except by custom attention functions. Leave it out, or correct its name."
             )
         features = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None or image_codes is not None:

@@ -126,7 +126,7 @@ def statistics_bytes(layer: nn.Module, with_hessian: bool) -> int:
 
 
 def split_by_memory(sizes: Mapping[str, int], memory_bytes: float) -> list[list[str]]:
-    """The names in parts whose sizes add up to at most `memory_bytes`; a larger one gets a part of its own."""
+    """The names in parts whose sizes add up to at most `memory_bytes`; a larger one is a part by itself."""
     parts: list[list[str]] = []
     used = memory_bytes
     for name, size in sizes.items():

@@ -3,29 +3,17 @@
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
+from diffusers_sana.cards import make_card
 from diffusers_sana.quantizers.svdquant.report import PLOT_FILE, QuantizationReport
 
 
-TEXT = """# {title}
-
-```bash
-pip install diffusers_sana
-```
-
-```python
-import torch
+LOADING = """import torch
 import diffusers_sana  # lets diffusers read the 4-bit layers
 from {library} import {cls}
 
-{variable} = {cls}.from_pretrained("{place}", dtype=torch.{dtype})
-```
-
-| | |
-|---|---|
-{rows}
-"""
+{variable} = {cls}.from_pretrained("{name}", dtype=torch.{dtype})"""
 
 
 def model_card(
@@ -45,7 +33,6 @@ def model_card(
         library, cls = "diffusers", DiffusionPipeline
     modes = {mode: sum(layer.mode == mode for layer in report.layers) for mode in ("w4a4", "w4a16")}
     facts = {
-        "base model": base_model and f"[{base_model}](https://huggingface.co/{base_model})",
         "method": "[SVDQuant](https://arxiv.org/abs/2411.05007)" + (" with GPTQ" if report.config.gptq else ""),
         "precision": report.config.precision,
         "rank": report.config.rank,
@@ -54,23 +41,16 @@ def model_card(
         "memory of their weights": report.sizes,
         "relative error of a layer's output": report.errors,
     }
-    text = TEXT.format(
-        title=name,
-        library=library,
-        cls=cls.__name__,
-        variable="pipe" if cls.__name__.endswith("Pipeline") else "model",
-        place=name,
-        dtype=dtype,
-        rows="\n".join(f"| {key} | {value} |" for key, value in facts.items() if value is not None),
-    )
-    data = ModelCardData(
-        library_name="diffusers",
+    variable = "pipe" if cls.__name__.endswith("Pipeline") else "model"
+    return make_card(
+        name,
+        LOADING.format(library=library, cls=cls.__name__, variable=variable, name=name, dtype=dtype),
+        facts,
         base_model=base_model,
+        relation="quantized",
+        library_name="diffusers",
         tags=["svdquant", report.config.precision, "diffusers_sana"],
     )
-    if base_model:
-        data["base_model_relation"] = "quantized"
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 def save_card(card: ModelCard, folder: Path) -> None:

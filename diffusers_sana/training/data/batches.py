@@ -138,7 +138,7 @@ def _epoch(sizes_of_items: Sequence[tuple[int, int]], batch_size: int, seed: int
 
 
 class NumberedBatches(Dataset):
-    """The batches of a map-style dataset as items, each made under random numbers of its own.
+    """The batches of a map-style dataset as items, each made with its own random numbers.
 
     A batch is indexed by its number and the indices of its items. What is random in an item or in `collate_fn` depends
     on the seed and that number only, so that neither the number of workers nor an interruption changes it, and making

@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from diffusers_sana.prompts.training_prompts import PromptTokens, drop_prompts, encode_tokens
+from diffusers_sana.prompts.encoding import PromptTokens, drop_prompts, encode_tokens
 
 
 TRAIN_TIMESTEPS = 1000

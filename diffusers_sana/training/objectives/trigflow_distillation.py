@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusers_sana.prompts.training_prompts import drop_prompts
+from diffusers_sana.prompts.encoding import drop_prompts
 from diffusers_sana.schedulers.trigflow import flow_to_trigflow
 from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer
 

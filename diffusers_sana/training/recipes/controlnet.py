@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from diffusers_sana.images import sobel_edges
 from diffusers_sana.models.controlnets.controlnet_sana import SanaControlNetModel, wiring_of
 from diffusers_sana.pipelines.pipeline_sana import SanaPipeline
-from diffusers_sana.prompts.training_prompts import drop_prompts
+from diffusers_sana.prompts.encoding import drop_prompts
 from diffusers_sana.training.data.batches import Batches, bucket_sizes, make_loader
 from diffusers_sana.training.data.images import Images, load_images, load_pixels
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from diffusers_sana.prompts.training_prompts import (
+from diffusers_sana.prompts.encoding import (
     PromptTokens,
     complex_human_instruction,
     encode_tokens,

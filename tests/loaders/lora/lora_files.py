@@ -1,6 +1,6 @@
 """One random LoRA for a tiny Sana, as trainers write it. The layers' names are written out here once more.
 
-It has a rank and an alpha of its own for some layers, and the parts of what the authors fuse have one A, so that every
+Some layers have their own rank and alpha, and the parts of what the authors fuse have one A, so that every
 format can hold it. Scales are powers of two, so that applying them first or last gives the same bits.
 
 The rules are those of the writers: OneTrainer (`LoRASaverMixin`, and its older files for Sana, which have dots behind

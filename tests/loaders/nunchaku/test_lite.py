@@ -115,7 +115,7 @@ def test_adaln_in_4_bits(model, host, tmp_path):
 
 @pytest.mark.parametrize("precision", ["int4", "nvfp4"])
 def test_from_nunchaku_and_back(precision, host, tmp_path):
-    """Nunchaku's adaLN layers have no branch, so that they stay in 4 bits, and layers have ranks of their own."""
+    """Nunchaku's adaLN layers have no branch, so that they stay in 4 bits, and layers differ in rank."""
     original = files.flux(2, 64)
     path = files.write(tmp_path / "file.safetensors", files.flux_file(original, precision)[0], original)
     model = load_nunchaku(path)

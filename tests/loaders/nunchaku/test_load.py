@@ -102,7 +102,7 @@ def test_modes_and_dtypes(tmp_path):
     assert {key for key, layer in layers.items() if layer.is_weight_only} == adaln
     assert {layer.rank for key, layer in layers.items() if key in adaln} == {0}
     assert model.x_embedder.weight.dtype == layers["transformer_blocks.0.ff.net.2"].wtscale.dtype == torch.bfloat16
-    # The parts of this layer have row scales of their own, whose ratio 16 bits cannot hold.
+    # The parts of this layer have their own row scales, whose ratio 16 bits cannot hold.
     merged = layers["single_transformer_blocks.0.proj_out"]
     parts = [tensors[f"single_transformer_blocks.0.{part}.wtscale"] for part in ("out_proj", "mlp_fc2")]
     assert parts[0] != parts[1]

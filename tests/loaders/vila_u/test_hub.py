@@ -68,7 +68,7 @@ def files(folder):
 
 
 def test_loads_without_the_import(folder, tmp_path):
-    """In a process of its own. What is saved again is JSON and weights: no copy of the package's files."""
+    """In a separate process. What is saved again is JSON and weights: no copy of the package's files."""
     add_remote_code(folder)
     added = files(folder)
     add_remote_code(folder)

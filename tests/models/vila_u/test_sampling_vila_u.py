@@ -1,4 +1,4 @@
-"""How codes are sampled: filters on adversarial logits, frequencies, noise of its own for each sample, guidance."""
+"""How codes are sampled: filters on adversarial logits, frequencies, separate noise for each sample, guidance."""
 
 import pytest
 import torch

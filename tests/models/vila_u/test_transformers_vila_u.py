@@ -150,5 +150,5 @@ def test_arguments_that_nobody_obeys_are_refused():
 
 
 def test_a_tied_head_is_split_as_its_table_is():
-    """Tensor parallelism splits the table of a tied model by rows, so the head needs an entry of its own."""
+    """Tensor parallelism splits the table of a tied model by rows, so the head needs its own entry."""
     assert tiny_model(tie_word_embeddings=True).tp_plan["lm_head"] == "colwise_gather_output"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers.pipelines.sana.pipeline_sana import SanaPipeline as DiffusersPipeline
 
-from diffusers_sana.prompts.training_prompts import (
+from diffusers_sana.prompts.encoding import (
     complex_human_instruction,
     drop_prompts,
     encode_tokens,
