@@ -89,23 +89,23 @@ class VilaUImageProcessor(NeverCopied, PilBackend):
             image = np.asarray(image).astype(np.uint8) * 255
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
 
-    def _preprocess(  # type: ignore[override]  # the base class has more named arguments, which are in `kwargs`
+    def _preprocess(  # type: ignore[override]  # one argument more than in the base class
         self,
         images: list[np.ndarray],
         do_resize: bool,
         size: SizeDict,
         resample: Any,
+        do_center_crop: bool | None,
+        crop_size: SizeDict | None,
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
         image_mean: Any,
         image_std: Any,
-        image_aspect_ratio: str,
+        do_pad: bool | None,
+        pad_size: SizeDict | None,
         return_tensors: Any,
-        do_center_crop: bool | None = None,
-        crop_size: SizeDict | None = None,
-        do_pad: bool | None = None,
-        pad_size: SizeDict | None = None,
+        image_aspect_ratio: str,
         **kwargs: Any,
     ) -> BatchFeature:
         outputs = []
