@@ -2,14 +2,18 @@
 
 import argparse
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from tqdm import trange
 
-from diffusers_sana import SanaPipeline
+from diffusers_sana import AutoencoderDC, SanaPipeline
 from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.evaluation.emoji_probe import EmojiProbe
 
 
 def device() -> str:
@@ -66,6 +70,58 @@ def load_pipeline(folder: str) -> SanaPipeline:
     pipe = SanaPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def assemble(sana: Path, vae_folder: Path, out: Path) -> None:
+    """Puts the trained parts together, in bf16: half the bytes."""
+    vae = AutoencoderDC.from_pretrained(vae_folder, dtype=torch.bfloat16)
+    pipe = SanaPipeline.from_pretrained(sana, vae=vae, dtype=torch.bfloat16)
+    for part in (pipe, pipe.vae, pipe.transformer):
+        part.register_to_config(_name_or_path="sana-emoji")  # and not the folder it came from
+    pipe.save_pretrained(out)
+
+
+def fit_probe(
+    probe: EmojiProbe,
+    batches: Iterator[tuple[Tensor, list]],
+    answers: Callable[[EmojiProbe, list], dict[str, Tensor]],
+    steps: int,
+    rate: float = 3e-3,
+) -> EmojiProbe:
+    """Trains `probe` on images `[B, 3, H, W]` with their scenes, of which `answers` gives the right answers."""
+    probe.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=rate, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    progress = trange(steps, mininterval=5)
+    for _ in progress:
+        images, scenes = next(batches)
+        logits, right = probe(images.contiguous(memory_format=torch.channels_last)), answers(probe, scenes)
+        loss = sum(F.cross_entropy(logits[name], right[name], ignore_index=-1) for name in logits)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return probe.eval()
+
+
+def right_answers(probe: EmojiProbe, scenes: list, objects: list[tuple[str, ...]]) -> dict[str, Tensor]:
+    """Index of the right answer `[B]` to each question about `scenes` of `objects`; -1 where there is none."""
+    words = {
+        "first": [names[0] for names in objects],
+        "second": [names[1] if len(names) == 2 else None for names in objects],
+        "number": [str(len(names)) for names in objects],
+        "place": [
+            scene.position.split(" ")[-1] if len(names) == 1 else None
+            for scene, names in zip(scenes, objects, strict=True)
+        ],
+        "color": [scene.color for scene in scenes],
+        "style": [scene.style for scene in scenes],
+    }
+    return {
+        name: torch.tensor([-1 if word is None else probe.answers[name].index(word) for word in column])
+        for name, column in words.items()
+    }
 
 
 @torch.no_grad()

@@ -20,14 +20,13 @@ from diffusers import ModelMixin
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import trange
 
 from benchmarks.harness import RESULTS, environment, write_results
 from diffusers_sana import AutoencoderDC
 from diffusers_sana.evaluation.emoji_probe import EmojiProbe
 from diffusers_sana.evaluation.measure import compare_sets
 
-from .common import make_parser
+from .common import fit_probe, make_parser, right_answers
 from .scenes import COLORS, CORNERS, HELD_OUT, STYLES, Art, Scene, Scenes, held_out_scenes, is_held_out, render
 
 
@@ -88,40 +87,15 @@ def shrink(images: Tensor) -> Tensor:
 
 
 def answers(probe: EmojiProbe, scenes: list[Scene]) -> dict[str, Tensor]:
-    """Index of the right answer `[B]` to each question; -1 where there is none."""
-    words = {
-        "first": [scene.objects[0] for scene in scenes],
-        "second": [scene.objects[1] if len(scene.objects) == 2 else None for scene in scenes],
-        "number": [str(len(scene.objects)) for scene in scenes],
-        "place": [scene.position if len(scene.objects) == 1 else None for scene in scenes],
-        "color": [scene.color for scene in scenes],
-        "style": [scene.style for scene in scenes],
-    }
-    return {
-        name: torch.tensor([-1 if word is None else probe.answers[name].index(word) for word in column])
-        for name, column in words.items()
-    }
+    """See `right_answers`."""
+    return right_answers(probe, scenes, [scene.objects for scene in scenes])
 
 
 def train(data: JudgeScenes, steps: int, rate: float = 3e-3) -> EmojiProbe:
     """The trained network; the same seed gives the same weights."""
     torch.manual_seed(0)
     probe = EmojiProbe(data.art.objects, list(COLORS), list(STYLES), max_objects=3)
-    probe.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=rate, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    batches = data.batches(STORE)
-    progress = trange(steps, mininterval=5)
-    for _ in progress:
-        images, scenes = next(batches)
-        logits, right = probe(images.contiguous(memory_format=torch.channels_last)), answers(probe, scenes)
-        loss = sum(F.cross_entropy(logits[name], right[name], ignore_index=-1) for name in logits)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return probe.eval()
+    return fit_probe(probe, data.batches(STORE), answers, steps, rate)
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_sana import AutoencoderDC, SanaPipeline
@@ -22,7 +21,7 @@ from diffusers_sana.training.recipes import dc_ae, sana
 from diffusers_sana.training.recipes.options import DCAETrainingConfig, SanaTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import Encoders
 
-from .common import device, make_parser, make_settings
+from .common import assemble, device, make_parser, make_settings
 from .data import COMMON_OBJECTS, EmojiArt, EmojiScenes, LatentScenes
 from .evaluate import evaluate, held_out_scenes
 from .models import FLOW_SHIFT, RESOLUTION, make_autoencoder, make_text_encoder, make_transformer
@@ -113,15 +112,6 @@ def train_transformer(preset: Preset, art: EmojiArt, vae_folder: Path, out: Path
     with nullcontext() if device() == "cuda" else sdpa_kernel(SDPBackend.MATH):
         sana.train(config, latents.batches(preset.sana_batch), transformer, encoders)
     return out / "model"
-
-
-def assemble(sana: Path, vae_folder: Path, out: Path) -> None:
-    """Puts the trained parts together, in bf16: half the bytes, and what the model was trained in."""
-    vae = AutoencoderDC.from_pretrained(vae_folder, dtype=torch.bfloat16)
-    pipe = SanaPipeline.from_pretrained(sana, vae=vae, dtype=torch.bfloat16)
-    for part in (pipe, pipe.vae, pipe.transformer):
-        part.register_to_config(_name_or_path="sana-emoji")  # and not the folder it came from
-    pipe.save_pretrained(out)
 
 
 def main(argv: list[str] | None = None) -> None:

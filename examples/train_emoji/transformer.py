@@ -16,12 +16,13 @@ import torch
 from diffusers import ModelMixin
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusers_sana import AutoencoderDC, SanaPipeline
-from diffusers_sana.prompts.training_prompts import complex_human_instruction
+from diffusers_sana import AutoencoderDC
+from diffusers_sana.prompts.encoding import complex_human_instruction
 from diffusers_sana.training.recipes import sana
 from diffusers_sana.training.recipes.options import SanaTrainingConfig
+from diffusers_sana.training.recipes.text_to_image import Encoders
 
-from .common import device, make_settings
+from .common import assemble, device, make_settings
 from .latents import latent_batches, load_latents, taught_scenes
 from .models import make_text_encoder, make_transformer
 from .scenes import RESOLUTION, Art, Scenes
@@ -55,24 +56,16 @@ def train(art: Art, vae: ModelMixin, out: Path, minutes: float, **changes: Any) 
     prompts = tuple(shown.sample(held_out=True).prompt for _ in range(SAMPLES))
     settings = {**SETTINGS, **MACHINES[machine], "sample_prompts": prompts, **changes}
     config = SanaTrainingConfig(**make_settings(out / "sana", minutes, **settings))
-    transformer, text_encoder = make_transformer(RESOLUTION // 32), make_text_encoder(tokenizer)
+    transformer = make_transformer(RESOLUTION // 32)
+    encoders = Encoders(vae=vae, text_encoder=make_text_encoder(tokenizer), tokenizer=tokenizer)
 
     def batches(used: int) -> Iterator[dict]:
         return latent_batches(scenes, latents, BATCH_SIZE[machine], used, KINDS)
 
     # On a CPU the fused attention's backward pass is the slowest operation of the step.
     with nullcontext() if machine == "cuda" else sdpa_kernel(SDPBackend.MATH):
-        sana.train(config, batches, transformer, text_encoder, tokenizer, vae)
+        sana.train(config, batches, transformer, encoders)
     return out / "sana" / "model"
-
-
-def assemble(trained: Path, vae_folder: Path, out: Path) -> None:
-    """Puts the trained parts together, in bf16: half the bytes."""
-    vae = AutoencoderDC.from_pretrained(vae_folder, dtype=torch.bfloat16)
-    pipe = SanaPipeline.from_pretrained(trained, vae=vae, dtype=torch.bfloat16)
-    for part in (pipe, pipe.vae, pipe.transformer):
-        part.register_to_config(_name_or_path="sana-emoji")  # and not the folder it came from
-    pipe.save_pretrained(out)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -36,6 +36,7 @@ from examples.train_emoji.scenes import (
     render,
     with_article,
 )
+from tests.tiny import TRANSFORMER
 
 
 WORDS = ("cat", "dog", "bread", "key", "red ball", "blue ball", "tomato", "ufo")
@@ -279,18 +280,8 @@ def test_the_transformer_is_trained_on_latents_and_becomes_a_pipeline(pack, tmp_
 
 
 def tiny_transformer(sample_size):
-    return SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=1,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        cross_attention_dim=16,
-        caption_channels=192,
-        sample_size=sample_size,
-    )
+    sizes = {"num_layers": 1, "caption_channels": 192, "sample_size": sample_size}
+    return SanaTransformer2DModel(**TRANSFORMER | sizes)
 
 
 def test_the_judge_learns_scenes_and_writes_checks(pack, tmp_path):
