@@ -81,6 +81,20 @@ def assemble(sana: Path, vae_folder: Path, out: Path) -> None:
     pipe.save_pretrained(out)
 
 
+def stored_batches(
+    images: Callable[[int], tuple[Tensor, list]], size: int, batch_size: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, list]]:
+    """Endless batches of `images` out of a store of `size`, of which each renews a quarter of its own size."""
+    store, scenes = images(size)
+    oldest, renewed = 0, batch_size // 4
+    while True:
+        places = slice(oldest, oldest + renewed)
+        store[places], scenes[places] = images(renewed)
+        oldest = (oldest + renewed) % size
+        chosen = torch.randint(size, (batch_size,), generator=generator)
+        yield store[chosen], [scenes[i] for i in chosen.tolist()]
+
+
 def fit_probe(
     probe: EmojiProbe,
     batches: Iterator[tuple[Tensor, list]],

@@ -26,7 +26,7 @@ from diffusers_sana import AutoencoderDC
 from diffusers_sana.evaluation.emoji_probe import EmojiProbe
 from diffusers_sana.evaluation.measure import compare_sets
 
-from .common import fit_probe, make_parser, right_answers
+from .common import fit_probe, make_parser, right_answers, stored_batches
 from .scenes import COLORS, CORNERS, HELD_OUT, STYLES, Art, Scene, Scenes, held_out_scenes, is_held_out, render
 
 
@@ -70,15 +70,8 @@ class JudgeScenes:
         return (shown + 1) / 2, described
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, list[Scene]]]:
-        """Endless batches of `images` out of a store of `size`, of which each renews a quarter of its own size."""
-        store, scenes = self.images(size)
-        oldest, renewed = 0, BATCH_SIZE // 4
-        while True:
-            places = slice(oldest, oldest + renewed)
-            store[places], scenes[places] = self.images(renewed)
-            oldest = (oldest + renewed) % size
-            chosen = torch.randint(size, (BATCH_SIZE,), generator=self.generator)
-            yield store[chosen], [scenes[i] for i in chosen.tolist()]
+        """Endless batches of `images`; see `stored_batches`."""
+        return stored_batches(self.images, size, BATCH_SIZE, self.generator)
 
 
 def shrink(images: Tensor) -> Tensor:

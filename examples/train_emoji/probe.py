@@ -24,7 +24,7 @@ from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.evaluation.emoji_probe import EmojiProbe
 from diffusers_sana.evaluation.measure import compare_sets
 
-from .common import fit_probe, make_parser, right_answers
+from .common import fit_probe, make_parser, right_answers, stored_batches
 from .data import COLORS, COMMON_OBJECTS, POSITIONS, STYLES, EmojiArt, EmojiScenes, Scene, is_held_out, triples
 from .evaluate import held_out_scenes
 
@@ -69,15 +69,8 @@ class ProbeScenes:
         return (shown + 1) / 2, described
 
     def batches(self, batch_size: int, size: int) -> Iterator[tuple[Tensor, list[Scene]]]:
-        """Endless images `[B, 3, H, W]` in [0, 1] out of a store of `size`, of which each renews `B / 4`."""
-        store, scenes = self.images(size)
-        oldest, renewed = 0, batch_size // 4
-        while True:
-            places = slice(oldest, oldest + renewed)
-            store[places], scenes[places] = self.images(renewed)
-            oldest = (oldest + renewed) % size
-            chosen = torch.randint(size, (batch_size,), generator=self.scenes.generator)
-            yield store[chosen], [scenes[i] for i in chosen.tolist()]
+        """Endless images `[B, 3, H, W]` in [0, 1]; see `stored_batches`."""
+        return stored_batches(self.images, size, batch_size, self.scenes.generator)
 
 
 def answers(probe: EmojiProbe, scenes: list[Scene]) -> dict[str, Tensor]:
