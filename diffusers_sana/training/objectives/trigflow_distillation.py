@@ -101,8 +101,7 @@ def directional_derivative(
 def consistency_tangent(
     noisy: Tensor,
     angles: Tensor,
-    prediction: Tensor,
-    derivative: Tensor,
+    predicted: tuple[Tensor, Tensor],
     direction: Tensor,
     warmup: float = 1.0,
     sigma_data: float = 0.5,
@@ -112,13 +111,14 @@ def consistency_tangent(
 
     Args:
         noisy, angles: x_t and t.
-        prediction, derivative: what `directional_derivative` returns.
+        predicted: F and its derivative, as `directional_derivative` returns them.
         direction: dx_t / dt.
         warmup: weight of all but the distance to the teacher, 0 at the beginning of the training and 1 later. At 0
             the student learns to predict as the teacher does.
         sigma_data: the unit in which `constant` is meant.
         constant: added to the norm that the tangent of each image is divided by.
     """
+    prediction, derivative = predicted
     cos, sin = angles.cos().view(-1, 1, 1, 1), angles.sin().view(-1, 1, 1, 1)
     tangent = -(cos**2) * (prediction - direction) - warmup * (cos * sin * noisy + derivative)
     tangent = sigma_data * tangent

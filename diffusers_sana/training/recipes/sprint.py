@@ -101,12 +101,10 @@ def train(
         with accelerator.autocast():
             direction = guided_prediction(guide, noisy, angles, guidance, prompt)
         with accelerator.autocast(), kernel_mode("torch"):
-            prediction, derivative = directional_derivative(
-                lambda x, t: plain(x, t, guidance, prompt)[0], noisy, angles, direction
-            )
+            predicted = directional_derivative(lambda x, t: plain(x, t, guidance, prompt)[0], noisy, angles, direction)
         warmup = min(1.0, loop.step / config.tangent_warmup_steps) if config.tangent_warmup_steps else 1.0
         settings = (warmup, config.sigma_data, config.tangent_constant)
-        return consistency_tangent(noisy, angles, prediction, derivative, direction, *settings)
+        return consistency_tangent(noisy, angles, predicted, direction, *settings)
 
     def sample(path: Path) -> None:
         if inputs.vae is None:

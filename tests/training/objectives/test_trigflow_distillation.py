@@ -193,7 +193,7 @@ def test_tangent():
     output = -sin * noisy + cos * direction - cos * prediction - sin * change  # d/dt along the path
     expected = 0.5 * cos * output
     expected = expected / (expected.flatten(1).norm(dim=1).view(-1, 1, 1, 1) + 0.1)
-    arguments = (noisy, angles, prediction, cos * sin * change, direction)
+    arguments = (noisy, angles, (prediction, cos * sin * change), direction)
     assert torch.allclose(consistency_tangent(*arguments), expected, atol=1e-12)
     assert consistency_tangent(*arguments)[2].abs().max() < 1e-12  # nothing is to be learned where all is noise
     # At the beginning of the warm-up only the distance to the teacher counts.
