@@ -196,6 +196,10 @@ def _find(place: str, file: str, revision: str | None) -> Path | None:
     if place and Path(place).is_dir():
         return path if (path := Path(place) / file).is_file() else None
     absent = f"there is no folder {place or repr('')}"
+    if place == BUNDLED["vila-u-emoji"]:  # what is on package indices leaves it out, see tools/publish/dist.py
+        raise FileNotFoundError(
+            "vila-u-emoji is not in this installation; run pip install diffusers_sana_vila_u_emoji, or name a VILA-U"
+        )
     if "/" not in place:
         raise FileNotFoundError(f"{absent}, and the bundled checkpoints are {', '.join(BUNDLED)}")
     if place.startswith(("/", ".", "~")) or place.count("/") > 1 or "\\" in place:

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-from diffusers_sana import checkpoints
+from diffusers_sana import checkpoints, loading
 from diffusers_sana.loading import checkpoint_path, default_dtype, find_pipeline_class, pipeline_class_name
 
 
@@ -126,3 +126,10 @@ def test_default_dtype(tmp_path, monkeypatch, stored, cpu, gpu):
     assert default_dtype("some/model", "cuda") == "bfloat16"
     monkeypatch.setattr("diffusers_sana.loading.SMALL", 1000)
     assert default_dtype(place, "cpu") == cpu
+
+
+def test_bundled_checkpoint_that_is_not_installed(monkeypatch, tmp_path):
+    """Published wheels leave it out."""
+    monkeypatch.setitem(loading.BUNDLED, "vila-u-emoji", str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="run pip install diffusers_sana_vila_u_emoji"):
+        loading.pipeline_class_name("vila-u-emoji")

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
         raise OSError("demo needs gradio, which is not installed: pip install 'diffusers_sana[demo]'")
     if pipeline_class_name(args.model) not in ("SanaPipeline", "SanaSprintPipeline"):
         raise UsageError(f"--model must be a Sana or a SANA-Sprint, which {args.model} is not; leave it out")
+    pipeline_class_name(VILA_U_EMOJI)  # an error at once if it is not installed
     if args.port is not None:
         check_port(args.port)
 

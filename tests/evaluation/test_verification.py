@@ -72,6 +72,14 @@ def test_wrong_results_are_found(folder, tmp_path, monkeypatch, capsys):
     assert report["differences"]["forward"] == pytest.approx(1e-4, rel=0.1)
 
 
+def test_sprint():
+    """Bundled without what it shares with sana-emoji; both packages get the same parts."""
+    report = verify("sana-emoji-sprint", num_images=2, steps=2, device="cpu")
+    assert report["settings"]["pipeline"] == "SanaSprintPipeline"
+    assert all(check["passed"] for check in report["checks"])
+    assert 0 < report["differences"]["forward"] < 1e-5
+
+
 def test_the_command(folder, tmp_path, capsys):
     out = tmp_path / "report.json"
     main(
