@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -45,15 +45,23 @@ from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODES = ("w4a4", "w4a8", "w4a16")
+
+
+class ErrorCase(NamedTuple):
+    precision: str
+    method: str
+    calibrated: bool
+
+
 ERROR_CASES = [
-    ("int4", "naive", False),
-    ("int4", "smoothing only", True),
-    ("int4", "low rank only", False),
-    ("int4", "svdquant", False),
-    ("int4", "svdquant", True),
-    ("int4", "svdquant + gptq", True),
-    ("nvfp4", "naive", False),
-    ("nvfp4", "svdquant", True),
+    ErrorCase("int4", "naive", calibrated=False),
+    ErrorCase("int4", "smoothing only", calibrated=True),
+    ErrorCase("int4", "low rank only", calibrated=False),
+    ErrorCase("int4", "svdquant", calibrated=False),
+    ErrorCase("int4", "svdquant", calibrated=True),
+    ErrorCase("int4", "svdquant + gptq", calibrated=True),
+    ErrorCase("nvfp4", "naive", calibrated=False),
+    ErrorCase("nvfp4", "svdquant", calibrated=True),
 ]
 TIMED_PEERS = ("quanto int4", "sdnq int4 + svd", "torchao int4")
 STEPS = {"512px": (512, 8), "1024px": (1024, 4)}  # side, blocks

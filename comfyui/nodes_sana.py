@@ -75,15 +75,20 @@ class SanaLoad(Node):
         return SanaModel(pipe), SanaVae(pipe.vae)
 
 
-class SanaLora(Node):
+class ModelNode(Node):
+    """Changes a model."""
+
+    RETURN_TYPES = ("SANA_MODEL",)
+    RETURN_NAMES = ("model",)
+
+
+class SanaLora(ModelNode):
     """Adds a LoRA, in the format of one of many trainers, to this branch of the graph. LoRA nodes in a row add up.
 
     The list has the files in models/loras. A file that was replaced is read again at the next run.
     """
 
     DISPLAY_NAME = "Sana LoRA"
-    RETURN_TYPES = ("SANA_MODEL",)
-    RETURN_NAMES = ("model",)
     REQUIRED = {
         "model": MODEL,
         "lora": (LORAS.names, {"tooltip": "file in models/loras, or a bundled LoRA"}),
@@ -101,7 +106,7 @@ class SanaLora(Node):
         return (model.with_lora(LORAS.place(lora, path), strength),)
 
 
-class SanaControlNet(Node):
+class SanaControlNet(ModelNode):
     """Adds a ControlNet and the image that it follows to this branch of the graph.
 
     It acts in "Generate with Sana" and "Change images with Sana". The list has what is in models/controlnet: folders
@@ -109,8 +114,6 @@ class SanaControlNet(Node):
     """
 
     DISPLAY_NAME = "Sana ControlNet"
-    RETURN_TYPES = ("SANA_MODEL",)
-    RETURN_NAMES = ("model",)
     REQUIRED = {
         "model": MODEL,
         "control_net": (CONTROLNETS.names, {"tooltip": "in models/controlnet, or a bundled ControlNet"}),

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import host
 from .host import DTYPES, Node, dtype_named, put_on_device
 from .places import ELSEWHERE, VILA_U, source, state_of
-from .sampling import to_pil
+from .sampling import run_pipeline, to_pil
 
 
 PREVIEWS = 8  # per image; each decodes an image
@@ -74,17 +73,7 @@ class VilaUGenerate(Node):
                 bar.update_absolute(done, pipe.num_timesteps, message)
             return {}
 
-        try:
-            images = model(
-                num_images_per_prompt=batch_size,
-                generator=torch.Generator().manual_seed(seed),
-                output_type="pt",
-                callback_on_step_end=on_token,
-                **options,
-            ).images
-        finally:
-            model.maybe_free_model_hooks()  # of offloading, also after an interruption
-        return (images.movedim(1, -1).float().cpu(),)
+        return (run_pipeline(model, seed, on_token, offloaded=model, num_images_per_prompt=batch_size, **options),)
 
 
 class VilaUAsk(Node):

@@ -52,20 +52,21 @@ def generate(model: SanaModel, pipe: Any, steps: int, seed: int, **options: Any)
     """
     model.activate_loras()
     watcher = Watcher(model, steps)
-    try:
-        images = pipe(
-            num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="pt",
-            callback_on_step_end=watcher,
-            **options,
-        ).images
-    finally:
-        model.pipe.maybe_free_model_hooks()  # of offloading, also after an interruption
+    images = run_pipeline(pipe, seed, watcher, offloaded=model.pipe, num_inference_steps=steps, **options)
     scale = model.scaling_factor
     if model.is_sprint:
         scale *= model.pipe.scheduler.config.sigma_data
-    return images.movedim(1, -1).float().cpu(), {"samples": watcher.latents.float().cpu() / scale}
+    return images, {"samples": watcher.latents.float().cpu() / scale}
+
+
+def run_pipeline(pipe: Any, seed: int, callback: Any, offloaded: Any, **options: Any) -> Tensor:
+    """Images `[B, H, W, 3]` in [0, 1] on the CPU, from `pipe`; `offloaded` is the pipeline with offloading hooks."""
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        images = pipe(generator=generator, output_type="pt", callback_on_step_end=callback, **options).images
+    finally:
+        offloaded.maybe_free_model_hooks()  # also after an interruption
+    return images.movedim(1, -1).float().cpu()
 
 
 def channels_first(images: Tensor) -> Tensor:
