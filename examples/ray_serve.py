@@ -197,7 +197,7 @@ def application(
     timeout: float = 600,
     **options: Any,
 ) -> Any:
-    """The `Application` for `serve.run`.
+    """The application for `serve.run(..., name=NAME)`, the name by which its front end finds the replicas' states.
 
     Args:
         model, dtype, batch_size, wait, options: as in `ImageGenerator`.
