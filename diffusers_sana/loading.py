@@ -3,6 +3,7 @@
 import json
 import logging
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def load_on(
         logger.warning("float16 is slow on a CPU; float32 or bfloat16 (--dtype) is faster there.")
     torch_dtype = getattr(torch, dtype)
     if place == SANA_EMOJI_SPRINT:
-        components = _sprint_components(torch_dtype) | components
+        components = sprint_components(pipeline_class, torch_dtype) | components
         place = SANA_EMOJI
     pipe = pipeline_class.from_pretrained(place, dtype=torch_dtype, **hub, **components)
     return pipe.to(device, silence_dtype_warnings=True)  # diffusers says that float16 fails there, which ours does not
@@ -178,15 +179,19 @@ def read_config(model: str, file: str, revision: str | None = None) -> dict[str,
     return content
 
 
-def _sprint_components(dtype: Any) -> dict[str, Any]:
-    """What the bundled SANA-Sprint does not share with sana-emoji."""
+def sprint_components(pipeline_class: type[Any], dtype: Any) -> dict[str, Any]:
+    """What the bundled SANA-Sprint does not share with sana-emoji.
+
+    Args:
+        pipeline_class: from whose package the transformer is.
+        dtype: of the transformer.
+    """
     from diffusers import SCMScheduler
 
-    from diffusers_sana import SanaTransformer2DModel
-
-    transformer = SanaTransformer2DModel.from_pretrained(SANA_EMOJI_SPRINT, subfolder="transformer", dtype=dtype)
+    library = import_module(pipeline_class.__module__.partition(".")[0])
+    options = {"subfolder": "transformer", "dtype": dtype}
     return {
-        "transformer": transformer,
+        "transformer": library.SanaTransformer2DModel.from_pretrained(SANA_EMOJI_SPRINT, **options),
         "scheduler": SCMScheduler.from_pretrained(SANA_EMOJI_SPRINT, subfolder="scheduler"),
     }
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -29,7 +28,7 @@ from diffusers_sana.evaluation.kernel_checks import checked_kernels, relative_er
 from diffusers_sana.evaluation.machine import device_name, peak_memory, synchronize, versions
 from diffusers_sana.evaluation.report import table
 from diffusers_sana.evaluation.similarity import psnr
-from diffusers_sana.loading import checkpoint_path, find_pipeline_class, pipeline_class_name
+from diffusers_sana.loading import checkpoint_path, find_pipeline_class, pipeline_class_name, sprint_components
 from diffusers_sana.quantizers.svdquant.layers.compute_mode import best_mode
 
 
@@ -191,10 +190,7 @@ def _load(pipeline_class: type[Any], model: str, device: str, dtype: str, varian
         dtypes |= dict.fromkeys(OVERFLOW_FLOAT16, torch.bfloat16)
     parts: dict[str, Any] = {}
     if model == SANA_EMOJI_SPRINT:  # bundled without what it shares with sana-emoji
-        library = import_module(pipeline_class.__module__.partition(".")[0])
-        transformer = library.SanaTransformer2DModel.from_pretrained(model, subfolder="transformer", dtype=default)
-        scheduler = diffusers.SCMScheduler.from_pretrained(model, subfolder="scheduler")
-        model, parts = SANA_EMOJI, {"transformer": transformer, "scheduler": scheduler}
+        model, parts = SANA_EMOJI, sprint_components(pipeline_class, default)
     pipe = pipeline_class.from_pretrained(model, dtype=dtypes, variant=variant, **parts).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
