@@ -73,10 +73,9 @@ def state_of(place: str) -> str:
 
 def source(place: str) -> str:
     """What `from_pretrained` takes: the folder of a bundled name, or the place itself."""
-    import diffusers_sana
+    from diffusers_sana import checkpoint_path
 
-    bundled = place in {name for kind in (SANA, VILA_U, LORAS, CONTROLNETS) for name in kind.bundled}
-    return getattr(diffusers_sana, place.replace("-", "_").upper()) if bundled else place
+    return checkpoint_path(place)
 
 
 def _entry(file: Path, key: str) -> str:
