@@ -187,6 +187,20 @@ def test_a_lora_file_that_was_replaced(nodes, pipe, server):
     assert torch.equal(without, expected(pipe))
 
 
+def test_one_of_two_loras_leaves_the_memory(nodes, pipe, server):
+    model, _ = call(nodes, "SanaLoad", model="tiny")
+    for i, name in enumerate(("one", "two")):
+        lora = FORMATS["kohya"](random_lora(pipe.transformer, seed=i))
+        save_file(lora, server.models / "loras" / f"{name}.safetensors")
+    one, two = (call(nodes, "SanaLora", model=model, lora=f"{name}.safetensors")[0] for name in ("one", "two"))
+    sample(nodes, one)
+    image = sample(nodes, two)
+    assert len(model.pipe.transformer.peft_config) == 2
+    del one
+    assert torch.equal(sample(nodes, two), image)
+    assert len(model.pipe.transformer.peft_config) == 1
+
+
 def test_a_model_folder_that_was_replaced(nodes, folder, tmp_path):
     copied = shutil.copytree(folder, tmp_path / "model")
     asked = changed(nodes, "SanaLoad", path=str(copied))
