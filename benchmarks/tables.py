@@ -32,14 +32,16 @@ def render(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
+def results(name: str) -> dict[str, Any]:
+    """A committed result file, by its path under the folder of results and without its ending."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def headline() -> str:
     """The most important figures, one per row, each with the file that it comes from."""
-
-    def read(name: str) -> dict[str, Any]:
-        return json.loads((RESULTS / "cpu" / f"{name}.json").read_text(encoding="utf-8"))
-
-    pipeline, models, quantized = read("pipeline"), read("models")["cases"], read("quantized")
-    quality, sprint = read("quantization_quality"), read("emoji_sprint")
+    names = ("pipeline", "quantized", "quantization_quality", "emoji_sprint")
+    pipeline, quantized, quality, sprint = (results(f"cpu/{name}") for name in names)
+    models = results("cpu/models")["cases"]
 
     def seconds(case: dict[str, float], ours: str = "diffusers_sana", theirs: str = "diffusers") -> list[str]:
         return [f"{case[ours]:.2f} s", f"{theirs} {case[theirs]:.2f} s"]
@@ -96,7 +98,7 @@ def headline() -> str:
 
 def models_cpu() -> str:
     """Seconds, speed-up and memory of the models on the CPU."""
-    report = json.loads((RESULTS / "cpu" / "models.json").read_text(encoding="utf-8"))
+    report = results("cpu/models")
     rows = []
     for name, case in report["cases"].items():
         low, high = case["speedup_range"]
@@ -119,7 +121,7 @@ def models_cpu() -> str:
 
 def kernels_compiled() -> str:
     """Registers, shared memory and spills of every kernel: the most over its shapes, by architecture."""
-    report = json.loads((RESULTS / "compile" / "kernels.json").read_text(encoding="utf-8"))
+    report = results("compile/kernels")
     architectures = list(report["shared_kib_limits"])
     kernels: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in report["kernels"]:
@@ -144,7 +146,7 @@ def provenance(report: dict[str, Any]) -> str:
 
 def quantization_quality() -> str:
     """How far 4-bit images of the bundled checkpoint are from 16-bit ones."""
-    report = json.loads((RESULTS / "cpu" / "quantization_quality.json").read_text(encoding="utf-8"))
+    report = results("cpu/quantization_quality")
     rows = [
         [name, f"{row['psnr_db']:.1f}", f"{row['ssim']:.3f}", f"{row['perceptual']:.3f}", f"{row['bytes'] / 1e6:.1f}"]
         if "failed" not in row
@@ -159,7 +161,7 @@ def quantization_quality() -> str:
 
 def quantized_errors() -> str:
     """Relative output errors of 8 blocks of Sana-0.6B with outliers."""
-    report = json.loads((RESULTS / "cpu" / "quantized.json").read_text(encoding="utf-8"))
+    report = results("cpu/quantized")
     modes = ("w4a4", "w4a8", "w4a16")
     ours: dict[str, dict[str, float]] = {}
     rows = []
@@ -175,7 +177,7 @@ def quantized_errors() -> str:
 
 def quantized_steps() -> str:
     """Seconds of a guided step of the first blocks of Sana-0.6B."""
-    report = json.loads((RESULTS / "cpu" / "quantized.json").read_text(encoding="utf-8"))
+    report = results("cpu/quantized")
     cases = report["steps"]
     names = list(next(iter(cases.values()))["seconds"])
     rows = [
@@ -194,7 +196,7 @@ def quantized_steps() -> str:
 
 def quantized_size() -> str:
     """Bytes of the whole of Sana-0.6B, and the time to quantize it without data."""
-    report = json.loads((RESULTS / "cpu" / "quantized.json").read_text(encoding="utf-8"))
+    report = results("cpu/quantized")
     whole = report["whole"]
     rows = [["bf16", f"{whole['bf16_bytes'] / 1e6:.0f}", "1.00", "", "", ""]]
     for precision in ("int4", "nvfp4"):
@@ -249,7 +251,7 @@ def vila_u_others() -> str:
 
 def vila_u_table(header: list[str], row: Callable[[dict[str, Any]], list[str]], compared: bool) -> str:
     """A row for each of the cases that were, or were not, also measured the official way."""
-    report = json.loads((RESULTS / "cpu" / "vila_u.json").read_text(encoding="utf-8"))
+    report = results("cpu/vila_u")
     cases = {name: case for name, case in report["cases"].items() if ("speedup" in case) == compared}
     table = render(["case", *header], [[name, *row(case)] for name, case in cases.items()])
     return f"{table}\n\n{timed_provenance(report)}"
@@ -262,7 +264,7 @@ def timed_provenance(report: dict[str, Any]) -> str:
 
 def step_caches() -> str:
     """What step caches gain and lose with the bundled checkpoint."""
-    report = json.loads((RESULTS / "cpu" / "step_caches.json").read_text(encoding="utf-8"))
+    report = results("cpu/step_caches")
     rows = [
         [
             name,
@@ -281,7 +283,7 @@ def step_caches() -> str:
 
 def dc_ae_dit() -> str:
     """What a diffusion transformer gains from latents of deeper compression."""
-    report = json.loads((RESULTS / "cpu" / "dc_ae_dit.json").read_text(encoding="utf-8"))
+    report = results("cpu/dc_ae_dit")
     rows = []
     for name, case in report["cases"].items():
         speeds = []
@@ -309,7 +311,7 @@ def dc_ae_dit() -> str:
 
 def serving() -> str:
     """A load test of the server: is any request lost?"""
-    report = json.loads((RESULTS / "cpu" / "serving.json").read_text(encoding="utf-8"))
+    report = results("cpu/serving")
     rows = []
     for name, phase in report["phases"].items():
         outcomes, latency = phase["outcomes"], phase["latency_seconds"]

@@ -22,6 +22,9 @@ except ImportError:
 logger = logging.getLogger(__name__)
 
 DTYPES = ["auto", "bfloat16", "float32", "float16"]
+# Inputs of nodes, in ComfyUI's form.
+TEXT = ("STRING", {"multiline": True, "default": "", "dynamicPrompts": True})
+SEED = ("INT", {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True})
 
 
 class Node:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .host import DTYPES, Node, dtype_named, put_on_device
+from .host import DTYPES, SEED, TEXT, Node, dtype_named, put_on_device
 from .model import Control, SanaModel
 from .places import CONTROLNETS, ELSEWHERE, LORAS, SANA, source, state_of
 from .sampling import channels_first, control_options, control_size, generate
@@ -12,8 +12,6 @@ from .vae import SanaVae
 
 
 MODEL = ("SANA_MODEL",)
-TEXT = ("STRING", {"multiline": True, "default": "", "dynamicPrompts": True})
-SEED = ("INT", {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True})
 SIZE = ("INT", {"default": 0, "min": 0, "max": 8192, "step": 32, "tooltip": "0: the size of the checkpoint"})
 SIZES = {"width": SIZE, "height": SIZE, "batch_size": ("INT", {"default": 1, "min": 1, "max": 64})}
 FRACTION = {"min": 0.0, "max": 1.0, "step": 0.01}

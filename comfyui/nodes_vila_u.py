@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from . import host
-from .host import DTYPES, Node, dtype_named, put_on_device
+from .host import DTYPES, SEED, TEXT, Node, dtype_named, put_on_device
 from .places import ELSEWHERE, VILA_U, source, state_of
 from .sampling import run_pipeline, to_pil
 
@@ -54,10 +54,10 @@ class VilaUGenerate(Node):
     RETURN_NAMES = ("images",)
     REQUIRED = {
         "model": ("VILA_U_MODEL",),
-        "prompt": ("STRING", {"multiline": True, "default": "", "dynamicPrompts": True}),
-        "negative_prompt": ("STRING", {"multiline": True, "default": "", "dynamicPrompts": True}),
+        "prompt": TEXT,
+        "negative_prompt": TEXT,
         "guidance_scale": ("FLOAT", {"default": 3.0, "min": 1.0, "max": 30.0, "step": 0.1}),
-        "seed": ("INT", {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True}),
+        "seed": SEED,
         "batch_size": ("INT", {"default": 1, "min": 1, "max": 64}),
     }
 

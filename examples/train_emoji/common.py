@@ -126,7 +126,7 @@ def right_answers(probe: EmojiProbe, scenes: list, objects: list[tuple[str, ...]
         "second": [names[1] if len(names) == 2 else None for names in objects],
         "number": [str(len(names)) for names in objects],
         "place": [
-            scene.position.split(" ")[-1] if len(names) == 1 else None
+            scene.position.split(" ")[-1].replace("center", "") if len(names) == 1 else None
             for scene, names in zip(scenes, objects, strict=True)
         ],
         "color": [scene.color for scene in scenes],

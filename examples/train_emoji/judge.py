@@ -27,7 +27,7 @@ from diffusers_sana.evaluation.emoji_probe import EmojiProbe
 from diffusers_sana.evaluation.measure import compare_sets
 
 from .common import fit_probe, make_parser, right_answers, stored_batches
-from .scenes import COLORS, CORNERS, HELD_OUT, STYLES, Art, Scene, Scenes, held_out_scenes, is_held_out, render
+from .scenes import COLORS, HELD_OUT, SIDES, STYLES, Art, Scene, Scenes, held_out_scenes, is_held_out, render
 
 
 KINDS = {"object": 0.25, "small": 0.05, "position": 0.25, "pair": 0.3, "count": 0.15}
@@ -120,7 +120,7 @@ def judged_scenes(objects: list[str]) -> list[Scene]:
     """Scenes that the training has not shown: each held-out look of an object in the middle and at one side, and as
     many pairs and half as many counts."""
     looks = [Scene((word,), style, color) for word, style, color in product(objects, STYLES, COLORS)]
-    single, sides = [scene for scene in looks if is_held_out(scene)], cycle(side for side in CORNERS if side)
+    single, sides = [scene for scene in looks if is_held_out(scene)], cycle(SIDES)
     aside = [replace(scene, position=side) for scene, side in zip(single, sides, strict=False)]
     several = Scenes(objects, seed=100, kinds={"pair": 2, "count": 1})
     return [*single, *aside, *(several.sample(held_out=True) for _ in range(len(single) * 3 // 2))]
@@ -144,7 +144,7 @@ def check(scene: Scene, seed: int) -> dict:
         include[1]["position"] = ["right of", 0]
     elif scene.kind == "count":
         include[0]["count"] = len(scene.objects)
-    elif scene.position:
+    elif scene.position in SIDES:
         include[0]["place"] = scene.position
     row = {"tag": TAGS.get(scene.kind, scene.kind), "prompt": scene.prompt, "seed": seed, "include": include}
     return row | {"total": len(scene.objects), "background": scene.color, "style": scene.style}

@@ -30,7 +30,7 @@ def taught_scenes(objects: list[str], pairs: int = PAIRS) -> list[Scene]:
     looks = list(product(objects, STYLES, COLORS))
     scenes = [Scene((word,), style, color) for word, style, color in looks]
     for word, style, color in looks:
-        scenes += [Scene((word,), style, color, position, small=not position) for position in CORNERS]
+        scenes += [Scene((word,), style, color, position) for position in CORNERS]
         if word not in UNCOUNTED:
             scenes += [Scene((word,) * number, style, color) for number in NUMBERS]
     taught = [scene for scene in scenes if not is_held_out(scene)]

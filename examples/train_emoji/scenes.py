@@ -43,8 +43,9 @@ COLORS = {
     "black": (36, 36, 40),
     "white": (250, 250, 250),
 }
-# Top left corners (x, y) of the objects, by the words of the position ...
-CORNERS = {"": (64, 64), "left": (0, 64), "right": (128, 64), "top": (64, 0), "bottom": (64, 128)}
+# Top left corners (x, y) of small objects, by the words of the position ...
+SIDES = {"left": (0, 64), "right": (128, 64), "top": (64, 0), "bottom": (64, 128)}
+CORNERS = {"center": (64, 64), **SIDES}
 # ... and, of several objects, by their number, in the order in which they are named.
 CORNERS_OF = {2: ((0, 64), (128, 64)), 3: ((64, 0), (0, 128), (128, 128))}
 NUMBERS = {2: "two", 3: "three"}
@@ -116,22 +117,20 @@ class Scene:
         objects: words for the objects: one, or two different ones from left to right, or two or three equal ones.
         style: one of `STYLES`.
         color: of the background, one of `COLORS`.
-        position: of one small object, one of `CORNERS`.
-        small: whether one object is small in the middle of the image.
+        position: of one small object, one of `CORNERS`; "" for a large one, in the middle.
     """
 
     objects: tuple[str, ...]
     style: str
     color: str
     position: str = ""
-    small: bool = False
 
     @property
     def kind(self) -> str:
         """ "object", "small", "position", "pair" or "count"."""
         if len(self.objects) > 1:
             return "pair" if len(set(self.objects)) > 1 else "count"
-        return "position" if self.position else "small" if self.small else "object"
+        return "position" if self.position in SIDES else "small" if self.position else "object"
 
     @property
     def prompt(self) -> str:
@@ -199,8 +198,8 @@ class Scenes:
             objects = tuple(self.random.sample(known, 2 if kind == "pair" else 1))
             if kind == "count":
                 objects *= self.random.choice(list(NUMBERS))
-            position = self.random.choice([p for p in CORNERS if p]) if kind == "position" else ""
-            scene = Scene(objects, style, color, position, kind == "small")
+            position = self.random.choice(list(SIDES)) if kind == "position" else "center" if kind == "small" else ""
+            scene = Scene(objects, style, color, position)
             if held_out is None or is_held_out(scene) == held_out:
                 return scene
 
@@ -251,7 +250,7 @@ def placement(scene: Scene) -> tuple[int, tuple[tuple[int, int], ...]]:
     """Side of the objects, and the corner (x, y) of each."""
     if len(scene.objects) > 1:
         return SMALL, CORNERS_OF[len(scene.objects)]
-    if scene.position or scene.small:
+    if scene.position:
         return SMALL, (CORNERS[scene.position],)
     return LARGE, (((RESOLUTION - LARGE) // 2,) * 2,)
 

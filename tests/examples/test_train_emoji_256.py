@@ -134,7 +134,7 @@ def test_captions_name_what_the_scene_shows():
     assert not any("a cat to the right" in phrasing or "a dog to the left" in phrasing for phrasing in phrasings)
     assert Scene(("tomato",) * 2, "flat", "red").prompt == "two tomatoes on a red background, flat style"
     assert Scene(("bread",), "flat", "red", "top").prompt == "bread at the top on a red background, flat style"
-    assert Scene(("key",), "3d", "red", small=True).prompt == "a small key on a red background, 3d style"
+    assert Scene(("key",), "3d", "red", "center").prompt == "a small key on a red background, 3d style"
 
 
 def test_english():
@@ -311,16 +311,18 @@ def test_answers_of_the_judge_say_what_a_scene_shows():
         Scene(("dog",), "flat", "blue", "top"),
         Scene(("cat", "dog"), "3d", "red"),
         Scene(("key",) * 3, "flat", "white"),
+        Scene(("key",), "flat", "white", "center"),
     ]
     found = {name: column.tolist() for name, column in judge.answers(probe, scenes).items()}
-    assert found["first"] == [WORDS.index("dog"), WORDS.index("cat"), WORDS.index("key")]
-    assert found["second"] == [-1, WORDS.index("dog"), -1]
-    assert found["number"] == [0, 1, 2]
-    assert found["place"] == [probe.answers["place"].index("top"), -1, -1]
+    assert found["first"] == [WORDS.index(word) for word in ("dog", "cat", "key", "key")]
+    assert found["second"] == [-1, WORDS.index("dog"), -1, -1]
+    assert found["number"] == [0, 1, 2, 0]
+    assert found["place"] == [probe.answers["place"].index("top"), -1, -1, probe.answers["place"].index("")]
     assert [judge.check(scene, 5)["include"] for scene in scenes] == [
         [{"class": "dog", "place": "top"}],
         [{"class": "cat"}, {"class": "dog", "position": ["right of", 0]}],
         [{"class": "key", "count": 3}],
+        [{"class": "key"}],
     ]
 
 
