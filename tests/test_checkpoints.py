@@ -80,8 +80,9 @@ def test_plain_diffusers_generates_the_same(pipe):
 def test_command_line(tmp_path, capsys):
     out = tmp_path / "new" / "picture.png"
     cli.main(["generate", "a fox", "--out", str(out), "--steps", "2", "--num-images", "2", "--seed", "3"])
-    assert capsys.readouterr().out.split() == [str(out), str(out.with_stem("picture-1"))]
-    assert diffusers.utils.load_image(str(out)).size == (128, 128)
+    files = [out.with_stem("picture-seed3"), out.with_stem("picture-seed4")]
+    assert capsys.readouterr().out.split() == [str(file) for file in files]
+    assert diffusers.utils.load_image(str(files[1])).size == (128, 128)
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,7 @@ def test_every_argument_is_passed_on(monkeypatch):
     monkeypatch.setattr(Request, "_check", lambda request, has_vae: collected.append(request))
     monkeypatch.setattr(shared(), "_sizes", lambda request: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        shared(**marks)
+        shared()(**marks)
     assert {name: getattr(collected[0], name) for name in marks} == marks
 
 
@@ -427,7 +427,7 @@ def test_text_is_projected_once(pipe):
 
 
 @pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
-def test_group_offload(pipe, shared, offload_type):
+def test_group_offload(pipe, offload_type):
     cpu = torch.device("cpu")
     pipe.enable_group_offload(onload_device=cpu, offload_device=cpu, num_blocks_per_group=1, offload_type=offload_type)
     assert_close_fp32(generate(pipe), generate(shared()))
