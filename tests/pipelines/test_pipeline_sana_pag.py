@@ -271,6 +271,7 @@ def test_signature_is_that_of_the_plain_pipeline_and_more():
 def test_every_argument_is_passed_on(monkeypatch):
     """Also those that the other tests leave at their defaults."""
     marks = {name: object() for name in inspect.signature(SanaPipeline.__call__).parameters if name != "self"}
+    marks["attention_kwargs"] = {"scale": 0.5}
     collected = []
     monkeypatch.setattr(Request, "_check", lambda request, has_vae: collected.append(request))
     monkeypatch.setattr(shared(), "_sizes", lambda request: 1 / 0)
