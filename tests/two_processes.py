@@ -1,5 +1,6 @@
 """Runs a script, such as a test module, in two processes (gloo, on a CPU)."""
 
+import atexit
 import os
 import socket
 import subprocess
@@ -42,4 +43,6 @@ def join() -> int:
     torch.accelerator.device_count = lambda: 1
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
+    # Or threads of the group may abort the process at its end: "terminate called without an active exception".
+    atexit.register(torch.distributed.destroy_process_group)
     return torch.distributed.get_rank()
