@@ -1,4 +1,4 @@
-"""What the demo page says of its own images ("Ask about this image"): results/cpu/demo_answers.json.
+"""What the demo page says about the images it generates ("Ask about this image"): results/cpu/demo_answers.json.
 
     python -m benchmarks.demo_answers
 

@@ -47,7 +47,7 @@ class Node:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """The inputs, in ComfyUI's form; the drop-down lists are made anew at each call."""
+        """The inputs, in ComfyUI's form; the drop-down lists are made again at each call."""
         groups = {"required": cls.REQUIRED, "optional": cls.OPTIONAL}
         return {
             group: {name: (kind() if callable(kind) else kind, *rest) for name, (kind, *rest) in inputs.items()}

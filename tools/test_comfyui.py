@@ -2,7 +2,7 @@
 
     COMFYUI_DIR=/path/to/ComfyUI make test-comfyui
 
-The server is started from the checkout with a base directory of its own, which has the node pack as a custom node, so
+The server is started from the checkout with a separate base directory, which has the node pack as a custom node, so
 nothing is written into the checkout. COMFYUI_PYTHON names the Python that has ComfyUI's requirements and ours; it
 also runs this script. Every workflow must end without an error and give images, its progress bars must end full, and
 previews must arrive. Then come an interruption, and a LoRA file that is replaced between runs. Writes

@@ -102,7 +102,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Generates images from a prompt, and perhaps from other images, and prints the paths of their files.
 
-    Images do not depend on how many are generated at once: each has a seed of its own.
+    Images do not depend on how many are generated at once: each has its own seed.
     """
     started = time.perf_counter()
     kind, tasks = check(args)

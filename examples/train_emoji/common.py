@@ -84,7 +84,7 @@ def assemble(sana: Path, vae_folder: Path, out: Path) -> None:
 def stored_batches(
     images: Callable[[int], tuple[Tensor, list]], size: int, batch_size: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, list]]:
-    """Endless batches of `images` out of a store of `size`, of which each renews a quarter of its own size."""
+    """Endless batches of `images` out of a store of `size`, of which each renews as much as a quarter of a batch."""
     store, scenes = images(size)
     oldest, renewed = 0, batch_size // 4
     while True:

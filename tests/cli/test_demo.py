@@ -64,7 +64,7 @@ def address(tmp_path_factory):
 
 @pytest.fixture
 def page(address):
-    """The page in a browser of its own; it may ask no other host for anything."""
+    """The page in a new browser; it may ask no other host for anything."""
     if BROWSER is None:
         pytest.skip("there is no chromium")
     with playwright.sync_playwright() as driver:

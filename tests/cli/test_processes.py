@@ -1,4 +1,4 @@
-"""The command line in processes of its own: what it prints on a clean run, signals, the Hub, closed pipes."""
+"""The command line, run as separate processes: what it prints on a clean run, signals, the Hub, closed pipes."""
 
 import os
 import shutil

@@ -163,7 +163,7 @@ def test_lora_is_in_one_branch_only(nodes, model, pipe, server):
 
 
 def test_a_lora_file_that_was_replaced(nodes, pipe, server):
-    """It is read anew, and weights that no branch uses any more are not kept."""
+    """It is read again, and weights that no branch uses any more are not kept."""
     path = server.models / "loras" / "new.safetensors"
     lora = random_lora(pipe.transformer)
     save_file(FORMATS["kohya"](lora), path)

@@ -46,7 +46,7 @@ def test_declarations(nodes):
 
 
 def test_start_up_imports_nothing_heavy():
-    """In a Python of its own, which has torch already, as ComfyUI has; without ComfyUI's modules."""
+    """In a separate Python, which has torch already, as ComfyUI has; without ComfyUI's modules."""
     code = """
 import importlib.util, sys, time, torch
 before, start = set(sys.modules), time.process_time()

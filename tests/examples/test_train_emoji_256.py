@@ -237,7 +237,7 @@ def test_latents_are_encoded_once(art, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(latents, "encode", lambda *_: pytest.fail("encoded again"))
         assert torch.equal(load_latents(path, vae, art, scenes), written)
-    # Another encoder, or other scenes, and the file is written anew.
+    # Another encoder, or other scenes, and the file is written again.
     with torch.no_grad():
         vae.encoder.conv_out.weight.mul_(2)
     assert not torch.equal(load_latents(path, vae, art, scenes), written)

@@ -3,7 +3,7 @@
     python -m tools.publish.dist [--out dist]
 
 The sdist leaves out tests, docs and vila-u-emoji, and the wheel is built from it, so both stay below 45 MB.
-vila-u-emoji becomes a wheel of its own that installs into the same folder. `pip install .` in a clone has everything.
+vila-u-emoji becomes a separate wheel that installs into the same folder. `pip install .` in a clone has everything.
 Then `twine upload dist/*` publishes them, with the owner's token.
 """
 
@@ -24,7 +24,9 @@ def run(module: str, *arguments: str | Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "dist", metavar="DIR", help="what to write, anew")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "dist", metavar="DIR", help="what to write, replacing what is there"
+    )
     out = parser.parse_args(argv).out.resolve()
     for old in [*out.glob("diffusers_sana*.whl"), *out.glob("diffusers_sana*.tar.gz")]:
         old.unlink()
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in files:
         print(f"{path.stat().st_size / 1e6:6.1f} MB  {path.name}")
     if large := [path.name for path in files if path.stat().st_size > LIMIT_MB * 1e6]:
-        sys.exit(f"larger than {LIMIT_MB} MB: {', '.join(large)}. Move a checkpoint to a distribution of its own.")
+        sys.exit(f"larger than {LIMIT_MB} MB: {', '.join(large)}. Move a checkpoint to a separate distribution.")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ def parse_args(description: str | None, out: Path, argv: list[str] | None) -> ar
     """`--owner`, `--out`, `--push`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--owner", default="OWNER", help="user or organization on the Hub")
-    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help=f"what to write, anew; default: {out}")
+    parser.add_argument(
+        "--out", type=Path, default=out, metavar="DIR", help=f"what to write, replacing what is there; default: {out}"
+    )
     parser.add_argument("--push", action="store_true", help="upload with the token of `hf auth login` or HF_TOKEN")
     args = parser.parse_args(argv)
     if args.push and args.owner == "OWNER":

@@ -4,7 +4,7 @@
 
 The folder is a project of kernel-builder (`build.toml`, `flake.nix`, `torch-ext/`) and, because nothing has to be
 compiled, also what that would build: `build/torch-cuda` and so on, with the digests of their files. All imports within
-are relative, and each variant registers its operators in a namespace of its own, so several versions can be loaded at
+are relative, and each variant registers its operators in its own namespace, so several versions can be loaded at
 once. The kernels are ours, word for word: `diffusers_sana/kernels` and `_compat.py`.
 """
 
