@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 import torch
 
-from diffusers_sana.loaders.nunchaku.assemble import Conversion, block_names, matrix_shape
-from diffusers_sana.loaders.nunchaku.layers import Source, merge_columns, read_awq, read_svdq, without_shift
+from diffusers_sana.loaders.nunchaku.layers import read_awq, read_svdq, without_shift
+from diffusers_sana.loaders.quantized.assemble import Conversion, block_names, matrix_shape
+from diffusers_sana.loaders.quantized.layer import Source, merge_columns
 
 
 # Name in the file -> layers of the model whose rows it concatenates.
@@ -70,4 +71,4 @@ def _adaln(source: Source, shapes: Mapping[str, torch.Size], name: str, splits: 
         bias = layer.bias.float().unflatten(0, (splits, channels))
         bias[[*{1, splits - 2}]] -= 1
         layer.bias = bias.flatten()
-    out.add(name, layer, weight_only=True)
+    out.add(name, layer)

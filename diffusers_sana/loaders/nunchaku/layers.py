@@ -1,145 +1,30 @@
-"""One layer of a Nunchaku file in natural order, and its transformations: select, merge, remove the shift.
+"""One layer of a Nunchaku file: tensors in the order of matrix fragments from and to `UnpackedLayer`.
 
 Legend: N output features, K input features, G groups along K, r rank. Nunchaku pads N and K to multiples of 128.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from diffusers_sana.kernels.low_bit import (
     GROUP_SIZES,
     decode_int4,
+    encode_weight,
     nonzero,
-    pack_nibbles,
     pad_features,
-    padded,
     precision_of,
+    unpack_nibbles,
+    weight_scales,
 )
 from diffusers_sana.loaders.nunchaku import packing
-from diffusers_sana.quantizers.svdquant.algorithm.decompose import QuantizedWeight
+from diffusers_sana.loaders.quantized.layer import Source, UnpackedLayer
 
 
 SHIFT = 0.171875  # added to the output of GELU, so that 4-bit codes need no sign
 LITE_NAMES = {"smooth": "smooth_factor", "lora_down": "proj_down", "lora_up": "proj_up"}
-
-
-class Source:
-    """The tensors of a checkpoint; records which were read.
-
-    Args:
-        tensors: by key.
-        origin: name of the checkpoint, for messages.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], origin: str) -> None:
-        self.tensors, self.origin = tensors, origin
-        self._unread = set(tensors)
-
-    def get(self, key: str, shape: tuple[int, ...] | None = None) -> Tensor | None:
-        """A tensor, or None if there is none.
-
-        Raises:
-            ValueError: another shape.
-        """
-        tensor = self.tensors.get(key)
-        self._unread.discard(key)
-        if tensor is not None and shape is not None and tuple(tensor.shape) != tuple(shape):
-            raise ValueError(
-                f"{key!r} must have shape {tuple(shape)}, got {tuple(tensor.shape)} in {self.origin}. "
-                "The checkpoint is for a different architecture, or not in Nunchaku's layout."
-            )
-        return tensor
-
-    def take(self, key: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """A required tensor.
-
-        Raises:
-            ValueError: it is missing or has another shape.
-        """
-        tensor = self.get(key, shape)
-        if tensor is None:
-            raise ValueError(
-                f"{self.origin} must have {key!r}, but lacks it. The file is incomplete or in another format."
-            )
-        return tensor
-
-    def check_all_read(self, ignored: str) -> None:
-        """Checks that all tensors were read, except keys that end in `ignored`.
-
-        Raises:
-            ValueError: naming keys.
-        """
-        unread = sorted(key for key in self._unread if not key.endswith(ignored))
-        if unread:
-            raise ValueError(
-                f"{self.origin} has {len(unread)} tensors that the model does not have, such as {unread[:3]}. "
-                "The checkpoint is for a different architecture or an unsupported variant."
-            )
-
-
-@dataclass
-class UnpackedLayer:
-    """A 4-bit layer in natural order.
-
-    Attributes:
-        codes: nibbles in uint8, `[N, K]`.
-        scales: `[N, G]`, 16 bit, or e4m3 for NVFP4.
-        row_scales: fp32 `[N]` for NVFP4, else None.
-        smooth: `[K]`.
-        down, up: `[r, K]` and `[N, r]`.
-        bias: `[N]` or None.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    row_scales: Tensor | None
-    smooth: Tensor
-    down: Tensor
-    up: Tensor
-    bias: Tensor | None
-
-    def rows(self, index: Tensor | slice) -> "UnpackedLayer":
-        """A selection of output features."""
-        return replace(
-            self,
-            codes=self.codes[index],
-            scales=_bits(self.scales)[index].view(self.scales.dtype),
-            row_scales=None if self.row_scales is None else self.row_scales[index],
-            up=self.up[index],
-            bias=None if self.bias is None else self.bias[index],
-        )
-
-    def columns(self, features: int) -> "UnpackedLayer":
-        """The first input features."""
-        groups = -(-features // GROUP_SIZES[precision_of(self.scales)])
-        return replace(
-            self,
-            codes=self.codes[:, :features],
-            scales=self.scales[:, :groups],
-            smooth=self.smooth[:features],
-            down=self.down[:, :features],
-        )
-
-    def to_quantized_weight(self, dtype: torch.dtype) -> QuantizedWeight:
-        """The layer in the layout of our own layers.
-
-        Row scales and smoothing factors stay in fp32 if `dtype` would round them.
-        """
-        group_size = GROUP_SIZES[precision_of(self.scales)]
-        groups = padded(self.codes.shape[1]) // group_size
-        scales = self.scales if self.row_scales is not None else self.scales.to(dtype)
-        return QuantizedWeight(
-            pack_nibbles(pad_features(self.codes), group_size),
-            F.pad(_bits(scales), (0, groups - scales.shape[1])).view(scales.dtype),
-            None if self.row_scales is None else _exact_in(self.row_scales, dtype),
-            _exact_in(self.smooth, dtype),
-            self.down.to(dtype),
-            self.up.to(dtype),
-        )
 
 
 def read_svdq(
@@ -222,58 +107,70 @@ def read_awq(source: Source, prefix: str, rows: int, columns: int) -> UnpackedLa
         down = torch.cat([down.float(), source.take(of_lora[0], (rank, columns)).float()])
         up = torch.cat([up.float(), source.take(of_lora[1], (rows, rank)).float()], dim=1)
     bias = source.get(f"{prefix}.bias", (rows,))
-    return UnpackedLayer(nibbles, scales, None, scales.new_ones(columns), down, up, bias)
+    return UnpackedLayer(nibbles, scales, None, scales.new_ones(columns), down, up, bias, weight_only=True)
 
 
-def merge_columns(first: UnpackedLayer, second: UnpackedLayer, name: str) -> UnpackedLayer:
-    """Merges two layers whose outputs are added into one layer on the concatenated inputs.
+def svdq_tensors(layer: UnpackedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a layer with 4-bit weights and activations, under the names `LITE_NAMES`, padded to the tiles.
 
-    Two NVFP4 layers have separate row scales, but the merged layer has one. Their ratio goes into the smoothing
-    factors of the second layer, which divide its weight and its input alike; codes and scales are unchanged.
+    Zeros pad what is multiplied or added. Ones pad what the kernels divide by, and all scales.
 
-    Raises:
-        ValueError: the first layer ends within a group, or the ratio of the row scales differs between rows.
+    Args:
+        layer: of a rank that is a multiple of 16, or of any rank, which is padded with zeros.
+        dtype: of the file.
     """
-    features, group_size = first.codes.shape[1], GROUP_SIZES[precision_of(first.scales)]
-    if features % group_size or first.scales.dtype != second.scales.dtype:
-        raise ValueError(
-            f"{name!r} cannot be merged: its first part, {features} features, must be a multiple of the group size "
-            f"{group_size} and have the format of the second, got {first.scales.dtype} and {second.scales.dtype}."
-        )
-    smooth = second.smooth.float()
-    if first.row_scales is not None and second.row_scales is not None:
-        ratio = first.row_scales.double() / second.row_scales.double()
-        if not (ratio == ratio[0]).all():
-            raise ValueError(
-                f"{name!r} cannot be merged: the row scales of its parts must have the same ratio in all rows, got "
-                f"{ratio.min().item()} to {ratio.max().item()}."
-            )
-        smooth = (smooth.double() * ratio[0]).float()
-    biases = [part.bias.float() for part in (first, second) if part.bias is not None]
-    return UnpackedLayer(
-        torch.cat([first.codes, second.codes], dim=1),
-        torch.cat([_bits(first.scales), _bits(second.scales)], dim=1).view(first.scales.dtype),
-        first.row_scales,
-        torch.cat([first.smooth.float(), smooth]),
-        torch.block_diag(first.down, second.down),
-        torch.cat([first.up, second.up], dim=1),
-        torch.stack(biases).sum(0) if biases else None,
-    )
+    tensors = {
+        "qweight": packing.pack_codes(layer.codes),
+        "smooth_factor": packing.pack_vector(layer.smooth.to(dtype), padding=1),
+        "proj_down": packing.pack_down(layer.down.to(dtype)),
+        "proj_up": packing.pack_up(layer.up.to(dtype)),
+    }
+    if layer.bias is not None:
+        tensors["bias"] = packing.pack_vector(layer.bias.to(dtype))
+    if layer.row_scales is None:
+        return tensors | {"wscales": packing.pack_scales(layer.scales.to(dtype))}
+    return tensors | {
+        "wscales": packing.pack_micro_scales(layer.scales),
+        "wcscales": packing.pack_vector(layer.row_scales.to(dtype), padding=1),
+    }
 
 
-def without_shift(layer: UnpackedLayer) -> UnpackedLayer:
-    """Corrects the bias of an int4 layer after GELU for an input that is not shifted; NVFP4 is never shifted."""
+def fits_awq(layer: UnpackedLayer) -> bool:
+    """Whether the sides are multiples of AWQ's tiles."""
+    return layer.codes.shape[1] % packing.AWQ_GROUP == layer.codes.shape[0] % 4 == 0
+
+
+def is_plain(layer: UnpackedLayer) -> bool:
+    """Whether codes and scales alone define the layer, as `codes * scales + zeros`."""
+    return layer.precision == "int4" and not layer.has_branch and bool((layer.smooth == 1).all())
+
+
+def awq_tensors(layer: UnpackedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a layer with 4-bit weights and 16-bit activations; `bias` is in natural order.
+
+    The zero point is 8, the only one for which no scale is rounded. A layer that is not plain is rounded to one.
+    """
+    codes, scales = layer.codes, layer.scales
+    if not is_plain(layer):
+        weight = layer.matrix()
+        scales, _ = weight_scales(weight, "int4", dtype)
+        codes = unpack_nibbles(encode_weight(weight, scales, None), packing.AWQ_GROUP)
+    scales = scales.to(dtype).t().contiguous()
+    tensors = {"qweight": packing.pack_awq(codes ^ 8), "wscales": scales, "wzeros": -8 * scales}
+    return tensors if layer.bias is None else tensors | {"bias": layer.bias.to(dtype)}
+
+
+def without_shift(layer: UnpackedLayer, sign: int = 1) -> UnpackedLayer:
+    """Corrects the bias of an int4 layer after GELU for an input that is not shifted; NVFP4 is never shifted.
+
+    With `sign=-1` the inverse: the bias for a runtime that adds the shift to the input of the 4-bit part.
+    """
     if layer.row_scales is not None or layer.bias is None:
         return layer
     codes, inverse = pad_features(decode_int4(layer.codes)), pad_features(1 / layer.smooth.float())
     group_size = GROUP_SIZES["int4"]
     sums = torch.einsum("ngk,gk->ng", codes.float().unflatten(1, (-1, group_size)), inverse.view(-1, group_size))
-    return replace(layer, bias=layer.bias.float() + SHIFT * (sums * layer.scales.float()).sum(1))
-
-
-def _bits(scales: Tensor) -> Tensor:
-    """e4m3 as bytes, which PyTorch can index, pad and concatenate on all devices."""
-    return scales.view(torch.uint8) if scales.dtype == torch.float8_e4m3fn else scales
+    return replace(layer, bias=layer.bias.float() + sign * SHIFT * (sums * layer.scales.float()).sum(1))
 
 
 def _check_padding(layer: UnpackedLayer, rows: int, columns: int, name: str, origin: str) -> None:
@@ -294,8 +191,3 @@ def _row_scales(source: Source, key: Callable[[str], str], rows: int) -> Tensor:
     of_rows, of_tensor = source.get(key("wcscales"), (rows,)), source.get(key("wtscale"))
     scales = torch.ones(rows) if of_rows is None else packing.unpack_vector(of_rows).float()
     return scales if of_tensor is None else scales * of_tensor.float().reshape(1)
-
-
-def _exact_in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    rounded = tensor.to(dtype)
-    return rounded if torch.equal(rounded.to(torch.float32), tensor.to(torch.float32)) else tensor.float()

@@ -13,15 +13,23 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from diffusers_sana.checkpoint_files import check_hub_options
 from diffusers_sana.files import read_json
-from diffusers_sana.kernels.low_bit import GROUP_SIZES, encode_weight, unpack_nibbles, weight_scales
+from diffusers_sana.kernels.low_bit import GROUP_SIZES
 from diffusers_sana.loaders.nunchaku import packing
-from diffusers_sana.loaders.nunchaku.assemble import Conversion, empty_model, matrix_shape
-from diffusers_sana.loaders.nunchaku.layers import LITE_NAMES, Source, read_awq, read_svdq
+from diffusers_sana.loaders.nunchaku.layers import (
+    LITE_NAMES,
+    awq_tensors,
+    fits_awq,
+    is_plain,
+    read_awq,
+    read_svdq,
+    svdq_tensors,
+)
 from diffusers_sana.loaders.nunchaku.load import DTYPES, assemble, read_safetensors
+from diffusers_sana.loaders.quantized.assemble import Conversion, empty_model, matrix_shape
+from diffusers_sana.loaders.quantized.layer import Source, UnpackedLayer
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantConv2d, SVDQuantLayer
 
 
@@ -81,7 +89,7 @@ def load_nunchaku_lite(
         for name in (quantization.get("svdq_w4a4") or {}).get("targets", ()):
             out.add(name, read_svdq(source, name, *matrix_shape(shapes, name), LITE_NAMES))
         for name in (quantization.get("awq_w4a16") or {}).get("targets", ()):
-            out.add(name, read_awq(source, name, *matrix_shape(shapes, name)), weight_only=True)
+            out.add(name, read_awq(source, name, *matrix_shape(shapes, name)))
         if not out.layers:
             raise ValueError(f"{source.origin} must list at least one layer in its config.json, got none.")
         return out
@@ -113,25 +121,22 @@ def export_nunchaku_lite(
     state = dict(model.state_dict())
     svdq, awq = [], []
     for name, layer in layers.items():
-        bias = {} if layer.bias is None else {"bias": layer.bias.to(dtype)}
         for part in layer.state_dict():
             del state[f"{name}.{part}"]
-        if not layer.is_weight_only:
+        item = UnpackedLayer.of(layer)
+        if not item.weight_only:
             svdq.append(name)
-            bias = {key: packing.pack_vector(value) for key, value in bias.items()}
-            parts = _svdq_tensors(layer, rank, dtype)
-        elif _is_plain(layer):
+            parts = svdq_tensors(item.with_rank(rank), dtype)
+            if item.precision == "nvfp4":
+                parts["wtscale"] = torch.ones(1, dtype=dtype)
+        elif fits_awq(item) and (requantize_weight_only or is_plain(item)):
             awq.append(name)
-            parts = _awq_tensors(unpack_nibbles(layer.qweight, GROUP_SIZES["int4"]) ^ 8, layer.wscales)
-        elif requantize_weight_only and _fits_awq(layer):
-            awq.append(name)
-            weight = layer.dequantize(torch.float32)
-            scales, _ = weight_scales(weight, "int4", dtype)
-            codes = unpack_nibbles(encode_weight(weight, scales, None), GROUP_SIZES["int4"]) ^ 8
-            parts = _awq_tensors(codes, scales)
+            parts = awq_tensors(item, dtype)
         else:
             parts = {"weight": layer.dequantize(dtype)}
-        state |= {f"{name}.{part}": tensor for part, tensor in (parts | bias).items()}
+            if layer.bias is not None:
+                parts["bias"] = layer.bias.to(dtype)
+        state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     quantization: dict[str, Any] = {"quant_method": "nunchaku_lite", "compute_dtype": str(dtype).rpartition(".")[2]}
     if svdq:
         common = {"precision": precision, "group_size": GROUP_SIZES[precision]}
@@ -186,41 +191,3 @@ def _check_model(model: nn.Module, layers: Mapping[str, SVDQuantLayer]) -> tuple
     if rank > MAX_RANK:
         raise ValueError(f"the ranks of `model` must be at most {MAX_RANK}, got {rank}.")
     return dtypes.pop(), precisions.pop(), rank
-
-
-def _svdq_tensors(layer: SVDQuantLayer, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    missing = rank - layer.rank
-    tensors = {
-        "qweight": packing.pack_codes(unpack_nibbles(layer.qweight, GROUP_SIZES[layer.precision])),
-        "smooth_factor": packing.pack_vector(layer.smooth_factor.to(dtype)),
-        "proj_down": packing.pack_down(F.pad(layer.proj_down, (0, 0, 0, missing))),
-        "proj_up": packing.pack_up(F.pad(layer.proj_up, (0, missing))),
-    }
-    if layer.wtscale is None:
-        return tensors | {"wscales": packing.pack_scales(layer.wscales)}
-    return tensors | {
-        "wscales": packing.pack_micro_scales(layer.wscales),
-        "wcscales": packing.pack_vector(layer.wtscale.to(dtype)),
-        "wtscale": torch.ones(1, dtype=dtype),
-    }
-
-
-def _fits_awq(layer: SVDQuantLayer) -> bool:
-    return layer.smooth_factor.shape[0] % packing.AWQ_GROUP == layer.qweight.shape[0] % 4 == 0
-
-
-def _is_plain(layer: SVDQuantLayer) -> bool:
-    """Whether codes and scales alone define the layer, as `codes * scales + zeros`."""
-    has_branch = bool(layer.proj_up.any()) and bool(layer.proj_down.any())
-    return _fits_awq(layer) and not has_branch and bool((layer.smooth_factor == 1).all())
-
-
-def _awq_tensors(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
-    """Tensors with a zero point of 8, the only one for which no scale is rounded.
-
-    Args:
-        codes: `[N, K]`, 0..15, where 8 is zero.
-        scales: `[N, K/64]`.
-    """
-    scales = scales.t()
-    return {"qweight": packing.pack_awq(codes), "wscales": scales, "wzeros": -8 * scales}

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from diffusers_sana.checkpoint_files import check_hub_options
 from diffusers_sana.files import read_text
-from diffusers_sana.loaders.nunchaku.assemble import Conversion, all_tensors, empty_model, fill_model
 from diffusers_sana.loaders.nunchaku.flux import convert_flux
-from diffusers_sana.loaders.nunchaku.layers import Source
 from diffusers_sana.loaders.nunchaku.sana import convert_sana
+from diffusers_sana.loaders.quantized.assemble import Conversion, all_tensors, empty_model, fill_model
+from diffusers_sana.loaders.quantized.layer import Source
 
 
 # From the tensors of a file, the shapes of the state dict of the 16-bit model, and the dtype of all floating-point
@@ -33,7 +33,7 @@ CONVERTERS: dict[str, Converter] = {
 FOLDER_FILES = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALWAYS_16_BIT = (".lora_down", ".proj_down", ".wzeros")  # their dtype is that of the checkpoint
-IGNORED = ".smooth_orig"  # a record of the quantizer, not needed for inference
+IGNORED = (".smooth_orig", ".smooth_factor_orig")  # a record of the quantizer, not needed for inference
 
 
 def load_nunchaku(

@@ -2,7 +2,8 @@
 
 Every layout factors the rows and columns of a matrix and permutes the factors, so packing is a reshape, a permutation
 and a reshape, and unpacking the inverse. The shapes of packed tensors in files are nominal: only the number of
-elements matters. Tiles are padded with zeros; `unpack_*` returns the padding as well.
+elements matters. Tiles are padded: scales and what kernels divide by with ones, everything else with zeros. `unpack_*`
+returns the padding as well.
 
 Legend: N output features, K input features, r rank, G groups along K; Np, Kp, rp, Gp are those of the file.
 """
@@ -52,6 +53,7 @@ _MICRO_SCALES = _Layout((4, 4, 8), (4,), (0, 4, 3, 2, 1, 5))
 _DOWN = _Layout((2, 8), (2, 4, 2), (3, 0, 2, 5, 1, 4, 6))
 _UP = _Layout((2, 8), (2, 4, 2), (0, 3, 2, 5, 1, 4, 6))
 _AWQ = _Layout((4,), (2, 4, 8), (0, 2, 1, 3, 5, 4))
+_E4M3_ONE = 0x38  # the byte of 1 in e4m3
 
 
 def pack_codes(nibbles: Tensor) -> Tensor:
@@ -69,8 +71,8 @@ def unpack_codes(packed: Tensor) -> Tensor:
 
 
 def pack_scales(scales: Tensor) -> Tensor:
-    """16-bit scales `[N, G]` to `[G, Np]`."""
-    scales = _padded(scales, TILE, 1)
+    """16-bit scales `[N, G]` of groups of 64 to `[Gp, Np]`."""
+    scales = _padded(scales, TILE, TILE // 64, value=1)
     return _SCALES.pack(scales).reshape(scales.shape[1], -1)
 
 
@@ -80,9 +82,9 @@ def unpack_scales(packed: Tensor) -> Tensor:
     return _SCALES.unpack(packed, packed.shape[1], packed.shape[0])
 
 
-def pack_vector(vector: Tensor) -> Tensor:
-    """A 16-bit vector `[N]`, such as a bias, to `[Np]`."""
-    return pack_scales(vector[:, None]).flatten()
+def pack_vector(vector: Tensor, padding: float = 0) -> Tensor:
+    """A 16-bit vector `[N]` to `[Np]`, with zeros for a bias, ones for smoothing factors and row scales."""
+    return _SCALES.pack(_padded(vector[:, None], TILE, 1, value=padding))
 
 
 def unpack_vector(packed: Tensor) -> Tensor:
@@ -93,7 +95,7 @@ def unpack_vector(packed: Tensor) -> Tensor:
 
 def pack_micro_scales(scales: Tensor) -> Tensor:
     """e4m3 scales `[N, G]` of groups of 16 to `[Gp, Np]`."""
-    padded = _padded(scales.view(torch.uint8), TILE, TILE // 16)
+    padded = _padded(scales.view(torch.uint8), TILE, TILE // 16, value=_E4M3_ONE)
     return _MICRO_SCALES.pack(padded).view(scales.dtype).reshape(padded.shape[1], padded.shape[0])
 
 
@@ -145,9 +147,9 @@ def unpack_awq(packed: Tensor) -> Tensor:
     return _AWQ.unpack(_cut(packed), rows, columns)
 
 
-def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    """Zero padding at the bottom and right, to multiples of `rows` and `columns`."""
-    return F.pad(matrix, (0, -matrix.shape[1] % columns, 0, -matrix.shape[0] % rows))
+def _padded(matrix: Tensor, rows: int, columns: int, value: float = 0) -> Tensor:
+    """Padding at the bottom and right, to multiples of `rows` and `columns`."""
+    return F.pad(matrix, (0, -matrix.shape[1] % columns, 0, -matrix.shape[0] % rows), value=value)
 
 
 def _join(nibbles: Tensor) -> Tensor:

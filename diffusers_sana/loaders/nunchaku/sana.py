@@ -6,9 +6,10 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor
 
-from diffusers_sana.loaders.nunchaku.assemble import Conversion, block_names, matrix_shape
-from diffusers_sana.loaders.nunchaku.layers import Source, read_svdq
+from diffusers_sana.loaders.nunchaku.layers import read_svdq
 from diffusers_sana.loaders.nunchaku.packing import TILE
+from diffusers_sana.loaders.quantized.assemble import Conversion, block_names, matrix_shape
+from diffusers_sana.loaders.quantized.layer import Source
 
 
 logger = logging.get_logger(__name__)

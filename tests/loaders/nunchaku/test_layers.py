@@ -7,14 +7,8 @@ import torch
 
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight
 from diffusers_sana.kernels.low_bit import decode_int4
-from diffusers_sana.loaders.nunchaku.layers import (
-    Source,
-    UnpackedLayer,
-    merge_columns,
-    read_awq,
-    read_svdq,
-    without_shift,
-)
+from diffusers_sana.loaders.nunchaku.layers import LITE_NAMES, read_awq, read_svdq, svdq_tensors, without_shift
+from diffusers_sana.loaders.quantized.layer import Source, UnpackedLayer, merge_columns, stack_rows
 from tests.loaders.nunchaku import nunchaku_files as files
 from tests.loaders.nunchaku import nunchaku_formulas as formulas
 from tests.numerics import assert_close_fp32
@@ -179,3 +173,57 @@ def test_what_16_bits_would_round_stays_fp32():
     native = rounded.to_quantized_weight(torch.bfloat16)
     assert native.smooth_factor.dtype == torch.bfloat16
     assert native.wtscale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+@pytest.mark.parametrize(("rows", "columns"), [(100, 192), (300, 128), (256, 80)])
+def test_written_layers(precision, rows, columns):
+    """Also at sides that are no multiple of 128: the same numbers come back, and no kernel divides by a zero."""
+    item = layer(rows, columns if precision == "nvfp4" else formulas.ceil(columns, 64), 16, precision, row_scale=0.5)
+    item = item.columns(columns)
+    tensors = svdq_tensors(item, torch.float32)
+    high, wide = formulas.ceil(rows, 128), formulas.ceil(columns, 128)
+    assert tensors["wscales"].shape == (wide // item.group_size, high)
+    for name in ("smooth_factor", "wscales", "wcscales"):
+        assert (tensors.get(name, torch.ones(1)).float() != 0).all(), name
+    source = Source({f"x.{name}": tensor for name, tensor in tensors.items()}, "a file")
+    again = read_svdq(source, "x", rows, columns, LITE_NAMES)
+    assert_same(again, item)
+
+
+def assert_same(actual, expected):
+    for name, tensor in vars(expected).items():
+        other = getattr(actual, name)
+        if isinstance(tensor, torch.Tensor):
+            assert (other.dtype, other.shape) == (tensor.dtype, tensor.shape), name
+            if tensor.dtype == torch.float8_e4m3fn:
+                other, tensor = other.view(torch.uint8), tensor.view(torch.uint8)
+            assert torch.equal(other, tensor), name
+        else:
+            assert other == tensor, name
+
+
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+def test_stacked_layers(precision):
+    parts = [layer(precision=precision), layer(12, rank=2, precision=precision)]
+    parts[1].smooth = parts[0].smooth
+    parts[1].bias = None
+    stacked = stack_rows(parts, "x")
+    assert stacked.rank == 5
+    assert_close_fp32(matrix(stacked), torch.cat([matrix(part) for part in parts]))
+    assert torch.equal(stacked.bias, torch.cat([parts[0].bias, torch.zeros(12)]))
+    shared = stack_rows([stacked.rows(slice(8)), stacked.rows(slice(8, None))], "x")
+    assert_same(shared, stacked)
+    with pytest.raises(ValueError, match=r"'x' cannot be fused: its parts must have the same smoothing factors"):
+        stack_rows([parts[0], layer(precision=precision)], "x")
+    other = layer(precision="nvfp4" if precision == "int4" else "int4")
+    with pytest.raises(ValueError, match=r"'x' cannot be fused: its parts must have one format"):
+        stack_rows([parts[0], other], "x")
+
+
+def test_branches_with_one_up_projection_are_merged_without_a_higher_rank():
+    first, second = layer(), layer()
+    second.up = first.up
+    merged = merge_columns(first, second, "x")
+    assert merged.rank == first.rank
+    assert_close_fp32(matrix(merged), torch.cat([matrix(first), matrix(second)], dim=1))

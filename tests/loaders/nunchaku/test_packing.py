@@ -57,13 +57,16 @@ def test_codes(rows, columns):
 
 @pytest.mark.parametrize(("rows", "groups"), [(1, 1), (128, 2), (200, 5), (300, 3)])
 def test_scales_and_vectors(rows, groups):
+    """The file has the groups of the padded K, and nothing is divided by a zero in the padding."""
     scales = distinct(rows, groups)
     packed = packing.pack_scales(scales)
-    assert torch.equal(packed, formulas.write_scales(scales))
-    assert torch.equal(packing.unpack_scales(packed)[:rows], scales)
-    vector = packing.pack_vector(scales[:, 0])
-    assert torch.equal(vector, formulas.write_vector(scales[:, 0]))
-    assert torch.equal(packing.unpack_vector(vector)[:rows], scales[:, 0])
+    assert packed.shape == (formulas.ceil(groups, 2), formulas.ceil(rows, 128))
+    assert torch.equal(packed, formulas.write_scales(formulas.pad(scales, rows, formulas.ceil(groups, 2), 1), 1))
+    assert torch.equal(packing.unpack_scales(packed)[:rows, :groups], scales)
+    for padding in (0, 1):
+        vector = packing.pack_vector(scales[:, 0], padding)
+        assert torch.equal(vector, formulas.write_vector(scales[:, 0], padding))
+        assert torch.equal(packing.unpack_vector(vector)[:rows], scales[:, 0])
 
 
 def test_order_of_a_vector():
@@ -76,7 +79,7 @@ def test_micro_scales(rows, groups):
     scales = torch.randint(0x7F, (rows, groups), dtype=torch.uint8).view(E4M3)
     packed = packing.pack_micro_scales(scales)
     assert packed.dtype == E4M3
-    assert torch.equal(packed.view(torch.uint8), formulas.write_micro_scales(scales).view(torch.uint8))
+    assert torch.equal(packed.view(torch.uint8), formulas.write_micro_scales(scales, 1).view(torch.uint8))
     unpacked = packing.unpack_micro_scales(packed)[:rows, :groups]
     assert torch.equal(unpacked.view(torch.uint8), scales.view(torch.uint8))
 

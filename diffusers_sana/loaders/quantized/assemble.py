@@ -1,7 +1,7 @@
 """Builds a model from converted tensors: the last step for all third-party 4-bit checkpoints."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from diffusers_sana.kernels.low_bit import precision_of
-from diffusers_sana.loaders.nunchaku.layers import Source, UnpackedLayer
+from diffusers_sana.loaders.quantized.layer import Source, UnpackedLayer
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.api import mark_quantized
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
@@ -37,12 +37,12 @@ class Conversion:
     weight_only: set[str] = field(default_factory=set)
     unquantized: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, name: str, layer: UnpackedLayer, weight_only: bool = False) -> None:
+    def add(self, name: str, layer: UnpackedLayer) -> None:
         """Adds a quantized layer."""
         self.layers[name] = layer.to_quantized_weight(self.dtype)
         if layer.bias is not None:
             self.biases[name] = layer.bias
-        if weight_only:
+        if layer.weight_only:
             self.weight_only.add(name)
 
 
@@ -65,7 +65,7 @@ def matrix_shape(shapes: Mapping[str, torch.Size], name: str) -> tuple[int, int]
 
 
 def all_tensors(
-    conversion: Conversion, source: Source, shapes: Mapping[str, torch.Size], ignored: str
+    conversion: Conversion, source: Source, shapes: Mapping[str, torch.Size], ignored: Sequence[str]
 ) -> dict[str, Tensor]:
     """The state dict of the quantized model.
 
@@ -73,7 +73,7 @@ def all_tensors(
         conversion: of `source`.
         source: what the converter read from; tensors that it left must have the model's own keys.
         shapes: of the state dict of the 16-bit model.
-        ignored: suffix of keys that are not needed.
+        ignored: suffixes of keys that are not needed.
 
     Raises:
         ValueError: a tensor is missing, unexpected or of another shape, or has values that the dtype cannot represent.
