@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from diffusers_sana.arguments import ArgumentParser, add_dtype, add_model, integer, number, run_script, seed
 from diffusers_sana.files import atomic_write, differences, locked, model_identity, read_lines
-from diffusers_sana.loading import pipeline_class_name
+from diffusers_sana.loading import find_pipeline_class, load_on, pipeline_class_name
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def add_model_arguments(parser: ArgumentParser, batch_size: int) -> None:
     """The options of a pipeline that generates from many prompts, shared with the examples for Ray."""
     add_model(parser, "sana-emoji", "Hub id or folder")
     parser.add_argument("--batch-size", type=integer(), default=batch_size, help="images generated at a time, at most")
-    parser.add_argument("--steps", type=integer(), default=20, help="denoising steps")
-    parser.add_argument("--guidance-scale", type=number(), default=4.5, help="weight of the prompt")
+    parser.add_argument("--steps", type=integer(), help="denoising steps; default: the pipeline's")
+    parser.add_argument("--guidance-scale", type=number(), help="weight of the prompt; default: the pipeline's")
     add_dtype(parser)
 
 
@@ -139,16 +139,34 @@ def add_prompt_arguments(parser: ArgumentParser) -> None:
     add_model_arguments(parser, batch_size=1)
 
 
+def check_model(model: str) -> None:
+    """Says at once, before anything is loaded, whether prompts can be generated from.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: it is neither a Sana nor a SANA-Sprint.
+    """
+    if pipeline_class_name(model) not in ("SanaPipeline", "SanaSprintPipeline"):
+        raise ValueError(f"--model must be a Sana or a SANA-Sprint, which {model} is not")
+
+
+def call_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the pipeline that were given."""
+    options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def prepare(args: argparse.Namespace) -> tuple[list[Task], dict[str, Any]]:
     """The tasks, and the arguments of the pipeline.
 
     Raises:
         OSError: there is no such model or file of prompts.
+        ValueError: as `check_model`.
     """
-    pipeline_class_name(args.model)
+    check_model(args.model)
     tasks = read_tasks(args.prompts, args.out, args.seed, settings_of(args))
     args.out.mkdir(parents=True, exist_ok=True)
-    return tasks, {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    return tasks, call_options(args)
 
 
 def main() -> None:
@@ -161,10 +179,8 @@ def main() -> None:
     import torch
     from accelerate import PartialState
 
-    from diffusers_sana import SanaPipeline
-
     state = PartialState(cpu=not torch.accelerator.is_available())
-    pipe = SanaPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(state.device)
+    pipe = load_on(str(state.device), find_pipeline_class(args.model), args.model, args.dtype)
     pipe.set_progress_bar_config(disable=True)
     lock = locked(args.out / ".lock", f"generates into {str(args.out)!r}") if state.is_main_process else nullcontext()
     with lock:

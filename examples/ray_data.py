@@ -13,6 +13,7 @@ from typing import Any
 from diffusers_sana.arguments import ArgumentParser, integer, number, run_script
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.files import locked
+from diffusers_sana.loading import find_pipeline_class, load_on
 from examples.generate_many import Task, add_prompt_arguments, batches, generate, prepare
 
 
@@ -27,12 +28,9 @@ class Generator:
 
     def __init__(self, model: str, dtype: str, options: dict[str, Any]) -> None:
         import ray
-        import torch
-
-        from diffusers_sana import SanaPipeline
 
         device = "cuda" if ray.get_gpu_ids() else "cpu"
-        self.pipe = SanaPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
+        self.pipe = load_on(device, find_pipeline_class(model), model, dtype)
         self.pipe.set_progress_bar_config(disable=True)
         self.options = options
 

@@ -28,8 +28,8 @@ from starlette.responses import Response
 
 from diffusers_sana.arguments import ArgumentParser, integer, number, run_script
 from diffusers_sana.checkpoints import SANA_EMOJI
-from diffusers_sana.loading import find_pipeline_class, load_on, pipeline_class_name
-from examples.generate_many import add_model_arguments
+from diffusers_sana.loading import find_pipeline_class, load_on
+from examples.generate_many import add_model_arguments, call_options, check_model
 from examples.image_api import Abilities, Generated, ImageApi, Job
 
 
@@ -294,9 +294,7 @@ def main() -> None:
     if args.replicas + args.replicas_4bit == 0:
         parser.error("--replicas or --replicas-4bit must be at least 1")
     for model in filter(None, (args.model, args.model_4bit)):
-        name = pipeline_class_name(model)  # an error at once if there is no such model
-        if name not in ("SanaPipeline", "SanaSprintPipeline"):
-            raise ValueError(f"--model must be a Sana or a SANA-Sprint, which {model} is not")
+        check_model(model)
     app = application(
         args.model,
         args.dtype,
@@ -309,8 +307,7 @@ def main() -> None:
         args.replicas_4bit,
         args.model_4bit,
         args.timeout,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance_scale,
+        **call_options(args),
     )
     serve_until_signal(app, args.host, args.port, args.timeout)
 

@@ -4,13 +4,14 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from diffusers_sana.arguments import UsageError, add_device, check_writable, file_path, integer, number
+from diffusers_sana.arguments import UsageError, add_device, add_hub, check_writable, file_path, integer, number
 from diffusers_sana.evaluation.config import FEATURES, MEASURES, EvaluationConfig
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of the command."""
     command.add_argument("model", metavar="MODEL", help="Hub id or folder of a pipeline, or a bundled checkpoint")
+    add_hub(command)
     command.add_argument(
         "--out",
         type=file_path,

@@ -38,6 +38,8 @@ class EvaluationConfig:
         quantize: "int4" or "nvfp4" to quantize the model first.
         steps, guidance_scale: None takes the pipeline's default.
         batch_size: images generated at a time.
+        revision: of `model`: branch, tag or commit on the Hub.
+        variant: of the weights of `model`, such as "fp16".
         reference_model: generates the same prompts and seeds, to compare with.
         against: folder of images to compare with; not together with `reference_model`.
         detector: object detection model of transformers, for `scenes` of other prompts than "emoji".
@@ -62,6 +64,8 @@ class EvaluationConfig:
     steps: int | None = None
     guidance_scale: float | None = None
     batch_size: int = 8
+    revision: str | None = None
+    variant: str | None = None
     reference_model: str | None = None
     against: Path | None = None
     detector: str | None = None
@@ -87,9 +91,9 @@ class EvaluationConfig:
             raise ValueError("`reference_model` and `against` must not both be given; leave one out.")
         self.tasks, self.others  # noqa: B018, read now: a missing or damaged file is an error at once
         self._check_measures()
-        for model in (self.model, self.reference_model):
-            if model:
-                pipeline_class_name(model)
+        pipeline_class_name(self.model, self.revision)
+        if self.reference_model:
+            pipeline_class_name(self.reference_model)
 
     @property
     def of_emoji(self) -> bool:

@@ -83,7 +83,8 @@ def generate_missing(
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS
     settings = json.loads(json.dumps(settings))
-    if path.exists():
+    images = sorted(folder.glob("*.png"))  # without any, what an earlier call recorded before it failed says nothing
+    if path.exists() and images:
         before = read_json(path)
         changed = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
         if changed:
@@ -91,9 +92,9 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
                 f"`folder` must be new or have images of the same settings, but in {folder} "
                 f"{', '.join(changed)} differ; choose another folder or delete it"
             )
-    elif unknown := sorted(folder.glob("*.png")):
+    elif images:
         raise ValueError(
-            f"`folder` must be new or one of this function, but {folder} has {unknown[0].name}; choose another"
+            f"`folder` must be new or one of this function, but {folder} has {images[0].name}; choose another"
         )
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

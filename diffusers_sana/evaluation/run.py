@@ -5,7 +5,7 @@
 Legend: N images, H/W height and width, F features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -27,11 +27,11 @@ from diffusers_sana.evaluation.emoji_probe import EmojiProbe
 from diffusers_sana.evaluation.features import Features, make_inception
 from diffusers_sana.evaluation.images import generate_missing
 from diffusers_sana.evaluation.machine import versions
-from diffusers_sana.files import model_identity
-from diffusers_sana.loading import checkpoint_path, find_pipeline_class, load_on
+from diffusers_sana.loading import find_pipeline_class, identity, load_on
 
 
 TRUE_FEATURES = Path(EMOJI_PROBE) / "reference.safetensors"  # of renderings of the emoji themselves
+NO_HUB_OPTIONS: Mapping[str, str | None] = {"revision": None, "variant": None}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     """
     networks = load_networks(config)  # whatever can be missing is missed before anything is generated
     name = f"{config.model}, {config.quantize}" if config.quantize else config.model
-    paths = generate(config, config.model, config.quantize, config.out / "pictures")
+    hub = {"revision": config.revision, "variant": config.variant}
+    paths = generate(config, config.model, config.quantize, config.out / "pictures", hub)
     generated, against = {name: paths}, {}
     if config.reference_model:
         reference = config.reference_model + (", reference" if config.reference_model == name else "")
@@ -120,11 +121,17 @@ def load_networks(config: EvaluationConfig) -> Networks:
     )
 
 
-def generate(config: EvaluationConfig, model: str, quantize: str | None, folder: Path) -> list[Path]:
+def generate(
+    config: EvaluationConfig,
+    model: str,
+    quantize: str | None,
+    folder: Path,
+    hub: Mapping[str, str | None] = NO_HUB_OPTIONS,
+) -> list[Path]:
     """The images of all prompts by one model, in `folder`; only those are generated that are not there."""
     options = {"num_inference_steps": config.steps, "guidance_scale": config.guidance_scale}
     options = {key: value for key, value in options.items() if value is not None}
-    load = cache(lambda: load_pipeline(model, quantize, config.dtype, find_device(config.device)))
+    load = cache(lambda: load_pipeline(model, quantize, config.dtype, find_device(config.device), hub))
 
     def generate_batch(prompts: list[str], seeds: list[int]) -> Any:
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]  # same noise on every device
@@ -137,7 +144,8 @@ def generate(config: EvaluationConfig, model: str, quantize: str | None, folder:
         folder,
         {
             "model": model,
-            "model_files": model_identity(checkpoint_path(model)),
+            "model_files": identity(model, hub["revision"]),
+            "variant": hub["variant"],
             "quantize": quantize,
             "dtype": config.dtype,
             "options": options,
@@ -147,9 +155,11 @@ def generate(config: EvaluationConfig, model: str, quantize: str | None, folder:
     )
 
 
-def load_pipeline(model: str, quantize: str | None, dtype: str, device: str) -> Any:
+def load_pipeline(
+    model: str, quantize: str | None, dtype: str, device: str, hub: Mapping[str, str | None] = NO_HUB_OPTIONS
+) -> Any:
     """A pipeline on its device, quantized if asked for."""
-    pipe = load_on(device, find_pipeline_class(model), model, dtype)
+    pipe = load_on(device, find_pipeline_class(model, hub["revision"]), model, dtype, **hub)
     if quantize:
         quantize_pipeline(pipe, SVDQuantConfig(precision=quantize), progress=False)
     pipe.set_progress_bar_config(disable=True)

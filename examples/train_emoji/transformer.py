@@ -29,11 +29,13 @@ from .scenes import RESOLUTION, Art, Scenes
 from .tokenizer import make_tokenizer, scene_texts
 
 
-BATCH_SIZE = {"cpu": 64, "cuda": 512}
+BATCH_SIZE = {"cpu": 48, "cuda": 512}
 KINDS = Scenes.KINDS  # how often a batch has each kind of scene
 SAMPLES = 15  # held-out prompts in the sample grids
 SETTINGS: Mapping[str, Any] = {
-    "warmup_steps": 200,
+    # After six minutes of one core its loss was 0.70, AdamW's 0.79 (rate 1.5e-3), with patches of 2 x 2 latents 0.76.
+    "optimizer": "muon",
+    "warmup_steps": 100,
     "max_grad_norm": 1.0,
     "ema_decay": 0.999,
     "flow_shift": 1.0,  # 64 tokens carry less redundancy than the thousand of 1024 px, and want less noise
@@ -42,8 +44,8 @@ SETTINGS: Mapping[str, Any] = {
     "compile": True,
 }
 MACHINES: Mapping[str, Mapping[str, Any]] = {
-    "cpu": {"learning_rate": 1.5e-3},
-    "cuda": {"learning_rate": 2e-3, "mixed_precision": "bf16", "sample_minutes": 1.0, "save_minutes": 1.0},
+    "cpu": {"learning_rate": 6e-4},
+    "cuda": {"learning_rate": 1e-3, "mixed_precision": "bf16", "sample_minutes": 1.0, "save_minutes": 1.0},
 }
 
 

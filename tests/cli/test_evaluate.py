@@ -5,9 +5,11 @@ import re
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
-from diffusers_sana import cli
+from diffusers_sana import SanaPipeline, cli
+from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.evaluation.config import EvaluationConfig, spread
 from diffusers_sana.evaluation.run import evaluate as evaluate_in_python
 from tests import tiny
@@ -146,3 +148,13 @@ def test_errors_before_anything_is_generated(folder, options, message, tmp_path,
 def test_spread():
     assert spread(range(10), 4) == [0, 2, 5, 7]
     assert spread(range(3), 7) == spread(range(3), None) == [0, 1, 2]
+
+
+def test_files_of_a_variant(tmp_path):
+    """`--variant` chooses the weights; a folder where a call failed before its first image can be used again."""
+    folder = tmp_path / "model"
+    SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.float32).save_pretrained(folder, variant="fp16")
+    options = ("--prompts", "emoji", *FAST, "--checks", "scenes", "--out", str(tmp_path / "out"))
+    assert run("evaluate", str(folder), *options).code != 0  # there are no files without a variant
+    ended = run("evaluate", str(folder), "--variant", "fp16", *options)
+    assert (ended.code, (tmp_path / "out" / "report.json").is_file()) == (0, True)

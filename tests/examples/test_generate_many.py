@@ -9,7 +9,8 @@ from PIL import Image
 from diffusers_sana import SanaPipeline
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.files import model_identity
-from examples.generate_many import Task, batches, generate_all, read_tasks, settings_of
+from diffusers_sana.loading import checkpoint_path
+from examples.generate_many import Task, batches, generate_all, prepare, read_tasks, settings_of
 from tests.two_processes import ROOT, run_in_two
 
 
@@ -28,7 +29,7 @@ def test_images_do_not_depend_on_the_number_of_processes(tmp_path, prompts):
     one.mkdir()
     pipe = SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    settings = settings_of(SimpleNamespace(model=SANA_EMOJI, steps=1, guidance_scale=4.5, dtype="float32"))
+    settings = settings_of(SimpleNamespace(model=SANA_EMOJI, steps=1, guidance_scale=None, dtype="float32"))
     tasks = read_tasks(prompts, one, 7, settings)
     assert len(list(generate_all(pipe, tasks, batch_size=2, num_inference_steps=1))) == 4
     options = ["--prompts", prompts, "--out", two, "--steps", "1", "--batch-size", "2", "--seed", "7"]
@@ -79,3 +80,14 @@ def test_settings_know_the_files_of_the_model(tmp_path):
     assert model_identity(str(tmp_path)) == before
     (tmp_path / "vae" / "weights").write_bytes(b"0" * 2_999_999 + b"1")
     assert model_identity(str(tmp_path)) != before
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("vila-u-emoji", "--model must be a Sana or a SANA-Sprint"), ("sana-emoji-edges", "is a component")],
+)
+def test_other_models_are_refused_before_loading(prompts, tmp_path, model, message):
+    args = SimpleNamespace(model=checkpoint_path(model), prompts=prompts, out=tmp_path / "out")
+    with pytest.raises((ValueError, OSError), match=message):
+        prepare(args)
+    assert not (tmp_path / "out").exists()
