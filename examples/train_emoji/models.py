@@ -50,7 +50,10 @@ def make_autoencoder_256() -> ModelMixin:
 
 
 def make_transformer(sample_size: int = RESOLUTION // 32) -> ModelMixin:
-    """A Sana of 8 blocks and width 192, with the query and key norms of SANA-1.5."""
+    """A Sana of 8 blocks and width 192, with the query and key norms of SANA-1.5.
+
+    It is given the noise level in [0, 1], as the published teachers of SANA-Sprint are, so that it can be distilled.
+    """
     return SanaTransformer2DModel(
         num_attention_heads=6,
         attention_head_dim=32,
@@ -60,6 +63,7 @@ def make_transformer(sample_size: int = RESOLUTION // 32) -> ModelMixin:
         cross_attention_dim=192,
         caption_channels=192,
         sample_size=sample_size,
+        timestep_scale=0.001,
         qk_norm="rms_norm_across_heads",
     )
 
