@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from diffusers_sana.loaders.nunchaku.layers import read_awq, read_svdq, without_shift
+from diffusers_sana.loaders.nunchaku.layers import read_adaln, read_svdq, without_shift
 from diffusers_sana.loaders.quantized.assemble import Conversion, block_names, matrix_shape
 from diffusers_sana.loaders.quantized.layer import Source, merge_columns
 
@@ -23,6 +23,12 @@ DOUBLE = {
 SINGLE = {"qkv_proj": ("attn.to_q", "attn.to_k", "attn.to_v"), "mlp_fc1": ("proj_mlp",)}
 SHIFTED = ("mlp_fc2", "mlp_context_fc2")  # their input is the output of GELU plus a constant
 NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+# All of this as names of a whole model, for writing.
+SCHEME = {
+    f"{blocks}.*.{key}": tuple(f"{blocks}.*.{name}" for name in names)
+    for blocks, fused in (("transformer_blocks", DOUBLE), ("single_transformer_blocks", SINGLE))
+    for key, names in (fused | {norm: (f"attn.{norm}",) for norm in NORMS}).items()
+}
 
 
 def convert_flux(source: Source, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> Conversion:
@@ -31,10 +37,13 @@ def convert_flux(source: Source, shapes: Mapping[str, torch.Size], dtype: torch.
     for block in block_names(shapes, "transformer_blocks"):
         _split(source, shapes, block, DOUBLE, out)
         for name in ("norm1.linear", "norm1_context.linear"):
-            _adaln(source, shapes, f"{block}.{name}", 6, out)
+            out.add(
+                f"{block}.{name}", read_adaln(source, f"{block}.{name}", *matrix_shape(shapes, f"{block}.{name}"), 6)
+            )
     for block in block_names(shapes, "single_transformer_blocks"):
         _split(source, shapes, block, SINGLE, out)
-        _adaln(source, shapes, f"{block}.norm.linear", 3, out)
+        name = f"{block}.norm.linear"
+        out.add(name, read_adaln(source, name, *matrix_shape(shapes, name), 3))
         name = f"{block}.proj_out"
         rows, columns = matrix_shape(shapes, name)
         attention = matrix_shape(shapes, f"{block}.attn.to_q")[0]
@@ -59,16 +68,3 @@ def _split(
         for name, (rows, _) in zip(names, sizes, strict=True):
             out.add(f"{block}.{name}", layer.rows(slice(start, start + rows)))
             start += rows
-
-
-def _adaln(source: Source, shapes: Mapping[str, torch.Size], name: str, splits: int, out: Conversion) -> None:
-    """In the file, row `split * channels + channel` is at `channel * splits + split`; biases of scales have 1 "
-    "added."""
-    rows, columns = matrix_shape(shapes, name)
-    channels = rows // splits
-    layer = read_awq(source, name, rows, columns).rows(torch.arange(rows).reshape(channels, splits).t().flatten())
-    if layer.bias is not None:
-        bias = layer.bias.float().unflatten(0, (splits, channels))
-        bias[[*{1, splits - 2}]] -= 1
-        layer.bias = bias.flatten()
-    out.add(name, layer)

@@ -19,7 +19,7 @@ from diffusers_sana.kernels.low_bit import (
     unpack_nibbles,
     weight_scales,
 )
-from diffusers_sana.loaders.nunchaku import packing
+from diffusers_sana.loaders.nunchaku import mxfp4, packing
 from diffusers_sana.loaders.quantized.layer import Source, UnpackedLayer
 
 
@@ -50,8 +50,9 @@ def read_svdq(
     high, wide = -(-rows // packing.TILE) * packing.TILE, -(-columns // packing.TILE) * packing.TILE
     codes = packing.unpack_codes(source.take(key("qweight"), (high, wide // 2)))
     scales = source.take(key("wscales"))
-    precision = precision_of(scales)
-    source.take(key("wscales"), (wide // GROUP_SIZES[precision], high))
+    is_mxfp4 = scales.dtype == torch.uint8
+    precision = "nvfp4" if is_mxfp4 else precision_of(scales)
+    source.take(key("wscales"), (wide // (mxfp4.GROUP if is_mxfp4 else GROUP_SIZES[precision]), high))
     smooth = packing.unpack_vector(source.take(key("smooth"), (wide,)))
     down, up = source.get(key("lora_down")), source.get(key("lora_up"))
     if down is None and up is None:
@@ -63,10 +64,17 @@ def read_svdq(
             packing.unpack_up(source.take(key("lora_up"), (high, rank))),
         )
     bias = source.get(key("bias"), (high,))
+    row_scales = None
+    if is_mxfp4:
+        scales, row_scales = mxfp4.read_scales(scales, columns, key("wscales"))
+    elif precision == "nvfp4":
+        scales, row_scales = packing.unpack_micro_scales(scales), _row_scales(source, key, high)
+    else:
+        scales = packing.unpack_scales(scales)
     layer = UnpackedLayer(
         codes,
-        packing.unpack_scales(scales) if precision == "int4" else packing.unpack_micro_scales(scales),
-        _row_scales(source, key, high) if precision == "nvfp4" else None,
+        scales,
+        row_scales,
         smooth,
         *branch,
         None if bias is None else packing.unpack_vector(bias),
@@ -110,6 +118,31 @@ def read_awq(source: Source, prefix: str, rows: int, columns: int) -> UnpackedLa
     return UnpackedLayer(nibbles, scales, None, scales.new_ones(columns), down, up, bias, weight_only=True)
 
 
+def read_adaln(source: Source, name: str, rows: int, columns: int, splits: int) -> UnpackedLayer:
+    """A weight-only layer whose outputs are `splits` shifts, scales and gates of all channels.
+
+    In the file, row `split * channels + channel` is at `channel * splits + split`; biases of scales have 1 added.
+    """
+    channels = rows // splits
+    layer = read_awq(source, name, rows, columns).rows(torch.arange(rows).reshape(channels, splits).t().flatten())
+    return layer if layer.bias is None else replace(layer, bias=_without_one(layer.bias, splits, 1))
+
+
+def adaln_tensors(layer: UnpackedLayer, dtype: torch.dtype, splits: int) -> dict[str, Tensor]:
+    """The inverse of `read_adaln`; a layer that is not plain is rounded to one."""
+    rows = len(layer.codes)
+    if layer.bias is not None:
+        layer = replace(layer, bias=_without_one(layer.bias, splits, -1))
+    layer = layer if is_plain(layer) else rounded_to_awq(layer, dtype)
+    return awq_tensors(layer.rows(torch.arange(rows).reshape(splits, -1).t().flatten()), dtype)
+
+
+def _without_one(bias: Tensor, splits: int, sign: int) -> Tensor:
+    bias = bias.float().unflatten(0, (splits, -1)).clone()
+    bias[[*{1, splits - 2}]] -= sign
+    return bias.flatten()
+
+
 def svdq_tensors(layer: UnpackedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a layer with 4-bit weights and activations, under the names `LITE_NAMES`, padded to the tiles.
 
@@ -145,18 +178,28 @@ def is_plain(layer: UnpackedLayer) -> bool:
     return layer.precision == "int4" and not layer.has_branch and bool((layer.smooth == 1).all())
 
 
+def rounded_to_awq(layer: UnpackedLayer, dtype: torch.dtype) -> UnpackedLayer:
+    """A layer of codes and scales alone, with a relative error of about .1."""
+    return awq_layer(layer.matrix(), layer.bias, dtype)
+
+
+def awq_layer(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> UnpackedLayer:
+    """A 16-bit layer with its weight rounded to 4 bits."""
+    scales, _ = weight_scales(weight.float(), "int4", dtype)
+    codes = unpack_nibbles(encode_weight(weight.float(), scales, None), packing.AWQ_GROUP)
+    rows, columns = weight.shape
+    branch = weight.new_zeros(0, columns), weight.new_zeros(rows, 0)
+    return UnpackedLayer(codes, scales, None, torch.ones(columns), *branch, bias, weight_only=True)
+
+
 def awq_tensors(layer: UnpackedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a layer with 4-bit weights and 16-bit activations; `bias` is in natural order.
 
     The zero point is 8, the only one for which no scale is rounded. A layer that is not plain is rounded to one.
     """
-    codes, scales = layer.codes, layer.scales
-    if not is_plain(layer):
-        weight = layer.matrix()
-        scales, _ = weight_scales(weight, "int4", dtype)
-        codes = unpack_nibbles(encode_weight(weight, scales, None), packing.AWQ_GROUP)
-    scales = scales.to(dtype).t().contiguous()
-    tensors = {"qweight": packing.pack_awq(codes ^ 8), "wscales": scales, "wzeros": -8 * scales}
+    layer = layer if is_plain(layer) else rounded_to_awq(layer, dtype)
+    scales = layer.scales.to(dtype).t().contiguous()
+    tensors = {"qweight": packing.pack_awq(layer.codes ^ 8), "wscales": scales, "wzeros": -8 * scales}
     return tensors if layer.bias is None else tensors | {"bias": layer.bias.to(dtype)}
 
 

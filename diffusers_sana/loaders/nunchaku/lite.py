@@ -6,13 +6,14 @@ A folder of a diffusers model whose `config.json` has `quant_method: "nunchaku_l
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusers_sana.checkpoint_files import check_hub_options
 from diffusers_sana.files import read_json
@@ -27,10 +28,20 @@ from diffusers_sana.loaders.nunchaku.layers import (
     read_svdq,
     svdq_tensors,
 )
-from diffusers_sana.loaders.nunchaku.load import DTYPES, assemble, read_safetensors
-from diffusers_sana.loaders.quantized.assemble import Conversion, empty_model, matrix_shape
+from diffusers_sana.loaders.quantized.assemble import (
+    Conversion,
+    Converter,
+    Reading,
+    assemble,
+    check_dtype,
+    convert_by_names,
+    empty_model,
+    matrix_shape,
+    stored_dtype,
+)
+from diffusers_sana.loaders.quantized.checkpoint import Checkpoint, read_safetensors
 from diffusers_sana.loaders.quantized.layer import Source, UnpackedLayer
-from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantConv2d, SVDQuantLayer
+from diffusers_sana.loaders.quantized.model import QuantizedModel, Written
 
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -60,8 +71,7 @@ def load_nunchaku_lite(
         TypeError: an option that the Hub does not know.
         ValueError: another format, or a file that is damaged or for a different architecture; the tensor is named.
     """
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"`dtype` must be one of {DTYPES} or None, got {dtype!r}.")
+    check_dtype(dtype)
     path = Path(path_or_repo)
     if path.is_dir():
         check_hub_options(path, snapshot_download, hub)
@@ -83,6 +93,13 @@ def load_nunchaku_lite(
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= read_safetensors(file)[0]
+    model = empty_model(model_cls, config, config.get("_class_name", ""))
+    source = Source(tensors, str(path))
+    return assemble(model, converter(quantization), source, dtype or stored_dtype(tensors))
+
+
+def converter(quantization: Mapping[str, Any]) -> Converter:
+    """How to read a folder with this `quantization_config`."""
 
     def convert(source: Source, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> Conversion:
         out = Conversion(dtype)
@@ -94,8 +111,23 @@ def load_nunchaku_lite(
             raise ValueError(f"{source.origin} must list at least one layer in its config.json, got none.")
         return out
 
-    model = empty_model(model_cls, config, config.get("_class_name", ""))
-    return assemble(model, convert, tensors, str(path), dtype)
+    return convert
+
+
+def reading(checkpoint: Checkpoint, class_name: str, base: Mapping[str, Tensor]) -> Reading:
+    """How to read a folder; without its config, by the names of the tensors."""
+    if checkpoint.quantization:
+        return Reading(converter(checkpoint.quantization), checkpoint.tensors)
+
+    def convert(source: Source, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> Conversion:
+        def read(name: str, rows: int, columns: int) -> UnpackedLayer | None:
+            if f"{name}.wzeros" in source:
+                return read_awq(source, name, rows, columns)
+            return read_svdq(source, name, rows, columns, LITE_NAMES) if f"{name}.qweight" in source else None
+
+        return convert_by_names(source, shapes, dtype, {}, read)
+
+    return Reading(convert, checkpoint.tensors)
 
 
 def export_nunchaku_lite(
@@ -116,28 +148,45 @@ def export_nunchaku_lite(
     Raises:
         ValueError: the format cannot express a layer, which is named; nothing is written.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SVDQuantLayer)}
-    dtype, precision, rank = _check_model(model, layers)
-    state = dict(model.state_dict())
+    written = write(QuantizedModel(model), requantize_weight_only=requantize_weight_only)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in written.tensors.items()}
+    pattern = f"{WEIGHTS}{{suffix}}.safetensors"
+    save_torch_state_dict(state, folder, filename_pattern=pattern, max_shard_size=max_shard_size)
+    (folder / "config.json").write_text(json.dumps(written.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write(model: QuantizedModel, requantize: bool = False, requantize_weight_only: bool = False, **_: Any) -> Written:
+    """The content of a folder; see `export_nunchaku_lite`.
+
+    With `requantize`, also layers of the rarer of two formats are rounded once more.
+    """
+    quantized = [name for name in model.layers if not model.is_weight_only(name)]
+    if requantize and quantized:
+        formats = Counter(model.layer(name).precision for name in quantized)
+        model.convert_precision(quantized, formats.most_common(1)[0][0], requantize, "Nunchaku-Lite")
+    precision = _check_model(model, quantized)
+    rank = model.common_rank(quantized, packing.RANK_TILE)
+    if rank > MAX_RANK:
+        raise ValueError(f"the ranks of `model` must be at most {MAX_RANK}, got {rank}.")
+    state = dict(model.tensors)
     svdq, awq = [], []
-    for name, layer in layers.items():
-        for part in layer.state_dict():
-            del state[f"{name}.{part}"]
-        item = UnpackedLayer.of(layer)
+    for name in model.layers:
+        item = model.layer(name)
         if not item.weight_only:
             svdq.append(name)
-            parts = svdq_tensors(item.with_rank(rank), dtype)
+            parts = svdq_tensors(item.with_rank(rank), model.dtype)
             if item.precision == "nvfp4":
-                parts["wtscale"] = torch.ones(1, dtype=dtype)
-        elif fits_awq(item) and (requantize_weight_only or is_plain(item)):
+                parts["wtscale"] = torch.ones(1, dtype=model.dtype)
+        elif fits_awq(item) and (requantize or requantize_weight_only or is_plain(item)):
             awq.append(name)
-            parts = awq_tensors(item, dtype)
+            parts = awq_tensors(item, model.dtype)
         else:
-            parts = {"weight": layer.dequantize(dtype)}
-            if layer.bias is not None:
-                parts["bias"] = layer.bias.to(dtype)
+            parts = model.dense(name)
         state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-    quantization: dict[str, Any] = {"quant_method": "nunchaku_lite", "compute_dtype": str(dtype).rpartition(".")[2]}
+    dtype = str(model.dtype).rpartition(".")[2]
+    quantization: dict[str, Any] = {"quant_method": "nunchaku_lite", "compute_dtype": dtype}
     if svdq:
         common = {"precision": precision, "group_size": GROUP_SIZES[precision]}
         quantization["svdq_w4a4"] = {**common, "rank": rank, "targets": svdq}
@@ -145,49 +194,31 @@ def export_nunchaku_lite(
         quantization["awq_w4a16"] = {"precision": "int4", "group_size": packing.AWQ_GROUP, "targets": awq}
     if not svdq and not awq:
         raise ValueError("no layer of the model can be written in 4 bits. Use `requantize_weight_only=True`.")
-    config = json.loads(model.to_json_string())
-    config["quantization_config"] = quantization
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    pattern = f"{WEIGHTS}{{suffix}}.safetensors"
-    save_torch_state_dict(state, folder, filename_pattern=pattern, max_shard_size=max_shard_size)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return Written(state, {**model.config, "quantization_config": quantization})
 
 
-def _check_model(model: nn.Module, layers: Mapping[str, SVDQuantLayer]) -> tuple[torch.dtype, str, int]:
-    """The dtype, format and rank that all layers share."""
-    if not layers:
-        raise ValueError(f"`model` must have layers quantized by SVDQuant, but {type(model).__name__} has none.")
-    if getattr(model, "peft_config", None):
-        raise ValueError("`model` must have no adapters. Fuse or unload them first.")
-    convolutions = [name for name, layer in layers.items() if isinstance(layer, SVDQuantConv2d)]
+def _check_model(model: QuantizedModel, quantized: list[str]) -> str:
+    """The format that all layers share."""
+    convolutions = [name for name in model.layers if model.is_convolution(name)]
     if convolutions:
         raise ValueError(
             f"Nunchaku-Lite has linear layers only, but `model` has {len(convolutions)} quantized convolutions, such "
             f"as {convolutions[0]!r}. List them in `modules_to_not_convert` when quantizing."
         )
-    quantized = {name: layer for name, layer in layers.items() if not layer.is_weight_only}
-    for name, layer in quantized.items():
-        outputs, inputs = layer.qweight.shape[0], layer.smooth_factor.shape[0]
+    for name in quantized:
+        outputs, inputs = model.layer(name).codes.shape
         if outputs % packing.TILE or inputs % packing.TILE:
             raise ValueError(
                 f"the sides of a layer in Nunchaku-Lite must be multiples of {packing.TILE}, but {name!r} is "
                 f"{outputs} x {inputs}. List it in `modules_to_not_convert` when quantizing."
             )
-    precisions = {layer.precision for layer in quantized.values()} or {"int4"}
-    dtypes = {layer.proj_up.dtype for layer in layers.values()}
-    ranks = [layer.rank for layer in quantized.values()]
-    rank = max([1, *ranks])
-    rank += -rank % packing.RANK_TILE
+    precisions = {model.layer(name).precision for name in quantized} or {"int4"}
     for what, found, allowed in (
         ("format", precisions, [{"int4"}, {"nvfp4"}]),
-        ("dtype", dtypes, [{torch.bfloat16}, {torch.float16}]),
+        ("dtype", {layer.proj_up.dtype for layer in model.layers.values()}, [{torch.bfloat16}, {torch.float16}]),
     ):
         if found not in allowed:
             raise ValueError(
                 f"the layers of `model` must have one {what} of {allowed}, got {sorted(map(str, found))}."
             )
-    if rank > MAX_RANK:
-        raise ValueError(f"the ranks of `model` must be at most {MAX_RANK}, got {rank}.")
-    return dtypes.pop(), precisions.pop(), rank
+    return precisions.pop()

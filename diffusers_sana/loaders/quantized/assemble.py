@@ -1,7 +1,8 @@
 """Builds a model from converted tensors: the last step for all third-party 4-bit checkpoints."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,16 @@ from torch import Tensor, nn
 
 from diffusers_sana.kernels.low_bit import precision_of
 from diffusers_sana.loaders.quantized.layer import Source, UnpackedLayer
+from diffusers_sana.loaders.quantized.names import Scheme, file_names
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.api import mark_quantized
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.layers.linear import replace_layer
 from diffusers_sana.quantizers.svdquant.targets import as_patterns
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ALWAYS_16_BIT = (".lora_down", ".proj_down", ".wzeros", ".svdquant_lora_a", "_proj_down")  # the checkpoint's dtype
 
 
 @dataclass
@@ -28,6 +34,7 @@ class Conversion:
         layers: the quantized layers, by their names in the model.
         biases: of the layers that have one.
         weight_only: names of layers with 16-bit activations.
+        input_scales: static scales of inputs, of layers that have one.
         unquantized: 16-bit tensors whose names or order differ in the file, by their keys in the model.
     """
 
@@ -35,6 +42,7 @@ class Conversion:
     layers: dict[str, QuantizedWeight] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     weight_only: set[str] = field(default_factory=set)
+    input_scales: dict[str, float] = field(default_factory=dict)
     unquantized: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, name: str, layer: UnpackedLayer) -> None:
@@ -44,12 +52,107 @@ class Conversion:
             self.biases[name] = layer.bias
         if layer.weight_only:
             self.weight_only.add(name)
+        if layer.input_scale is not None:
+            self.input_scales[name] = layer.input_scale
+
+
+# From the tensors of a file, the shapes of the state dict of the 16-bit model, and the dtype of all floating-point
+# tensors, to the converted layers. Raises a ValueError that names a tensor if it is missing or has another shape.
+Converter = Callable[[Source, Mapping[str, torch.Size], torch.dtype], Conversion]
+
+
+@dataclass
+class Reading:
+    """How a checkpoint becomes a model.
+
+    Attributes:
+        convert: from the tensors to layers.
+        tensors: by the keys that `convert` expects.
+        ignored: suffixes of keys that are not needed.
+    """
+
+    convert: Converter
+    tensors: Mapping[str, Tensor]
+    ignored: Sequence[str] = ()
 
 
 def block_names(shapes: Iterable[str], container: str) -> list[str]:
     """Names of the blocks in a module list of the model, in order."""
     matches = (re.match(rf"{container}\.(\d+)\.", key) for key in shapes)
     return [f"{container}.{index}" for index in sorted({int(match[1]) for match in matches if match})]
+
+
+def convert_by_names(
+    source: Source,
+    shapes: Mapping[str, torch.Size],
+    dtype: torch.dtype,
+    scheme: Scheme,
+    read: Callable[[str, int, int], UnpackedLayer | dict[str, Tensor] | None],
+    may_be_16_bit: bool = False,
+) -> Conversion:
+    """Converts a file whose layers are those of the model, some of them fused or renamed.
+
+    Args:
+        source: the tensors; what stays unread has the model's own keys.
+        shapes: of the state dict of the 16-bit model.
+        dtype: of the result.
+        scheme: names in the file.
+        read: from the name of a layer in the file, N and K to the layer, to its tensors in 16 bits, or to None if it
+            is not quantized.
+        may_be_16_bit: whether the result may have no quantized layer.
+    """
+    out = Conversion(dtype)
+    names = dict.fromkeys(key.rpartition(".")[0] for key in shapes)
+    in_file = {key.rpartition(".")[0] for key in source.tensors}
+    for place, members in file_names(names, scheme, in_file).items():
+        if f"{members[0]}.weight" not in shapes:
+            continue  # parameters without a module
+        rows = [shapes[f"{name}.weight"][0] for name in members]
+        is_matrix = len(shapes[f"{members[0]}.weight"]) > 1
+        layer = read(place, sum(rows), shapes[f"{members[0]}.weight"][1]) if is_matrix else None
+        start = 0
+        for name, size in zip(members, rows, strict=True):
+            part = slice(start, start + size)
+            start += size
+            if isinstance(layer, UnpackedLayer):
+                out.add(name, layer.rows(part))
+                continue
+            if layer is not None:
+                out.unquantized |= {f"{name}.{leaf}": tensor[part] for leaf, tensor in layer.items()}
+                continue
+            for key in (key for key in shapes if place != name and key.rpartition(".")[0] == name):
+                leaf = key.rpartition(".")[2]
+                out.unquantized[key] = source.take(f"{place}.{leaf}", (sum(rows), *shapes[key][1:]))[part]
+    if not out.layers and not may_be_16_bit:
+        raise ValueError(f"{source.origin} must have at least one quantized layer of the model, but has none.")
+    return out
+
+
+def assemble(
+    model: nn.Module, convert: Converter, source: Source, dtype: torch.dtype, ignored: Sequence[str] = ()
+) -> nn.Module:
+    """Converts tensors and fills a 16-bit model on the meta device with them.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or of another shape, or has values that `dtype` cannot represent.
+    """
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    conversion = convert(source, shapes, dtype)
+    fill_model(model, conversion, all_tensors(conversion, source, shapes, ignored))
+    return model
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raises ValueError for a dtype in which no model can be loaded."""
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"`dtype` must be one of {DTYPES} or None, got {dtype!r}.")
+
+
+def stored_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of a checkpoint: that of its low-rank branches or zero points, else of most tensors."""
+    found = Counter(tensor.dtype for tensor in tensors.values() if tensor.dtype in DTYPES)
+    sure = Counter(tensor.dtype for key, tensor in tensors.items() if key.endswith(ALWAYS_16_BIT))
+    return next(iter((sure or found).most_common(1)), (torch.bfloat16, 0))[0]
 
 
 def matrix_shape(shapes: Mapping[str, torch.Size], name: str) -> tuple[int, int]:
@@ -116,7 +219,7 @@ def empty_model(model_cls: type[Any] | None, config: Mapping[str, Any], class_na
     cls = model_cls or getattr(diffusers, class_name, None)
     if cls is None:
         raise ValueError(
-            f"`model_cls` must be given: the checkpoint names {class_name!r}, which diffusers does not have."
+            f"`model_cls` or `base` must be given: the checkpoint names {class_name!r}, which diffusers does not have."
         )
     with init_empty_weights():
         return cls.from_config(dict(config))
@@ -124,6 +227,10 @@ def empty_model(model_cls: type[Any] | None, config: Mapping[str, Any], class_na
 
 def fill_model(model: nn.Module, conversion: Conversion, state: Mapping[str, Tensor]) -> None:
     """Fills a model on the meta device with a state dict from `all_tensors`."""
+    if not conversion.layers:
+        model.load_state_dict(state, strict=True, assign=True)
+        model.eval()
+        return
     modes = {name: "w4a16" if name in conversion.weight_only else "w4a4" for name in conversion.layers}
     quantized = [item for name, item in conversion.layers.items() if modes[name] == "w4a4"]
     quantized = quantized or list(conversion.layers.values())
@@ -133,7 +240,9 @@ def fill_model(model: nn.Module, conversion: Conversion, state: Mapping[str, Ten
         modules=as_patterns(modes, model),
     )
     for name, item in conversion.layers.items():
-        replace_layer(model, name, item, modes[name], config.compute_mode)
+        replace_layer(model, name, item, modes[name], config.compute_mode).input_scale = conversion.input_scales.get(
+            name
+        )
     model.load_state_dict(state, strict=True, assign=True)
     model.eval()
     mark_quantized(model, config)

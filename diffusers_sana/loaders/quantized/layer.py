@@ -6,6 +6,7 @@ takes our own layers apart and `to_quantized_weight` builds them.
 Legend: N output features, K input features, G groups along K, r rank.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,6 +25,9 @@ from diffusers_sana.kernels.low_bit import (
 )
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
+
+
+logger = logging.getLogger(__name__)
 
 
 class Source:
@@ -96,6 +100,7 @@ class UnpackedLayer:
         down, up: `[r, K]` and `[N, r]`, for the raw input.
         bias: `[N]` or None.
         weight_only: whether activations stay in 16 bit.
+        input_scale: static scale of the input for runtimes that do not measure each, or None. Ours does.
     """
 
     codes: Tensor
@@ -106,6 +111,7 @@ class UnpackedLayer:
     up: Tensor
     bias: Tensor | None
     weight_only: bool = False
+    input_scale: float | None = None
 
     @classmethod
     def of(cls, layer: SVDQuantLayer) -> "UnpackedLayer":
@@ -121,6 +127,7 @@ class UnpackedLayer:
             layer.proj_up.detach(),
             None if layer.bias is None else layer.bias.detach(),
             layer.is_weight_only,
+            layer.input_scale,
         )
 
     @property
@@ -171,6 +178,23 @@ class UnpackedLayer:
         missing = rank - self.rank
         return replace(self, down=F.pad(self.down, (0, 0, 0, missing)), up=F.pad(self.up, (0, missing)))
 
+    def with_rows(self, rows: int) -> "UnpackedLayer":
+        """The same layer with further output features, which are zero."""
+        more = rows - len(self.codes)
+        return replace(
+            self,
+            codes=F.pad(self.codes, (0, 0, 0, more)),
+            scales=F.pad(bits(self.scales), (0, 0, 0, more)).view(self.scales.dtype),
+            row_scales=None if self.row_scales is None else F.pad(self.row_scales, (0, more), value=1),
+            up=F.pad(self.up, (0, 0, 0, more)),
+            bias=None if self.bias is None else F.pad(self.bias, (0, more)),
+        )
+
+    def without_unused_ranks(self) -> "UnpackedLayer":
+        """The same layer without ranks whose part of either projection is zero."""
+        used = self.down.any(1) & self.up.any(0)
+        return replace(self, down=self.down[used], up=self.up[:, used])
+
     def to_quantized_weight(self, dtype: torch.dtype) -> QuantizedWeight:
         """The layer in the layout of our own layers.
 
@@ -191,6 +215,29 @@ class UnpackedLayer:
         """The weight that the layer represents, fp32 `[N, K]`."""
         item = self.to_quantized_weight(torch.float32)
         return dequantize_weight(**vars(item), dtype=torch.float32)
+
+
+def one_factor(layer: UnpackedLayer, name: str, factor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """An NVFP4 layer as runtimes store it that have one factor for the whole weight, and no zero among the scales.
+
+    Args:
+        layer: with row factors.
+        name: for the warning if scales have to be rounded, where row factors are no powers of two or far apart.
+        factor: by default the largest of the rows.
+
+    Returns:
+        Codes `[N, K]`, without -0; e4m3 scales `[N, G]`; the factor, an fp32 scalar.
+    """
+    assert layer.row_scales is not None
+    factor = (layer.row_scales.max() if factor is None else factor).float().reshape(())
+    exact = layer.scales.float() * (layer.row_scales / factor)[:, None]
+    scales = exact.to(torch.float8_e4m3fn)
+    is_empty = scales.float() == 0
+    if not torch.equal(scales.float()[~is_empty], exact[~is_empty]):
+        error = ((scales.float() - exact).abs() / exact.abs().clamp(min=2.0**-9)).max().item()
+        logger.warning(f"{name!r}: scales of groups were rounded by up to {error:.3f}, for one factor for all rows.")
+    codes = layer.codes.masked_fill(is_empty.repeat_interleave(layer.group_size, 1)[:, : layer.codes.shape[1]], 0)
+    return torch.where(codes == 8, 0, codes), bits(scales).masked_fill(is_empty, 1).view(scales.dtype), factor
 
 
 def bits(scales: Tensor) -> Tensor:

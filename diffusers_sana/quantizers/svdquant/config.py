@@ -65,6 +65,8 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
         modules_to_not_convert: patterns of module names to leave in 16 bit.
         seed: of the randomized SVD.
         layout: of the stored tensors. Other runtimes use the name `svdquant` for different layouts.
+        input_scales: static scales of the inputs of layers, by name, for runtimes that need them; a record that ours
+            does not use. See `measure_input_scales`.
         dtype: of scales, low-rank branch and all that is not quantized, such as "bfloat16". It is recorded in a saved
             model, which is loaded in it unless another dtype is passed. None: as the library decides.
 
@@ -83,6 +85,7 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
     modules_to_not_convert: list[str] = field(default_factory=list)
     seed: int = 0
     layout: str | None = LAYOUT
+    input_scales: dict[str, float] | None = None
     dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -113,6 +116,10 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
             raise TypeError(f"`gptq` must be True or False, got {self.gptq!r}.")
         if not isinstance(self.modules_to_not_convert, list | tuple | None):
             raise TypeError(f"`modules_to_not_convert` must be a list, got {self.modules_to_not_convert!r}.")
+        if not isinstance(self.input_scales, dict | None):
+            raise TypeError(
+                f"`input_scales` must be a dictionary of layer names to numbers, got {self.input_scales!r}."
+            )
         if not isinstance(self.modules, dict | None):
             raise TypeError(f"`modules` must be a dictionary of patterns to modes or None, got {self.modules!r}.")
         self.modules_to_not_convert = list(self.modules_to_not_convert or [])

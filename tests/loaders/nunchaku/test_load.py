@@ -168,8 +168,8 @@ def test_file_that_is_cut_short(sana):
     [
         ({"config": ""}, "must have the model's `config`"),
         (
-            {"config": '{"_class_name": "QwenImageTransformer2DModel"}'},
-            "must be of one of the models .*got 'QwenImage",
+            {"config": '{"_class_name": "LuminaNextDiT2DModel"}'},
+            "must be of one of the models .*got 'LuminaNext",
         ),
         ({"quantization_config": '{"method": "awq"}'}, "`method` .* must be \"svdquant\", got 'awq'"),
     ],

@@ -49,8 +49,9 @@ def check_layout(config: SVDQuantConfig) -> None:
     if config.layout is None:
         raise ValueError(
             "the model was quantized by another runtime than diffusers_sana, such as vLLM-Omni, which also calls its "
-            "layout `svdquant`: the `quantization_config` has neither `layout` nor `modules`. Load it there, or "
-            "quantize the original model with `diffusers_sana.quantize`."
+            "layout `svdquant`: the `quantization_config` has neither `layout` nor `modules`. Load it with "
+            "`diffusers_sana.load_quantized`, or convert it once: `diffusers-sana convert FOLDER -o DIR --to "
+            "diffusers-sana`."
         )
 
 
@@ -89,7 +90,8 @@ def insert_empty_layers(model: nn.Module, config: SVDQuantConfig) -> None:
         original = cast(nn.Linear | nn.Conv2d, model.get_submodule(name))
         layer = config.for_layer(mode)
         weight = empty_weight(*weight_shape(original), layer.rank, layer.precision, original.weight.dtype)
-        replace_layer(model, name, weight, mode, config.compute_mode)
+        replaced = replace_layer(model, name, weight, mode, config.compute_mode)
+        replaced.input_scale = (config.input_scales or {}).get(name)
 
 
 def recorded_config(
@@ -98,8 +100,13 @@ def recorded_config(
     """The config that is saved with a model: with our layout, the dtype of the layers, and `targets` where given."""
     modules = config.modules if targets is None else as_patterns(dict(targets), model)
     layer = next(quantized_layers(model), None)
+    scales = {
+        name: module.input_scale
+        for name, module in model.named_modules()
+        if isinstance(module, SVDQuantLayer) and module.input_scale is not None
+    }
     dtype = config.dtype if layer is None else str(layer.proj_up.dtype).removeprefix("torch.")
-    return replace(config, modules=modules, layout=LAYOUT, dtype=dtype)
+    return replace(config, modules=modules, layout=LAYOUT, dtype=dtype, input_scales=scales or None)
 
 
 def layer_of(model: nn.Module, tensor_name: str) -> tuple[SVDQuantLayer | None, str]:

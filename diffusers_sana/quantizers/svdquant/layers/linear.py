@@ -49,6 +49,7 @@ class SVDQuantLayer(LowRankBranch):
             `QuantizedWeight`; `wtscale` and `bias` may be None.
         compute_mode: "auto", "w4a4", "w4a8" or "w4a16".
         is_weight_only: computes in w4a16 whatever `compute_mode` is, as adaLN layers do.
+        input_scale: static scale of the input / smooth_factor, for runtimes that need one; not used here.
     """
 
     qweight: Tensor
@@ -58,6 +59,7 @@ class SVDQuantLayer(LowRankBranch):
     bias: Any
     compute_mode: str
     is_weight_only: bool
+    input_scale: float | None = None
 
     def __init__(
         self,

@@ -1,0 +1,110 @@
+"""Tiny models of several families in bf16, quantized by this package."""
+
+from functools import cache
+
+import diffusers
+import torch
+from torch import Tensor
+
+from diffusers_sana.loaders.quantized.layer import UnpackedLayer
+from diffusers_sana.quantizers.svdquant.api import quantize
+from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
+from tests.loaders.nunchaku import nunchaku_files as files
+
+
+DTYPE = torch.bfloat16
+
+
+def flux() -> torch.nn.Module:
+    return files.flux(2, 64, 1)
+
+
+def sana() -> torch.nn.Module:
+    return files.sana()
+
+
+def qwen() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=6,
+        joint_attention_dim=32,
+        axes_dims_rope=(8, 12, 12),
+    ).to(DTYPE)
+
+
+def z_image() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return diffusers.ZImageTransformer2DModel(
+        dim=192,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[32, 32, 32],
+        axes_lens=[64, 32, 32],
+        in_channels=4,
+    ).to(DTYPE)
+
+
+def sdxl() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        norm_num_groups=8,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        transformer_layers_per_block=(1, 1),
+        projection_class_embeddings_input_dim=40,
+        cross_attention_dim=24,
+    ).to(DTYPE)
+
+
+FAMILIES = {"flux": flux, "sana": sana, "qwen": qwen, "z_image": z_image, "sdxl": sdxl}
+
+
+@cache
+def quantized(family: str, precision: str = "int4", rank: int = 16, excluded: tuple[str, ...] = ()) -> torch.nn.Module:
+    """Never to be changed: it is shared by tests."""
+    model = FAMILIES[family]()
+    config = SVDQuantConfig(
+        precision=precision, rank=rank, smoothing="none", refinements=0, modules_to_not_convert=list(excluded)
+    )
+    quantize(model, config, progress=False)
+    for layer in layers(model).values():
+        if not layer.is_weight_only:  # factors that differ between channels, but not between layers with one input
+            generator = torch.Generator().manual_seed(0)
+            layer.smooth_factor.data.mul_(0.5 + torch.rand(layer.smooth_factor.shape, generator=generator).to(DTYPE))
+    return model
+
+
+def layers(model: torch.nn.Module) -> dict[str, SVDQuantLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SVDQuantLayer)}
+
+
+def unpacked(model: torch.nn.Module) -> dict[str, UnpackedLayer]:
+    return {name: UnpackedLayer.of(layer) for name, layer in layers(model).items()}
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+def assert_equal_state(actual: torch.nn.Module, expected: torch.nn.Module) -> None:
+    """Every tensor, bit for bit."""
+    state = actual.state_dict()
+    assert state.keys() == expected.state_dict().keys()
+    for key, tensor in expected.state_dict().items():
+        assert (state[key].dtype, state[key].shape) == (tensor.dtype, tensor.shape), key
+        assert torch.equal(as_bytes(state[key]), as_bytes(tensor)), key
