@@ -135,8 +135,12 @@ def laid_out_like(tensor: Tensor, reference: Tensor) -> Tensor:
 
 
 def module_state(module: nn.Module, with_frozen: bool) -> dict[str, Tensor]:
-    """The tensors of a module by their names, references to its own; without frozen ones only those that train."""
-    if with_frozen:
+    """The tensors of a module by their names, references to its own; without frozen ones only those that train.
+
+    All of a module without frozen parameters are kept: its buffers may be part of the training, as the vectors of
+    spectral norms are.
+    """
+    if with_frozen or all(parameter.requires_grad for parameter in module.parameters()):
         return dict(module.state_dict())
     return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
 

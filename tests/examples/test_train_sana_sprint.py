@@ -3,21 +3,26 @@
 import json
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import diffusers_sana
 from diffusers_sana import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel
 from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.models.transformers.sprint_student import make_student
 from diffusers_sana.training.recipes.options import SprintTrainingConfig
 from diffusers_sana.training.recipes.sprint import train
 from examples.train_emoji import sprint as emoji
 from examples.train_sana_sprint import main
+from tests.numerics import assert_close_fp32, relative_error
 from tests.training import tiny
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+LORA = "pytorch_lora_weights.safetensors"
 
 
 def make_config(folder, **changes):
@@ -52,6 +57,38 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
     tiny.check_resuming(run, tmp_path)
     grid = Image.open(next((tmp_path / "whole" / "samples").glob("*.png")))
     assert grid.size == (4 * 32, 3 * 32)  # four prompts, in 1, 2 and 4 steps
+
+
+def test_a_lora_of_the_student(tmp_path):
+    """It loads into what the same teacher makes, in diffusers' own class too, and resumes without the base."""
+    teacher, vae, text_encoder = tiny.tiny_transformer(), tiny.tiny_autoencoder(), tiny.tiny_text_encoder()
+
+    def run(folder, resume=False, stop_at=None):
+        batches = tiny.interrupted(tiny.image_batches, stop_at)
+        config = make_config(folder, max_steps=4, lora_rank=2, ema_decay=0.9, resume=resume)
+        train(config, batches, teacher, tiny.encoders(text_encoder, vae))
+        return load_file(folder / "model" / LORA)
+
+    tiny.check_resuming(run, tmp_path)
+    weights = load_file(tmp_path / "whole" / "model" / LORA)
+    assert weights["transformer.time_embed.guidance_embedder.linear_2.lora_B.weight"].any()
+    latents, text = (
+        torch.randn(2, teacher.config.in_channels, 8, 8),
+        torch.randn(2, 5, teacher.config.caption_channels),
+    )
+    sigmas = torch.tensor([0.3, 0.8])
+    outputs = []
+    for library in (diffusers, diffusers_sana):
+        base = library.SanaTransformer2DModel.from_config(teacher.config)
+        base.load_state_dict(teacher.state_dict())
+        student = make_student(base).eval()
+        arguments = {"guidance": torch.tensor([0.4, 0.5]), "return_dict": False}
+        with torch.no_grad():
+            plain = student(latents, text, sigmas, **arguments)[0]
+            student.load_lora_adapter(tmp_path / "whole" / "model", prefix="transformer", weight_name=LORA)
+            outputs.append(student(latents, text, sigmas, **arguments)[0])
+        assert relative_error(plain, outputs[-1]) > 1e-4
+    assert_close_fp32(outputs[1], outputs[0])
 
 
 def test_says_which_part_a_batch_needs(tmp_path):

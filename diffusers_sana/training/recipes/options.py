@@ -190,6 +190,7 @@ class SprintTrainingConfig(PromptTrainingConfig):
         2e-6, "peak learning rate of the discriminator's heads", changeable=True
     )
     weight_decay: float = option(0.01, "AdamW weight decay of matrices and kernels", changeable=True)
+    lora_rank: int | None = option(None, "train and save a LoRA of this rank; default: all weights of the student")
     max_grad_norm: float = option(0.1, "clip the gradient norm; 0 does not clip", changeable=True)
     angle_mean: float = option(
         0.0, "mean of the log of the noise-to-data ratio at the training angles", changeable=True

@@ -7,17 +7,17 @@ The student begins as the teacher (`make_student`), learns by continuous-time co
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from diffusers.schedulers.scheduling_scm import SCMScheduler
+from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from diffusers_sana.kernels.dispatch import kernel_mode
-from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
+from diffusers_sana.models.transformers.sprint_student import make_student
 from diffusers_sana.pipelines.pipeline_sana import SanaPipeline
 from diffusers_sana.pipelines.pipeline_sana_sprint import SanaSprintPipeline
 from diffusers_sana.schedulers import trigflow
@@ -31,7 +31,7 @@ from diffusers_sana.training.objectives.adversarial import (
     generator_loss,
     teacher_features,
 )
-from diffusers_sana.training.objectives.flow_matching import TRAIN_TIMESTEPS, ConditionedTransformer
+from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer
 from diffusers_sana.training.objectives.trigflow_distillation import (
     TrigFlowStudent,
     consistency_tangent,
@@ -40,6 +40,7 @@ from diffusers_sana.training.objectives.trigflow_distillation import (
     weighted_loss,
 )
 from diffusers_sana.training.optimizers import make_adamw
+from diffusers_sana.training.recipes.lora import add_adapter
 from diffusers_sana.training.recipes.options import PretrainedOptions, SprintDataOptions, SprintTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import (
     Encoders,
@@ -54,9 +55,9 @@ from diffusers_sana.training.recipes.text_to_image import (
 from diffusers_sana.training.state_files import copy_with_weights, sub_state
 
 
-DENSE_SCALE = 1 / TRAIN_TIMESTEPS
-TIME_CHANNELS = 256
-RIDGE = 1e-3  # relative to the largest singular value: smooth between the points, weights of ordinary size
+# Every linear layer and 1x1 convolution but the first, by the ends of their names.
+ADAPTED = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")
+ADAPTED += ("linear_1", "linear_2", "time_embed.linear", "proj_out")
 
 
 def train(
@@ -67,6 +68,8 @@ def train(
     options: tuple[Any, ...] = (),
 ) -> None:
     """Distil `teacher`; the student is saved in `config.output_dir/model`, and everything else stays as it is.
+
+    With `config.lora_rank` the student is a LoRA of `make_student(teacher)`, and only that is saved.
 
     Args:
         config: a SprintTrainingConfig.
@@ -80,14 +83,21 @@ def train(
     inputs = SanaInputs(config, device, encoders)
     freeze(device, teacher)
     guide = ConditionedTransformer(teacher, dense_timesteps=True)
-    transformer = make_student(teacher)
+    transformer = make_student(teacher).float()
+    if config.lora_rank:
+        add_adapter(transformer, ADAPTED, r=config.lora_rank, lora_alpha=config.lora_rank)
     prepare_blocks(config, transformer, teacher)
     blocks = config.discriminator_blocks or default_blocks(teacher.config.num_layers)
     student = TrigFlowStudent(transformer).train()
     heads = DiscriminatorHeads(teacher.proj_out.in_features, len(blocks)).train()
     student, optimizer, heads, heads_optimizer = accelerator.prepare(
         student,
-        make_adamw(student.parameters(), config.learning_rate, config.betas, config.weight_decay),
+        make_adamw(
+            [parameter for parameter in student.parameters() if parameter.requires_grad],
+            config.learning_rate,
+            config.betas,
+            config.weight_decay,
+        ),
         heads,
         make_adamw(heads.parameters(), config.discriminator_learning_rate, config.betas, config.weight_decay),
     )
@@ -123,13 +133,27 @@ def train(
 
     def save(folder: Path) -> None:
         state = accelerator.get_state_dict(student)
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and config.lora_rank:
+            SanaSprintPipeline.save_lora_weights(
+                folder,
+                transformer_lora_layers=get_peft_model_state_dict(transformer),
+                transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+            )
+        elif accelerator.is_main_process:
             trained = copy_with_weights(transformer, sub_state(state, "transformer."))
             save_pipeline(folder, SanaSprintPipeline, SCMScheduler(sigma_data=config.sigma_data), trained, inputs)
 
     modules, optimizers = [student, heads], [optimizer, heads_optimizer]
     loop = TrainingLoop(
-        config, accelerator, modules, optimizers, save=save, sample=sample, ema_modules=[student], options=options
+        config,
+        accelerator,
+        modules,
+        optimizers,
+        save=save,
+        sample=sample,
+        ema_modules=[student],
+        keep_frozen=not config.lora_rank,
+        options=options,
     )
     for batch in loop.run(batches):
         latents, prompt = inputs.latents(batch), inputs.prompts(batch)
@@ -219,70 +243,3 @@ def run(config: SprintTrainingConfig, data: SprintDataOptions, model: Pretrained
         dataset = SanaInputs(config, device, encoders).cache(dataset, data.cache_dir)
     batches = make_loader(dataset, data.batch_size, config.seed, data.num_workers)
     train(config, batches, pipeline.transformer, encoders, options=(data, model))
-
-
-def make_student(teacher: SanaTransformer2DModel) -> SanaTransformer2DModel:
-    """A transformer with a guidance embedding that predicts, at any guidance scale, what `teacher` does.
-
-    Three things differ (section 3.2 of the paper). The guidance scale is an input; its embedding begins with zeros.
-    The network is given σ in [0, 1] and not 1000 σ, by which the derivative would be a thousand times larger; the new
-    time embedding is fitted to the old one in closed form. Queries and keys are normalized, as in SANA-1.5: without
-    it the paper saw gradients explode in large models. Norms that the teacher lacks begin with weights of 1 and must
-    be learned.
-
-    The student equals the teacher where that has query and key norms and a dense time embedding, which the published
-    teachers of SANA-Sprint have (`timestep_scale` 0.001); otherwise it is close to it.
-
-    Raises:
-        ValueError: the teacher has a guidance embedding already.
-    """
-    if teacher.config.guidance_embeds:
-        raise ValueError(
-            "`teacher` must be a Sana without guidance embedding, got `guidance_embeds=True`. Pass Sana or SANA-1.5."
-        )
-    config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
-    changes = {"guidance_embeds": True, "timestep_scale": DENSE_SCALE, "qk_norm": "rms_norm_across_heads"}
-    student = SanaTransformer2DModel.from_config(config | changes)
-    state = {name.replace("time_embed.emb.", "time_embed."): value for name, value in teacher.state_dict().items()}
-    start = student.state_dict()
-    added = [name for name in start if name not in state]
-    student.load_state_dict(state | {name: start[name] for name in added})
-    embedding = student.time_embed
-    nn.init.zeros_(embedding.guidance_embedder.linear_2.weight)
-    nn.init.zeros_(embedding.guidance_embedder.linear_2.bias)
-    if teacher.config.timestep_scale != DENSE_SCALE:
-        fit_dense_time(embedding.timestep_embedder, teacher)
-    return student
-
-
-@torch.no_grad()
-def fit_dense_time(embedder: TimestepEmbedding, teacher: SanaTransformer2DModel, points: int = 2001) -> None:
-    """Sets the weights of `embedder`, which is given σ, so that its output equals the teacher's.
-
-    The hidden units become steps along σ, evenly spaced and alternating in direction; then the second layer is a
-    least-squares problem.
-    """
-    sigmas = torch.linspace(0, 1, points)
-    times = sigmas * TRAIN_TIMESTEPS * teacher.config.timestep_scale
-    device, dtype = embedder.linear_1.weight.device, embedder.linear_1.weight.dtype
-    old = cast(Any, teacher.time_embed).emb.timestep_embedder
-    target = old(_sinusoids(times).to(device, dtype)).double().cpu()  # [points, D]
-
-    first, second = embedder.linear_1, embedder.linear_2
-    units = len(first.weight)
-    steepness = torch.full([units], units / 8.0)
-    steepness[1::2] *= -1
-    first.weight.zero_()
-    first.weight[:, TIME_CHANNELS // 2] = steepness.to(first.weight)  # the sinusoid sin(σ)
-    first.bias.copy_(-steepness * torch.linspace(0, 1, units).sin())
-    hidden = embedder.act(first(_sinusoids(sigmas).to(device, dtype))).double().cpu()
-    hidden = torch.cat([hidden, torch.ones(points, 1, dtype=hidden.dtype)], dim=1)
-    left, scale, right = torch.linalg.svd(hidden, full_matrices=False)
-    ridge = RIDGE * scale[0]
-    solution = right.T @ ((scale / (scale**2 + ridge**2))[:, None] * (left.T @ target))  # [units + 1, D]
-    second.weight.copy_(solution[:-1].T)
-    second.bias.copy_(solution[-1])
-
-
-def _sinusoids(times: Tensor) -> Tensor:
-    return get_timestep_embedding(times, TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)

@@ -11,6 +11,7 @@ import diffusers_sana
 from diffusers_sana import SanaSprintPipeline, SanaTransformer2DModel
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.kernels.dispatch import kernel_mode
+from diffusers_sana.models.transformers.sprint_student import DENSE_SCALE, make_student
 from diffusers_sana.schedulers.trigflow import (
     MAX_ANGLE,
     STEP_ANGLES,
@@ -30,7 +31,6 @@ from diffusers_sana.training.objectives.trigflow_distillation import (
     guided_prediction,
     weighted_loss,
 )
-from diffusers_sana.training.recipes.sprint import DENSE_SCALE, make_student
 from tests import tiny
 from tests.numerics import assert_close_fp32, relative_error
 
