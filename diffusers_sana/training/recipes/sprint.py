@@ -56,8 +56,10 @@ from diffusers_sana.training.state_files import copy_with_weights, sub_state
 
 
 # Every linear layer and 1x1 convolution but the first, by the ends of their names.
-ADAPTED = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")
-ADAPTED += ("linear_1", "linear_2", "time_embed.linear", "proj_out")
+ADAPTED = (
+    *("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point"),
+    *("linear_1", "linear_2", "time_embed.linear", "proj_out"),
+)
 
 
 def train(
