@@ -175,6 +175,20 @@ def quantized_errors() -> str:
     return f"{render(['variant', *modes], rows)}\n\n{provenance(report)}"
 
 
+def quantized_formats() -> str:
+    """Files of other runtimes, opened by their own packages."""
+    report = results("cpu/formats")
+    rows = [
+        [
+            row["check"],
+            row["package"],
+            f"{row['difference']:.1g}" if "difference" in row else f"failed: {row['failed']}",
+        ]
+        for row in report["rows"]
+    ]
+    return f"{render(['format', 'checked with', 'difference'], rows)}\n\n{provenance(report)}"
+
+
 def quantized_steps() -> str:
     """Seconds of a guided step of the first blocks of Sana-0.6B."""
     report = results("cpu/quantized")
@@ -337,6 +351,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels_compiled": kernels_compiled,
     "quantization_quality": quantization_quality,
     "quantized_errors": quantized_errors,
+    "quantized_formats": quantized_formats,
     "quantized_steps": quantized_steps,
     "quantized_size": quantized_size,
     "vila_u_images": vila_u_images,

@@ -45,15 +45,19 @@ _EXPORTS = {
     "cfg_parallel": "diffusers_sana.pipelines.acceleration.cfg_parallel",
     "checkpoint_path": "diffusers_sana.loading",
     "convert": "diffusers_sana.loaders.nvlabs.convert",
+    "convert_quantized": "diffusers_sana.loaders.quantized.hub",
     "convert_sana_lora": "diffusers_sana.loaders.lora.formats",
     "convert_vila_u": "diffusers_sana.loaders.vila_u.convert",
     "export_nunchaku_lite": "diffusers_sana.loaders.nunchaku.lite",
+    "export_quantized": "diffusers_sana.loaders.quantized.hub",
     "export_vila_u": "diffusers_sana.loaders.vila_u.export",
     "find_pipeline_class": "diffusers_sana.loading",
     "kernel_mode": "diffusers_sana.kernels.dispatch",
     "load_nunchaku": "diffusers_sana.loaders.nunchaku.load",
     "load_nunchaku_lite": "diffusers_sana.loaders.nunchaku.lite",
+    "load_quantized": "diffusers_sana.loaders.quantized.hub",
     "lora_to_comfyui": "diffusers_sana.loaders.lora.comfyui",
+    "measure_input_scales": "diffusers_sana.loaders.quantized.modelopt",
     "plan_conversion": "diffusers_sana.loaders.nvlabs.convert",
     "plan_vila_u": "diffusers_sana.loaders.vila_u.convert",
     "quantize": "diffusers_sana.quantizers.svdquant.api",
@@ -84,6 +88,10 @@ if TYPE_CHECKING:
     from diffusers_sana.loaders.nunchaku.load import load_nunchaku as load_nunchaku
     from diffusers_sana.loaders.nvlabs.convert import convert as convert
     from diffusers_sana.loaders.nvlabs.convert import plan_conversion as plan_conversion
+    from diffusers_sana.loaders.quantized.hub import convert_quantized as convert_quantized
+    from diffusers_sana.loaders.quantized.hub import export_quantized as export_quantized
+    from diffusers_sana.loaders.quantized.hub import load_quantized as load_quantized
+    from diffusers_sana.loaders.quantized.modelopt import measure_input_scales as measure_input_scales
     from diffusers_sana.loaders.vila_u.convert import convert_vila_u as convert_vila_u
     from diffusers_sana.loaders.vila_u.convert import plan_vila_u as plan_vila_u
     from diffusers_sana.loaders.vila_u.export import export_vila_u as export_vila_u

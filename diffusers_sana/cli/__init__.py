@@ -25,7 +25,7 @@ COMMANDS = {
     "quantize": (quantize, "save a pipeline in 4 bits"),
     "evaluate": (evaluate, "measure the quality of a model's images"),
     "verify": (verify, "compare a checkpoint's results and speed with diffusers' on this machine"),
-    "convert": (convert, "convert original (NVlabs) checkpoints to diffusers folders"),
+    "convert": (convert, "convert original (NVlabs) and quantized checkpoints"),
     "demo": (demo, "serve a web page to try the models"),
     "env": (env, "show what will run on this machine, and why"),
     "completion": (completion, "print a script that completes commands and options in a shell"),

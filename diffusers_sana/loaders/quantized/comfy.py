@@ -276,6 +276,8 @@ def write(model: QuantizedModel, requantize: bool = False, tiled: bool = False, 
     }
     refuse_layers(model, odd, NAME)
     model.convert_precision(with_branch, "int4", requantize, NAME, scheme)
+    without_branch = [name for name in quantized if name not in set(with_branch)]
+    model.convert_precision(without_branch, "nvfp4", requantize, NAME, scheme)
     tensors: dict[str, Tensor] = {}
     formats: dict[str, dict[str, Any]] = {}
     for name, content in model.in_file(scheme, set(quantized).__contains__):

@@ -27,7 +27,7 @@ from diffusers_sana.files import read_json
 from diffusers_sana.loaders.nunchaku import lite
 from diffusers_sana.loaders.nunchaku import load as nunchaku
 from diffusers_sana.loaders.nunchaku import write as nunchaku_write
-from diffusers_sana.loaders.quantized import cache_dit, comfy, modelopt, sdnq, vllm_omni
+from diffusers_sana.loaders.quantized import TARGETS, cache_dit, comfy, modelopt, sdnq, vllm_omni
 from diffusers_sana.loaders.quantized.assemble import Reading, assemble, check_dtype, empty_model, stored_dtype
 from diffusers_sana.loaders.quantized.checkpoint import Checkpoint, local_path, open_checkpoint
 from diffusers_sana.loaders.quantized.layer import Source
@@ -37,7 +37,7 @@ from diffusers_sana.quantizers.svdquant.calibrate import run_pipeline
 
 logger = logging.getLogger(__name__)
 
-OWN = "diffusers-sana"
+OWN = TARGETS[-1]
 WEIGHTS = "diffusion_pytorch_model"
 READERS: dict[str, Callable[[Checkpoint, str, Mapping[str, Tensor]], Reading]] = {
     "nunchaku": nunchaku.reading,
@@ -58,7 +58,6 @@ WRITERS: dict[str, Callable[..., Written]] = {
     "comfy-convrot": comfy.write_convrot,
     "cache-dit": cache_dit.write,
 }
-TARGETS = (*WRITERS, OWN)
 
 
 def load_quantized(
@@ -78,8 +77,8 @@ def load_quantized(
         path_or_repo: a `.safetensors` file or a folder of them, or either on the Hub: "owner/name/file.safetensors",
             "owner/name".
         subfolder: of a folder, such as "transformer".
-        base: the 16-bit model, a folder or Hub id: for files that have neither a config nor all tensors, as those of
-            ComfyUI and cache-dit, and to tell orders apart in older files of vLLM-Omni.
+        base: the 16-bit model or its pipeline, a folder or Hub id: for files that have neither a config nor all
+            tensors, as those of ComfyUI and cache-dit, and to tell orders apart in older files of vLLM-Omni.
         model_cls: the class to build; by default the diffusers class that the config names.
         dtype: of everything except packed weights: bfloat16, float16 or float32; by default the checkpoint's.
         hub: for `huggingface_hub`, such as `revision` or `token`.
@@ -100,7 +99,7 @@ def load_quantized(
         if cls is None:
             raise ValueError(f"`model_cls` must be given: {checkpoint.path} does not name a class of diffusers.")
         return cls.from_pretrained(checkpoint.path, dtype=dtype)
-    of_base = Checkpoint(Path(), {}) if base is None else open_checkpoint(base, **hub)
+    of_base = Checkpoint(Path(), {}) if base is None else _open_base(base, subfolder or "transformer", hub)
     config = checkpoint.config or of_base.config
     if not config:
         raise ValueError(
@@ -113,6 +112,12 @@ def load_quantized(
     model = empty_model(model_cls, config, name)
     source = Source(plan.tensors, str(checkpoint.path), of_base.tensors)
     return assemble(model, plan.convert, source, dtype or stored_dtype(checkpoint.tensors), plan.ignored)
+
+
+def _open_base(base: str | Path, component: str, hub: Mapping[str, Any]) -> Checkpoint:
+    """The 16-bit model, alone or in a pipeline."""
+    path = local_path(str(base), hub)
+    return open_checkpoint(path, component if (path / "model_index.json").is_file() else "")
 
 
 def export_quantized(model: nn.Module, folder: str | Path, to: str, **options: Any) -> Path:

@@ -30,7 +30,6 @@ def reading(checkpoint: Checkpoint, class_name: str, base: Mapping[str, Tensor])
     for option, reason in (
         ("use_hadamard", "rotated weights"),
         ("use_codebook", "codes of a codebook"),
-        ("use_static_quantization", "static scales of activations"),
     ):
         if settings.get(option):
             raise ValueError(f"{checkpoint.path} has `{option}`, {reason}, which layers of this package do not have.")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_sana.loaders.quantized.hub import TARGETS, export_quantized, load_quantized
+from diffusers_sana.loaders.quantized import TARGETS
+from diffusers_sana.loaders.quantized.hub import WRITERS, export_quantized, load_quantized
 from diffusers_sana.loaders.quantized.modelopt import measure_input_scales
 from diffusers_sana.quantizers.svdquant.api import quantize
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
@@ -187,6 +188,7 @@ def test_input_scales(tmp_path):
 
 
 def test_refusals(tmp_path):
+    assert (*WRITERS, "diffusers-sana") == TARGETS
     model = tiny.quantized("flux")
     with pytest.raises(ValueError, match=r"`to` must be one of .*, got 'gguf'"):
         export_quantized(model, tmp_path / "out", "gguf")
