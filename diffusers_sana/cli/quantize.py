@@ -27,7 +27,18 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--precision", default="int4", choices=("int4", "nvfp4"), help="default: int4")
     command.add_argument("--rank", type=integer(at_least=0), default=32, help="of the low-rank branch; default: 32")
     command.add_argument("--prompts", type=file_path, metavar="FILE", help="calibration prompts, one per line")
-    command.add_argument("--gptq", action="store_true", help="smaller errors, slower; needs --prompts")
+    command.add_argument(
+        "--quality", default="default", choices=("default", "best"), help="best: smaller errors, several times slower"
+    )
+    command.add_argument(
+        "--gptq", action="store_true", help="error compensation where it lowers the error; needs --prompts"
+    )
+    command.add_argument(
+        "--compute-mode",
+        default="auto",
+        choices=("auto", "w4a4", "w4a8", "w4a16"),
+        help="the mode in which the layers will compute, and for which they are fitted; default: auto",
+    )
     command.add_argument(
         "--components", nargs="+", help="models to quantize; default: transformer, or model for a VILA-U"
     )
@@ -55,7 +66,13 @@ def run(args: argparse.Namespace) -> None:
     from diffusers_sana import SVDQuantConfig
     from diffusers_sana import quantize as quantize_pipeline
 
-    config = SVDQuantConfig(precision=args.precision, rank=args.rank, gptq=args.gptq)
+    config = SVDQuantConfig(
+        precision=args.precision,
+        rank=args.rank,
+        quality=args.quality,
+        gptq=args.gptq or None,
+        compute_mode=args.compute_mode,
+    )
     device = find_device(args.device)
     hub = {"revision": args.revision, "variant": args.variant}
     pipe = load_on(device, find_pipeline_class(args.model, args.revision), args.model, args.dtype, **hub)

@@ -14,6 +14,7 @@ CUSTOM = SVDQuantConfig(
     precision="nvfp4",
     rank=8,
     smoothing="none",
+    quality="best",
     refinements=2,
     compute_mode="w4a16",
     modules={"blocks.*.ff": "w4a16"},
@@ -84,7 +85,8 @@ def test_lists_are_not_shared():
         ({"rank": 8.0}, ValueError, "`rank` must be an integer of at least 0, got 8.0"),
         ({"refinements": True}, ValueError, "`refinements` must be an integer"),
         ({"seed": None}, ValueError, "`seed` must be an integer"),
-        ({"gptq": "no"}, TypeError, "`gptq` must be True or False, got 'no'"),
+        ({"gptq": "no"}, TypeError, "`gptq` must be True, False or None, got 'no'"),
+        ({"quality": "good"}, ValueError, "`quality` must be one of .*'best'.*, got 'good'"),
         ({"modules": {}}, ValueError, "`modules` must name at least one pattern"),
         ({"modules": {"a": "w8a8"}}, ValueError, r"`modules\['a'\]` must be .*, got 'w8a8'"),
         ({"modules": ["a"]}, TypeError, "`modules` must be a dictionary"),
@@ -95,3 +97,17 @@ def test_lists_are_not_shared():
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         SVDQuantConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "mode"),
+    [
+        ({}, "w4a4", "w4a8"),
+        ({"precision": "nvfp4"}, "w4a4", "w4a4"),
+        ({"compute_mode": "w4a4"}, "w4a4", "w4a4"),
+        ({"compute_mode": "w4a16"}, "w4a4", "w4a16"),
+        ({"compute_mode": "w4a4"}, "w4a16", "w4a16"),
+    ],
+)
+def test_layers_are_fitted_for_the_mode_that_will_run(arguments, module, mode):
+    assert SVDQuantConfig(**arguments).for_layer(module).mode == mode

@@ -15,9 +15,15 @@ from diffusers_sana.quantizers.svdquant.report import LayerResult, QuantizationR
 
 
 LAYERS = [
-    LayerResult("transformer.blocks.0.to_q", (64, 128), "w4a4", "int4", (0.5, 0.5), 0.1, 0.3, 5000, 16384),
-    LayerResult("transformer.blocks.1.to_q", (64, 128), "w4a4", "int4", (0.0, 0.0), 0.2, 0.5, 5000, 16384),
-    LayerResult("transformer.norm1.linear", (64, 128), "w4a16", "int4", (1.0, 0.0), 0.05, 0.1, 5000, 16384),
+    LayerResult(
+        "transformer.blocks.0.to_q", (64, 128), "w4a4", "int4", (0.5, 0.5), 0.1, 0.3, 5000, 16384, "w4a8", False
+    ),
+    LayerResult(
+        "transformer.blocks.1.to_q", (64, 128), "w4a4", "int4", (0.0, 0.0), 0.2, 0.5, 5000, 16384, "w4a8", False
+    ),
+    LayerResult(
+        "transformer.norm1.linear", (64, 128), "w4a16", "int4", (1.0, 0.0), 0.05, 0.1, 5000, 16384, "w4a16", False
+    ),
 ]
 
 
@@ -50,6 +56,8 @@ def test_files(report, tmp_path):
         "naive_error": 0.3,
         "bytes": 5000,
         "original_bytes": 16384,
+        "computed_in": "w4a8",
+        "gptq": False,
     }
     colors = Image.open(tmp_path / "new" / "quantization_report.png").convert("RGB").getcolors(10**6)
     assert len(colors) > 3

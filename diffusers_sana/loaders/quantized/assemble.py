@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffusers_sana.kernels.low_bit import precision_of
 from diffusers_sana.loaders.quantized.layer import Source, UnpackedLayer
 from diffusers_sana.loaders.quantized.names import Scheme, file_names
-from diffusers_sana.quantizers.svdquant.algorithm.decompose import QuantizedWeight
+from diffusers_sana.quantizers.svdquant.algorithm.quantized_weight import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.api import mark_quantized
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.layers.linear import replace_layer

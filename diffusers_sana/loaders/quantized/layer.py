@@ -23,7 +23,7 @@ from diffusers_sana.kernels.low_bit import (
     precision_of,
     unpack_nibbles,
 )
-from diffusers_sana.quantizers.svdquant.algorithm.decompose import QuantizedWeight
+from diffusers_sana.quantizers.svdquant.algorithm.quantized_weight import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
 
 

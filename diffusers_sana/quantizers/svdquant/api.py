@@ -20,7 +20,8 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from diffusers_sana.quantizers.svdquant.algorithm.decompose import LayerReport, QuantizedWeight, decompose
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import LayerReport, decompose
+from diffusers_sana.quantizers.svdquant.algorithm.quantized_weight import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.calibrate import Statistics, group_statistics, run_pipeline
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.integrations.checkpoint import recorded_config

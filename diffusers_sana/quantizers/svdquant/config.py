@@ -16,6 +16,10 @@ LAYOUT = "diffusers_sana/1"  # how tensors are stored, see docs/quantization.md;
 PRECISIONS = ("int4", "nvfp4")
 COMPUTE_MODES = ("auto", "w4a4", "w4a8", "w4a16")
 SMOOTHING = ("search", "none")
+QUALITIES = ("default", "best")
+# The mode in which "auto" computes layers of a format on most of the devices that are fast with it. The result of a
+# quantization does not depend on the device on which it runs.
+USUAL_MODES = {"int4": "w4a8", "nvfp4": "w4a4"}
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -27,25 +31,30 @@ class QuantizationMethod(StrEnum):
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """How one layer is quantized; the fields are those of `SVDQuantConfig`, and `quantize_activations`.
+    """How one layer is quantized; the fields are those of `SVDQuantConfig`, and `mode`.
 
     Attributes:
-        quantize_activations: whether the layer may compute with quantized activations ("w4a4"), which decides how
-            smoothing factors are scored.
+        mode: in which the layer will compute, "w4a4", "w4a8" or "w4a16": candidates are compared in it.
     """
 
     precision: str = "int4"
     rank: int = 32
     smoothing: str = "search"
-    refinements: int = 2
-    gptq: bool = False
+    refinements: int = 20
+    gptq: bool | None = None
     seed: int = 0
-    quantize_activations: bool = True
+    mode: str = "w4a4"
+    quality: str = "default"
+
+    @property
+    def tries_gptq(self) -> bool:
+        """Whether error compensation is tried where there is calibration data."""
+        return self.quality == "best" if self.gptq is None else self.gptq
 
     @property
     def uses_hessian(self) -> bool:
         """Whether calibration has to collect the products of inputs."""
-        return self.gptq or (self.rank > 0 and self.refinements > 0)
+        return self.tries_gptq or (self.rank > 0 and self.refinements > 0)
 
 
 @dataclass(repr=False)
@@ -55,11 +64,16 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
     Args:
         precision: "int4" (integers, one scale per 64 weights) or "nvfp4" (e2m1, one e4m3 scale per 16).
         rank: of the 16-bit low-rank branch; 0 for none.
-        smoothing: "search" the exponent of the smoothing factors per layer, or "none".
-        refinements: how many times the branch is refitted to the rounding error, with calibration prompts weighted by
-            the inputs of the layer; each costs an SVD.
-        gptq: round the residual with second-order error compensation; needs calibration prompts.
-        compute_mode: how layers compute: "w4a4", "w4a8", "w4a16", or "auto" for the fastest on the device.
+        quality: "default", or "best" for smaller errors in several times the time: finer smoothing, and with
+            calibration prompts also `gptq`.
+        smoothing: "search" the exponents of the smoothing factors per layer, or "none".
+        refinements: how many times, at most, the branch is refitted to the rounding error, with calibration prompts
+            weighted by the inputs of the layer, and the weight rounded again. It ends earlier where it no longer pays.
+        gptq: try to round the residual with second-order error compensation. A layer keeps it where it lowers the
+            error for calibration inputs that it was not fitted to. True needs calibration prompts; None for
+            `quality="best"` with prompts.
+        compute_mode: how layers compute: "w4a4", "w4a8", "w4a16", or "auto" for the fastest on the device. Layers are
+            fitted for that mode; "auto" stands for "w4a8" with int4 and "w4a4" with nvfp4.
         modules: which layers to quantize: patterns of module names to "w4a4" (activations may be quantized) or
             "w4a16" (activations stay 16 bit). None: chosen by name, see `targets.py`. A saved model lists its layers.
         modules_to_not_convert: patterns of module names to leave in 16 bit.
@@ -77,9 +91,10 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
     quant_method: QuantizationMethod = field(init=False, default=QuantizationMethod.SVDQUANT)  # type: ignore[assignment]
     precision: str = "int4"
     rank: int = 32
+    quality: str = "default"
     smoothing: str = "search"
-    refinements: int = 2
-    gptq: bool = False
+    refinements: int = 20
+    gptq: bool | None = None
     compute_mode: str = "auto"
     modules: dict[str, str] | None = None
     modules_to_not_convert: list[str] = field(default_factory=list)
@@ -104,6 +119,7 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
         for name, allowed in (
             ("precision", PRECISIONS),
             ("compute_mode", COMPUTE_MODES),
+            ("quality", QUALITIES),
             ("smoothing", SMOOTHING),
         ):
             if getattr(self, name) not in allowed:
@@ -112,8 +128,8 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
-        if not isinstance(self.gptq, bool):
-            raise TypeError(f"`gptq` must be True or False, got {self.gptq!r}.")
+        if not isinstance(self.gptq, bool | None):
+            raise TypeError(f"`gptq` must be True, False or None, got {self.gptq!r}.")
         if not isinstance(self.modules_to_not_convert, list | tuple | None):
             raise TypeError(f"`modules_to_not_convert` must be a list, got {self.modules_to_not_convert!r}.")
         if not isinstance(self.input_scales, dict | None):
@@ -134,14 +150,17 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
 
     def for_layer(self, mode: str) -> LayerConfig:
         """How a layer of mode "w4a4" or "w4a16" is quantized. Layers with 16-bit activations are always int4."""
+        precision = self.precision if mode == "w4a4" else "int4"
+        usual = USUAL_MODES[precision] if self.compute_mode == "auto" else self.compute_mode
         return LayerConfig(
-            precision=self.precision if mode == "w4a4" else "int4",
+            precision=precision,
             rank=self.rank,
             smoothing=self.smoothing,
             refinements=self.refinements,
-            gptq=self.gptq and mode == "w4a4",
+            gptq=self.gptq if mode == "w4a4" else False,
             seed=self.seed,
-            quantize_activations=mode == "w4a4",
+            mode=usual if mode == "w4a4" else "w4a16",
+            quality=self.quality,
         )
 
     @classmethod

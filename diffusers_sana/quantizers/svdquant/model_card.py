@@ -33,7 +33,8 @@ def model_card(
         library, cls = "diffusers", DiffusionPipeline
     modes = {mode: sum(layer.mode == mode for layer in report.layers) for mode in ("w4a4", "w4a16")}
     facts = {
-        "method": "[SVDQuant](https://arxiv.org/abs/2411.05007)" + (" with GPTQ" if report.config.gptq else ""),
+        "method": "[SVDQuant](https://arxiv.org/abs/2411.05007)"
+        + (" with GPTQ" if any(layer.gptq for layer in report.layers) else ""),
         "precision": report.config.precision,
         "rank": report.config.rank,
         "calibration": f"{report.prompts} prompts" if report.prompts else "none",

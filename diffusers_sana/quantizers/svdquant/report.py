@@ -9,7 +9,8 @@ from statistics import median
 from diffusers.utils import logging
 
 from diffusers_sana.kernels.low_bit import precision_of
-from diffusers_sana.quantizers.svdquant.algorithm.decompose import LayerReport, QuantizedWeight
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import LayerReport
+from diffusers_sana.quantizers.svdquant.algorithm.quantized_weight import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 
 
@@ -30,10 +31,12 @@ class LayerResult:
         mode: "w4a4" or "w4a16".
         precision: "int4" or "nvfp4".
         exponents: of the smoothing, see `decompose.py`.
-        error: relative error of the output in that mode, for sample inputs.
+        error: relative error of the output for sample inputs, in `computed_in`.
         naive_error: the same for plain rounding of weight and activations.
         bytes: size of the quantized weight.
         original_bytes: size of the original weight.
+        computed_in: the compute mode for which the layer was fitted: "w4a4", "w4a8" or "w4a16".
+        gptq: whether the codes were rounded with error compensation.
     """
 
     layer: str
@@ -45,6 +48,8 @@ class LayerResult:
     naive_error: float
     bytes: int
     original_bytes: int
+    computed_in: str
+    gptq: bool
 
     @classmethod
     def of(cls, layer: str, mode: str, weight: QuantizedWeight, report: LayerReport) -> "LayerResult":
@@ -52,7 +57,15 @@ class LayerResult:
         shape = weight.qweight.shape[0], weight.smooth_factor.shape[0]
         size = sum(tensor.nbytes for tensor in weight.tensors().values())
         original = shape[0] * shape[1] * weight.proj_up.element_size()
-        return cls(layer, shape, mode, precision_of(weight.wscales), *report, size, original)
+        return cls(
+            layer=layer,
+            shape=shape,
+            mode=mode,
+            precision=precision_of(weight.wscales),
+            bytes=size,
+            original_bytes=original,
+            **report._asdict(),
+        )
 
 
 @dataclass(frozen=True)

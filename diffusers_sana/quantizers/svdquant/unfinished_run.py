@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from diffusers_sana import files
 from diffusers_sana.files import atomic_write, differences, locked, read_json
-from diffusers_sana.quantizers.svdquant.algorithm.decompose import LayerReport, QuantizedWeight
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import LayerReport
+from diffusers_sana.quantizers.svdquant.algorithm.quantized_weight import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.calibrate import Statistics
 
 

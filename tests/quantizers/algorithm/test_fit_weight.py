@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight_reference
-from diffusers_sana.quantizers.svdquant.algorithm import decompose as module
+from diffusers_sana.quantizers.svdquant.algorithm import fit as module
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
 from diffusers_sana.quantizers.svdquant.algorithm.randomized_svd import randomized_svd, weighted_svd
 from diffusers_sana.quantizers.svdquant.config import LayerConfig
@@ -51,7 +51,7 @@ def test_weighted_svd_makes_no_input_worse():
 def test_hessian_helps_on_other_inputs(precision, tokens):
     weight, factor = torch.randn(96, 192), spread(192, decades=3)
     x, other = torch.randn(tokens, 192) @ factor.t(), torch.randn(512, 192) @ factor.t()
-    options = LayerConfig(precision, rank=16, smoothing="none", quantize_activations=False)
+    options = LayerConfig(precision, rank=16, smoothing="none", mode="w4a16")
     (plain,), _ = decompose([weight], options, inputs=x)
     (fitted,), _ = decompose([weight], options, inputs=x, hessian=x.t() @ x)
     assert output_error(fitted, x, weight) < 0.85 * output_error(plain, x, weight)
@@ -59,7 +59,7 @@ def test_hessian_helps_on_other_inputs(precision, tokens):
 
 
 def test_a_round_that_makes_it_worse_is_dropped(monkeypatch):
-    """The second of three roundings is spoilt: the first one's codes stay, and their branch is fitted once more."""
+    """All roundings but the first are spoilt: the first one's codes and their branch stay."""
     rounded, results = module._rounded, []
 
     def spoilt(*args):
@@ -70,9 +70,22 @@ def test_a_round_that_makes_it_worse_is_dropped(monkeypatch):
     weight, smooth = torch.randn(48, 64), torch.ones(64)
     expected = module.fit_weight(weight, smooth, torch.float32, LayerConfig(rank=8, refinements=1))
     monkeypatch.setattr(module, "_rounded", spoilt)
-    actual = module.fit_weight(weight, smooth, torch.float32, LayerConfig(rank=8, refinements=3))
-    assert len(results) == 2
+    actual = module.fit_weight(weight, smooth, torch.float32, LayerConfig(rank=8, refinements=9))
+    assert len(results) == 1 + module.PATIENCE["weight"]
     assert all(torch.equal(value, actual.tensors()[name]) for name, value in expected.tensors().items())
+
+
+def test_rounds_end_where_they_no_longer_pay(monkeypatch):
+    weight, smooth = torch.randn(96, 128), torch.ones(128)
+    rounds, errors = [], {}
+    rounded = module._rounded
+    monkeypatch.setattr(module, "_rounded", lambda *args: rounds.append(0) or rounded(*args))
+    for refinements in (2, 20, 1000):
+        rounds.clear()
+        item = module.fit_weight(weight, smooth, torch.float32, LayerConfig(rank=8, refinements=refinements))
+        errors[refinements] = relative_error(item.residual() + item.proj_up @ item.proj_down, weight)
+    assert len(rounds) < 40
+    assert errors[1000] <= errors[20] < 0.95 * errors[2]
 
 
 def test_scale_of_the_hessian_does_not_matter():

@@ -1,17 +1,24 @@
 """GPTQ against plain rounding and against its definition, column by column with exact inverses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from diffusers_sana.kernels.low_bit import decode_weight, encode_weight, group_scales, weight_scales
-from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
-from diffusers_sana.quantizers.svdquant.algorithm.gptq import DAMPING, gptq_codes
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import damped, decompose
+from diffusers_sana.quantizers.svdquant.algorithm.fit import Inputs, compensated
+from diffusers_sana.quantizers.svdquant.algorithm.gptq import DAMPING, Compensation
 from diffusers_sana.quantizers.svdquant.config import LayerConfig
 from tests.numerics import relative_error
 
 
 def correlated(tokens, features):
     return torch.randn(tokens, features) @ torch.randn(features, features) / features**0.5
+
+
+def gptq_codes(weight, wscales, wtscale, hessian):
+    return Compensation(hessian).codes(weight, wscales, wtscale)
 
 
 def by_definition(weight, scales, hessian):
@@ -76,7 +83,25 @@ def test_in_a_layer():
     for gptq in (False, True):
         _, (report,) = decompose([weight], LayerConfig(rank=8, gptq=gptq), inputs=x, hessian=x.t() @ x)
         errors[gptq] = report.error
+        assert report.gptq == gptq
     assert errors[True] < 0.95 * errors[False]
+
+
+def test_a_layer_keeps_it_only_where_it_helps_on_other_inputs():
+    # Inputs with heavy tails: the compensation fits the few that are large, and is worse for others.
+    heavy = torch.distributions.StudentT(1.2).sample((768, 96)).clamp(-1000, 1000)
+    x, other, weight = heavy[:96], heavy[96:], torch.randn(64, 96)
+    config = LayerConfig(rank=4, smoothing="none", mode="w4a16")
+    items = {}
+    for gptq in (False, True):
+        (items[gptq],), (report,) = decompose([weight], replace(config, gptq=gptq), x, hessian=x.t() @ x)
+        assert not report.gptq
+    assert all(torch.equal(part, items[True].tensors()[name]) for name, part in items[False].tensors().items())
+    hessian = damped(x.t() @ x, 0.3)
+    forced = compensated(weight, items[False], config, Inputs(x, hessian), hessian)
+    assert relative_error(forced.output(other, "w4a16"), other @ weight.t()) > relative_error(
+        items[False].output(other, "w4a16"), other @ weight.t()
+    )
 
 
 def test_few_inputs_are_damped():

@@ -18,6 +18,7 @@ from diffusers_sana.kernels.low_bit import (
     group_scales,
     nonzero,
     pack_nibbles,
+    padded,
     precision_of,
 )
 
@@ -27,46 +28,53 @@ DAMPING = 0.01
 MAX_ATTEMPTS = 16
 
 
-def gptq_codes(residual: Tensor, wscales: Tensor, wtscale: Tensor | None, hessian: Tensor) -> Tensor:
-    """Packed codes `[N, Kp/2]` under given scales.
+class Compensation:
+    """GPTQ for inputs of one covariance; it is factored once, for any number of weights.
 
     Args:
-        residual: `[N, Kp]`, fp32.
-        wscales, wtscale: as in `low_bit.py`.
-        hessian: sum of `x x^T` over the inputs of the residual, `[K, K]`, fp32, up to a constant factor.
+        hessian: sum of `x x^T` over the inputs, `[K, K]`, fp32, up to a constant factor. It is changed.
 
     Raises:
         ValueError: a hessian that no damping makes positive definite: the inputs were not finite.
     """
-    precision = precision_of(wscales)
-    group_size = GROUP_SIZES[precision]
-    encode, decode = (encode_int4, decode_int4) if precision == "int4" else (encode_e2m1, decode_e2m1)
-    scales = nonzero(group_scales(wscales, wtscale)).repeat_interleave(group_size, dim=1)
 
-    padding = residual.shape[1] - hessian.shape[0]
-    hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
-    diagonal = hessian.diagonal()
-    unused = diagonal == 0
-    diagonal[unused] = 1.0
-    order = diagonal.argsort(descending=True, stable=True)
-    inverse = torch.cholesky_inverse(damped_factor(hessian[order][:, order]))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    def __init__(self, hessian: Tensor) -> None:
+        padding = padded(len(hessian)) - len(hessian)
+        hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
+        diagonal = hessian.diagonal()
+        self.unused = diagonal <= 0
+        diagonal[self.unused] = 1.0
+        self.order = diagonal.argsort(descending=True, stable=True)
+        inverse = torch.cholesky_inverse(damped_factor(hessian[self.order][:, self.order]))
+        self.upper = torch.linalg.cholesky(inverse, upper=True)
 
-    # Transposed, so that a column is contiguous in memory.
-    remaining = torch.where(unused, 0.0, residual)[:, order].t().contiguous()
-    scales = scales[:, order].t().contiguous()
-    nibbles = torch.empty_like(remaining, dtype=torch.uint8)
-    for start in range(0, len(remaining), BLOCK):
-        block = slice(start, min(start + BLOCK, len(remaining)))
-        columns, errors = remaining[block], torch.zeros_like(remaining[block])
-        factor = upper[block, block]
-        for i, scale in enumerate(scales[block]):
-            code = encode(columns[i] / scale)
-            nibbles[start + i] = code
-            errors[i] = (columns[i] - decode(code).float() * scale) / factor[i, i]
-            columns[i:] -= factor[i, i:, None] * errors[i]
-        remaining[block.stop :] -= upper[block, block.stop :].t() @ errors
-    return pack_nibbles(nibbles[order.argsort()].t().contiguous(), group_size)
+    def codes(self, residual: Tensor, wscales: Tensor, wtscale: Tensor | None) -> Tensor:
+        """Packed codes `[N, Kp/2]` under given scales.
+
+        Args:
+            residual: `[N, Kp]`, fp32.
+            wscales, wtscale: as in `low_bit.py`.
+        """
+        precision = precision_of(wscales)
+        group_size = GROUP_SIZES[precision]
+        encode, decode = (encode_int4, decode_int4) if precision == "int4" else (encode_e2m1, decode_e2m1)
+        scales = nonzero(group_scales(wscales, wtscale)).repeat_interleave(group_size, dim=1)
+
+        # Transposed, so that a column is contiguous in memory.
+        remaining = torch.where(self.unused, 0.0, residual)[:, self.order].t().contiguous()
+        scales = scales[:, self.order].t().contiguous()
+        nibbles = torch.empty_like(remaining, dtype=torch.uint8)
+        for start in range(0, len(remaining), BLOCK):
+            block = slice(start, min(start + BLOCK, len(remaining)))
+            columns, errors = remaining[block], torch.zeros_like(remaining[block])
+            factor = self.upper[block, block]
+            for i, scale in enumerate(scales[block]):
+                code = encode(columns[i] / scale)
+                nibbles[start + i] = code
+                errors[i] = (columns[i] - decode(code).float() * scale) / factor[i, i]
+                columns[i:] -= factor[i, i:, None] * errors[i]
+            remaining[block.stop :] -= self.upper[block, block.stop :].t() @ errors
+        return pack_nibbles(nibbles[self.order.argsort()].t().contiguous(), group_size)
 
 
 def damped_factor(hessian: Tensor) -> Tensor:

@@ -11,23 +11,28 @@ from diffusers_sana.kernels.low_bit import nonzero
 
 OVERSAMPLING = 8  # columns of the basis beyond the rank
 POWER_ITERATIONS = 2
+WARM_POWER_ITERATIONS = {"plain": 0, "weighted": 1}  # of a search that starts near the result
 FIRST_COLUMNS = 16  # of the basis in `low_rank_factors`, which then doubles
 ACCUMULATION_ERROR = 2**-18  # relative, of an fp32 product over a few hundred terms
 
 
-def randomized_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+def randomized_svd(matrix: Tensor, rank: int, seed: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A nearly optimal approximation of rank r: `up` `[N, r]` and `down` `[r, K]` with orthonormal rows.
 
     Randomized range finder with power iterations (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4). The same
     seed gives the same bits on one device.
+
+    Args:
+        matrix: `[N, K]`, fp32.
+        rank: r.
+        seed: of the search for the directions.
+        start: `down` of a similar matrix, `[<= r, K]`: the search starts there, which saves most of its time.
     """
     if rank == 0:
         return matrix.new_zeros(matrix.shape[0], 0), matrix.new_zeros(0, matrix.shape[1])
-    columns = min(rank + OVERSAMPLING, *matrix.shape)
-    generator = torch.Generator().manual_seed(seed)
-    probe = torch.randn(matrix.shape[1], columns, generator=generator).to(matrix)
+    probe = _probe(matrix, rank, seed, start)
     basis = _orthonormal(matrix @ probe)
-    for _ in range(POWER_ITERATIONS):
+    for _ in range(POWER_ITERATIONS if start is None else WARM_POWER_ITERATIONS["plain"]):
         basis = _orthonormal(matrix.t() @ basis)
         basis = _orthonormal(matrix @ basis)
     projected = basis.t() @ matrix
@@ -36,7 +41,9 @@ def randomized_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor
     return basis @ (vectors * values), (vectors / nonzero(values)).t() @ projected
 
 
-def weighted_svd(matrix: Tensor, rank: int, seed: int, covariance: Tensor) -> tuple[Tensor, Tensor]:
+def weighted_svd(
+    matrix: Tensor, rank: int, seed: int, covariance: Tensor, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """A nearly optimal approximation for inputs of a given covariance: `up` `[N, r]`, `down` `[r, K]` with unit rows.
 
     With C = E[x x^T] and L L^T = C, the mean error of the output is
@@ -52,12 +59,11 @@ def weighted_svd(matrix: Tensor, rank: int, seed: int, covariance: Tensor) -> tu
         rank: r.
         seed: of the search for the directions.
         covariance: `[K, K]`, fp32, up to a constant factor.
+        start: as in `randomized_svd`.
     """
-    columns = min(rank + OVERSAMPLING, *matrix.shape)
-    generator = torch.Generator().manual_seed(seed)
-    probe = torch.randn(matrix.shape[1], columns, generator=generator).to(matrix)
+    probe = _probe(matrix, rank, seed, start)
     basis = _orthonormal(matrix @ (covariance @ probe))
-    for _ in range(POWER_ITERATIONS):
+    for _ in range(POWER_ITERATIONS if start is None else WARM_POWER_ITERATIONS["weighted"]):
         basis = _orthonormal(matrix @ (covariance @ (matrix.t() @ basis)))
     projected = basis.t() @ matrix
     _, vectors = torch.linalg.eigh(_in_fp64(projected @ covariance @ projected.t()))
@@ -65,6 +71,16 @@ def weighted_svd(matrix: Tensor, rank: int, seed: int, covariance: Tensor) -> tu
     down = up.t() @ matrix
     lengths = down.norm(dim=1)
     return up * lengths, down / nonzero(lengths)[:, None]
+
+
+def _probe(matrix: Tensor, rank: int, seed: int, start: Tensor | None) -> Tensor:
+    """The first directions of a search, `[K, c]`."""
+    columns = min(rank + OVERSAMPLING, *matrix.shape)
+    generator = torch.Generator().manual_seed(seed)
+    probe = torch.randn(matrix.shape[1], columns, generator=generator).to(matrix)
+    if start is not None:
+        probe[:, : len(start)] = start.t()
+    return probe
 
 
 def low_rank_factors(matrix: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor] | None:

@@ -30,7 +30,7 @@ from diffusers_sana.kernels.low_bit import GROUP_SIZES, padded, precision_of
 from diffusers_sana.kernels.lowbit_linear import lowbit_linear
 from diffusers_sana.kernels.precision import arithmetic_dtype
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank
-from diffusers_sana.quantizers.svdquant.algorithm.decompose import QuantizedWeight
+from diffusers_sana.quantizers.svdquant.algorithm.quantized_weight import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.config import COMPUTE_MODES
 from diffusers_sana.quantizers.svdquant.layers.compute_mode import best_mode
 from diffusers_sana.quantizers.svdquant.layers.lora import LowRankBranch, PlainConvolutions, lazy_weight
