@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness import RESULTS, environment, write_results
-from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose, relative_error
-from diffusers_sana.quantizers.svdquant.algorithm.fit import fit_weight
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose, fit_weight, relative_error
 from diffusers_sana.quantizers.svdquant.algorithm.quantized_weight import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.config import LayerConfig
 
@@ -42,6 +41,7 @@ ROWS = 2048
 VARIANTS: dict[str, dict[str, Any]] = {
     "no data": {},
     "calibrated": {},
+    "calibrated, best, no rotation": {"quality": "best", "rotation": "none"},
     "calibrated, best": {"quality": "best"},
 }
 
@@ -133,6 +133,7 @@ def measure(layer: Layer, variant: str, seed: int) -> dict[str, Any]:
             "error": held_out_error(layer, item, mode),
             "exponents": report.exponents,
             "gptq": report.gptq,
+            "rotated": report.rotated,
             "seconds": time.perf_counter() - start,
         }
         if mode == "w4a8":

@@ -34,6 +34,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--gptq", action="store_true", help="error compensation where it lowers the error; needs --prompts"
     )
     command.add_argument(
+        "--rotation",
+        choices=("none", "auto", "hadamard"),
+        help="round in a rotated basis; auto: where it lowers the error; default: none, auto for --quality best",
+    )
+    command.add_argument(
         "--compute-mode",
         default="auto",
         choices=("auto", "w4a4", "w4a8", "w4a16"),
@@ -71,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
         rank=args.rank,
         quality=args.quality,
         gptq=args.gptq or None,
+        rotation=args.rotation,
         compute_mode=args.compute_mode,
     )
     device = find_device(args.device)

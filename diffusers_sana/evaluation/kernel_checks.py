@@ -145,7 +145,7 @@ class _Watcher:
         check, is_new = self._entry("int8_linear", tensors, layer.precision, "CPU kernel")
         if is_new:
             parts = (layer.qweight, layer.wscales, layer.wtscale, layer.smooth_factor, layer.proj_down)
-            exact = int8_linear.int8_linear_reference(tokens, *parts, layer.proj_up, layer.bias)
+            exact = int8_linear.int8_linear_reference(tokens, *parts, layer.proj_up, layer.bias, layer.rotation)
             _compare(check, output, exact.to(output.dtype), exact)
             # The products of each row are added in fp32.
             check.limit = max(check.limit or 0.0, 1e-5)

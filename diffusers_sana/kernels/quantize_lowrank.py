@@ -9,6 +9,9 @@
     nvfp4   packed e2m1, one e4m3 scale per 16 neighbours: amax / 6
     int8    integers -127..127, one scale per token: amax / 127
 
+In rotated layers `quantize` takes `rotate(x / smooth)`, see `rotation.py`. Triton kernels do not rotate: the rotation
+is an operation before them.
+
 Legend: M tokens, K input features, Kp = K padded to a multiple of 64 with zeros, r rank.
 """
 
@@ -26,13 +29,18 @@ from diffusers_sana.kernels.low_bit import (
     pad_features,
     padded,
 )
+from diffusers_sana.kernels.rotation import rotate
 
 
 FORMATS = ("int4", "nvfp4", "int8")
 
 
 def quantize_lowrank(
-    hidden_states: Tensor, smooth_factor: Tensor, proj_down: Tensor, activation_format: str
+    hidden_states: Tensor,
+    smooth_factor: Tensor,
+    proj_down: Tensor,
+    activation_format: str,
+    rotation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantizes `hidden_states / smooth_factor` and projects `hidden_states` down.
 
@@ -41,6 +49,7 @@ def quantize_lowrank(
         smooth_factor: `[K]`, positive.
         proj_down: `[r, K]`; r may be 0.
         activation_format: "int4", "nvfp4" or "int8".
+        rotation: that of the layer, None if it is not rotated.
 
     Returns:
         codes: int8 `[M, Kp]`, for nvfp4 uint8 `[M, Kp/2]` packed as in `low_bit.py`.
@@ -54,17 +63,28 @@ def quantize_lowrank(
         raise ValueError(f"`activation_format` must be one of {FORMATS}, got {activation_format!r}.")
     reason = "there are no tokens" if hidden_states.numel() == 0 else None
     if use_triton("quantize_lowrank", hidden_states, smooth_factor, proj_down, unsupported=reason):
-        return _quantize_lowrank_triton(hidden_states, smooth_factor, proj_down, activation_format)
-    return quantize_lowrank_reference(hidden_states, smooth_factor, proj_down, activation_format)
+        if rotation is None:
+            return _quantize_lowrank_triton(hidden_states, smooth_factor, proj_down, activation_format)
+        rotated = rotate(hidden_states.float() / smooth_factor.float())
+        ones, no_branch = rotated.new_ones(rotated.shape[1]), rotated.new_empty(0, rotated.shape[1])
+        codes, scales, _ = _quantize_lowrank_triton(rotated, ones, no_branch, activation_format)
+        return codes, scales, hidden_states.float() @ proj_down.float().t()
+    return quantize_lowrank_reference(hidden_states, smooth_factor, proj_down, activation_format, rotation)
 
 
 def quantize_lowrank_reference(
-    hidden_states: Tensor, smooth_factor: Tensor, proj_down: Tensor, activation_format: str
+    hidden_states: Tensor,
+    smooth_factor: Tensor,
+    proj_down: Tensor,
+    activation_format: str,
+    rotation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formulas in PyTorch; defines which code each number gets."""
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     low = hidden_states.to(dtype) @ proj_down.to(dtype).t()
     smoothed = pad_features(hidden_states.float() / smooth_factor.float())
+    if rotation is not None:
+        smoothed = rotate(smoothed)
     if activation_format == "int8":
         scales = smoothed.abs().amax(-1, keepdim=True) / 127
         return (smoothed / nonzero(scales)).round().to(torch.int8), scales, low

@@ -14,16 +14,27 @@ from diffusers_sana.quantizers.svdquant.model_card import model_card, save_card
 from diffusers_sana.quantizers.svdquant.report import LayerResult, QuantizationReport
 
 
+def layer(name, mode, exponents, error, naive_error):
+    return LayerResult(
+        layer=f"transformer.{name}",
+        shape=(64, 128),
+        mode=mode,
+        precision="int4",
+        exponents=exponents,
+        error=error,
+        naive_error=naive_error,
+        bytes=5000,
+        original_bytes=16384,
+        computed_in="w4a8" if mode == "w4a4" else mode,
+        gptq=False,
+        rotated=False,
+    )
+
+
 LAYERS = [
-    LayerResult(
-        "transformer.blocks.0.to_q", (64, 128), "w4a4", "int4", (0.5, 0.5), 0.1, 0.3, 5000, 16384, "w4a8", False
-    ),
-    LayerResult(
-        "transformer.blocks.1.to_q", (64, 128), "w4a4", "int4", (0.0, 0.0), 0.2, 0.5, 5000, 16384, "w4a8", False
-    ),
-    LayerResult(
-        "transformer.norm1.linear", (64, 128), "w4a16", "int4", (1.0, 0.0), 0.05, 0.1, 5000, 16384, "w4a16", False
-    ),
+    layer("blocks.0.to_q", "w4a4", (0.5, 0.5), 0.1, 0.3),
+    layer("blocks.1.to_q", "w4a4", (0.0, 0.0), 0.2, 0.5),
+    layer("norm1.linear", "w4a16", (1.0, 0.0), 0.05, 0.1),
 ]
 
 
@@ -58,6 +69,7 @@ def test_files(report, tmp_path):
         "original_bytes": 16384,
         "computed_in": "w4a8",
         "gptq": False,
+        "rotated": False,
     }
     colors = Image.open(tmp_path / "new" / "quantization_report.png").convert("RGB").getcolors(10**6)
     assert len(colors) > 3

@@ -21,6 +21,7 @@ from torch import Tensor
 from diffusers_sana._compat import cpu_has_vnni, has_int8_product
 from diffusers_sana.kernels.low_bit import nonzero, pad_features, requantize_rows
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank_reference
+from diffusers_sana.kernels.rotation import rotate
 
 
 BLOCK = 2**20  # elements of the output computed at a time: 4 MiB of fp32
@@ -71,7 +72,13 @@ def prepare(
     )
 
 
-def int8_linear(hidden_states: Tensor, smooth_factor: Tensor, proj_down: Tensor, weight: PreparedWeight) -> Tensor:
+def int8_linear(
+    hidden_states: Tensor,
+    smooth_factor: Tensor,
+    proj_down: Tensor,
+    weight: PreparedWeight,
+    rotation: Tensor | None = None,
+) -> Tensor:
     """The layer's output.
 
     Args:
@@ -79,6 +86,7 @@ def int8_linear(hidden_states: Tensor, smooth_factor: Tensor, proj_down: Tensor,
         smooth_factor: `[K]`.
         proj_down: `[r, K]`.
         weight: from `prepare`.
+        rotation: that of the layer, None if it is not rotated.
 
     Returns:
         `[M, N]` in the dtype of `hidden_states`.
@@ -90,7 +98,7 @@ def int8_linear(hidden_states: Tensor, smooth_factor: Tensor, proj_down: Tensor,
     for start in range(0, tokens, rows):
         block = hidden_states[start : start + rows].float()
         low = torch.cat([block @ down, block.new_ones(len(block), 1)], dim=1)
-        smoothed = pad_features(block / smooth)
+        smoothed = pad_features(block / smooth) if rotation is None else rotate(block / smooth)
         scales = smoothed.abs().amax(-1, keepdim=True) / 127
         codes = smoothed.div_(nonzero(scales)).round_().add_(ZERO_POINT).to(torch.uint8)
         product = torch.ops.onednn.qlinear_pointwise(
@@ -103,10 +111,10 @@ def int8_linear(hidden_states: Tensor, smooth_factor: Tensor, proj_down: Tensor,
 
 def int8_linear_reference(
     hidden_states: Tensor, qweight: Tensor, wscales: Tensor, wtscale: Tensor | None,
-    smooth_factor: Tensor, proj_down: Tensor, proj_up: Tensor, bias: Tensor | None,
+    smooth_factor: Tensor, proj_down: Tensor, proj_up: Tensor, bias: Tensor | None, rotation: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The formula in PyTorch, computed in float64 from the codes of the activations on; not rounded."""
-    codes, scales, low = quantize_lowrank_reference(hidden_states, smooth_factor, proj_down, "int8")
+    codes, scales, low = quantize_lowrank_reference(hidden_states, smooth_factor, proj_down, "int8", rotation)
     weight, rows = requantize_rows(qweight, wscales, wtscale, levels())
     out = (codes.double() @ weight.double().t()) * scales.double() * rows.double()
     out = out + low.double() @ proj_up.double().t()

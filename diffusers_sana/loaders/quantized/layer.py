@@ -115,7 +115,16 @@ class UnpackedLayer:
 
     @classmethod
     def of(cls, layer: SVDQuantLayer) -> "UnpackedLayer":
-        """The content of one of our own layers."""
+        """The content of one of our own layers.
+
+        Raises:
+            ValueError: a rotated layer, which no other format has.
+        """
+        if layer.rotation is not None:
+            raise ValueError(
+                "the layers of the model must not be rotated to be written in another format, got one that is. "
+                'Quantize the original model with `rotation="none"`.'
+            )
         group_size, features = GROUP_SIZES[layer.precision], layer.smooth_factor.shape[0]
         scales = layer.wscales.detach()
         return cls(

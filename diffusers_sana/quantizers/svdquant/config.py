@@ -12,11 +12,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin as Tr
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = "diffusers_sana/1"  # how tensors are stored, see docs/quantization.md; changes with what a reader must know
+# How tensors are stored, see docs/quantization.md; changes with what a reader must know. A model without rotated
+# layers is in the first, which earlier versions also read.
+LAYOUT = "diffusers_sana/1"
+ROTATED_LAYOUT = "diffusers_sana/2"
+LAYOUTS = (LAYOUT, ROTATED_LAYOUT)
 PRECISIONS = ("int4", "nvfp4")
 COMPUTE_MODES = ("auto", "w4a4", "w4a8", "w4a16")
 SMOOTHING = ("search", "none")
 QUALITIES = ("default", "best")
+ROTATIONS = ("none", "auto", "hadamard")
 # The mode in which "auto" computes layers of a format on most of the devices that are fast with it. The result of a
 # quantization does not depend on the device on which it runs.
 USUAL_MODES = {"int4": "w4a8", "nvfp4": "w4a4"}
@@ -45,6 +50,7 @@ class LayerConfig:
     seed: int = 0
     mode: str = "w4a4"
     quality: str = "default"
+    rotation: str = "none"
 
     @property
     def tries_gptq(self) -> bool:
@@ -64,19 +70,23 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
     Args:
         precision: "int4" (integers, one scale per 64 weights) or "nvfp4" (e2m1, one e4m3 scale per 16).
         rank: of the 16-bit low-rank branch; 0 for none.
-        quality: "default", or "best" for smaller errors in several times the time: finer smoothing, and with
-            calibration prompts also `gptq`.
+        quality: "default", or "best" for smaller errors in several times the time: finer smoothing, `rotation="auto"`,
+            and with calibration prompts also `gptq`.
         smoothing: "search" the exponents of the smoothing factors per layer, or "none".
         refinements: how many times, at most, the branch is refitted to the rounding error, with calibration prompts
             weighted by the inputs of the layer, and the weight rounded again. It ends earlier where it no longer pays.
         gptq: try to round the residual with second-order error compensation. A layer keeps it where it lowers the
             error for calibration inputs that it was not fitted to. True needs calibration prompts; None for
             `quality="best"` with prompts.
+        rotation: round weight and activations in a rotated basis: "hadamard", "none", or "auto" for layers in which it
+            lowers the error, see `kernels/rotation.py`. It costs an operation per layer and call, and other runtimes
+            cannot read such layers. None: "auto" for `quality="best"`, else "none".
         compute_mode: how layers compute: "w4a4", "w4a8", "w4a16", or "auto" for the fastest on the device. Layers are
             fitted for that mode; "auto" stands for "w4a8" with int4 and "w4a4" with nvfp4.
         modules: which layers to quantize: patterns of module names to "w4a4" (activations may be quantized) or
             "w4a16" (activations stay 16 bit). None: chosen by name, see `targets.py`. A saved model lists its layers.
         modules_to_not_convert: patterns of module names to leave in 16 bit.
+        rotated: patterns of the names of layers that are rotated; written in a saved model.
         seed: of the randomized SVD.
         layout: of the stored tensors. Other runtimes use the name `svdquant` for different layouts.
         input_scales: static scales of the inputs of layers, by name, for runtimes that need them; a record that ours
@@ -95,19 +105,21 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
     smoothing: str = "search"
     refinements: int = 20
     gptq: bool | None = None
+    rotation: str | None = None
     compute_mode: str = "auto"
     modules: dict[str, str] | None = None
     modules_to_not_convert: list[str] = field(default_factory=list)
+    rotated: list[str] = field(default_factory=list)
     seed: int = 0
     layout: str | None = LAYOUT
     input_scales: dict[str, float] | None = None
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        if self.layout not in (None, LAYOUT):
+        if self.layout not in (None, *LAYOUTS):
             is_newer = str(self.layout).startswith(f"{LAYOUT.partition('/')[0]}/")
             raise ValueError(
-                f"`layout` must be {LAYOUT!r}, got {self.layout!r}. "
+                f"`layout` must be one of {LAYOUTS}, got {self.layout!r}. "
                 + (
                     "Upgrade diffusers_sana."
                     if is_newer
@@ -121,6 +133,7 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
             ("compute_mode", COMPUTE_MODES),
             ("quality", QUALITIES),
             ("smoothing", SMOOTHING),
+            ("rotation", (None, *ROTATIONS)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
@@ -130,8 +143,9 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
         if not isinstance(self.gptq, bool | None):
             raise TypeError(f"`gptq` must be True, False or None, got {self.gptq!r}.")
-        if not isinstance(self.modules_to_not_convert, list | tuple | None):
-            raise TypeError(f"`modules_to_not_convert` must be a list, got {self.modules_to_not_convert!r}.")
+        for name in ("modules_to_not_convert", "rotated"):
+            if not isinstance(getattr(self, name), list | tuple | None):
+                raise TypeError(f"`{name}` must be a list, got {getattr(self, name)!r}.")
         if not isinstance(self.input_scales, dict | None):
             raise TypeError(
                 f"`input_scales` must be a dictionary of layer names to numbers, got {self.input_scales!r}."
@@ -139,7 +153,8 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
         if not isinstance(self.modules, dict | None):
             raise TypeError(f"`modules` must be a dictionary of patterns to modes or None, got {self.modules!r}.")
         self.modules_to_not_convert = list(self.modules_to_not_convert or [])
-        for pattern in [*self.modules_to_not_convert, *(self.modules or {})]:
+        self.rotated = list(self.rotated or [])
+        for pattern in [*self.modules_to_not_convert, *self.rotated, *(self.modules or {})]:
             if not isinstance(pattern, str):
                 raise TypeError(f"patterns of module names must be strings, got {pattern!r}.")
         if self.modules is not None and not self.modules:
@@ -151,6 +166,7 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
     def for_layer(self, mode: str) -> LayerConfig:
         """How a layer of mode "w4a4" or "w4a16" is quantized. Layers with 16-bit activations are always int4."""
         precision = self.precision if mode == "w4a4" else "int4"
+        automatic = "auto" if self.quality == "best" else "none"
         usual = USUAL_MODES[precision] if self.compute_mode == "auto" else self.compute_mode
         return LayerConfig(
             precision=precision,
@@ -161,6 +177,7 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
             seed=self.seed,
             mode=usual if mode == "w4a4" else "w4a16",
             quality=self.quality,
+            rotation=(self.rotation or automatic) if mode == "w4a4" else "none",
         )
 
     @classmethod

@@ -37,6 +37,7 @@ class LayerResult:
         original_bytes: size of the original weight.
         computed_in: the compute mode for which the layer was fitted: "w4a4", "w4a8" or "w4a16".
         gptq: whether the codes were rounded with error compensation.
+        rotated: whether they are in a rotated basis.
     """
 
     layer: str
@@ -50,6 +51,7 @@ class LayerResult:
     original_bytes: int
     computed_in: str
     gptq: bool
+    rotated: bool
 
     @classmethod
     def of(cls, layer: str, mode: str, weight: QuantizedWeight, report: LayerReport) -> "LayerResult":

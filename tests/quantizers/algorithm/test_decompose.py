@@ -7,7 +7,6 @@ from diffusers_sana.kernels.dequantize_weight import dequantize_weight_reference
 from diffusers_sana.kernels.lowbit_linear import lowbit_linear_reference
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank_reference
 from diffusers_sana.quantizers.svdquant.algorithm import decompose as module
-from diffusers_sana.quantizers.svdquant.algorithm import fit
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
 from diffusers_sana.quantizers.svdquant.algorithm.randomized_svd import randomized_svd
 from diffusers_sana.quantizers.svdquant.config import LayerConfig
@@ -58,9 +57,9 @@ def test_smoothing_and_branch_need_each_other(precision):
 
 
 def test_a_part_of_the_features_is_enough_to_choose(monkeypatch):
-    x, weight = outliers(256, 256, 4 * fit.SCORED_FEATURES, channels=8)
+    x, weight = outliers(256, 256, 4 * module.SCORED_FEATURES, channels=8)
     _, (some,) = decompose([weight], LayerConfig(rank=8), inputs=x)
-    monkeypatch.setattr(fit, "SCORED_FEATURES", 10**6)
+    monkeypatch.setattr(module, "SCORED_FEATURES", 10**6)
     _, (every,) = decompose([weight], LayerConfig(rank=8), inputs=x)
     assert some.exponents == pytest.approx(every.exponents, abs=0.125)  # the finer step: errors differ little
     assert some.error == pytest.approx(every.error, rel=0.05)
@@ -75,7 +74,7 @@ def test_layers_of_one_input_share_the_smoothing():
 
 
 def test_largest_magnitudes_come_from_all_data(monkeypatch):
-    monkeypatch.setattr(module, "_pattern_search", lambda *args: (0.5, 0.25))
+    monkeypatch.setattr(module, "_pattern_search", lambda *args: ((0.5, 0.25), 0.0))
     x, weight = outliers(64, 128, 96, channels=4)
     largest = x.abs().amax(0)
     quiet = largest.argmin()
@@ -104,10 +103,10 @@ def test_exponents_are_searched_between_the_coarse_ones():
         return (a - 0.6) ** 2 + (b - 0.15) ** 2
 
     coarse = [(0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.5, 0.5)]
-    assert module._pattern_search(score, coarse, [(1, 0), (0, 1)], [0.25, 0.125]) == (0.625, 0.125)
+    assert module._pattern_search(score, coarse, [(1, 0), (0, 1)], [0.25, 0.125])[0] == (0.625, 0.125)
     assert len(scores) == len(set(scores)) < 20
     assert all(0 <= value <= 1 for pair in scores for value in pair)
-    assert module._pattern_search(score, coarse, [(0, 1)], [0.25, 0.125]) == (0.5, 0.125)
+    assert module._pattern_search(score, coarse, [(0, 1)], [0.25, 0.125])[0] == (0.5, 0.125)
 
 
 def test_candidates_are_compared_in_the_mode_that_will_run():

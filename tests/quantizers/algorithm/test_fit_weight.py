@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight_reference
-from diffusers_sana.quantizers.svdquant.algorithm import fit as module
+from diffusers_sana.quantizers.svdquant.algorithm import decompose as module
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
 from diffusers_sana.quantizers.svdquant.algorithm.randomized_svd import randomized_svd, weighted_svd
 from diffusers_sana.quantizers.svdquant.config import LayerConfig

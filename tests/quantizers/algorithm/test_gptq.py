@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from diffusers_sana.kernels.low_bit import decode_weight, encode_weight, group_scales, weight_scales
-from diffusers_sana.quantizers.svdquant.algorithm.decompose import damped, decompose
-from diffusers_sana.quantizers.svdquant.algorithm.fit import Inputs, compensated
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import Inputs, compensated, damped, decompose
 from diffusers_sana.quantizers.svdquant.algorithm.gptq import DAMPING, Compensation
 from diffusers_sana.quantizers.svdquant.config import LayerConfig
 from tests.numerics import relative_error

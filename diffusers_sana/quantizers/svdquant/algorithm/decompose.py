@@ -4,7 +4,10 @@
     W = weight * smooth                           outliers of the input move into the weight
     up @ down = argmin ||W - up @ down||          the largest singular directions, kept in 16 bit
     Q = round(W - up @ down)                      4 bit
-    up @ down = argmin ||(W - Q - up @ down) L||  refitted to the rounding error; rounded again, and so on (`fit.py`)
+    up @ down = argmin ||(W - Q - up @ down) L||  refitted to the rounding error
+
+The last two lines are repeated. Rounding is not exact, so a round may also make it worse: the best is kept, and the
+search ends where further rounds no longer pay.
 
 The exponents a and b are searched, first coarsely and then around the best: the pair with the smallest error of the
 layers' outputs for sample inputs wins, in the mode in which the layers will compute. Without samples, inputs are
@@ -15,11 +18,14 @@ L L^T is the covariance of the inputs from calibration; without it, L = 1. The f
 to leave a residual that is easy to round, also in directions that inputs seldom take. The covariance is that of 16-bit
 inputs in all compute modes, because the branch always receives those.
 
+With `rotation`, Q is rounded in a rotated basis, in which activations and weights of a group are spread evenly (see
+`kernels/rotation.py`). "auto" searches smoothing factors with and without it, and takes the better.
+
 Rounding with error compensation (GPTQ) fits the codes to the inputs. Where those have few directions or heavy tails it
 fits their sample, and is worse for other inputs. So it is tried on a part of the calibration data, and is kept only
 where it lowers the error for the other part.
 
-Legend: N output features, K input features, r rank, S sample rows.
+Legend: N output features, K input features, Kp = K padded, r rank, S sample rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,11 +35,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusers_sana.quantizers.svdquant.algorithm.fit import Inputs, compensated, fit_weight, scored_rows
+from diffusers_sana.kernels.low_bit import encode_weight, pad_features, weight_scales
+from diffusers_sana.kernels.rotation import GROUP, rotate
+from diffusers_sana.quantizers.svdquant.algorithm.gptq import Compensation
 from diffusers_sana.quantizers.svdquant.algorithm.quantized_weight import QuantizedWeight
+from diffusers_sana.quantizers.svdquant.algorithm.randomized_svd import randomized_svd, weighted_svd
 from diffusers_sana.quantizers.svdquant.config import LayerConfig
 
 
+SCORED_FEATURES = 512  # output features, at least, of each weight by which errors are measured
+LEAST_GAIN = 0.005  # of the squared error, that a round has to bring
+# Rounds in a row that may bring less. The error of the weight falls steadily; that of the output goes up and down.
+PATIENCE = {"weight": 1, "output": 4}
+COMPENSATED_ROUNDS = 5  # at most, with compensation, which takes much longer than rounding
 SYNTHETIC_ROWS = 128
 SAMPLE_ROWS = 256  # of calibration inputs by which a candidate is scored
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)  # of the first search
@@ -58,6 +72,7 @@ class LayerReport(NamedTuple):
         naive_error: the same for plain rounding of weight and activations.
         computed_in: the mode for which the layer was fitted: "w4a4", "w4a8" or "w4a16".
         gptq: whether the codes were rounded with error compensation.
+        rotated: whether they are in a rotated basis.
     """
 
     exponents: tuple[float, float]
@@ -65,6 +80,25 @@ class LayerReport(NamedTuple):
     naive_error: float
     computed_in: str
     gptq: bool
+    rotated: bool
+
+
+@dataclass
+class Inputs:
+    """What is known about the inputs of a layer.
+
+    Attributes:
+        rows: a sample, `[S, K]`, fp32.
+        covariance: for which the branch is fitted, `[K, K]`, fp32, up to a constant factor.
+    """
+
+    rows: Tensor
+    covariance: Tensor
+
+
+def scored_rows(weight: Tensor) -> slice:
+    """The output features by which the error of a weight `[N, K]` is measured."""
+    return slice(None, None, max(1, len(weight) // SCORED_FEATURES))
 
 
 @dataclass
@@ -126,20 +160,25 @@ def decompose(
     full = [weight.float() for weight in weights]
     data = _data(full[0], config, inputs, largest, hessian)
 
-    smooth, exponents = _search_smoothing(full, dtypes, data, config)
+    rotations = {"none": (False,), "hadamard": (True,), "auto": (False, True)}[config.rotation]
+    bases = [_search_smoothing(full, dtypes, data, config, rotated) for rotated in rotations]
+    basis = min(bases, key=lambda basis: basis.score)
     plain = LayerConfig(config.precision, 0, mode=config.mode)
-    unsmoothed = _normalized(torch.ones_like(smooth), data.rows)
+    unsmoothed = _normalized(torch.ones_like(basis.smooth), data.rows)
     quantized, reports = [], []
     for weight, dtype in zip(full, dtypes, strict=True):
-        damping = _gptq_damping(weight[scored_rows(weight)], smooth, dtype, data, config)
-        item = _fitted(weight, smooth, dtype, data, config, [damping])[damping]
+        damping = _gptq_damping(weight[scored_rows(weight)], basis, dtype, data, config)
+        item = _fitted(weight, basis, dtype, data, config, [damping])[damping]
         rows = scored_rows(weight)
         naive = fit_weight(weight[rows], unsmoothed, dtype, plain)
         error, naive_error = (
             relative_error(part, weight[rows], data.rows, config.mode) for part in (item.rows(rows), naive)
         )
         quantized.append(item)
-        reports.append(LayerReport(exponents, error, naive_error, config.mode, damping is not None))
+        report = LayerReport(
+            basis.exponents, error, naive_error, config.mode, gptq=damping is not None, rotated=basis.rotated
+        )
+        reports.append(report)
     return quantized, reports
 
 
@@ -155,15 +194,32 @@ def _data(
     return Data(rows, rows.abs().amax(0) if largest is None else largest.to(rows), hessian)
 
 
+@dataclass
+class Basis:
+    """In which the weights of some layers are rounded.
+
+    Attributes:
+        smooth: `[K]`, fp32.
+        exponents: (a, b), of which it is made.
+        rotated: see `kernels/rotation.py`.
+        score: squared error of the output over the scored features; lower is better.
+    """
+
+    smooth: Tensor
+    exponents: tuple[float, float]
+    rotated: bool
+    score: float
+
+
 def _search_smoothing(
-    weights: list[Tensor], dtypes: list[torch.dtype], data: Data, config: LayerConfig
-) -> tuple[Tensor, tuple[float, float]]:
-    """The smoothing factors with the smallest output error over the scored features, and their exponents."""
+    weights: list[Tensor], dtypes: list[torch.dtype], data: Data, config: LayerConfig, rotated: bool
+) -> Basis:
+    """The smoothing factors with the smallest output error, with rotation or without."""
     scored = [weight[scored_rows(weight)] for weight in weights]
     ones = torch.ones_like(weights[0][0])
     input_range = ones if data.largest is None else data.largest
     weight_range = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
-    quick = replace(config, refinements=min(config.refinements, 1))
+    quick, inputs = replace(config, refinements=min(config.refinements, 1)), data.inputs()
 
     def smoothing(a: float, b: float) -> Tensor:
         smooth = _without_zeros(input_range).pow(a) / _without_zeros(weight_range).pow(b)
@@ -172,20 +228,21 @@ def _search_smoothing(
     def score(a: float, b: float) -> float:
         smooth, error = smoothing(a, b), 0.0
         for weight, dtype in zip(scored, dtypes, strict=True):
-            item = fit_weight(weight, smooth, dtype, quick, data.inputs())
+            item = fit_weight(weight, smooth, dtype, quick, inputs, rotated)
             error += squared_error(item, weight, data.rows, config.mode)
         return error
 
+    candidates, directions, steps = [(0.0, 0.0)], [(1, 0), (0, 1)], FINER_STEPS[config.quality]
     if config.smoothing == "none":
-        return smoothing(0.0, 0.0), (0.0, 0.0)
-    if data.largest is None:  # nothing is known of the inputs: a would change nothing
-        candidates, directions = [(0.0, b) for b in (0.0, 0.5, 1.0)], [(0, 1)]
-        steps: tuple[float, ...] = (0.25, *FINER_STEPS[config.quality])
+        steps = ()
+    elif data.largest is None:  # nothing is known of the inputs: a would change nothing
+        candidates, directions, steps = [(0.0, b) for b in (0.0, 0.5, 1.0)], [(0, 1)], (0.25, *steps)
     else:
-        candidates = [(0.0, 0.0), *((a, 0.0) for a in EXPONENTS), *((a, 1 - a) for a in EXPONENTS if a < 1)]
-        directions, steps = [(1, 0), (0, 1)], FINER_STEPS[config.quality]
-    exponents = _pattern_search(score, candidates, directions, steps)
-    return smoothing(*exponents), exponents
+        candidates += [*((a, 0.0) for a in EXPONENTS), *((a, 1 - a) for a in EXPONENTS if a < 1)]
+    if len(candidates) == 1 and config.rotation != "auto":
+        return Basis(smoothing(0.0, 0.0), (0.0, 0.0), rotated, score=0.0)  # there is no choice
+    exponents, best = _pattern_search(score, candidates, directions, steps)
+    return Basis(smoothing(*exponents), exponents, rotated, best)
 
 
 def _pattern_search(
@@ -193,8 +250,11 @@ def _pattern_search(
     candidates: Sequence[tuple[float, float]],
     directions: Sequence[tuple[int, int]],
     steps: Sequence[float],
-) -> tuple[float, float]:
-    """The pair with the smallest score: the best of `candidates`, then better neighbours of it, step by step."""
+) -> tuple[tuple[float, float], float]:
+    """The pair with the smallest score, and that score.
+
+    First the best of `candidates` is found, then better neighbours of it, step by step.
+    """
     scores = {pair: score(*pair) for pair in candidates}
     for step in steps:
         while True:
@@ -204,22 +264,23 @@ def _pattern_search(
             scores |= {pair: score(*pair) for pair in new}
             if best == min(scores, key=scores.__getitem__):
                 break
-    return best
+    best = min(scores, key=scores.__getitem__)
+    return best, scores[best]
 
 
-def _gptq_damping(weight: Tensor, smooth: Tensor, dtype: torch.dtype, data: Data, config: LayerConfig) -> float | None:
+def _gptq_damping(weight: Tensor, basis: Basis, dtype: torch.dtype, data: Data, config: LayerConfig) -> float | None:
     """The damping with which error compensation has the smallest error on held-out inputs; None to do without."""
     if not config.tries_gptq or data.hessian is None:
         return None
     part, held_out = data.split()
-    items = _fitted(weight, smooth, dtype, part, config, [None, *GPTQ_DAMPINGS])
+    items = _fitted(weight, basis, dtype, part, config, [None, *GPTQ_DAMPINGS])
     errors = {damping: squared_error(item, weight, held_out, config.mode) for damping, item in items.items()}
     return min(errors, key=errors.__getitem__)
 
 
 def _fitted(
     weight: Tensor,
-    smooth: Tensor,
+    basis: Basis,
     dtype: torch.dtype,
     data: Data,
     config: LayerConfig,
@@ -227,7 +288,7 @@ def _fitted(
 ) -> dict[float | None, QuantizedWeight]:
     """The weight without error compensation (None), and with it for some dampings."""
     inputs = data.inputs()
-    plain = fit_weight(weight, smooth, dtype, config, inputs)
+    plain = fit_weight(weight, basis.smooth, dtype, config, inputs, basis.rotated)
     items: dict[float | None, QuantizedWeight] = {}
     for damping in dampings:
         if damping is None or inputs is None or data.hessian is None:
@@ -235,6 +296,128 @@ def _fitted(
         else:
             items[damping] = compensated(weight, plain, config, inputs, damped(data.hessian, damping))
     return items
+
+
+def fit_weight(
+    weight: Tensor,
+    smooth: Tensor,
+    dtype: torch.dtype,
+    config: LayerConfig,
+    inputs: Inputs | None = None,
+    rotated: bool = False,
+) -> QuantizedWeight:
+    """One weight under given smoothing factors.
+
+    Args:
+        weight: `[N, K]`, fp32.
+        smooth: `[K]`, fp32, of values that `dtype` represents exactly.
+        dtype: of scales and branch.
+        config: how; `refinements` is the largest number of rounds.
+        inputs: for which the branch is fitted; None for white smoothed inputs.
+        rotated: whether the codes are those of the rotated weight.
+    """
+    smoothed = weight * smooth
+    up, down = randomized_svd(smoothed, config.rank, config.seed)
+    rotation = torch.tensor(GROUP, dtype=torch.int8, device=weight.device) if rotated else None
+    item = _rounded(smoothed, up.to(dtype), (down / smooth).to(dtype), smooth, rotation, config, None)
+    return _refined(smoothed, item, config, inputs, None, config.refinements)
+
+
+def compensated(
+    weight: Tensor, item: QuantizedWeight, config: LayerConfig, inputs: Inputs, covariance: Tensor
+) -> QuantizedWeight:
+    """A fitted weight with codes that compensate each other's errors (GPTQ), and a branch that fits them.
+
+    Args:
+        weight: `[N, K]`, fp32.
+        item: from `fit_weight`.
+        config, inputs: as there.
+        covariance: of the inputs for whose outputs the codes are chosen, `[K, K]`, fp32, up to a constant factor.
+    """
+    smooth = item.smooth_factor.float()
+    smoothed = weight * smooth
+    covariance = covariance / smooth / smooth[:, None]
+    compensation = Compensation(covariance if item.rotation is None else rotate(rotate(covariance).t()))
+    item = _rounded_again(smoothed, item, config, compensation)
+    rounds = min(config.refinements, COMPENSATED_ROUNDS)
+    return _refined(smoothed, item, config, inputs, compensation, rounds)
+
+
+def _refined(
+    smoothed: Tensor,
+    item: QuantizedWeight,
+    config: LayerConfig,
+    inputs: Inputs | None,
+    compensation: Compensation | None,
+    rounds: int,
+) -> QuantizedWeight:
+    """The best of some rounds: each refits the branch to the codes, and each but the first rounds anew before."""
+    if config.rank == 0 or rounds == 0:
+        return item
+    best, error, in_vain = item, float("inf"), 0
+    patience, start = PATIENCE["weight" if inputs is None else "output"], None
+    for index in range(rounds):
+        if index > 0:
+            item = _rounded_again(smoothed, item, config, compensation)
+        item, left = _with_best_branch(smoothed, item, config, inputs, start)
+        in_vain = 0 if left < error * (1 - LEAST_GAIN) else in_vain + 1
+        if left < error:
+            best, error = item, left
+        if in_vain == patience:
+            break
+        start = item.proj_down.float()
+    return best
+
+
+def _with_best_branch(
+    smoothed: Tensor, item: QuantizedWeight, config: LayerConfig, inputs: Inputs | None, start: Tensor | None
+) -> tuple[QuantizedWeight, float]:
+    """The same codes with the branch that is the best for them, and the squared error that is left.
+
+    The error is that of the smoothed weight, or that of the output for the sample of inputs. `start` is `proj_down` of
+    the round before: the new one is searched near it.
+    """
+    missing, smooth, dtype = smoothed - item.residual(), item.smooth_factor.float(), item.proj_up.dtype
+    if inputs is None:
+        start = None if start is None else start * smooth
+        up, down = randomized_svd(missing, config.rank, config.seed, start)
+        left = missing.square().sum() - up.square().sum()  # of a projection: the rows of `down` are orthonormal
+        up, down = up.to(dtype), (down / smooth).to(dtype)
+    else:
+        missing /= smooth
+        up, down = weighted_svd(missing, config.rank, config.seed, inputs.covariance, start)
+        up, down, rows = up.to(dtype), down.to(dtype), scored_rows(missing)
+        left = (inputs.rows @ (missing[rows] - up[rows].float() @ down.float()).t()).square().sum()
+    return replace(item, proj_up=up, proj_down=down), left.item()
+
+
+def _rounded(
+    smoothed: Tensor,
+    up: Tensor,
+    down: Tensor,
+    smooth: Tensor,
+    rotation: Tensor | None,
+    config: LayerConfig,
+    compensation: Compensation | None,
+) -> QuantizedWeight:
+    """The weight with codes for the branch as it is stored, so that they also compensate the branch's rounding."""
+    residual = smoothed - up.float() @ (down.float() * smooth)
+    residual = pad_features(residual) if rotation is None else rotate(residual)
+    wscales, wtscale = weight_scales(residual, config.precision, up.dtype)
+    if compensation is None:
+        qweight = encode_weight(residual, wscales, wtscale)
+    else:
+        qweight = compensation.codes(residual, wscales, wtscale)
+    smooth = smooth.to(up.dtype, copy=True)  # a separate tensor per layer: layers that share it are saved one by one
+    return QuantizedWeight(qweight, wscales, wtscale, smooth, down, up, rotation)
+
+
+def _rounded_again(
+    smoothed: Tensor, item: QuantizedWeight, config: LayerConfig, compensation: Compensation | None
+) -> QuantizedWeight:
+    """New codes for the branch of `item`."""
+    smooth = item.smooth_factor.float()
+    return _rounded(smoothed, item.proj_up, item.proj_down, smooth, item.rotation, config, compensation)
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffusers_sana.kernels.low_bit import decode_e2m1, decode_weight, precision_of, unpack_nibbles
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank_reference
+from diffusers_sana.kernels.rotation import rotate
 
 
 @dataclass
@@ -21,6 +22,8 @@ class QuantizedWeight:
         smooth_factor: `[K]`.
         proj_down: `[r, K]`, for the raw input: already divided by `smooth_factor`.
         proj_up: `[N, r]`.
+        rotation: int8 scalar, the size of the groups that are rotated, see `kernels/rotation.py`; None in layers that
+            are not.
     """
 
     qweight: Tensor
@@ -29,6 +32,7 @@ class QuantizedWeight:
     smooth_factor: Tensor
     proj_down: Tensor
     proj_up: Tensor
+    rotation: Tensor | None = None
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "QuantizedWeight":
@@ -46,13 +50,15 @@ class QuantizedWeight:
 
     def rows(self, features: slice) -> "QuantizedWeight":
         """Only the given output features."""
-        shared = {"smooth_factor", "proj_down"}
+        shared = {"smooth_factor", "proj_down", "rotation"}
         values = self.tensors().items()
         return self.from_tensors({name: value if name in shared else value[features] for name, value in values})
 
     def residual(self) -> Tensor:
         """The part of the smoothed weight that the codes represent, fp32 `[N, K]`."""
-        return decode_weight(self.qweight, self.wscales, self.wtscale)[:, : self.smooth_factor.shape[0]]
+        decoded = decode_weight(self.qweight, self.wscales, self.wtscale)
+        decoded = decoded if self.rotation is None else rotate(decoded)
+        return decoded[:, : self.smooth_factor.shape[0]]
 
     def output(self, inputs: Tensor, mode: str) -> Tensor:
         """The output of a layer with this weight, fp32 `[S, N]`.
@@ -62,15 +68,13 @@ class QuantizedWeight:
             mode: "w4a4", "w4a8" or "w4a16". The rounding of the weight to 8 bits in "w4a8" is left out: it is a tenth
                 of that to 4 bits.
         """
-        smooth = self.smooth_factor.float()
+        smooth, up = self.smooth_factor.float(), self.proj_up.float().t()
         if mode == "w4a16":
-            smoothed, low = inputs / smooth, inputs @ self.proj_down.float().t()
-        else:
-            precision = precision_of(self.wscales) if mode == "w4a4" else "int8"
-            codes, scales, low = quantize_lowrank_reference(inputs, smooth, self.proj_down, precision)
-            if precision == "nvfp4":
-                codes = decode_e2m1(unpack_nibbles(codes, 16))
-            group_size = codes.shape[-1] // scales.shape[-1]
-            smoothed = codes.float().unflatten(-1, (-1, group_size)) * scales.float()[..., None]
-            smoothed = smoothed.flatten(-2)[:, : inputs.shape[1]]
-        return torch.addmm(low @ self.proj_up.float().t(), smoothed, self.residual().t())
+            return torch.addmm(inputs @ self.proj_down.float().t() @ up, inputs / smooth, self.residual().t())
+        precision = precision_of(self.wscales) if mode == "w4a4" else "int8"
+        codes, scales, low = quantize_lowrank_reference(inputs, smooth, self.proj_down, precision, self.rotation)
+        if precision == "nvfp4":
+            codes = decode_e2m1(unpack_nibbles(codes, 16))
+        group_size = codes.shape[-1] // scales.shape[-1]
+        smoothed = (codes.float().unflatten(-1, (-1, group_size)) * scales.float()[..., None]).flatten(-2)
+        return torch.addmm(low @ up, smoothed, decode_weight(self.qweight, self.wscales, self.wtscale).t())

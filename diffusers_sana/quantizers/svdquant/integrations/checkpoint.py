@@ -7,6 +7,7 @@ layers are replaced by empty ones first (`insert_empty_layers`), and each tensor
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_sana.checkpoint_files import meta_tensors
+from diffusers_sana.kernels.rotation import GROUP
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
-from diffusers_sana.quantizers.svdquant.config import LAYOUT, SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.config import LAYOUT, ROTATED_LAYOUT, SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.layers.linear import (
     SVDQuantLayer,
     empty_weight,
-    quantized_layers,
     replace_layer,
 )
 from diffusers_sana.quantizers.svdquant.targets import as_patterns, check_finite, find_targets, weight_shape
@@ -89,7 +90,13 @@ def insert_empty_layers(model: nn.Module, config: SVDQuantConfig) -> None:
     for name, mode in find_targets(model, config).items():
         original = cast(nn.Linear | nn.Conv2d, model.get_submodule(name))
         layer = config.for_layer(mode)
-        weight = empty_weight(*weight_shape(original), layer.rank, layer.precision, original.weight.dtype)
+        weight = empty_weight(
+            *weight_shape(original),
+            layer.rank,
+            layer.precision,
+            original.weight.dtype,
+            rotated=any(fnmatchcase(name, pattern) for pattern in config.rotated),
+        )
         replaced = replace_layer(model, name, weight, mode, config.compute_mode)
         replaced.input_scale = (config.input_scales or {}).get(name)
 
@@ -97,16 +104,21 @@ def insert_empty_layers(model: nn.Module, config: SVDQuantConfig) -> None:
 def recorded_config(
     config: SVDQuantConfig, model: nn.Module, targets: Mapping[str, str] | None = None
 ) -> SVDQuantConfig:
-    """The config that is saved with a model: with our layout, the dtype of the layers, and `targets` where given."""
+    """The config that is saved with a model: layout, dtype and rotated layers, and `targets` where given."""
     modules = config.modules if targets is None else as_patterns(dict(targets), model)
-    layer = next(quantized_layers(model), None)
-    scales = {
-        name: module.input_scale
-        for name, module in model.named_modules()
-        if isinstance(module, SVDQuantLayer) and module.input_scale is not None
-    }
-    dtype = config.dtype if layer is None else str(layer.proj_up.dtype).removeprefix("torch.")
-    return replace(config, modules=modules, layout=LAYOUT, dtype=dtype, input_scales=scales or None)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SVDQuantLayer)}
+    rotated = {name: "rotated" for name, layer in layers.items() if layer.rotation is not None}
+    scales = {name: layer.input_scale for name, layer in layers.items() if layer.input_scale is not None}
+    first = next(iter(layers.values()), None)
+    dtype = config.dtype if first is None else str(first.proj_up.dtype).removeprefix("torch.")
+    return replace(
+        config,
+        modules=modules,
+        layout=ROTATED_LAYOUT if rotated else LAYOUT,
+        dtype=dtype,
+        rotated=list(as_patterns(rotated, model)),
+        input_scales=scales or None,
+    )
 
 
 def layer_of(model: nn.Module, tensor_name: str) -> tuple[SVDQuantLayer | None, str]:
@@ -167,7 +179,11 @@ def check_layers(model: nn.Module) -> None:
                 f"and {up}. The file was changed; download or quantize the model again."
             )
         precision = "int4" if module.wtscale is None else "nvfp4"
-        expected = empty_weight(outputs, inputs, down[0], precision, module.proj_up.dtype)
+        rotation = module.rotation
+        rotated = rotation is not None
+        expected = empty_weight(outputs, inputs, down[0], precision, module.proj_up.dtype, rotated=rotated)
+        if rotation is not None and not rotation.is_meta and int(rotation) != GROUP:
+            raise ValueError(f"`rotation` of {name!r} must be {GROUP}, got {int(rotation)}. Upgrade diffusers_sana.")
         for item in fields(expected):
             if (wanted := getattr(expected, item.name)) is not None:
                 part = getattr(module, item.name)

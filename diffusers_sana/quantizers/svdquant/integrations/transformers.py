@@ -47,7 +47,7 @@ class SVDQuantTransformersQuantizer(HfQuantizer):
             self.targets = find_targets(model, self.quantization_config)
             self.quantization_config = checkpoint.recorded_config(self.quantization_config, model, self.targets)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.targets:
             raise checkpoint.missing_tensors([f"{name}.weight" for name in self.targets])
         missing = [
@@ -60,6 +60,9 @@ class SVDQuantTransformersQuantizer(HfQuantizer):
         if missing:
             raise checkpoint.missing_tensors(missing)
         checkpoint.check_layers(model)
+        if not self.pre_quantized:  # which layers are rotated is known only now
+            self.quantization_config = checkpoint.recorded_config(self.quantization_config, model)
+            model.config.quantization_config = self.quantization_config
 
     def mark_quantized(self, model: Any) -> None:
         """Sets on a model that was quantized in memory what `from_pretrained` sets on a loaded one."""

@@ -2,6 +2,8 @@
 
     out = x @ weight.T + bias,    weight = decode(qweight, wscales, wtscale) / smooth_factor + proj_up @ proj_down
 
+In rotated layers the decoded matrix is rotated before the division (see `kernels/rotation.py`).
+
 Adapters, offloading and device maps find a linear layer with plain parameters; `weight` gives the 16-bit matrix that
 the layer represents. The product is computed in one of three modes (`compute_mode`):
 
@@ -17,6 +19,7 @@ Legend: B batch, M tokens, K input features, Kp = K padded, N output features, r
 """
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -45,8 +48,8 @@ class SVDQuantLayer(LowRankBranch):
         compute_mode, is_weight_only: see the attributes.
 
     Attributes:
-        qweight, wscales, wtscale, smooth_factor, proj_down, proj_up, bias: parameters without gradient, see
-            `QuantizedWeight`; `wtscale` and `bias` may be None.
+        qweight, wscales, wtscale, smooth_factor, proj_down, proj_up, rotation, bias: parameters without gradient, see
+            `QuantizedWeight`; `wtscale`, `rotation` and `bias` may be None.
         compute_mode: "auto", "w4a4", "w4a8" or "w4a16".
         is_weight_only: computes in w4a16 whatever `compute_mode` is, as adaLN layers do.
         input_scale: static scale of the input / smooth_factor, for runtimes that need one; not used here.
@@ -56,6 +59,7 @@ class SVDQuantLayer(LowRankBranch):
     wscales: Tensor
     wtscale: Tensor | None
     smooth_factor: Tensor
+    rotation: Tensor | None
     bias: Any
     compute_mode: str
     is_weight_only: bool
@@ -70,8 +74,8 @@ class SVDQuantLayer(LowRankBranch):
     ) -> None:
         nn.Module.__init__(self)
         self._set_features(weight.smooth_factor.shape[0], weight.qweight.shape[0])
-        for name in ("qweight", "wscales", "wtscale", "smooth_factor", "proj_down", "proj_up"):
-            tensor = getattr(weight, name)
+        for item in fields(weight):
+            name, tensor = item.name, getattr(weight, item.name)
             parameter = None if tensor is None else nn.Parameter(tensor.contiguous(), requires_grad=False)
             self.register_parameter(name, parameter)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
@@ -128,7 +132,7 @@ class SVDQuantLayer(LowRankBranch):
                 return self.matmul_w4a16(tokens)
             if int8_linear.is_supported():
                 weight = self._prepared_int8_weight()
-                return int8_linear.int8_linear(tokens, self.smooth_factor, self.proj_down, weight)
+                return int8_linear.int8_linear(tokens, self.smooth_factor, self.proj_down, weight, self.rotation)
         return self._low_bit_matmul(tokens, "int8")
 
     def matmul_w4a16(self, tokens: Tensor) -> Tensor:
@@ -139,7 +143,9 @@ class SVDQuantLayer(LowRankBranch):
         return linear_in_pieces(tokens, lambda rows: self.dequantize(dtype, rows), self.num_outputs, self.bias)
 
     def _low_bit_matmul(self, tokens: Tensor, activation_format: str) -> Tensor:
-        codes, scales, low = quantize_lowrank(tokens, self.smooth_factor, self.proj_down, activation_format)
+        codes, scales, low = quantize_lowrank(
+            tokens, self.smooth_factor, self.proj_down, activation_format, self.rotation
+        )
         return lowbit_linear(
             codes, scales, low, self.qweight, self.wscales, self.wtscale, self.proj_up, self.bias,
             activation_format=activation_format,
@@ -167,6 +173,7 @@ class SVDQuantLayer(LowRankBranch):
             self.proj_down,
             self.proj_up[rows],
             dtype or self.proj_up.dtype,
+            self.rotation,
         )
 
     @property
@@ -238,7 +245,8 @@ class SVDQuantLinear(SVDQuantLayer, nn.Linear):
         """The sizes, format, rank and mode, for `print(model)`."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"precision={self.precision}, rank={self.rank}, compute_mode={self.compute_mode}"
+            f"precision={self.precision}, rank={self.rank}, rotated={self.rotation is not None}, "
+            f"compute_mode={self.compute_mode}"
         )
 
 
@@ -263,7 +271,13 @@ class SVDQuantConv2d(PlainConvolutions, SVDQuantLayer, nn.Conv2d):
 
 
 def empty_weight(
-    out_features: int, in_features: int, rank: int, precision: str, dtype: torch.dtype, device: Any = "meta"
+    out_features: int,
+    in_features: int,
+    rank: int,
+    precision: str,
+    dtype: torch.dtype,
+    device: Any = "meta",
+    rotated: bool = False,
 ) -> QuantizedWeight:
     """The tensors of a quantized layer without values, for a checkpoint to be loaded into."""
     features = padded(in_features)
@@ -280,6 +294,7 @@ def empty_weight(
         empty(in_features),
         empty(rank, in_features),
         empty(out_features, rank),
+        empty(dtype=torch.int8) if rotated else None,
     )
 
 

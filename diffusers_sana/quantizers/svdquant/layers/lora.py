@@ -220,7 +220,7 @@ class StateDict(OrderedDict):
         names = ("qweight", "wscales", "wtscale", "smooth_factor", "proj_down", "proj_up")
         parts: Any = [self.get(prefix + name) for name in names]
         down, up = parts[-2:]
-        compute = partial(dequantize_weight, *parts, dtype=up.dtype)
+        compute = partial(dequantize_weight, *parts, dtype=up.dtype, rotation=self.get(f"{prefix}rotation"))
         return LazyWeight(up, (up.shape[0], down.shape[1]), compute)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
