@@ -194,7 +194,9 @@ class UnpackedLayer:
             self,
             codes=F.pad(self.codes, (0, 0, 0, more)),
             scales=F.pad(bits(self.scales), (0, 0, 0, more)).view(self.scales.dtype),
-            row_scales=None if self.row_scales is None else F.pad(self.row_scales, (0, more), value=1),
+            row_scales=None
+            if self.row_scales is None
+            else torch.cat([self.row_scales, self.row_scales[:1].expand(more)]),
             up=F.pad(self.up, (0, 0, 0, more)),
             bias=None if self.bias is None else F.pad(self.bias, (0, more)),
         )

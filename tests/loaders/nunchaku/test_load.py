@@ -6,10 +6,13 @@ from functools import cache
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diffusers_sana.loaders.nunchaku.load import load_nunchaku
+from diffusers_sana.loaders.quantized.hub import export_quantized
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantConv2d, SVDQuantLayer
 from tests.loaders.nunchaku import nunchaku_files as files
+from tests.loaders.quantized.tiny_models import as_bytes
 from tests.numerics import assert_close_fp32, relative_error
 
 
@@ -232,3 +235,27 @@ def test_older_folder_on_the_hub(tmp_path):
     loaded = load_nunchaku("someone/flux", cache_dir=tmp_path, dtype=torch.float32)
     name = "transformer_blocks.1.ff.net.2.weight"
     assert_close_fp32(loaded.get_submodule(name.removesuffix(".weight")).weight, meant[name])
+
+
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_written_again(name, precision, tmp_path):
+    """A file of another writer, read, written and read: a fixed point, and layers have the tensors of the file."""
+    original, tensors, _ = case(name, precision)
+    first = load_nunchaku(files.write(tmp_path / "file.safetensors", tensors, original))
+    path = export_quantized(first, tmp_path / "again", "nunchaku")
+    again, merged = load_nunchaku(path), "single_transformer_blocks.0.proj_out.smooth_factor"
+    state = again.state_dict()
+    for key, tensor in first.state_dict().items():
+        # The ratio of the row scales of this layer's two parts is in its factors, which a file has in 16 bits.
+        tensor = tensor.to(state[key].dtype) if key == merged else tensor
+        assert torch.equal(as_bytes(state[key]), as_bytes(tensor)), key
+    written = load_file(path)
+    assert written.keys() == {key for key in tensors if not key.endswith(".smooth_orig")}
+    for key, tensor in tensors.items():
+        if key.endswith((".qweight", ".lora_down", ".lora_up", ".smooth", ".wtscale")) and ".mlp_fc2." not in key:
+            assert written[key].dtype == tensor.dtype
+            if tensor.dtype == torch.int32:  # the same weights with another zero point
+                continue
+            used = (tensor != files.FILL) & (written[key] != 0)  # where there is no padding
+            assert torch.equal(written[key][used], tensor[used]), key
