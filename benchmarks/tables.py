@@ -23,6 +23,7 @@ PAGES = (
     DOCS / "caching.md",
     DOCS / "dc_ae_dit.md",
     DOCS / "serving.md",
+    DOCS / "quantization_models.md",
 )
 
 
@@ -345,7 +346,33 @@ def serving() -> str:
     return f"{render(header, rows)}\n\n{report['clients']} clients, replicas: {replicas}. {provenance(report)}"
 
 
+def published_models() -> str:
+    """What quantization finds in the published models."""
+    report = results("cpu/published_models")
+    header = ["model", "parameters", "w4a4", "w4a16", "in 16 bit", "bf16", "4 bit", "of it", "largest layer in 16 bit"]
+
+    def gigabytes(number: int) -> str:
+        return f"{number / 1e9:.2f} GB"
+
+    rows = [
+        [
+            name,
+            f"{case['parameters'] / 1e9:.2f} B",
+            case["w4a4"],
+            case["w4a16"],
+            case["layers_in_16_bit"],
+            gigabytes(case["bf16_bytes"]),
+            gigabytes(case["int4_bytes"]),
+            f"{100 * case['int4_bytes'] / case['bf16_bytes']:.0f} %",
+            next((f"`{layer}`, {size / 1e6:.0f} MB" for layer, size in case["largest_in_16_bit"].items()), ""),
+        ]
+        for name, case in report.items()
+    ]
+    return render(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "published_models": published_models,
     "headline": headline,
     "models_cpu": models_cpu,
     "kernels_compiled": kernels_compiled,

@@ -6,7 +6,8 @@ output.
 
     w4a16   adaLN projections, in the blocks or shared by them: they process one row per image
             keys and values of cross-attention: their input is the text, processed once per prompt
-    16 bit  everything in a convolutional residual block, and the input and output layers of a U-Net's attention stages
+    16 bit  everything in a convolutional residual block, the input and output layers of a U-Net's attention stages,
+            and gates, which have an output per head or fewer
     w4a4    all other layers in the blocks
 
 Activations stay in 16 bit where that costs nothing. This includes text encoders, which run once per prompt and have
@@ -28,11 +29,26 @@ from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 
 IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 ADALN = re.compile(r"(^|\.)(norm\w*\.linear|(img|txt)_mod\.\d+|adaLN_modulation\.\d+|\w*modulation\w*\.(linear|lin))$")
-SHARED_ADALN = re.compile(r"^(time_embed|adaln_single)\.linear$")  # of Sana and of PixArt
-CROSS_ATTENTION_TEXT = re.compile(r"(^|\.)attn2\.(to_k|to_v|add_k_proj|add_v_proj)$")
+SHARED_ADALN = re.compile(
+    r"^((time_embed|adaln_single)\.linear"  # Sana and SANA-Video; PixArt
+    r"|(audio_time_embed|(audio_)?prompt_adaln|av_cross_attn_\w+)\.linear"  # LTX-2
+    r"|(double|single)_stream_modulation\w*\.linear"  # FLUX.2
+    r"|condition_embedder\.time_proj"  # Wan
+    r"|distilled_guidance_layer\.layers\.\d+\.linear_\d"  # Chroma
+    r"|t_block\.1"  # SANA-WM
+    r"|caption_projection\.\d+\.linear)$"  # of HiDream, for text, as the following
+)
+CROSS_ATTENTION_TEXT = re.compile(r"(^|\.)((audio_)?attn2\.(to_k|to_v|add_k_proj|add_v_proj)|cross_attn\.kv_linear)$")
 IN_16_BIT = re.compile(r"(^|\.)((resnets|upsamplers|downsamplers|embeddings?)\.|attentions\.\d+\.proj_(in|out)$)")
+GATE = 32  # a layer with no more than one output for so many inputs is a gate, such as those of heads in SANA-WM
 # Layers that share their input, and so their smoothing factors. The queries of cross-attention have a different input.
-SIBLINGS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"), ("q_proj", "k_proj", "v_proj"))
+SIBLINGS = (
+    ("to_q", "to_k", "to_v"),
+    ("to_q_t", "to_k_t", "to_v_t"),
+    ("add_q_proj", "add_k_proj", "add_v_proj"),
+    ("q_proj", "k_proj", "v_proj"),
+)
+CROSS_ATTENTION = re.compile(r"(attn2|\w+_to_\w+_attn)$")  # to text; and between video and audio
 CROSS_SIBLINGS = (("to_k", "to_v"), ("add_k_proj", "add_v_proj"))
 
 
@@ -70,7 +86,7 @@ def find_targets(model: nn.Module, config: SVDQuantConfig) -> dict[str, str]:
     candidates = {name: module for name, module in model.named_modules() if is_quantizable(module)}
     patterns = config.modules or getattr(model, "_svdquant_modules", None)
     if patterns is None:
-        modes = {name: default_mode(name) for name in candidates}
+        modes = {name: None if _is_gate(module) else default_mode(name) for name, module in candidates.items()}
         if hasattr(model, "get_input_embeddings"):  # a model of transformers
             modes = {name: mode and "w4a16" for name, mode in modes.items()}
     else:
@@ -95,6 +111,11 @@ def find_targets(model: nn.Module, config: SVDQuantConfig) -> dict[str, str]:
                 "or leave the layer out with `modules_to_not_convert`."
             )
     return targets
+
+
+def _is_gate(module: nn.Module) -> bool:
+    outputs, inputs = weight_shape(module)
+    return outputs * GATE <= inputs
 
 
 def check_finite(name: str, weight: Tensor) -> None:
@@ -129,7 +150,7 @@ def sibling_groups(targets: Mapping[str, str]) -> list[list[str]]:
     groups: dict[tuple[str, str], list[str]] = {}
     for name, mode in targets.items():
         parent, _, leaf = name.rpartition(".")
-        families = CROSS_SIBLINGS if parent.endswith("attn2") else SIBLINGS
+        families = CROSS_SIBLINGS if CROSS_ATTENTION.search(parent) else SIBLINGS
         family = next((siblings for siblings in families if leaf in siblings), None)
         key = name if family is None else f"{parent}.{family[0]}"
         groups.setdefault((key, mode), []).append(name)
