@@ -100,6 +100,9 @@ class LoraLoading(SanaLoraLoaderMixin):
             OSError: there is no such file, or it is damaged.
         """
         source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, Mapping):
+            # PEFT may keep these tensors as parameters, which hot-swapping overwrites.
+            source = {key: tensor.clone() for key, tensor in source.items()}
         with _named(source, kwargs.get("weight_name"), kwargs.get("subfolder")):
             super().load_lora_weights(source, adapter_name, hotswap, **kwargs)
 
@@ -117,6 +120,12 @@ class LoraLoading(SanaLoraLoaderMixin):
         Raises:
             ValueError: naming a key that does not fit the model.
         """
+        from diffusers_sana.loaders.lora.layers import (
+            drop_unused_changes,
+            for_hotswap,
+            for_model,
+            prepare_changes,
+        )
         from diffusers_sana.models.transformers.lora_layers import drop_unused, prepare_depthwise
 
         if not any(key.startswith(f"{cls.transformer_name}.") for key in state_dict):
@@ -124,7 +133,11 @@ class LoraLoading(SanaLoraLoaderMixin):
             return
         check_lora_fits(state_dict, transformer)
         adapter_name = adapter_name or get_adapter_name(transformer)
-        plain = {key.removeprefix(f"{cls.transformer_name}."): tensor for key, tensor in state_dict.items()}
+        prefix = f"{cls.transformer_name}."
+        plain = for_model({key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}, transformer)
+        if kwargs.get("hotswap"):
+            plain = for_hotswap(plain, transformer, adapter_name)
+        state_dict = {prefix + key: tensor for key, tensor in plain.items()}
         if kwargs.get("hotswap"):
             # PEFT may swap the layers' parameters with these, which are the caller's: before 0.20 always, since then
             # if the rank rises.
@@ -134,11 +147,13 @@ class LoraLoading(SanaLoraLoaderMixin):
             }
         else:
             prepare_depthwise(transformer, plain, adapter_name)
+            prepare_changes(transformer, plain, adapter_name)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are no mistake
                 super().load_lora_into_transformer(state_dict, transformer, adapter_name, *args, **kwargs)
         finally:
+            drop_unused_changes(transformer)
             drop_unused(transformer)
 
     def fuse_lora(
@@ -152,16 +167,18 @@ class LoraLoading(SanaLoraLoaderMixin):
         """Adds LoRAs to the weights; the arguments are diffusers'.
 
         Raises:
-            ValueError: an adapter that the weights cannot express. None is changed then.
+            ValueError, RuntimeError: an adapter that the weights cannot express. None is changed then.
         """
+        from diffusers_sana.loaders.lora.layers import all_or_none_fused
         from diffusers_sana.models.transformers.lora_layers import check_can_be_fused
 
         check_number("lora_scale", lora_scale)
         components = ["transformer"] if components is None else components
-        for name in components:
-            if isinstance(model := getattr(self, name, None), torch.nn.Module):
-                check_can_be_fused(model, adapter_names)
-        super().fuse_lora(components, lora_scale, safe_fusing, adapter_names, **kwargs)
+        models = [model for name in components if isinstance(model := getattr(self, name, None), nn.Module)]
+        for model in models:
+            check_can_be_fused(model, adapter_names)
+        with all_or_none_fused(models):
+            super().fuse_lora(components, lora_scale, safe_fusing, adapter_names, **kwargs)
 
 
 def _peft_config(source: Path, hub: dict[str, Any]) -> dict[str, Any] | None:

@@ -4,8 +4,11 @@ A key consists of a prefix, a layer and a part. The layer has its diffusers or i
 underscores, and the part is the factor of the product. `docs/lora.md` lists the formats of the trainers.
 
     W x + scale * B (A x)        scale = alpha / rank        A `[rank, in]`, B `[out, rank]`
+
+What no LoRA can hold, such as a rotation, becomes a change of `changes.py`, with its parts under `lora_change.`.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -15,13 +18,26 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from diffusers_sana.loaders.lora.products import LOHA, LOKR, loha_as_lora, lokr_as_lora
+from diffusers_sana.loaders.lora.changes import CHANGE, PARTS_OF_CHANGE, sizes, split_outputs
+from diffusers_sana.loaders.lora.changes import matrix as whole_matrix
+from diffusers_sana.loaders.lora.products import (
+    DOWN,
+    LOHA,
+    LOKR,
+    MID,
+    UP,
+    loha_as_matrix,
+    lokr_as_matrix,
+    lora_as_matrix,
+)
+from diffusers_sana.loaders.lora.rotations import ROTATIONS, SCALED, rotation_parts
 from diffusers_sana.loaders.nvlabs.sana import BLOCK, TOP
 
 
 logger = logging.get_logger(__name__)
 
-DOWN, UP, BIAS, MAGNITUDE, ALPHA = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "alpha"
+BIAS, MAGNITUDE, ALPHA = "lora_B.bias", "lora_magnitude_vector", "alpha"
+WHOLE, WHOLE_BIAS = "diff", "diff_b"  # changes of a whole weight and of its bias
 PREFIX = "transformer."  # of keys in files for diffusers pipelines
 
 PARTS = {
@@ -36,16 +52,18 @@ PARTS = {
     ALPHA: ALPHA,
     "lora.down.weight": DOWN,  # diffusers before PEFT
     "lora.up.weight": UP,
-    **{part: part for part in (*LOHA, *LOKR)},
+    MID: MID,
+    "lora.mid.weight": MID,
+    **{part: part for part in (*LOHA, *LOKR, *ROTATIONS, WHOLE, WHOLE_BIAS)},
+    **{CHANGE + part: CHANGE + part for part in PARTS_OF_CHANGE},  # files of ours
 }
-FACTORS = {DOWN, UP, *LOHA, *LOKR}  # a layer needs at least one of them
+METHODS = ({DOWN, MID, UP}, {*LOHA}, {*LOKR}, {*ROTATIONS}, {WHOLE, WHOLE_BIAS})
+OF_CHANGE = {CHANGE + part for part in PARTS_OF_CHANGE}
+FACTORS = set().union(OF_CHANGE, *METHODS)  # a layer needs at least one of them
 # Beginning of the last part of a key that no adapter layer supports -> method and advice.
 OTHER_METHODS = {
-    "hada_t": ("LoHa with a Tucker decomposition", "Train it without that."),
-    "lokr_t": ("LoKr with a Tucker decomposition", "Train it without that."),
-    "lora_mid": ("LoCon with a Tucker decomposition", "Train it without that."),
-    "oft_": ("OFT, which rotates weights", "Merge it into the weights with the trainer, or train a LoRA."),
-    "diff": ("a change of whole weights", "Add it to the model's weights, or extract a LoRA with the trainer."),
+    "lokr_t1": ("LoKr with a Tucker core in its first factor, which no trainer writes", "Train it without that."),
+    "oft_": ("a form of OFT of an old PEFT", "Save it again with PEFT 0.17 or later."),
     "w_norm": ("a change of a norm", "Train without norms."),
     "b_norm": ("a change of a norm", "Train without norms."),
     "ia3_l": ("IA3, which scales outputs", "Train a LoRA."),
@@ -88,7 +106,9 @@ def convert_sana_lora(
 
     Factors are unchanged, so nothing is rounded: scales become `lora_alpha` and `alpha_pattern` of the metadata. For
     the original fused layers (queries, keys and values in one), each part gets its rows of B and all of A. LoHa and
-    LoKr become a LoRA with the same product, see `products.py`. Keys of text encoders are dropped with a warning.
+    LoKr of a small rank become a LoRA with the same product, see `products.py`. What no LoRA can hold gets parts under
+    `lora_change.`, see `changes.py`: rotations, DoRA over inputs, whole matrices, LoKr of a high rank. Keys of text
+    encoders are left out with a warning; `text_encoder_part` reads those.
 
     Args:
         state_dict: tensors by their keys in the file.
@@ -101,7 +121,7 @@ def convert_sana_lora(
 
     Raises:
         ValueError: a key is not a layer of Sana, occurs twice, or lacks its other factor (it is named); or the method
-            cannot be loaded as an adapter (OFT, changes of whole weights, DoRA over inputs).
+            cannot be loaded as an adapter (IA3, GLoRA, changes of norms).
     """
     layers = _layers(state_dict)
     has_guidance = any("cfg_embedder" in layer for layer in layers)
@@ -109,24 +129,28 @@ def convert_sana_lora(
     scales: dict[str, float] = {}
     for layer, keys in layers.items():
         names = _layer_names(layer, next(iter(keys.values())), has_guidance)
+        first = next(iter(keys.values()))
         parts = {part: state_dict[key] for part, key in keys.items()}
         alpha = parts.pop(ALPHA, None)
-        parts, rank = _as_lora(parts, keys, names[0])
-        if rank is None and (alpha is not None or metadata is None):
+        try:
+            adapter, rank = _as_adapter(parts, keys, names[0], alpha, metadata)
+        except ValueError as error:
+            raise ValueError(str(error) if f"{first!r}" in str(error) else f"{first!r}: {error}") from None
+        is_rotation = not {f"{CHANGE}in_blocks", f"{CHANGE}out_blocks"}.isdisjoint(adapter)
+        if is_rotation or (rank is None and (alpha is not None or metadata is None)):
             scale = 1.0
         elif alpha is not None:
             scale = _number(alpha, keys[ALPHA]) / (rank or 1)
         else:
             scale = lora_scale(metadata, ANY_PREFIX.sub("", layer, 1), rank)
-        for part, tensor in parts.items():
-            rows = _rows(part, tensor, keys.get(part, next(iter(keys.values()))), parts[UP], len(names))
-            for name, piece in zip(names, rows, strict=True):
-                if f"{PREFIX}{name}.{part}" in out:
-                    raise ValueError(
-                        f"{next(iter(keys.values()))!r} and another key of the file both map to {name!r}."
-                    )
-                out[f"{PREFIX}{name}.{part}"] = piece
-                scales[name] = scale
+        if any(part.endswith("_magnitude") for part in adapter) and scale != 1:  # the lengths are those of the sum
+            part = next(f"{CHANGE}{part}" for part in ("up", "diff", "kron_1") if f"{CHANGE}{part}" in adapter)
+            adapter[part], scale = adapter[part].float() * scale, 1.0
+        for name, piece in zip(names, _split(adapter, keys, len(names)), strict=True):
+            if name in scales:
+                raise ValueError(f"{first!r} and another key of the file both map to {name!r}.")
+            out |= {f"{PREFIX}{name}.{part}": tensor for part, tensor in piece.items()}
+            scales[name] = scale
     if out.keys() == state_dict.keys():
         return out, None if metadata is None else dict(metadata)
     return out, _metadata(out, scales)
@@ -142,7 +166,7 @@ def lora_scale(metadata: Mapping[str, Any] | None, name: str, rank: int | None) 
     """
     if metadata is None:
         return 1.0
-    fields = {field.removeprefix(PREFIX): value for field, value in metadata.items()}
+    fields = _plain_fields(metadata)
     rank = rank or _by_pattern(fields, "rank_pattern", name, fields.get("r", 1))
     alpha = _by_pattern(fields, "alpha_pattern", name, fields.get("lora_alpha", fields.get("alpha", rank)))
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in (rank, alpha)) or rank <= 0:
@@ -171,34 +195,53 @@ def check_lora_fits(state_dict: Mapping[str, Tensor], transformer: nn.Module) ->
     Raises:
         ValueError: naming the first key that does not match.
     """
+    changes: dict[str, dict[str, str]] = {}
     for key, tensor in state_dict.items():
         name, _, part = key.removeprefix(PREFIX).partition(".lora_")
+        if part.startswith("change."):
+            changes.setdefault(name, {})[part.removeprefix("change.")] = key
         if part not in ("A.weight", "B.weight"):
             continue
-        try:
-            layer: Any = transformer.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f"{key!r} must belong to a layer of the model, which has no {name!r}.") from None
-        layer = getattr(layer, "base_layer", layer)  # if it already has an adapter
+        layer = _layer_of(transformer, name, key)
         if hasattr(layer, "in_features"):
-            sizes, kernel = (layer.in_features, layer.out_features), None
-        elif hasattr(layer, "in_channels"):
-            sizes, kernel = (layer.in_channels, layer.out_channels), tuple(layer.kernel_size)
+            sides, kernel = (layer.in_features, layer.out_features), None
         else:
-            raise ValueError(f"{key!r} must belong to a linear layer or a convolution, but {name!r} is neither.")
-        axis, size = (1, sizes[0]) if part == "A.weight" else (0, sizes[1])
+            sides, kernel = (layer.in_channels, layer.out_channels), tuple(layer.kernel_size)
+        axis, size = (1, sides[0]) if part == "A.weight" else (0, sides[1])
         allowed = {size, 1} if getattr(layer, "groups", 1) > 1 else {size}  # see `lora_layers.py`
         if tensor.shape[axis] not in allowed:
             raise ValueError(
                 f"{key!r} must have size {size} in axis {axis} for this model, got the shape {list(tensor.shape)}. "
                 "The LoRA was trained for a Sana of another width, or its factors have an unknown form."
             )
-        sides = () if kernel is None else (kernel if axis else (1, 1))
-        if tuple(tensor.shape[2:]) != sides:
+        rest = () if kernel is None else (kernel if axis else (1, 1))
+        if tuple(tensor.shape[2:]) != rest:
             raise ValueError(
-                f"{key!r} must have the axes {list(sides)} after the second for this model, got the shape "
+                f"{key!r} must have the axes {list(rest)} after the second for this model, got the shape "
                 f"{list(tensor.shape)}: {name!r} is {'a convolution' if kernel else 'a linear layer'} here."
             )
+    for name, keys in changes.items():
+        first = next(iter(keys.values()))
+        outputs, channels, *kernel = _layer_of(transformer, name, first).weight.shape
+        found_outputs, found_inputs = sizes({part: state_dict[key] for part, key in keys.items()})
+        inputs = {channels, channels * math.prod(kernel)}  # a gain is per channel, other parts per position
+        if found_outputs - {outputs} or found_inputs - inputs:
+            raise ValueError(
+                f"{first!r} must be of a layer with {outputs} outputs and {channels} inputs for this model, got "
+                f"{sorted(found_outputs)} outputs and {sorted(found_inputs)} inputs. It was trained for another model."
+            )
+
+
+def _layer_of(transformer: nn.Module, name: str, key: str) -> Any:
+    """The linear layer or convolution of a key, without adapters."""
+    try:
+        layer: Any = transformer.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{key!r} must belong to a layer of the model, which has no {name!r}.") from None
+    layer = getattr(layer, "base_layer", layer)
+    if not hasattr(layer, "in_features") and not hasattr(layer, "in_channels"):
+        raise ValueError(f"{key!r} must belong to a linear layer or a convolution, but {name!r} is neither.")
+    return layer
 
 
 def _layers(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
@@ -215,7 +258,7 @@ def _layers(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
         parts = layers.setdefault(plain.removesuffix(f".{part}"), {})
         if PARTS[part] in parts:
             raise ValueError(f"{key!r} and {parts[PARTS[part]]!r} are the same tensor of a layer.")
-        if not tensor.is_floating_point() and part != ALPHA:
+        if not tensor.is_floating_point() and PARTS[part] not in (ALPHA, SCALED):
             raise ValueError(f"{key!r} must be floating-point, got {tensor.dtype}.")
         parts[PARTS[part]] = key
     empty = [layer for layer, parts in layers.items() if not FACTORS & parts.keys()]
@@ -249,7 +292,7 @@ def _what_else(key: str) -> str:
             f"{key!r} is a whole weight of a layer (`modules_to_save` or `bias` of PEFT), not a factor of a LoRA. "
             "Train without these, or merge the file into the model with PEFT."
         )
-    return f"{key!r} is not part of a LoRA. A key must end in one of {sorted(PARTS)}."
+    return f"{key!r} is not part of a LoRA. A key must end in one of {sorted(PARTS.keys() - OF_CHANGE)}."
 
 
 def _layer_names(layer: str, key: str, has_guidance: bool) -> tuple[str, ...]:
@@ -267,39 +310,97 @@ def _layer_names(layer: str, key: str, has_guidance: bool) -> tuple[str, ...]:
     )
 
 
-def _as_lora(parts: Mapping[str, Tensor], keys: Mapping[str, str], name: str) -> tuple[dict[str, Tensor], int | None]:
-    """`DOWN`, `UP` and the other parts of a plain LoRA in the axes of the layer `name`, and the rank of its scale."""
+def _as_adapter(
+    parts: Mapping[str, Tensor],
+    keys: Mapping[str, str],
+    name: str,
+    alpha: Tensor | None,
+    metadata: Mapping[str, Any] | None,
+) -> tuple[dict[str, Tensor], int | None]:
+    """The parts of a plain LoRA in the axes of the layer `name`, or of a change; and the rank of the scale."""
+    if OF_CHANGE & parts.keys():
+        return dict(parts), 1
     first = next(iter(keys.values()))
-    other_parts = {part: tensor for part, tensor in parts.items() if part not in FACTORS}
-    is_loha, is_lokr = (any(part in parts for part in method) for method in (LOHA, LOKR))
-    rank: int | None
-    if is_loha or is_lokr:
-        factors = {part: tensor for part, tensor in parts.items() if part in FACTORS}
-        if factors.keys() - (LOHA if is_loha else LOKR):
-            raise ValueError(f"{first!r} must belong to one method, got the factors {sorted(factors)}.")
+    factors = {part: tensor for part, tensor in parts.items() if part in FACTORS}
+    if len(methods := [method for method in METHODS if method & factors.keys()]) > 1:
+        raise ValueError(f"{first!r} must belong to one method, got the factors {sorted(factors)}.")
+    is_depthwise, is_conv = name.endswith(DEPTHWISE), name.endswith(CONVOLUTIONS)
+    method, magnitude = methods[0], parts.get(MAGNITUDE)
+    rank: int | None = None
+    if SCALED in method:
+        if magnitude is not None:
+            raise ValueError(f"{keys[MAGNITUDE]!r} must belong to a product: no known method scales a rotation so.")
+        turn = rotation_parts(factors, alpha, None if metadata is None else _plain_fields(metadata), is_conv)
+        return {f"{CHANGE}{part}": tensor for part, tensor in turn.items()}, None
+    if WHOLE in method:
+        matrix = {"diff": factors[WHOLE]} if WHOLE in factors else {}
+    elif DOWN in method:
+        _check_halves(parts, keys, name)
+        matrix, rank = lora_as_matrix(parts)
+    else:
+        matrix, rank = loha_as_matrix(factors) if "hada_w1_a" in method else lokr_as_matrix(factors)
+    is_product = "down" in matrix
+    is_own_weight = is_depthwise and (
+        DOWN not in method
+        or magnitude is not None
+        or (matrix["down"].shape[1:] == (1, 3, 3) and matrix["up"].shape[1] == rank)
+    )
+    if is_own_weight and matrix:  # it is the change of the depthwise weights themselves
+        own = whole_matrix({part: tensor.float() for part, tensor in matrix.items()}).to(next(iter(matrix.values())))
+        if own.numel() % 9:
+            raise ValueError(f"{first!r} must give 3x3 weights per channel, got {own.shape[0]} rows.")
+        own = own.reshape(-1, 1, 3, 3)
+        matrix = {"diff": own}
+        if magnitude is None and WHOLE not in method:
+            return {DOWN: own, UP: torch.ones(len(own), 1, 1, 1, dtype=own.dtype)}, rank
+    axis = None if magnitude is None else _magnitude_axis(magnitude, keys[MAGNITUDE], matrix)
+    if is_product and not is_own_weight and axis != "in":
+        factors = {DOWN: matrix["down"], UP: matrix["up"]}
+        if is_conv:
+            factors = {part: x[..., None, None] if x.ndim == 2 else x for part, x in factors.items()}
+        return factors | {part: x for part, x in parts.items() if part in (BIAS, MAGNITUDE)}, rank
+    if BIAS in parts:
+        raise ValueError(f"{keys[BIAS]!r} must belong to a plain LoRA, got the factors {sorted(factors)}.")
+    change = {f"{CHANGE}{part}": tensor for part, tensor in matrix.items()}
+    if WHOLE_BIAS in parts:
+        change[f"{CHANGE}bias"] = parts[WHOLE_BIAS].flatten()
+    if magnitude is not None:
+        change[f"{CHANGE}{axis}_magnitude"] = magnitude.flatten()
+    return change, rank
+
+
+def _magnitude_axis(magnitude: Tensor, key: str, matrix: Mapping[str, Tensor]) -> str:
+    """Whether DoRA has a length for each input ("in") or output ("out")."""
+    (outputs,), (inputs,) = sizes(matrix)
+    if magnitude.numel() == outputs and not (key.endswith("dora_scale") and magnitude.shape[0] != outputs):
+        return "out"
+    # For a convolution, one length covers all positions of the kernel.
+    if magnitude.ndim > 1 and magnitude.shape[0] == 1 and inputs % magnitude.numel() == 0:
+        return "in"
+    raise ValueError(
+        f"{key!r} must have one number per output ({outputs}) or per input ({inputs}), got the shape "
+        f"{list(magnitude.shape)}."
+    )
+
+
+def _split(adapter: Mapping[str, Tensor], keys: Mapping[str, str], number: int) -> tuple[dict[str, Tensor], ...]:
+    """An adapter of a fused layer as one of each of its `number` layers."""
+    first = next(iter(keys.values()))
+    if OF_CHANGE & adapter.keys() and number > 1:
+        change = {part.removeprefix(CHANGE): tensor for part, tensor in adapter.items()}
         try:
-            down, up, rank = loha_as_lora(factors) if is_loha else lokr_as_lora(factors)
+            pieces = split_outputs(change, number)
         except ValueError as error:
             raise ValueError(f"{first!r}: {error}") from None
-        is_own_weight = name.endswith(DEPTHWISE)
-    else:
-        _check_halves(parts, keys, name)
-        down, up = parts[DOWN], parts[UP]
-        rank = down.shape[0]
-        is_own_weight = name.endswith(DEPTHWISE) and down.shape[1:] == (1, 3, 3) and up.shape[1] == rank
-    if is_own_weight:  # the product is the change of the depthwise weights themselves
-        if down[0].numel() * up.shape[0] % 9:
-            raise ValueError(f"{first!r} must give 3x3 weights per channel, got {up.shape[0]} rows.")
-        down = (up.flatten(1).float() @ down.flatten(1).float()).to(down.dtype).reshape(-1, 1, 3, 3)
-        up = torch.ones(down.shape[0], 1, dtype=down.dtype)
-    if MAGNITUDE in parts and name.endswith(DEPTHWISE):
-        raise ValueError(
-            f"{keys[MAGNITUDE]!r} is DoRA of a depthwise convolution, which adapters do not support. "
-            "Train without that layer (OneTrainer: the layer filter attn-only)."
-        )
-    is_conv = name.endswith(CONVOLUTIONS)
-    down, up = (tensor[..., None, None] if is_conv and tensor.ndim == 2 else tensor for tensor in (down, up))
-    return {DOWN: down, UP: up, **other_parts}, rank
+        return tuple({f"{CHANGE}{part}": tensor for part, tensor in piece.items()} for piece in pieces)
+    if OF_CHANGE & adapter.keys():
+        return (dict(adapter),)
+    rows = {part: _rows(part, x, keys.get(part, first), adapter[UP], number) for part, x in adapter.items()}
+    return tuple({part: pieces[index] for part, pieces in rows.items()} for index in range(number))
+
+
+def _plain_fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {field.removeprefix(PREFIX): value for field, value in metadata.items()}
 
 
 def _check_halves(parts: Mapping[str, Tensor], keys: Mapping[str, str], name: str) -> None:
@@ -326,13 +427,6 @@ def _number(tensor: Tensor, key: str) -> float:
 def _rows(part: str, tensor: Tensor, key: str, up: Tensor, number: int) -> tuple[Tensor, ...]:
     """Splits a tensor of a fused layer between its `number` layers."""
     if part == MAGNITUDE:
-        is_across = key.endswith("dora_scale") and tuple(tensor.shape[:1]) != tuple(up.shape[:1])
-        if is_across or tensor.numel() != up.shape[0]:
-            raise ValueError(
-                f"{key!r} must have one number per output ({up.shape[0]}), got the shape {list(tensor.shape)}. DoRA "
-                "over inputs scales the input of the layer, which adapters do not support: train it over outputs "
-                "(OneTrainer: lora_decompose_output_axis)."
-            )
         tensor = tensor.flatten() if up.ndim == 2 else tensor.reshape(1, -1, 1, 1)
     if part == DOWN or number == 1:
         return (tensor,) * number
@@ -343,7 +437,8 @@ def _rows(part: str, tensor: Tensor, key: str, up: Tensor, number: int) -> tuple
 
 def _metadata(state_dict: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Any]:
     """Fields of PEFT's config for ranks and scales, with patterns for layers that deviate from most others."""
-    ranks = {name: state_dict[f"{PREFIX}{name}.{DOWN}"].shape[0] for name in scales}
+    downs = {name: state_dict.get(f"{PREFIX}{name}.{DOWN}") for name in scales}
+    ranks = {name: 1 if down is None else down.shape[0] for name, down in downs.items()}  # a change counts as one
     alphas = {name: scale * ranks[name] for name, scale in scales.items()}
     (rank, _), (alpha, _) = (Counter(values.values()).most_common(1)[0] for values in (ranks, alphas))
     fields = {

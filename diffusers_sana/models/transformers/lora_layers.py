@@ -64,10 +64,14 @@ class DepthwiseLora(Conv2d):
         is_stabilized = getattr(kwargs.get("config"), "use_rslora", kwargs.get("use_rslora", False))
         self.use_rslora[adapter_name] = is_stabilized
         self.scaling[adapter_name] = lora_alpha / (r**0.5 if is_stabilized else r)
+        if adapter_name in self.lora_variant:  # no LoRA at all, see `loaders/lora/layers.py`
+            self.lora_variant[adapter_name].init(self, adapter_name=adapter_name)
         self.set_adapter(self.active_adapters)
 
     def is_own_weight(self, adapter_name: str) -> bool:
         """Whether an adapter has the form of the layer's own weights and can be fused."""
+        if adapter_name in self.lora_variant:
+            return True
         down, up = self._weights(adapter_name)
         return down.shape[1] == up.shape[1] == 1
 
@@ -93,7 +97,10 @@ class DepthwiseLora(Conv2d):
         if unfusable := [name for name in names if not self.is_own_weight(name)]:
             raise ValueError(cannot_fuse(unfusable[0]))
         for name in names:
-            changed = base.weight.data + self.get_delta_weight(name).to(base.weight.dtype)
+            if name in self.lora_variant:
+                changed = self.lora_variant[name].merge_safe(self, name, base.weight.data)
+            else:
+                changed = base.weight.data + self.get_delta_weight(name).to(base.weight.dtype)
             if safe_merge and not changed.isfinite().all():
                 raise ValueError(f"adapter {name!r} must be finite to be fused, got NaN or infinity.")
             base.weight.data = changed

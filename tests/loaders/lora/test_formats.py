@@ -4,6 +4,8 @@ import diffusers
 import pytest
 import torch
 
+from diffusers_sana.loaders.lora.changes import CHANGE
+from diffusers_sana.loaders.lora.changes import matrix as whole_matrix
 from diffusers_sana.loaders.lora.formats import convert_sana_lora, lora_scale
 from tests import tiny
 from tests.loaders.lora.lora_files import FORMATS, plain, random_lora
@@ -80,9 +82,9 @@ def test_configs_that_cannot_be_meant(fields, message):
         convert_sana_lora(LAYER, fields)
 
 
-@pytest.mark.parametrize("shape", [(), (8, 8), (1, 8)])
+@pytest.mark.parametrize("shape", [(), (8, 8), (1, 3)])
 def test_magnitudes_of_other_shapes(shape):
-    with pytest.raises(ValueError, match=r"must have one number per output \(8\), got the shape"):
+    with pytest.raises(ValueError, match=r"must have one number per output \(8\) or per input \(8\), got the shape"):
         convert_sana_lora({**LAYER, f"{KOHYA}.dora_scale": torch.ones(shape)})
 
 
@@ -97,11 +99,21 @@ QKV = "diffusion_model.blocks.0.attn.qkv"
         ({f"{QKV}.lokr_w1": DOWN}, rf"'{QKV}.lokr_w1': the layer must have a tensor 'lokr_w2_a'"),
         ({f"{QKV}.hada_w1_a": DOWN}, rf"'{QKV}.hada_w1_a': the layer must have a tensor 'hada_w1_b'"),
         ({f"{QKV}.hada_w1_a": DOWN, f"{QKV}.lokr_w1": DOWN}, "must belong to one method, got .*'hada_w1_a', 'lok"),
-        ({f"{QKV}.oft_R.weight": DOWN}, r"belongs to OFT, .*It cannot be loaded .* train a LoRA"),
-        ({f"{KOHYA}.lora_mid.weight": DOWN}, "LoCon with a Tucker decomposition"),
-        ({f"{KOHYA}.hada_t1": DOWN}, "LoHa with a Tucker decomposition"),
-        ({f"{KOHYA}.lokr_t2": DOWN}, "LoKr with a Tucker decomposition"),
-        ({f"{QKV}.diff_b": DOWN}, r"belongs to a change of whole weights.* Add it to the model's weights"),
+        ({f"{QKV}.oft_r": DOWN}, r"belongs to a form of OFT of an old PEFT.* Save it again"),
+        ({f"{QKV}.oft_R.weight": torch.ones(2, 4)}, r"must have the triangles of blocks, got the shape \[2, 4\]"),
+        ({f"{QKV}.oft_blocks": torch.ones(2, 4)}, r"must have blocks with equal sides, got the shape \[2, 4\]"),
+        ({f"{QKV}.oft_blocks": torch.ones(2, 4, 3, 3)}, r"must have blocks with an even side"),
+        ({f"{QKV}.oft_blocks": torch.ones(4, 6, 6)}, r"'out_blocks' must have 3 equal parts"),
+        ({f"{QKV}.rescale": DOWN}, r"the layer must have 'oft_blocks', got \['rescale'\]"),
+        ({f"{QKV}.diff": DOWN, f"{QKV}.lokr_w1": DOWN}, "must belong to one method, got .*'diff', 'lokr_w1'"),
+        ({f"{QKV}.oft_blocks": torch.ones(3, 4, 4), f"{QKV}.dora_scale": UP}, "must belong to a product"),
+        ({f"{QKV}.lora_down.weight": DOWN, f"{QKV}.lora_up.weight": torch.ones(24, 2),
+          f"{QKV}.dora_scale": torch.ones(1, 8)}, "DoRA over the inputs of a fused layer"),
+        ({f"{KOHYA}.lora_mid.weight": DOWN}, "must have a second key"),
+        ({**LAYER, f"{KOHYA}.lora_mid.weight": torch.ones(3, 3, 1, 1)}, "the Tucker core must fit between"),
+        ({f"{KOHYA}.hada_t1": DOWN}, "the layer must have a tensor 'hada_w1_a'"),
+        ({f"{KOHYA}.lokr_t1": DOWN}, "Tucker core in its first factor, which no trainer writes"),
+        ({f"{KOHYA}.w_norm": DOWN}, "a change of a norm"),
         ({f"{KOHYA}.on_input": DOWN}, "belongs to IA3"),
         ({f"{KOHYA}.a1.weight": DOWN}, "belongs to GLoRA"),
         ({f"{KOHYA}.weight": DOWN}, r"is a whole weight of a layer \(`modules_to_save` or `bias` of PEFT\)"),
@@ -119,9 +131,6 @@ QKV = "diffusion_model.blocks.0.attn.qkv"
         ({**LAYER, f"{KOHYA}.lora_A.weight": DOWN}, r"lora_A.weight' and .*lora_down.weight' are the same tensor"),
         ({**LAYER, f"{OURS}.lora_A.weight": DOWN, f"{OURS}.lora_B.weight": UP}, "another key of the file both map to"),
         ({f"{QKV}.lora_down.weight": DOWN, f"{QKV}.lora_up.weight": UP}, r"must have 3 equal parts, .*\[8, 2\]"),
-        ({**LAYER, f"{KOHYA}.dora_scale": torch.ones(1, 8)}, r"DoRA over inputs scales the input of the layer"),
-        ({f"{DEPTH}.lora_A.weight": torch.ones(2, 8, 3, 3), f"{DEPTH}.lora_B.weight": torch.ones(1, 2, 1, 1),
-          f"{DEPTH}.dora_scale": torch.ones(8, 1, 1, 1)}, "is DoRA of a depthwise convolution"),
         ({f"{DEPTH}.lokr_w1": DOWN, f"{DEPTH}.lokr_w2": DOWN}, "must give 3x3 weights per channel"),
     ],
 )  # fmt: skip
@@ -147,7 +156,10 @@ def test_an_alpha_without_factors_changes_nothing(caplog):
 
 
 def product(converted, metadata, name=OURS):
-    """What is added to the weight of a layer."""
+    """What is added to the weight of a layer: the product of a LoRA's factors, or a change of high rank."""
+    parts = {key.partition(CHANGE)[2]: x for key, x in converted.items() if key.startswith(f"{name}.{CHANGE}")}
+    if parts:
+        return lora_scale(metadata, name.removeprefix("transformer."), 1) * whole_matrix(parts)
     down, up = converted[f"{name}.lora_A.weight"], converted[f"{name}.lora_B.weight"]
     layer = name.removeprefix("transformer.")
     return lora_scale(metadata, layer, len(down)) * torch.einsum("or...,ri...->oi...", up, down)
@@ -156,10 +168,13 @@ def product(converted, metadata, name=OURS):
 @pytest.mark.parametrize("rank", [2, 5])
 def test_loha(rank):
     """(A1 B1) * (A2 B2) alpha / r, also where r * r is more than the sides of the layer."""
-    a1, b1, a2, b2 = (torch.randn(*shape) for shape in ((8, rank), (rank, 6)) * 2)
+    a1, b1, a2, b2 = (torch.randn(*shape) for shape in ((12, rank), (rank, 10)) * 2)
     factors = {"hada_w1_a": a1, "hada_w1_b": b1, "hada_w2_a": a2, "hada_w2_b": b2, "alpha": torch.tensor(3.0)}
     converted, metadata = convert_sana_lora({f"{KOHYA}.{part}": tensor for part, tensor in factors.items()})
-    assert len(converted[f"{OURS}.lora_A.weight"]) == min(rank * rank, 6)
+    if rank == 2:
+        assert len(converted[f"{OURS}.lora_A.weight"]) == rank * rank
+    else:
+        assert list(converted) == [f"{OURS}.lora_change.diff"]
     assert_close_fp32(product(converted, metadata), 3 / rank * (a1 @ b1) * (a2 @ b2))
 
 

@@ -80,7 +80,7 @@ class SVDQuantLayer(LowRankBranch):
             self.register_parameter(name, parameter)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self.is_weight_only = is_weight_only
-        self._change_ranks = []
+        self._changes = []
         self._int8_weight: tuple[tuple, int8_linear.PreparedWeight] | None = None
         self.set_compute_mode(compute_mode)
 

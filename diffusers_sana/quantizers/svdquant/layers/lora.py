@@ -6,8 +6,9 @@ stores what is added to it as further ranks of its low-rank branch (`LowRankBran
 
     proj_down = [proj_down; V]        proj_up = [proj_up, U]        U @ V = B @ A
 
-The 4-bit codes do not change. Subtracting the same matrix removes those ranks, which restores the original bits. A
-change of high rank is an error.
+The 4-bit codes do not change. Subtracting the same matrix removes those ranks, which restores the original bits. Of a
+change of high rank, such as that of DoRA or OFT, the strongest directions are stored, and a warning says what is left
+out. Unfused, such an adapter is exact.
 
 The LoRA loader of FLUX looks up `x.weight` in the state dict of the model, which `StateDict` supports.
 
@@ -20,17 +21,26 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from torch import Tensor, nn
 
 from diffusers_sana._compat import tree_map_only
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight
-from diffusers_sana.quantizers.svdquant.algorithm.randomized_svd import low_rank_factors
+from diffusers_sana.quantizers.svdquant.algorithm.randomized_svd import low_rank_factors, randomized_svd
 
+
+logger = logging.get_logger(__name__)
 
 UNDO_TOLERANCE = 0.05  # relative error up to which a change undoes an earlier one
+PART_TOLERANCE = 0.3  # likewise, in the directions that were kept: PEFT separates DoRA by dividing what was left out
+# Of a change of high rank:
+MOST_RANKS = 0.25  # share of the full rank that is stored at most; in 16 bit that takes twice the memory of the codes
+ENOUGH = 0.01  # relative error at which no further ranks are stored
+MOST_LEFT_OUT = 0.7  # relative error above which it is refused: then half of its energy would be lost
+LARGEST = 0.9  # of the weight's norm: what changes more of it is no adapter
 WRITE_HELP = (
-    "It is computed at each access, and only low-rank changes can be stored, such as that of a LoRA. Leave other "
-    "adapters unfused, where they work, or load the model in 16 bit."
+    "It is computed at each access, and only changes by adapters can be stored. Leave other adapters unfused, where "
+    "they work, or load the model in 16 bit."
 )
 
 
@@ -44,7 +54,9 @@ class LowRankBranch(nn.Module):
 
     proj_down: Tensor
     proj_up: Tensor
-    _change_ranks: list[int]  # ranks of the stored changes, oldest first; they are the last ranks of the branch
+    dequantize: Callable[..., Tensor]
+    # Rank and relative error of each stored change, oldest first; they are the last ranks of the branch.
+    _changes: list[tuple[int, float]]
 
     @property
     def rank(self) -> int:
@@ -54,34 +66,78 @@ class LowRankBranch(nn.Module):
     def add_to_weight(self, change: Tensor, noise: float = 0.0) -> None:
         """Adds a matrix to the weight that the layer represents. If it undoes an earlier change, both are removed.
 
+        A matrix of more than half the full rank is stored in part, with a warning that states the error.
+
         Args:
-            change: `[N, K]`, of at most half the full rank.
+            change: `[N, K]`.
             noise: Frobenius norm of the rounding errors in `change`, beyond those of its dtype.
 
         Raises:
             ValueError: NaN or infinity in `change`.
-            RuntimeError: a larger rank.
+            RuntimeError: a change of high rank of which too much would be left out, or that is no adapter, as it
+                changes most of the weight.
         """
         if not change.isfinite().all():
             raise ValueError("the change of a weight must be finite, got NaN or infinity. The adapter is broken.")
         end = self.rank
-        for index in reversed(range(len(self._change_ranks))):
-            start = end - self._change_ranks[index]
-            earlier = self.proj_up[:, start:end].float() @ self.proj_down[start:end].float()
-            if (earlier + change).norm() <= UNDO_TOLERANCE * change.norm() + noise:
+        for index in reversed(range(len(self._changes))):
+            rank, error = self._changes[index]
+            start = end - rank
+            if self._undoes(change, noise, start, end, error > 0):
                 down = torch.cat([self.proj_down[:start], self.proj_down[end:]])
                 up = torch.cat([self.proj_up[:, :start], self.proj_up[:, end:]], dim=1)
                 self._set_branch(down, up)
-                self._change_ranks = self._change_ranks[:index] + self._change_ranks[index + 1 :]
+                self._changes = self._changes[:index] + self._changes[index + 1 :]
                 return
             end = start
-        factors = low_rank_factors(change, noise)
+        factors, error = low_rank_factors(change, noise), 0.0
         if factors is None:
-            raise RuntimeError(f"the weight of a 4-bit layer cannot store a change of high rank. {WRITE_HELP}")
+            factors, error = self._strongest_directions(change)
         up, down = (factor.to(self.proj_up) for factor in factors)
         if len(down):
             self._set_branch(torch.cat([self.proj_down, down]), torch.cat([self.proj_up, up], dim=1))
-            self._change_ranks = [*self._change_ranks, len(down)]
+            self._changes = [*self._changes, (len(down), error)]
+
+    def _undoes(self, change: Tensor, noise: float, start: int, end: int, is_part: bool) -> bool:
+        """Whether a change undoes the one that is stored in some ranks, in full or in part.
+
+        A part T consists of singular directions of its change, so what undoes the change is -T in the rows or columns
+        that T spans.
+        """
+        up, down = self.proj_up[:, start:end].float(), self.proj_down[start:end].float()
+        change = change.float()
+        limit = PART_TOLERANCE * up.norm() + noise
+        if is_part:
+            basis = torch.linalg.qr(up).Q
+            in_rows = (change @ down.t() + up @ (down @ down.t())).norm()
+            in_columns = (basis.t() @ change + (basis.t() @ up) @ down).norm()
+            return bool(min(in_rows, in_columns) <= limit)
+        return bool((up @ down + change).norm() <= UNDO_TOLERANCE * change.norm() + noise)
+
+    def _strongest_directions(self, change: Tensor) -> tuple[tuple[Tensor, Tensor], float]:
+        """`[N, r]` and `[r, K]` with orthonormal rows, and the relative error."""
+        wide, whole = change.float(), self.dequantize(torch.float32).norm()
+        size = wide.norm()
+        if size > LARGEST * whole:
+            raise RuntimeError(
+                f"the weight of a 4-bit layer cannot store a change of high rank that is {size / whole:.2g} times as "
+                f"large as itself. {WRITE_HELP}"
+            )
+        up, down = randomized_svd(wide, max(int(MOST_RANKS * min(wide.shape)), 1), seed=0)
+        left_out = (size.square() - up.square().sum(0).cumsum(0)).clamp(min=0).sqrt() / size
+        rank = min(int((left_out > ENOUGH).sum()) + 1, len(down))
+        error = left_out[rank - 1].item()
+        if error > MOST_LEFT_OUT:
+            raise RuntimeError(
+                f"the weight of a 4-bit layer cannot store a change of high rank: in the {rank} directions that it "
+                f"has room for, {error:.0%} of the change would be left out. {WRITE_HELP}"
+            )
+        logger.warning(
+            f"An adapter changes a 4-bit layer {list(wide.shape)} in more directions than it can store: fused, the "
+            f"{rank} strongest ones are kept, which leaves out {error:.1%} of the change (Frobenius norm). "
+            "Unfused, the adapter is exact."
+        )
+        return (up[:, :rank], down[:rank]), error
 
     def _set_branch(self, down: Tensor, up: Tensor) -> None:
         self.proj_down = nn.Parameter(down, requires_grad=False)
@@ -92,8 +148,8 @@ class LazyWeight(Tensor):
     """The matrix that a quantized layer represents, computed by each operation that uses it.
 
     Shape, dtype and device cost nothing; PEFT and diffusers read them several times per layer when they load a file.
-    Results of operations are plain tensors. Uses no memory, also where autograd saves it. `+=`, `-=` and assignment to
-    `data` change the layer, other writes raise a RuntimeError.
+    Results of operations are plain tensors. Uses no memory, also where autograd saves it. `+=`, `-=`, `copy_` and
+    assignment to `data` change the layer, other writes raise a RuntimeError.
 
     Args:
         like: has its dtype and device.
@@ -139,6 +195,9 @@ class LazyWeight(Tensor):
         kwargs = kwargs or {}
         if func in _CHANGES and isinstance(args[0], cls) and getattr(args[1], "shape", None) == args[0].shape:
             return args[0]._change(args[1] * (_CHANGES[func] * kwargs.get("alpha", 1)))
+        if func == torch.ops.aten.copy_.default and isinstance(args[0], cls):  # as PEFT fuses OFT
+            args[0]._assign(args[1] if type(args[1]) is Tensor else args[1].clone())
+            return args[0]
         for argument, value in [*zip(func._schema.arguments, args, strict=False), *_by_name(func, kwargs)]:
             if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
                 raise _refused_write(func.__name__)
