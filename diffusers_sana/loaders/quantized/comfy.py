@@ -319,15 +319,11 @@ def write_convrot(model: QuantizedModel, num_bits: int = 8, **_: Any) -> Written
     for name, content in model.in_file(scheme, lambda name: False):
         assert isinstance(content, dict)
         tensors |= {_key(name, leaf): _converted(name, leaf, value, model) for leaf, value in content.items()}
-        members = places[name]
-        fits = (
-            num_bits == 8 or comfy_dense.rotation_size(model.layer(members[0]).codes.shape[1])
-            if members[0] in quantized
-            else False
-        )
-        if not quantized.issuperset(members) or not fits:
+        if not quantized.issuperset(places[name]):
             continue
-        weight = torch.cat([model.layer(member).matrix() for member in members])
+        weight = torch.cat([model.matrix(member) for member in places[name]])
+        if num_bits == 4 and comfy_dense.rotation_size(weight.shape[1]) is None:
+            continue  # 4 bits need a rotation
         formats[name], parts = comfy_dense.encode(weight, num_bits)
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         source = Source({f"{name}.{part}": tensor for part, tensor in parts.items()}, name)

@@ -142,7 +142,10 @@ def export_quantized(model: nn.Module, folder: str | Path, to: str, **options: A
     if to == OWN:
         model.save_pretrained(folder)  # type: ignore[operator]
         return folder
-    written = WRITERS[to](QuantizedModel(model), **options)
+    content = QuantizedModel(model)
+    if options.get("requantize"):
+        content.requantize_rotated()
+    written = WRITERS[to](content, **options)
     folder.mkdir(parents=True, exist_ok=True)
     # Views of one tensor become separate tensors, which safetensors requires.
     tensors = {

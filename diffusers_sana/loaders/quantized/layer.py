@@ -115,28 +115,35 @@ class UnpackedLayer:
 
     @classmethod
     def of(cls, layer: SVDQuantLayer) -> "UnpackedLayer":
-        """The content of one of our own layers.
+        """The content of one of our own layers, which must not be rotated."""
+        parts = QuantizedWeight.from_tensors(
+            {name: part.detach() for name, part in layer.named_parameters(recurse=False)}
+        )
+        return cls.of_weight(parts, layer.bias, layer.is_weight_only, layer.input_scale)
+
+    @classmethod
+    def of_weight(
+        cls, weight: QuantizedWeight, bias: Tensor | None, weight_only: bool = False, input_scale: float | None = None
+    ) -> "UnpackedLayer":
+        """The content of a quantized weight, which must not be rotated; see the attributes.
 
         Raises:
-            ValueError: a rotated layer, which no other format has.
+            ValueError: it is rotated, which this form of a layer cannot say.
         """
-        if layer.rotation is not None:
-            raise ValueError(
-                "the layers of the model must not be rotated to be written in another format, got one that is. "
-                'Quantize the original model with `rotation="none"`.'
-            )
-        group_size, features = GROUP_SIZES[layer.precision], layer.smooth_factor.shape[0]
-        scales = layer.wscales.detach()
+        if weight.rotation is not None:
+            raise ValueError("a rotated layer cannot be written in the format of another runtime.")
+        precision, features = precision_of(weight.wscales), weight.smooth_factor.shape[0]
+        group_size = GROUP_SIZES[precision]
         return cls(
-            unpack_nibbles(layer.qweight.detach(), group_size)[:, :features],
-            bits(scales)[:, : -(-features // group_size)].view(scales.dtype),
-            None if layer.wtscale is None else layer.wtscale.detach().float(),
-            layer.smooth_factor.detach(),
-            layer.proj_down.detach(),
-            layer.proj_up.detach(),
-            None if layer.bias is None else layer.bias.detach(),
-            layer.is_weight_only,
-            layer.input_scale,
+            unpack_nibbles(weight.qweight, group_size)[:, :features],
+            bits(weight.wscales)[:, : -(-features // group_size)].view(weight.wscales.dtype),
+            None if weight.wtscale is None else weight.wtscale.float(),
+            weight.smooth_factor,
+            weight.proj_down,
+            weight.proj_up,
+            None if bias is None else bias.detach(),
+            weight_only,
+            input_scale,
         )
 
     @property

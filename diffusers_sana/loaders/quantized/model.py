@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,8 +81,28 @@ class QuantizedModel:
         return modules
 
     def layer(self, name: str) -> UnpackedLayer:
-        """One layer in natural order."""
-        return self._rounded[name] if name in self._rounded else UnpackedLayer.of(self.layers[name])
+        """One layer in natural order.
+
+        Raises:
+            ValueError: it is rotated, which no other format with 4-bit activations has.
+        """
+        if name in self._rounded:
+            return self._rounded[name]
+        if self.layers[name].rotation is not None:
+            raise ValueError(
+                f"{name!r} is rotated, which 4-bit layers of other runtimes are not. Quantize the original model with "
+                '`rotation="none"`, or allow rounding once more with `requantize`.'
+            )
+        return UnpackedLayer.of(self.layers[name])
+
+    def matrix(self, name: str) -> Tensor:
+        """The weight that a layer represents, fp32 `[N, K]`."""
+        return self._rounded[name].matrix() if name in self._rounded else self.layers[name].dequantize(torch.float32)
+
+    def requantize_rotated(self) -> None:
+        """Requantizes rotated layers without rotation; a warning states the error."""
+        names = [name for name, module in self.layers.items() if module.rotation is not None]
+        self._requantize(sibling_groups(dict.fromkeys(names, "w4a4")), None)
 
     def is_weight_only(self, name: str) -> bool:
         """Whether activations of a layer stay in 16 bit."""
@@ -94,10 +114,9 @@ class QuantizedModel:
 
     def dense(self, name: str) -> dict[str, Tensor]:
         """The tensors of a layer in 16 bits: `weight`, and `bias` where it has one."""
-        item = self.layer(name)
-        weight = item.matrix().to(self.dtype)
+        weight, bias = self.matrix(name).to(self.dtype), self.layers[name].bias
         tensors = {"weight": weight[:, :, None, None] if self.is_convolution(name) else weight}
-        return tensors if item.bias is None else tensors | {"bias": item.bias.to(self.dtype)}
+        return tensors if bias is None else tensors | {"bias": bias.detach().to(self.dtype)}
 
     def check_dtype(self, *dtypes: torch.dtype, format_name: str) -> None:
         """Raises ValueError if a format cannot hold the model's dtype."""
@@ -146,22 +165,25 @@ class QuantizedModel:
                 f"needs {precision}, and fused layers with one set of smoothing factors. Quantize the model to "
                 f"{precision}, or allow rounding once more with `requantize`."
             )
+        self._requantize(wrong, precision)
+
+    def _requantize(self, groups: Iterable[list[str]], precision: str | None) -> None:
+        """Decomposes groups of layers with one input again, by default in their own format."""
         errors: dict[str, float] = {}
-        for group in wrong:
-            items = [self.layer(name) for name in group]
-            weights = [item.matrix() for item in items]
-            config = LayerConfig(precision, max(item.rank for item in items))
+        for group in groups:
+            layers, weights = [self.layers[name] for name in group], [self.matrix(name) for name in group]
+            mode = "w4a16" if layers[0].is_weight_only else "w4a4"
+            config = LayerConfig(precision or layers[0].precision, max(layer.rank for layer in layers), mode=mode)
             quantized, _ = decompose([weight.to(self.dtype) for weight in weights], config)
-            for name, item, weight, fitted in zip(group, items, weights, quantized, strict=True):
-                module = SVDQuantLayer.__new__(type(self.layers[name]))
-                type(self.layers[name]).__init__(module, fitted, item.bias, is_weight_only=item.weight_only)
-                self._rounded[name] = UnpackedLayer.of(module)
-                errors[name] = ((self._rounded[name].matrix() - weight).norm() / weight.norm()).item()
-        worst = max(errors, key=errors.__getitem__)
-        logger.warning(
-            f"{len(errors)} layers were rounded once more, to {precision}; the relative error of the weights is at "
-            f"most {errors[worst]:.3f} ({worst})."
-        )
+            for name, layer, weight, fitted in zip(group, layers, weights, quantized, strict=True):
+                self._rounded[name] = UnpackedLayer.of_weight(fitted, layer.bias, layer.is_weight_only)
+                errors[name] = ((self.matrix(name) - weight).norm() / weight.norm()).item()
+        if errors:
+            worst = max(errors, key=errors.__getitem__)
+            logger.warning(
+                f"{len(errors)} layers were rounded once more, to {precision or 'be without rotation'}; the relative "
+                f"error of the weights is at most {errors[worst]:.3f} ({worst})."
+            )
 
     def _must_change(self, group: list[str], precision: str, is_fused: bool) -> bool:
         items = [self.layer(name) for name in group]

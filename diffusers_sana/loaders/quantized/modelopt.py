@@ -109,7 +109,7 @@ def write(model: QuantizedModel, requantize: bool = False, **_: Any) -> Written:
         ValueError: the format cannot express a layer, which is named, such as one without a measured `input_scale`.
     """
     quantized = [name for name in model.layers if not model.is_weight_only(name) and not model.is_convolution(name)]
-    model.convert_precision(quantized, "nvfp4", requantize, NAME)
+    model.convert_precision(quantized, "nvfp4", False, NAME)  # the scales of inputs are those of these layers
     reasons = {name: reason for name in quantized if (reason := _refusal(model.layer(name)))}
     refuse_layers(model, reasons, NAME)
     rank = model.common_rank(quantized, RANK_MULTIPLE)

@@ -148,6 +148,27 @@ def test_the_other_precision_is_rounded_once_more(to, tmp_path, base, caplog):
         export_quantized(model, tmp_path / "done", to, requantize=True)
 
 
+def test_rotated_layers(tmp_path, base, caplog):
+    """They exist in our own layout only: refused by name, or rounded once more; ComfyUI's rotated weights fit any."""
+    model = tiny.FAMILIES["qwen"]()
+    quantize(model, SVDQuantConfig(rank=8, smoothing="none", refinements=0, rotation="hadamard"), progress=False)
+    name = "transformer_blocks.0.attn.to_q"
+    assert model.get_submodule(name).rotation is not None
+    for to in ("nunchaku", "cache-dit", "comfy", "vllm-omni", "modelopt", "nunchaku-lite"):
+        with pytest.raises(
+            ValueError, match=r"'transformer_blocks.0.* is rotated, which 4-bit layers of other runtimes"
+        ):
+            export_quantized(model, tmp_path / "refused", to)
+    assert not (tmp_path / "refused").exists()
+    for to, options in (("cache-dit", {"requantize": True}), ("comfy-convrot", {})):
+        caplog.clear()
+        first = load_quantized(export_quantized(model, tmp_path / to, to, **options), base=base("qwen"))
+        assert "rounded once more" in caplog.text
+        expected = model.get_submodule(name).dequantize(torch.float32)
+        actual = first.get_submodule(name).weight.float()
+        assert (actual - expected).norm() / expected.norm() < 0.15
+
+
 def test_input_scales(tmp_path):
     """Measured, saved with our own layout, and written for TensorRT-LLM."""
     model = tiny.FAMILIES["sana"]()
