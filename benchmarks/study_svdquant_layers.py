@@ -9,7 +9,7 @@ output. Each layer is fitted for the mode in which it computes; "fitted for w4a8
 deepcompressor's figures were measured with its own code on the same layers of seed 0 (int4, rank 32; 512 of the
 calibration rows, a grid of 8, at most 40 iterations, no GPTQ). For other seeds, "published algorithm" has the figures
 of `published`, which follows the same description with all calibration rows. Writes
-`benchmarks/results/<device>/svdquant_layers.json`.
+`benchmarks/results/<device>/svdquant_layers.json`, layer by layer; a later run adds to it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from benchmarks.harness import RESULTS, environment, write_results
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose, fit_weight, relative_error
 from diffusers_sana.quantizers.svdquant.algorithm.quantized_weight import QuantizedWeight
-from diffusers_sana.quantizers.svdquant.config import LayerConfig
+from diffusers_sana.quantizers.svdquant.config import LayerConfig, SVDQuantConfig
 
 
 MODES = ("w4a4", "w4a16")  # those for which deepcompressor's figures are known
@@ -41,6 +41,7 @@ ROWS = 2048
 VARIANTS: dict[str, dict[str, Any]] = {
     "no data": {},
     "calibrated": {},
+    "calibrated, best, no rotation": {"quality": "best", "rotation": "none"},
     "calibrated, best": {"quality": "best"},
 }
 
@@ -125,7 +126,7 @@ def measure(layer: Layer, variant: str, seed: int) -> dict[str, Any]:
     data = {} if variant == "no data" else {"inputs": x, "largest": x.abs().amax(0), "hessian": x.t() @ x}
     facts: dict[str, Any] = {}
     for mode in (*MODES, *(["w4a8"] if variant == "calibrated" else [])):
-        config = LayerConfig(mode=mode, seed=seed, **VARIANTS[variant])
+        config = SVDQuantConfig(compute_mode=mode, seed=seed, **VARIANTS[variant]).for_layer("w4a4")
         start = time.perf_counter()
         (item,), (report,) = decompose([layer.weight], config, **data)
         facts[mode] = {
@@ -152,14 +153,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    cases: dict[str, Any] = {}
+    path = args.results / "cpu" / "svdquant_layers.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"cases": {}}
+    cases: dict[str, Any] = earlier["cases"]
     report = {**environment(), "deepcompressor": DEEPCOMPRESSOR, "cases": cases}
+    if "command" in earlier:
+        report["command"] = f"{earlier['command']}; {report['command']}"
     for seed in args.seeds:
         for kind in args.kinds:
             layer = make_layer(kind, seed)
-            case = cases[f"{kind}, seed {seed}"] = {
-                "published algorithm": {mode: held_out_error(layer, published(layer, mode), mode) for mode in MODES}
-            }
+            case = cases.setdefault(f"{kind}, seed {seed}", {})
+            if "published algorithm" not in case:
+                items = {mode: published(layer, mode) for mode in MODES}
+                case["published algorithm"] = {mode: held_out_error(layer, item, mode) for mode, item in items.items()}
             for variant in args.variants:
                 case[variant] = measure(layer, variant, seed)
             print(kind, seed, json.dumps(case), flush=True)

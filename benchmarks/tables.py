@@ -176,6 +176,23 @@ def quantized_errors() -> str:
     return f"{render(['variant', *modes], rows)}\n\n{provenance(report)}"
 
 
+def svdquant_layers() -> str:
+    """Relative output errors of single layers, beside those of deepcompressor."""
+    report = results("cpu/svdquant_layers")
+    variants = list(dict.fromkeys(name for case in report["cases"].values() for name in case))
+
+    def pair(errors: dict[str, Any] | None) -> str:
+        values = [errors[mode] for mode in ("w4a4", "w4a16")] if errors else []
+        return " / ".join(f"{value['error'] if isinstance(value, dict) else value:.4f}" for value in values)
+
+    rows = []
+    for name, case in report["cases"].items():
+        kind, _, seed = name.partition(", seed ")
+        theirs = report["deepcompressor"][kind] if seed == "0" else None
+        rows.append([name, pair(theirs), *(pair(case.get(variant)) for variant in variants)])
+    return f"{render(['layer', 'deepcompressor', *variants], rows)}\n\n{provenance(report)}"
+
+
 def quantized_formats() -> str:
     """Files of other runtimes, opened by their own packages."""
     report = results("cpu/formats")
@@ -378,6 +395,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels_compiled": kernels_compiled,
     "quantization_quality": quantization_quality,
     "quantized_errors": quantized_errors,
+    "svdquant_layers": svdquant_layers,
     "quantized_formats": quantized_formats,
     "quantized_steps": quantized_steps,
     "quantized_size": quantized_size,

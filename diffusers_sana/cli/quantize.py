@@ -26,6 +26,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--precision", default="int4", choices=("int4", "nvfp4"), help="default: int4")
     command.add_argument("--rank", type=integer(at_least=0), default=32, help="of the low-rank branch; default: 32")
+    command.add_argument(
+        "--budget", metavar="SHARE", help="of the bytes in bf16, such as 0.30x: chooses the rank of each layer"
+    )
     command.add_argument("--prompts", type=file_path, metavar="FILE", help="calibration prompts, one per line")
     command.add_argument(
         "--quality", default="default", choices=("default", "best"), help="best: smaller errors, several times slower"
@@ -77,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
         quality=args.quality,
         gptq=args.gptq or None,
         rotation=args.rotation,
+        budget=args.budget,
         compute_mode=args.compute_mode,
     )
     device = find_device(args.device)

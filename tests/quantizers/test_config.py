@@ -87,6 +87,8 @@ def test_lists_are_not_shared():
         ({"seed": None}, ValueError, "`seed` must be an integer"),
         ({"gptq": "no"}, TypeError, "`gptq` must be True, False or None, got 'no'"),
         ({"quality": "good"}, ValueError, "`quality` must be one of .*'best'.*, got 'good'"),
+        ({"budget": "30%"}, ValueError, "`budget` must be a share .*, got '30%'"),
+        ({"budget": "1.2x"}, ValueError, "`budget` must be a share"),
         ({"modules": {}}, ValueError, "`modules` must name at least one pattern"),
         ({"modules": {"a": "w8a8"}}, ValueError, r"`modules\['a'\]` must be .*, got 'w8a8'"),
         ({"modules": ["a"]}, TypeError, "`modules` must be a dictionary"),

@@ -28,6 +28,7 @@ def layer(name, mode, exponents, error, naive_error):
         computed_in="w4a8" if mode == "w4a4" else mode,
         gptq=False,
         rotated=False,
+        rank=16,
     )
 
 
@@ -70,6 +71,7 @@ def test_files(report, tmp_path):
         "computed_in": "w4a8",
         "gptq": False,
         "rotated": False,
+        "rank": 16,
     }
     colors = Image.open(tmp_path / "new" / "quantization_report.png").convert("RGB").getcolors(10**6)
     assert len(colors) > 3

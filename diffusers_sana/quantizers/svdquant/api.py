@@ -3,6 +3,7 @@
     targets.py       which layers
     calibrate.py     with prompts: the inputs of the layers while the 16-bit pipeline runs
     algorithm/       the weights of each group of layers to 4 bits and a low-rank branch
+    budget.py        with a budget: which ranks, and which layers stay in 16 bit
     layers/          quantized layers in place of the original ones
 
 With a folder, `unfinished_run.py` keeps finished layers on disk until the result is saved.
@@ -12,6 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +24,13 @@ from tqdm.auto import tqdm
 
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import LayerReport, decompose
 from diffusers_sana.quantizers.svdquant.algorithm.quantized_weight import QuantizedWeight
+from diffusers_sana.quantizers.svdquant.budget import (
+    Option,
+    bf16_bytes,
+    choose,
+    parse_budget,
+    ranks_for,
+)
 from diffusers_sana.quantizers.svdquant.calibrate import Statistics, group_statistics, run_pipeline
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.integrations.checkpoint import recorded_config
@@ -102,15 +111,23 @@ def quantize(
             with_hessian = {group.key for group in unfinished if config.for_layer(group.mode).uses_hessian}
             generate = partial(run_pipeline, pipe_or_model, prompts, num_inference_steps, seed, progress, kwargs)
             statistics = group_statistics(generate, groups, unfinished, with_hessian, memory_gib * 2**30, seed, run)
+        options: dict[str, list[Option]] = {}
         bar = tqdm(statistics, "Quantizing", len(unfinished), unit="group", disable=not progress or not unfinished)
         for group, inputs in bar:
-            results = decompose(group.weights, config.for_layer(group.mode), **(inputs.tensors() if inputs else {}))
-            for key, weight, errors in zip(group.keys, *results, strict=True):
+            data = inputs.tensors() if inputs else {}
+            if config.budget is not None:
+                options[group.key] = _options(group, config, data)
+                continue
+            for key, weight, errors in zip(
+                group.keys, *decompose(group.weights, config.for_layer(group.mode), **data), strict=True
+            ):
                 finished[key] = weight.to("cpu"), errors
                 if run:
                     run.save_layer(key, weight, errors)
             if run:
                 run.drop_statistics(group.key)
+        if config.budget is not None:
+            finished = _within_budget(models, groups, targets, options, config.budget)
         recorded = _replace_layers(models, targets, finished, config)
         layers = [
             LayerResult.of(f"{component}.{name}", mode, *finished[f"{component}.{name}"])
@@ -240,6 +257,42 @@ def _opened_run(
         "settings": {name: settings_digest(part) for name, part in parts.items()},
     }
     return UnfinishedRun(Path(folder), description)
+
+
+def _options(group: LayerGroup, config: SVDQuantConfig, data: dict[str, Tensor]) -> list[Option]:
+    """The ways to store a group of layers, among which a budget decides."""
+    options = [Option(sum(weight.nbytes for weight in group.weights), 0.0)]
+    for rank in ranks_for(group.layers):
+        weights, reports = decompose(group.weights, replace(config.for_layer(group.mode), rank=rank), **data)
+        options.append(Option.of([(w.to("cpu"), r) for w, r in zip(weights, reports, strict=True)]))
+    return options
+
+
+def _within_budget(
+    models: dict[str, nn.Module],
+    groups: list[LayerGroup],
+    targets: dict[str, dict[str, str]],
+    options: dict[str, list[Option]],
+    budget: str,
+) -> dict[str, tuple[QuantizedWeight, LayerReport]]:
+    """The quantized weights that a budget allows; layers that stay in 16 bit are no longer `targets`."""
+    other = sum(tensor.nbytes for model in models.values() for tensor in model.state_dict().values())
+    other -= sum(weight.nbytes for group in groups for weight in group.weights)
+    chosen = choose(options, other, parse_budget(budget) * bf16_bytes(models.values()))
+    finished: dict[str, tuple[QuantizedWeight, LayerReport]] = {}
+    for group in groups:
+        results = chosen[group.key].results
+        if results is None:
+            for name in group.names:
+                del targets[group.component][name]
+        else:
+            finished |= dict(zip(group.keys, results, strict=True))
+    for component, left in targets.items():
+        if not left:
+            raise ValueError(
+                f"`budget` must be small enough to need quantized layers in {component!r}, got {budget!r}."
+            )
+    return finished
 
 
 def _replace_layers(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
@@ -81,6 +82,9 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
         rotation: round weight and activations in a rotated basis: "hadamard", "none", or "auto" for layers in which it
             lowers the error, see `kernels/rotation.py`. It costs an operation per layer and call, and other runtimes
             cannot read such layers. None: "auto" for `quality="best"`, else "none".
+        budget: a share of the bytes that all tensors take in bf16, such as "0.30x". Ranks, and which layers stay in 16
+            bit, are then chosen from measured errors, see `budget.py`; `rank` is not used. All options are fitted, and
+            kept in memory until the choice. None: all layers in 4 bits with `rank`.
         compute_mode: how layers compute: "w4a4", "w4a8", "w4a16", or "auto" for the fastest on the device. Layers are
             fitted for that mode; "auto" stands for "w4a8" with int4 and "w4a4" with nvfp4.
         modules: which layers to quantize: patterns of module names to "w4a4" (activations may be quantized) or
@@ -106,6 +110,7 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
     refinements: int = 20
     gptq: bool | None = None
     rotation: str | None = None
+    budget: str | None = None
     compute_mode: str = "auto"
     modules: dict[str, str] | None = None
     modules_to_not_convert: list[str] = field(default_factory=list)
@@ -141,6 +146,10 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+        if self.budget is not None and not re.fullmatch(r"0?\.\d+x", str(self.budget)):
+            raise ValueError(
+                f'`budget` must be a share of the bytes in bf16 such as "0.30x", or None, got {self.budget!r}.'
+            )
         if not isinstance(self.gptq, bool | None):
             raise TypeError(f"`gptq` must be True, False or None, got {self.gptq!r}.")
         for name in ("modules_to_not_convert", "rotated"):

@@ -36,7 +36,7 @@ def model_card(
         "method": "[SVDQuant](https://arxiv.org/abs/2411.05007)"
         + (" with GPTQ" if any(layer.gptq for layer in report.layers) else ""),
         "precision": report.config.precision,
-        "rank": report.config.rank,
+        "rank": report.ranks.removeprefix("rank "),
         "calibration": f"{report.prompts} prompts" if report.prompts else "none",
         "layers": ", ".join(f"{count} in {mode}" for mode, count in modes.items() if count),
         "memory of their weights": report.sizes,

@@ -1,6 +1,7 @@
 """The report of a quantization: errors per layer, as JSON and as a plot."""
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,7 @@ class LayerResult:
         computed_in: the compute mode for which the layer was fitted: "w4a4", "w4a8" or "w4a16".
         gptq: whether the codes were rounded with error compensation.
         rotated: whether they are in a rotated basis.
+        rank: of the low-rank branch.
     """
 
     layer: str
@@ -52,6 +54,7 @@ class LayerResult:
     computed_in: str
     gptq: bool
     rotated: bool
+    rank: int
 
     @classmethod
     def of(cls, layer: str, mode: str, weight: QuantizedWeight, report: LayerReport) -> "LayerResult":
@@ -66,6 +69,7 @@ class LayerResult:
             precision=precision_of(weight.wscales),
             bytes=size,
             original_bytes=original,
+            rank=weight.proj_up.shape[1],
             **report._asdict(),
         )
 
@@ -111,11 +115,20 @@ class QuantizationReport:
         error, naive = (median(getattr(layer, key) for layer in self.layers) for key in ("error", "naive_error"))
         return f"median {error:.3f}, {naive:.3f} with plain rounding"
 
+    @property
+    def ranks(self) -> str:
+        """The rank of the layers; with a budget how many layers have which, in a line."""
+        if self.config.budget is None:
+            return f"rank {self.config.rank}"
+        counts = Counter(layer.rank for layer in self.layers)
+        chosen = ", ".join(f"rank {rank} in {count}" for rank, count in sorted(counts.items()))
+        return f"{chosen}, others in 16 bit within {self.config.budget}"
+
     def __str__(self) -> str:
         worst = sorted(self.layers, key=lambda layer: layer.error, reverse=True)[:NUM_WORST]
         calibration = f"{self.prompts} prompts" if self.prompts else "no prompts"
         return (
-            f"{len(self.layers)} layers in {self.config.precision}, rank {self.config.rank}, {calibration}\n"
+            f"{len(self.layers)} layers in {self.config.precision}, {self.ranks}, {calibration}\n"
             f"memory of their weights: {self.sizes}\n"
             f"relative error of a layer's output: {self.errors}\n"
             f"largest: {', '.join(f'{layer.error:.3f} in {layer.layer}' for layer in worst)}"

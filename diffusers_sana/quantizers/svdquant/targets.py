@@ -105,7 +105,7 @@ def find_targets(model: nn.Module, config: SVDQuantConfig) -> dict[str, str]:
         )
     for name in targets:
         max_rank = min(weight_shape(candidates[name]))
-        if config.rank > max_rank:
+        if config.budget is None and config.rank > max_rank:
             raise ValueError(
                 f"`rank` must be at most {max_rank}, the smaller side of layer {name!r}, got {config.rank}. Lower it, "
                 "or leave the layer out with `modules_to_not_convert`."

@@ -38,6 +38,11 @@ def check_request(config: SVDQuantConfig, pre_quantized: bool, device_map: Any) 
             "`gptq` must be False in `from_pretrained`, which has no calibration data, got True. Load the model first "
             "and quantize it with prompts."
         )
+    if config.budget is not None:
+        raise ValueError(
+            f"`budget` must be None in `from_pretrained`, which quantizes one layer at a time, got {config.budget!r}. "
+            "Load the model first, and call `diffusers_sana.quantize`."
+        )
     if isinstance(device_map, dict) and "disk" in device_map.values():
         raise ValueError(
             "`device_map` must not put layers on disk while they are quantized. Quantize once without it, save the "
