@@ -10,7 +10,6 @@ contain it run, and the other rows are kept. Writes
 """
 
 import importlib.metadata
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.harness import RESULTS, environment, write_results
+from diffusers_sana.files import read_json
 from diffusers_sana.loaders.nunchaku.layers import read_svdq
 from diffusers_sana.loaders.nunchaku.packing import pack_down, pack_up, pack_vector
 from diffusers_sana.loaders.quantized.hub import export_quantized, load_quantized
@@ -271,7 +271,7 @@ def main() -> None:
         except importlib.metadata.PackageNotFoundError:
             print(f"{name} is not installed")
     word, file = "".join(sys.argv[1:]), RESULTS / "cpu" / "formats.json"
-    before = {row["check"]: row for row in json.loads(file.read_text())["rows"]} if word else {}
+    before = {row["check"]: row for row in read_json(file)["rows"]} if word else {}
     rows = []
     for check, (package, run) in CHECKS.items():
         if word not in check and check in before:

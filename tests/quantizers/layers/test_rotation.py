@@ -72,7 +72,7 @@ def test_file_and_adapters(tmp_path):
     change = torch.outer(torch.randn(len(before)), torch.randn(before.shape[1]))
     layer.add_to_weight(change)
     assert (layer.dequantize() - before - change).norm() < 1e-2 * change.norm()
-    with pytest.raises(ValueError, match="must not be rotated to be written in another format"):
+    with pytest.raises(ValueError, match="a rotated layer cannot be written"):
         UnpackedLayer.of(layer)
     set_compute_mode(loaded, "w4a4")
     assert loaded(**inputs).sample.isfinite().all()
