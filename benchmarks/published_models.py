@@ -20,6 +20,7 @@ from torch import nn
 
 import diffusers_sana
 from benchmarks.harness import RESULTS
+from benchmarks.models import GEMMA_2_2B
 from diffusers_sana import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.layers.linear import empty_weight
 from diffusers_sana.quantizers.svdquant.targets import find_targets, is_quantizable, weight_shape
@@ -53,15 +54,6 @@ class Published:
             return getattr(diffusers, self.kind)(**self.config)
 
 
-_GEMMA_2 = {
-    "vocab_size": 256000,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-}
 _GEMMA_3 = {
     "vocab_size": 262208,
     "hidden_size": 3840,
@@ -159,7 +151,7 @@ MODELS: dict[str, Published] = {
     "Wan 2.2 TI2V 5B": Published("WanTransformer3DModel", _WAN_5B),
     "HunyuanVideo": Published("HunyuanVideoTransformer3DModel"),
     "LTX-2": Published("LTX2VideoTransformer3DModel"),
-    "Gemma 2 2B": Published("Gemma2Model", _GEMMA_2),
+    "Gemma 2 2B": Published("Gemma2Model", GEMMA_2_2B),
     "Gemma 3 12B, text": Published("Gemma3TextModel", _GEMMA_3),
     "T5 v1.1 XXL, encoder": Published("T5EncoderModel", _T5_XXL),
     "Qwen2.5-VL 7B": Published("Qwen2_5_VLModel", {"text_config": _QWEN_TEXT, "vision_config": _QWEN_VISION}),

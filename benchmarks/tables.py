@@ -24,6 +24,7 @@ PAGES = (
     DOCS / "dc_ae_dit.md",
     DOCS / "serving.md",
     DOCS / "quantization_models.md",
+    DOCS / "first_minutes.md",
 )
 
 
@@ -388,6 +389,13 @@ def published_models() -> str:
     return render(header, rows)
 
 
+def first_minutes() -> str:
+    """What a new user waits for each result."""
+    report = results("cpu/first_minutes")
+    rows = [[step["result"], f"`{step['command']}`", f"{step['seconds']:.0f} s"] for step in report["steps"]]
+    return f"{render(['result', 'command', 'after'], rows)}\n\n{provenance(report)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "published_models": published_models,
     "headline": headline,
@@ -404,6 +412,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_caches": step_caches,
     "dc_ae_dit": dc_ae_dit,
     "serving": serving,
+    "first_minutes": first_minutes,
 }
 
 

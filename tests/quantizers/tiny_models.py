@@ -13,13 +13,35 @@ from tests import tiny
 
 TEXT_TOKENS = 5
 LATENT_SIZES = {"sample_size": 8, "in_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16}
+BLOCK = {"in_channels": 4, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
+SDXL = {
+    "sample_size": 8,
+    "norm_num_groups": 8,
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (2, 4),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "transformer_layers_per_block": (1, 1),
+    "projection_class_embeddings_input_dim": 40,
+    "cross_attention_dim": 24,
+}
+TIMES, FRACTIONS = torch.tensor([500.0, 20.0]), torch.tensor([0.5, 0.2])  # of the two samples
+
+
+def make(name: str, **config: Any) -> nn.Module:
+    """A model of a class of diffusers, the same each time."""
+    torch.manual_seed(0)
+    return getattr(diffusers, name)(**config).eval()
 
 
 def sana(library: ModuleType = diffusers_sana, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
     inputs = {
         "hidden_states": torch.randn(2, tiny.LATENT_CHANNELS, 6, 6),
         "encoder_hidden_states": torch.randn(2, TEXT_TOKENS, tiny.TEXT_WIDTH),
-        "timestep": torch.tensor([500.0, 20.0]),
+        "timestep": TIMES,
     }
     return tiny.transformer(library, **changes), inputs
 
@@ -29,13 +51,10 @@ def diffusers_sana_transformer() -> tuple[nn.Module, dict[str, Any]]:
 
 
 def flux() -> tuple[nn.Module, dict[str, Any]]:
-    torch.manual_seed(0)
-    model = diffusers.FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
+    model = make(
+        "FluxTransformer2DModel",
+        **BLOCK,
         num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=16,
         pooled_projection_dim=16,
         axes_dims_rope=(4, 4, 8),
@@ -43,72 +62,58 @@ def flux() -> tuple[nn.Module, dict[str, Any]]:
     )
     inputs = {
         "hidden_states": torch.randn(2, 16, 4),
-        "encoder_hidden_states": torch.randn(2, TEXT_TOKENS, 16),
+        "encoder_hidden_states": text(16),
         "pooled_projections": torch.randn(2, 16),
-        "timestep": torch.tensor([0.5, 0.2]),
+        "timestep": FRACTIONS,
         "guidance": torch.tensor([3.5, 3.5]),
         "img_ids": torch.zeros(16, 3),
         "txt_ids": torch.zeros(TEXT_TOKENS, 3),
     }
-    return model.eval(), inputs
+    return model, inputs
 
 
 def pixart() -> tuple[nn.Module, dict[str, Any]]:
-    torch.manual_seed(0)
     sizes = {"out_channels": 8, "num_layers": 1, "cross_attention_dim": 32, "caption_channels": 16}
-    model = diffusers.PixArtTransformer2DModel(**LATENT_SIZES, **sizes, use_additional_conditions=False)
+    model = make("PixArtTransformer2DModel", **LATENT_SIZES, **sizes, use_additional_conditions=False)
     inputs = {
         "hidden_states": torch.randn(2, 4, 8, 8),
-        "encoder_hidden_states": torch.randn(2, TEXT_TOKENS, 16),
-        "timestep": torch.tensor([500.0, 20.0]),
+        "encoder_hidden_states": text(16),
+        "timestep": TIMES,
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
-    return model.eval(), inputs
+    return model, inputs
 
 
 def sd3() -> tuple[nn.Module, dict[str, Any]]:
-    torch.manual_seed(0)
     widths = {"joint_attention_dim": 16, "caption_projection_dim": 32, "pooled_projection_dim": 16}
-    model = diffusers.SD3Transformer2DModel(
-        **LATENT_SIZES, **widths, out_channels=4, num_layers=2, pos_embed_max_size=8
-    )
+    model = make("SD3Transformer2DModel", **LATENT_SIZES, **widths, out_channels=4, num_layers=2, pos_embed_max_size=8)
     inputs = {
         "hidden_states": torch.randn(2, 4, 8, 8),
-        "encoder_hidden_states": torch.randn(2, TEXT_TOKENS, 16),
+        "encoder_hidden_states": text(16),
         "pooled_projections": torch.randn(2, 16),
-        "timestep": torch.tensor([500.0, 20.0]),
+        "timestep": TIMES,
     }
-    return model.eval(), inputs
+    return model, inputs
 
 
 def sdxl() -> tuple[nn.Module, dict[str, Any]]:
-    torch.manual_seed(0)
-    model = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        transformer_layers_per_block=(1, 1),
-        projection_class_embeddings_input_dim=40,
-        cross_attention_dim=24,
-    )
+    model = make("UNet2DConditionModel", **SDXL, block_out_channels=(16, 32))
     inputs = {
         "sample": torch.randn(2, 4, 8, 8),
         "timestep": torch.tensor(500.0),
-        "encoder_hidden_states": torch.randn(2, TEXT_TOKENS, 24),
+        "encoder_hidden_states": text(24),
         "added_cond_kwargs": {"text_embeds": torch.randn(2, 16), "time_ids": torch.randn(2, 6)},
     }
-    return model.eval(), inputs
+    return model, inputs
 
 
 def text(width: int) -> Tensor:
     return torch.randn(2, TEXT_TOKENS, width)
+
+
+def video() -> dict[str, Any]:
+    """Inputs of a model of videos."""
+    return {"hidden_states": torch.randn(2, 4, 2, 8, 8), "encoder_hidden_states": text(16), "timestep": TIMES}
 
 
 def positions(tokens: int, axes: int) -> Tensor:
@@ -119,35 +124,29 @@ def positions(tokens: int, axes: int) -> Tensor:
 
 
 def flux2() -> tuple[nn.Module, dict[str, Any]]:
-    torch.manual_seed(0)
-    model = diffusers.Flux2Transformer2DModel(
-        in_channels=4,
-        num_layers=1,
+    model = make(
+        "Flux2Transformer2DModel",
+        **BLOCK,
         num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=16,
         axes_dims_rope=(4, 4, 4, 4),
     )
     inputs = {
         "hidden_states": torch.randn(2, 16, 4),
         "encoder_hidden_states": text(16),
-        "timestep": torch.tensor([0.5, 0.2]),
+        "timestep": FRACTIONS,
         "guidance": torch.tensor([3.5, 3.5]),
         "img_ids": positions(16, 4).expand(2, -1, -1),
         "txt_ids": positions(TEXT_TOKENS, 4).expand(2, -1, -1),
     }
-    return model.eval(), inputs
+    return model, inputs
 
 
 def chroma() -> tuple[nn.Module, dict[str, Any]]:
-    torch.manual_seed(0)
-    model = diffusers.ChromaTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
+    model = make(
+        "ChromaTransformer2DModel",
+        **BLOCK,
         num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=16,
         axes_dims_rope=(4, 4, 8),
         approximator_num_channels=8,
@@ -157,16 +156,16 @@ def chroma() -> tuple[nn.Module, dict[str, Any]]:
     inputs = {
         "hidden_states": torch.randn(2, 16, 4),
         "encoder_hidden_states": text(16),
-        "timestep": torch.tensor([0.5, 0.2]),
+        "timestep": FRACTIONS,
         "img_ids": positions(16, 3),
         "txt_ids": positions(TEXT_TOKENS, 3),
     }
-    return model.eval(), inputs
+    return model, inputs
 
 
 def qwen_image() -> tuple[nn.Module, dict[str, Any]]:
-    torch.manual_seed(0)
-    model = diffusers.QwenImageTransformer2DModel(
+    model = make(
+        "QwenImageTransformer2DModel",
         in_channels=16,
         out_channels=4,
         num_layers=1,
@@ -179,15 +178,15 @@ def qwen_image() -> tuple[nn.Module, dict[str, Any]]:
         "hidden_states": torch.randn(2, 16, 16),
         "encoder_hidden_states": text(16),
         "encoder_hidden_states_mask": torch.ones(2, TEXT_TOKENS, dtype=torch.long),
-        "timestep": torch.tensor([0.5, 0.2]),
+        "timestep": FRACTIONS,
         "img_shapes": [[(1, 4, 4)]] * 2,
     }
-    return model.eval(), inputs
+    return model, inputs
 
 
 def z_image() -> tuple[nn.Module, dict[str, Any]]:
-    torch.manual_seed(0)
-    model = diffusers.ZImageTransformer2DModel(
+    model = make(
+        "ZImageTransformer2DModel",
         in_channels=4,
         dim=32,
         n_layers=1,
@@ -201,19 +200,16 @@ def z_image() -> tuple[nn.Module, dict[str, Any]]:
     inputs = {
         "x": [torch.randn(4, 1, 8, 8) for _ in range(2)],
         "cap_feats": [torch.randn(TEXT_TOKENS, 16) for _ in range(2)],
-        "t": torch.tensor([0.5, 0.2]),
+        "t": FRACTIONS,
     }
-    return model.eval(), inputs
+    return model, inputs
 
 
 def sana_video() -> tuple[nn.Module, dict[str, Any]]:
-    torch.manual_seed(0)
-    model = diffusers.SanaVideoTransformer3DModel(
-        in_channels=4,
+    model = make(
+        "SanaVideoTransformer3DModel",
+        **BLOCK,
         out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=1,
         num_cross_attention_heads=2,
         cross_attention_head_dim=16,
         cross_attention_dim=32,
@@ -221,42 +217,26 @@ def sana_video() -> tuple[nn.Module, dict[str, Any]]:
         sample_size=8,
         rope_max_seq_len=16,
     )
-    inputs = {
-        "hidden_states": torch.randn(2, 4, 2, 8, 8),
-        "encoder_hidden_states": text(16),
-        "timestep": torch.tensor([500.0, 20.0]),
-    }
-    return model.eval(), inputs
+    return model, video()
 
 
 def wan() -> tuple[nn.Module, dict[str, Any]]:
-    torch.manual_seed(0)
-    model = diffusers.WanTransformer3DModel(
-        in_channels=4,
+    model = make(
+        "WanTransformer3DModel",
+        **BLOCK,
         out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=1,
         text_dim=16,
         ffn_dim=64,
         rope_max_seq_len=16,
     )
-    inputs = {
-        "hidden_states": torch.randn(2, 4, 2, 8, 8),
-        "encoder_hidden_states": text(16),
-        "timestep": torch.tensor([500.0, 20.0]),
-    }
-    return model.eval(), inputs
+    return model, video()
 
 
 def hunyuan_video() -> tuple[nn.Module, dict[str, Any]]:
-    torch.manual_seed(0)
-    model = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=4,
+    model = make(
+        "HunyuanVideoTransformer3DModel",
+        **BLOCK,
         out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=1,
         num_single_layers=1,
         num_refiner_layers=1,
         text_embed_dim=16,
@@ -268,26 +248,23 @@ def hunyuan_video() -> tuple[nn.Module, dict[str, Any]]:
         "encoder_hidden_states": text(16),
         "encoder_attention_mask": torch.ones(2, TEXT_TOKENS),
         "pooled_projections": torch.randn(2, 8),
-        "timestep": torch.tensor([500.0, 20.0]),
+        "timestep": TIMES,
         "guidance": torch.tensor([6000.0, 6000.0]),
     }
-    return model.eval(), inputs
+    return model, inputs
 
 
 def ltx2() -> tuple[nn.Module, dict[str, Any]]:
-    torch.manual_seed(0)
-    model = diffusers.LTX2VideoTransformer3DModel(
-        in_channels=4,
+    model = make(
+        "LTX2VideoTransformer3DModel",
+        **BLOCK,
         out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
         cross_attention_dim=32,
         audio_in_channels=4,
         audio_out_channels=4,
         audio_num_attention_heads=2,
         audio_attention_head_dim=8,
         audio_cross_attention_dim=16,
-        num_layers=1,
         caption_channels=16,
         rope_double_precision=False,
     )
@@ -297,18 +274,18 @@ def ltx2() -> tuple[nn.Module, dict[str, Any]]:
         "encoder_hidden_states": text(16),
         "audio_encoder_hidden_states": text(16),
         "encoder_attention_mask": torch.ones(2, TEXT_TOKENS, dtype=torch.bool),
-        "timestep": torch.tensor([500.0, 20.0]),
+        "timestep": TIMES,
         "num_frames": 2,
         "height": 4,
         "width": 4,
         "audio_num_frames": 9,
     }
-    return model.eval(), inputs
+    return model, inputs
 
 
 def lumina2() -> tuple[nn.Module, dict[str, Any]]:
-    torch.manual_seed(0)
-    model = diffusers.Lumina2Transformer2DModel(
+    model = make(
+        "Lumina2Transformer2DModel",
         sample_size=8,
         in_channels=4,
         hidden_size=32,
@@ -325,22 +302,19 @@ def lumina2() -> tuple[nn.Module, dict[str, Any]]:
         "hidden_states": torch.randn(2, 4, 8, 8),
         "encoder_hidden_states": text(16),
         "encoder_attention_mask": torch.ones(2, TEXT_TOKENS, dtype=torch.bool),
-        "timestep": torch.tensor([0.5, 0.2]),
+        "timestep": FRACTIONS,
     }
-    return model.eval(), inputs
+    return model, inputs
 
 
 def hidream() -> tuple[nn.Module, dict[str, Any]]:
     """A mixture of experts."""
-    torch.manual_seed(0)
-    model = diffusers.HiDreamImageTransformer2DModel(
+    model = make(
+        "HiDreamImageTransformer2DModel",
+        **BLOCK,
         patch_size=2,
-        in_channels=4,
         out_channels=4,
-        num_layers=1,
         num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
         caption_channels=[8, 8],
         text_emb_dim=8,
         num_routed_experts=2,
@@ -355,9 +329,9 @@ def hidream() -> tuple[nn.Module, dict[str, Any]]:
         "encoder_hidden_states_t5": text(8),
         "encoder_hidden_states_llama3": torch.randn(2, 2, TEXT_TOKENS, 8),
         "pooled_embeds": torch.randn(2, 8),
-        "timesteps": torch.tensor([500.0, 20.0]),
+        "timesteps": TIMES,
     }
-    return model.eval(), inputs
+    return model, inputs
 
 
 FAMILIES = {

@@ -2,7 +2,6 @@
 
 from functools import cache
 
-import diffusers
 import torch
 from torch import Tensor
 
@@ -11,6 +10,7 @@ from diffusers_sana.quantizers.svdquant.api import quantize
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
 from tests.loaders.nunchaku import nunchaku_files as files
+from tests.quantizers.tiny_models import SDXL, make
 
 
 DTYPE = torch.bfloat16
@@ -25,8 +25,8 @@ def sana() -> torch.nn.Module:
 
 
 def qwen() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return diffusers.QwenImageTransformer2DModel(
+    return make(
+        "QwenImageTransformer2DModel",
         in_channels=16,
         out_channels=4,
         num_layers=1,
@@ -38,8 +38,8 @@ def qwen() -> torch.nn.Module:
 
 
 def z_image() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return diffusers.ZImageTransformer2DModel(
+    return make(
+        "ZImageTransformer2DModel",
         dim=192,
         n_layers=1,
         n_refiner_layers=1,
@@ -53,22 +53,7 @@ def z_image() -> torch.nn.Module:
 
 
 def sdxl() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        norm_num_groups=8,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        transformer_layers_per_block=(1, 1),
-        projection_class_embeddings_input_dim=40,
-        cross_attention_dim=24,
-    ).to(DTYPE)
+    return make("UNet2DConditionModel", **SDXL, block_out_channels=(32, 64)).to(DTYPE)
 
 
 FAMILIES = {"flux": flux, "sana": sana, "qwen": qwen, "z_image": z_image, "sdxl": sdxl}

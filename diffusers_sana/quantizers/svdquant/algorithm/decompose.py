@@ -351,7 +351,7 @@ def _refined(
     compensation: Compensation | None,
     rounds: int,
 ) -> QuantizedWeight:
-    """The best of some rounds: each refits the branch to the codes, and each but the first rounds anew before."""
+    """The best of some rounds: each refits the branch to the codes; all but the first round the weight again first."""
     if config.rank == 0 or rounds == 0:
         return item
     best, error, in_vain = item, float("inf"), 0
