@@ -7,17 +7,19 @@ their trainers (`tests/loaders/lora/adapter_kinds.py`), on the attention and Mix
 the changed weights in dense layers; for 4-bit layers these are the weights that the 4-bit layers represent. An error
 is the norm of the difference of outputs over the norm of what the adapter changes. All runs compute in fp32, 4-bit
 layers with 16-bit activations in their place (w4a16), so only what the layers cannot hold is seen. Writes
-`benchmarks/results/cpu/adapters.json`.
+`benchmarks/results/<device>/adapters.json`.
 """
 
+import argparse
 import copy
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import environment, write_results
+from benchmarks.harness import RESULTS, environment, write_results
 from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.quantizers.svdquant.layers.linear import quantized_layers
@@ -92,8 +94,10 @@ def measure(kind: Kind, pipe: SanaPipeline, twin: nn.Module) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    """Measures all kinds on dense and on 4-bit layers and writes the result file."""
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
+    args = parser.parse_args(argv)
     cases: dict[str, dict[str, Any]] = {}
     for bits in ("16 bit", "4 bit"):
         pipe = SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.float32)
@@ -106,7 +110,7 @@ def main() -> None:
             cases.setdefault(name, {})[bits] = measure(kind, pipe, twin)
             print(name, bits, cases[name][bits])
             pipe.transformer.requires_grad_(False)
-    write_results("adapters", {"environment": environment(), "rank": RANK, "layers": list(LAYERS), "cases": cases})
+    write_results("adapters", environment() | {"rank": RANK, "layers": list(LAYERS), "cases": cases}, args.results)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ PAGES = (
     DOCS / "serving.md",
     DOCS / "quantization_models.md",
     DOCS / "first_minutes.md",
+    DOCS / "quantization_lora.md",
 )
 
 
@@ -389,6 +390,20 @@ def published_models() -> str:
     return render(header, rows)
 
 
+def adapters() -> str:
+    """Errors of adapters of every kind, beside layers and fused."""
+    report, rows = results("cpu/adapters"), []
+
+    def error(case: dict[str, Any], name: str) -> str:
+        return "refused" if case[name] is None else f"{case[name]:.0e}" if case[name] < 0.01 else f"{case[name]:.0%}"
+
+    for kind, cases in report["cases"].items():
+        cells = [error(cases[bits], how) for bits in ("16 bit", "4 bit") for how in ("beside", "fused")]
+        rows.append([kind, *cells, cases["4 bit"].get("ranks", "")])
+    header = ["kind", "16 bit, beside", "16 bit, fused", "4 bit, beside", "4 bit, fused", "ranks added"]
+    return f"{render(header, rows)}\n\n{provenance(report)}"
+
+
 def first_minutes() -> str:
     """What a new user waits for each result."""
     report = results("cpu/first_minutes")
@@ -412,6 +427,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_caches": step_caches,
     "dc_ae_dit": dc_ae_dit,
     "serving": serving,
+    "adapters": adapters,
     "first_minutes": first_minutes,
 }
 
