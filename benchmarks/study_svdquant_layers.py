@@ -30,7 +30,7 @@ from diffusers_sana.quantizers.svdquant.config import LayerConfig, SVDQuantConfi
 
 
 MODES = ("w4a4", "w4a16")  # those for which deepcompressor's figures are known
-DEEPCOMPRESSOR = {  # of its own code, at seed 0
+DEEPCOMPRESSOR = {  # measured with deepcompressor itself, at seed 0
     "attention": {"w4a4": 0.0398, "w4a16": 0.0262},
     "glu": {"w4a4": 0.0656, "w4a16": 0.0341},
     "text": {"w4a4": 0.0119, "w4a16": 0.0079},

@@ -288,3 +288,14 @@ def test_a_swap_that_fails_leaves_no_trace(case):
 
 
 assert TRANSFORMER["num_attention_heads"] * TRANSFORMER["attention_head_dim"] == 64  # what the blocks above divide
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "full"])
+def test_swapping_leaves_the_given_tensors_alone(case, kind):
+    """PEFT may keep the tensors of the first dictionary as the parameters that a swap overwrites."""
+    files = [case.adapter(KINDS[kind], seed=seed)[0] for seed in (1, 2)]
+    kept = [{key: tensor.clone() for key, tensor in file.items()} for file in files]
+    case.pipe.load_lora_weights(files[0], adapter_name="swapped")
+    case.pipe.load_lora_weights(files[1], adapter_name="swapped", hotswap=True)
+    for file, before in zip(files, kept, strict=True):
+        assert all(torch.equal(file[key], tensor) for key, tensor in before.items())

@@ -4,7 +4,7 @@ A change is an adapter of a LoRA layer like any other: scales, several at once, 
 as for a LoRA. Its factors A and B, which PEFT needs, are zeros of rank 1, and its parts are in `lora_change`.
 The output is that of the layer as it is, plus `scale` times the change, so a scale of 0.5 goes half the way.
 
-Several changes of one layer are changes of its own weight, and are added to each other.
+Several changes of one layer all start from the stored weight, and are added to each other.
 
 Imported only when PEFT is about to be used.
 """
