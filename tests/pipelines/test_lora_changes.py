@@ -299,3 +299,13 @@ def test_swapping_leaves_the_given_tensors_alone(case, kind):
     case.pipe.load_lora_weights(files[1], adapter_name="swapped", hotswap=True)
     for file, before in zip(files, kept, strict=True):
         assert all(torch.equal(file[key], tensor) for key, tensor in before.items())
+
+
+def test_a_dora_is_not_swapped(case):
+    """PEFT would raise a KeyError for its magnitudes; the adapter stays."""
+    files = [case.adapter(KINDS["DoRA, outputs"], seed=seed)[0] for seed in (1, 2)]
+    case.pipe.load_lora_weights(files[0], adapter_name="swapped")
+    before = case.output()
+    with pytest.raises(ValueError, match="'swapped' cannot be swapped for a DoRA"):
+        case.pipe.load_lora_weights(files[1], adapter_name="swapped", hotswap=True)
+    assert torch.equal(case.output(), before)

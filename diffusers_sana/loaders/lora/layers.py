@@ -220,8 +220,14 @@ def for_hotswap(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name
     """An adapter with the keys that its parts of changes have in the model, as hot-swapping needs them.
 
     Raises:
-        ValueError: the adapter in the model lacks one of the parts. PEFT would delete it for that.
+        ValueError: the adapter in the model lacks one of the parts, for which PEFT would delete it; or it would
+            become a DoRA.
     """
+    if magnitude := next((key for key in state_dict if "lora_magnitude_vector" in key), None):
+        raise ValueError(
+            f"adapter {adapter_name!r} cannot be swapped for a DoRA: PEFT does not swap magnitudes, such as "
+            f"{magnitude!r}. Load the file without `hotswap`, under another name."
+        )
     for name, parts in _changes(state_dict).items():
         changes = getattr(model.get_submodule(name), PARTS, {})
         present = set(changes[adapter_name].keys()) if adapter_name in changes else set()
