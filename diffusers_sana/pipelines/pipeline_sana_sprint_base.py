@@ -5,13 +5,17 @@
 Legend: B images, C latent channels, h w latent height and width, L text tokens.
 """
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_scm import SCMScheduler
 from torch import Tensor
 
 from diffusers_sana.checks import check_number
+from diffusers_sana.models.transformers.sprint_student import load_student
 from diffusers_sana.pipelines.call import Call
 from diffusers_sana.pipelines.pipeline_sana_base import SanaPipelineBase
 from diffusers_sana.pipelines.request import check_numbers
@@ -25,6 +29,20 @@ class SanaSprintPipelineBase(SanaPipelineBase):
 
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
     _has_negative_prompt = False
+
+    @classmethod
+    def from_teacher(cls, teacher: DiffusionPipeline, lora: str | os.PathLike, **kwargs: Any) -> Self:
+        """A pipeline of the student that was distilled as a LoRA of a teacher, which stays as it is.
+
+        Args:
+            teacher: pipeline of the Sana that the student was distilled from. It shares its other components.
+            lora: what `recipes.sprint` saved: folder or Hub repository with the LoRA and the scheduler.
+            kwargs: other arguments of diffusers' `load_lora_adapter`, such as `revision`.
+        """
+        student = load_student(teacher.transformer, lora, **kwargs)
+        hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}
+        scheduler = SCMScheduler.from_pretrained(lora, subfolder="scheduler", **hub)
+        return cls.from_pipe(teacher, transformer=student, scheduler=scheduler)
 
     def encode_prompt(
         self,

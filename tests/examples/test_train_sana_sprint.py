@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import diffusers_sana
 from diffusers_sana import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel
 from diffusers_sana.checkpoints import SANA_EMOJI
-from diffusers_sana.models.transformers.sprint_student import make_student
+from diffusers_sana.models.transformers.sprint_student import load_student, make_student
 from diffusers_sana.training.recipes.options import SprintTrainingConfig
 from diffusers_sana.training.recipes.sprint import train
 from examples.train_emoji import sprint as emoji
@@ -65,7 +65,7 @@ def test_a_lora_of_the_student(tmp_path):
 
     def run(folder, resume=False, stop_at=None):
         batches = tiny.interrupted(tiny.image_batches, stop_at)
-        config = make_config(folder, max_steps=4, lora_rank=2, ema_decay=0.9, resume=resume)
+        config = make_config(folder, max_steps=4, lora_rank=2, sigma_data=0.4, ema_decay=0.9, resume=resume)
         train(config, batches, teacher, tiny.encoders(text_encoder, vae))
         return load_file(folder / "model" / LORA)
 
@@ -81,14 +81,22 @@ def test_a_lora_of_the_student(tmp_path):
     for library in (diffusers, diffusers_sana):
         base = library.SanaTransformer2DModel.from_config(teacher.config)
         base.load_state_dict(teacher.state_dict())
-        student = make_student(base).eval()
         arguments = {"guidance": torch.tensor([0.4, 0.5]), "return_dict": False}
         with torch.no_grad():
-            plain = student(latents, text, sigmas, **arguments)[0]
-            student.load_lora_adapter(tmp_path / "whole" / "model", prefix="transformer", weight_name=LORA)
-            outputs.append(student(latents, text, sigmas, **arguments)[0])
+            plain = make_student(base)(latents, text, sigmas, **arguments)[0]
+            outputs.append(load_student(base, tmp_path / "whole" / "model")(latents, text, sigmas, **arguments)[0])
         assert relative_error(plain, outputs[-1]) > 1e-4
+        assert all(torch.equal(value, base.state_dict()[name]) for name, value in teacher.state_dict().items())
     assert_close_fp32(outputs[1], outputs[0])
+
+    pipe = SanaPipeline.from_pipe(tiny.tiny_pipeline(), transformer=teacher)
+    sprint = SanaSprintPipeline.from_teacher(pipe, tmp_path / "whole" / "model")
+    assert sprint.scheduler.config.sigma_data == 0.4
+    assert sprint.vae is pipe.vae
+    sprint.save_pretrained(tmp_path / "saved")  # which refuses adapters
+    saved = SanaTransformer2DModel.from_pretrained(tmp_path / "saved" / "transformer")
+    with torch.no_grad():
+        assert torch.equal(saved(latents, text, sigmas, **arguments)[0], outputs[1])
 
 
 def test_says_which_part_a_batch_needs(tmp_path):

@@ -71,7 +71,8 @@ def train(
 ) -> None:
     """Distil `teacher`; the student is saved in `config.output_dir/model`, and everything else stays as it is.
 
-    With `config.lora_rank` the student is a LoRA of `make_student(teacher)`, and only that is saved.
+    With `config.lora_rank` the student is a LoRA of `make_student(teacher)`; that and the scheduler are saved, for
+    `SanaSprintPipeline.from_teacher`.
 
     Args:
         config: a SprintTrainingConfig.
@@ -134,16 +135,17 @@ def train(
         save_samples(path, inputs.vae, torch.cat(generated), accelerator, columns=len(noise))
 
     def save(folder: Path) -> None:
-        state = accelerator.get_state_dict(student)
+        state, scheduler = accelerator.get_state_dict(student), SCMScheduler(sigma_data=config.sigma_data)
         if accelerator.is_main_process and config.lora_rank:
             SanaSprintPipeline.save_lora_weights(
                 folder,
                 transformer_lora_layers=get_peft_model_state_dict(transformer),
                 transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
             )
+            scheduler.save_pretrained(folder / "scheduler")
         elif accelerator.is_main_process:
             trained = copy_with_weights(transformer, sub_state(state, "transformer."))
-            save_pipeline(folder, SanaSprintPipeline, SCMScheduler(sigma_data=config.sigma_data), trained, inputs)
+            save_pipeline(folder, SanaSprintPipeline, scheduler, trained, inputs)
 
     modules, optimizers = [student, heads], [optimizer, heads_optimizer]
     loop = TrainingLoop(
