@@ -1,6 +1,6 @@
 """Sana-0.6B in 4 bits beside 16 bits and other quantizers: seconds a step, bytes, errors, time to quantize.
 
-    python -m benchmarks.bench_quantized [--only errors steps whole] [--rounds 1]
+    python -m benchmarks.bench_quantized [--only errors steps whole layer] [--rounds 1]
 
 Random weights of the true sizes, with outliers in 1 % of the input channels of every layer (for the errors PyTorch's
 own initialization, elsewhere Gaussian). Other quantizers run if
@@ -10,6 +10,7 @@ their 1x1 convolutions. Writes `benchmarks/results/<device>/quantized.json`.
     errors   the first 8 blocks, 512 px, calibrated on one input and measured on another, against fp32
     steps    the first blocks, one guided step, every method in turn
     whole    all 28 blocks: time to quantize without data, bytes in memory and on disk
+    layer    one expanding layer of the MLP in every mode, eager and compiled; in `quantized_layer.json`
 """
 
 import argparse
@@ -39,8 +40,10 @@ from benchmarks.quantized import (
     tensor_bytes,
     with_peer,
 )
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
 from diffusers_sana.quantizers.svdquant.api import quantize, set_compute_mode
-from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.config import LayerConfig, SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLinear
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,6 +67,7 @@ ERROR_CASES = [
     ErrorCase("nvfp4", "svdquant", calibrated=True),
 ]
 TIMED_PEERS = ("quanto int4", "sdnq int4 + svd", "torchao int4")
+LAYER = (512, 1152, 5760)  # tokens of a guided step at 512 px, input and output features
 STEPS = {"512px": (512, 8), "1024px": (1024, 4)}  # side, blocks
 
 
@@ -179,9 +183,30 @@ def whole() -> dict[str, Any]:
     return facts
 
 
+def layer(rounds: int) -> dict[str, Any]:
+    """Seconds of one layer of every mode, eager and compiled, in turn."""
+    tokens, features, outputs = LAYER
+    torch.manual_seed(0)
+    weights, _ = decompose([torch.randn(outputs, features).bfloat16()], LayerConfig(smoothing="none"))
+    x, bias = torch.randn(tokens, features).bfloat16(), torch.zeros(outputs, dtype=torch.bfloat16)
+    functions: dict[str, Callable[[], Any]] = {}
+    for mode in ("w4a8", "w4a16"):
+        eager = SVDQuantLinear(weights[0], bias, mode)
+        compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, dynamic=False)
+        functions |= {f"int4 {mode} eager": partial(eager, x), f"int4 {mode} compiled": partial(compiled, x)}
+    times = alternating_times(functions, rounds)
+    return {
+        "tokens": tokens,
+        "input_features": features,
+        "output_features": outputs,
+        "rounds": rounds,
+        "seconds": {name: statistics.median(values) for name, values in times.items()},
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ("errors", "steps", "whole")
+    kinds = ("errors", "steps", "whole", "layer")
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -200,6 +225,10 @@ def main(argv: list[str] | None = None) -> None:
                 report[kind] = run()
             print(kind, json.dumps(report[kind], indent=1), flush=True)
             write_results("quantized", report, args.results)
+    if "layer" in args.only:
+        with torch.no_grad():
+            facts = layer(args.rounds)
+        print(write_results("quantized_layer", environment() | facts, args.results))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_sana.kernels.cpu.int8_linear import is_prepared
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
 from diffusers_sana.quantizers.svdquant.calibrate import collect_statistics
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
@@ -73,7 +74,7 @@ def resident_bytes(model: nn.Module) -> int:
     """Bytes with what our layers keep beside their parameters: the 8-bit copies of w4a8 on a CPU."""
     extra = 0
     for module in model.modules():
-        if isinstance(module, SVDQuantLayer) and module._int8_weight is not None:
+        if isinstance(module, SVDQuantLayer) and is_prepared(module.qweight):
             extra += 2 * module.qweight.numel()
     return tensor_bytes(model) + extra
 

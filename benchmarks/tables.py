@@ -249,6 +249,15 @@ def quantized_size() -> str:
     return f"{render(header, rows)}\n\n{provenance(report)}"
 
 
+def quantized_layer() -> str:
+    """Milliseconds of one layer in every mode, eager and compiled."""
+    report = results("cpu/quantized_layer")
+    seconds = report["seconds"]
+    modes = dict.fromkeys(name.rpartition(" ")[0] for name in seconds)
+    rows = [[mode, *(f"{1e3 * seconds[f'{mode} {way}']:.0f} ms" for way in ("eager", "compiled"))] for mode in modes]
+    return f"{render(['layer', 'eager', 'compiled'], rows)}\n\n{provenance(report)}"
+
+
 def vila_u_images() -> str:
     """Images of a small VILA-U, the official way and ours."""
 
@@ -422,6 +431,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantized_formats": quantized_formats,
     "quantized_steps": quantized_steps,
     "quantized_size": quantized_size,
+    "quantized_layer": quantized_layer,
     "vila_u_images": vila_u_images,
     "vila_u_others": vila_u_others,
     "step_caches": step_caches,

@@ -4,7 +4,7 @@ The mode is `auto` (the kernel wherever it can run), `triton` (the kernel, or an
 (the reference). It is set by the environment variable `DIFFUSERS_SANA_KERNELS`, or by `kernel_mode` for a block of
 code.
 
-Kernels are operators of PyTorch (`triton_operator`), so `torch.compile` keeps whole graphs.
+Kernels are operators of PyTorch (`triton_operator`, `cpu_operator`), so `torch.compile` keeps whole graphs.
 """
 
 import logging
@@ -136,6 +136,38 @@ _NAMESPACE = "diffusers_sana"
 _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 
+def _register(
+    schema: str, key: str, implementation: Callable[..., Any], empty_outputs: Callable[..., Any], autograd: Any = None
+) -> Callable[..., Any]:
+    """Registers an operator of PyTorch through `torch.library.Library`.
+
+    Such operators cost less time per call than those of `torch.library.custom_op`.
+
+    Args:
+        schema: such as "rms_norm_forward(Tensor hidden_states, float eps) -> Tensor".
+        key: the dispatch key of the implementation.
+        implementation: takes positional arguments in the order of the schema, as the operator does.
+        empty_outputs: what `torch.compile` and the meta device call instead.
+        autograd: `setup_context` and `backward` of `torch.library.register_autograd`; None: an error in the backward
+            pass.
+
+    Returns:
+        The operator.
+    """
+    name = schema.partition("(")[0]
+
+    def no_backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"the kernel `{name}` has no backward pass. Set the kernel mode to 'torch'.")
+
+    qualified_name = f"{_NAMESPACE}::{name}"
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, implementation, key)
+    torch.library.register_fake(qualified_name, empty_outputs, lib=_LIBRARY)
+    setup_context, backward = autograd or (None, no_backward)
+    torch.library.register_autograd(qualified_name, backward, setup_context=setup_context, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+
+
 def triton_operator(
     schema: str, autograd: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -143,21 +175,15 @@ def triton_operator(
 
     The launcher is the function with the name of the operator in the file of `kernels/triton` with the name of the
     decorated function's file. It is imported at the first call. `torch.compile` and the meta device call the decorated
-    function instead. Registered through `torch.library.Library`, whose operators cost less time per call than those of
-    `torch.library.custom_op`.
+    function instead.
 
     Args:
-        schema: such as "rms_norm_forward(Tensor hidden_states, float eps) -> Tensor".
-        autograd: `setup_context` and `backward` of `torch.library.register_autograd`; None: an error in the backward
-            pass.
+        schema, autograd: see `_register`.
 
     Returns:
         A decorator that returns the operator, which takes positional arguments in the order of the schema.
     """
     name = schema.partition("(")[0]
-
-    def no_backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"the kernel `{name}` has no backward pass. Set the kernel mode to 'torch'.")
 
     def register(empty_outputs: Callable[..., Any]) -> Callable[..., Any]:
         module = f"{__package__}.triton.{empty_outputs.__module__.rpartition('.')[2]}"
@@ -165,12 +191,18 @@ def triton_operator(
         def launch(*arguments: Any) -> Any:
             return getattr(import_module(module), name)(*arguments)
 
-        qualified_name = f"{_NAMESPACE}::{name}"
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified_name, empty_outputs, lib=_LIBRARY)
-        setup_context, backward = autograd or (None, no_backward)
-        torch.library.register_autograd(qualified_name, backward, setup_context=setup_context, lib=_LIBRARY)
-        return getattr(getattr(torch.ops, _NAMESPACE), name).default
+        return _register(schema, "CompositeExplicitAutograd", launch, empty_outputs, autograd)
 
     return register
+
+
+def cpu_operator(schema: str, empty_outputs: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers an implementation for processors as an operator, for what `torch.compile` cannot trace.
+
+    Args:
+        schema, empty_outputs: see `_register`.
+
+    Returns:
+        A decorator of the implementation that returns the operator.
+    """
+    return lambda implementation: _register(schema, "CPU", implementation, empty_outputs)

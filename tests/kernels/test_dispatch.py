@@ -68,7 +68,7 @@ def test_without_onednn(monkeypatch, dtype):
 
 def test_without_the_int8_product(monkeypatch):
     monkeypatch.setitem(torch.ops.__dict__, "onednn", NoOperators())
-    assert int8_linear.is_supported.__wrapped__() is False
+    assert int8_linear._is_supported.__wrapped__() is False
     monkeypatch.delattr(torch.cpu, "_is_vnni_supported")
     assert int8_linear.levels.__wrapped__() == 63
 

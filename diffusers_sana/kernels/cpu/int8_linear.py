@@ -3,9 +3,11 @@
     out = dequantize( u8(x / smooth) @ int8(weight).T ) + (x @ proj_down.T) @ proj_up.T + bias
 
 The results are those of `quantize_lowrank` (int8) and `lowbit_linear`. Unpacking 4 bits at every call would take as
-long as the product, so `prepare` keeps the weight in 8 bits, in the layout of oneDNN. Processors without VNNI add
-pairs of 8-bit products in 16 bits, which can overflow; there the weight has 63 levels instead of 127, which prevents
-it.
+long as the product, so a weight is kept in 8 bits, in the layout of oneDNN, from the first call on until its codes are
+no longer used or `forget` is called. Processors without VNNI add pairs of 8-bit products in 16 bits, which can
+overflow; there the weight has 63 levels instead of 127, which prevents it.
+
+It is an operator of PyTorch, because `torch.compile` can trace neither oneDNN's layout nor the copies.
 
 Rows are processed in blocks that stay in the cache, from the quantization to the rounded output.
 
@@ -14,11 +16,14 @@ Legend: M tokens, K input features, Kp = K padded, N output features, r rank.
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffusers_sana._compat import cpu_has_vnni, has_int8_product
+from diffusers_sana.kernels.dispatch import cpu_operator
 from diffusers_sana.kernels.low_bit import nonzero, pad_features, requantize_rows
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank_reference
 from diffusers_sana.kernels.rotation import rotate
@@ -46,9 +51,18 @@ class PreparedWeight:
     up: Tensor
 
 
-@cache
+# By the codes of the weight: of which tensors, in which version, and the weight.
+_PREPARED: Any = WeakTensorKeyDictionary()
+
+
+@torch.compiler.assume_constant_result  # which it cannot trace
 def is_supported() -> bool:
     """Whether this processor and this build of PyTorch support the product."""
+    return _is_supported()
+
+
+@cache
+def _is_supported() -> bool:
     return has_int8_product() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
@@ -72,25 +86,63 @@ def prepare(
     )
 
 
+def _prepared(
+    qweight: Tensor, wscales: Tensor, wtscale: Tensor | None, proj_up: Tensor, bias: Tensor | None
+) -> PreparedWeight:
+    """The weight from an earlier call, prepared again when one of the tensors has changed."""
+    parts = (qweight, wscales, wtscale, proj_up, bias)
+    # Tensors made under `torch.inference_mode` have no version counter: who changes them in place calls `forget`.
+    version = tuple(
+        (id(part), part.data_ptr(), part.is_inference() or part._version) for part in parts if part is not None
+    )
+    if qweight not in _PREPARED or _PREPARED[qweight][0] != version:
+        _PREPARED[qweight] = version, prepare(*parts)
+    return _PREPARED[qweight][1]
+
+
+def is_prepared(qweight: Tensor) -> bool:
+    """Whether an 8-bit copy of a weight is in memory."""
+    return qweight in _PREPARED
+
+
+def forget(qweight: Tensor) -> None:
+    """Drops the 8-bit copy of a weight."""
+    _PREPARED.pop(qweight, None)
+
+
+def _empty_output(hidden_states: Tensor, qweight: Tensor, *parts: Any) -> Tensor:
+    return hidden_states.new_empty(hidden_states.shape[0], qweight.shape[0])
+
+
+@cpu_operator(
+    "int8_linear(Tensor hidden_states, Tensor qweight, Tensor wscales, Tensor? wtscale, Tensor smooth_factor, "
+    "Tensor proj_down, Tensor proj_up, Tensor? bias, Tensor? rotation) -> Tensor",
+    _empty_output,
+)
 def int8_linear(
     hidden_states: Tensor,
+    qweight: Tensor,
+    wscales: Tensor,
+    wtscale: Tensor | None,
     smooth_factor: Tensor,
     proj_down: Tensor,
-    weight: PreparedWeight,
-    rotation: Tensor | None = None,
+    proj_up: Tensor,
+    bias: Tensor | None,
+    rotation: Tensor | None,
 ) -> Tensor:
-    """The layer's output.
+    """The layer's output; arguments are positional.
 
     Args:
         hidden_states: `[M, K]`.
+        qweight, wscales, wtscale, proj_up, bias: as in `lowbit_linear`.
         smooth_factor: `[K]`.
         proj_down: `[r, K]`.
-        weight: from `prepare`.
         rotation: that of the layer, None if it is not rotated.
 
     Returns:
         `[M, N]` in the dtype of `hidden_states`.
     """
+    weight = _prepared(qweight, wscales, wtscale, proj_up, bias)
     tokens, outputs = hidden_states.shape[0], weight.scales.shape[0]
     smooth, down, up = smooth_factor.float(), proj_down.float().t(), weight.up.t()
     out = hidden_states.new_empty(tokens, outputs)
@@ -111,7 +163,7 @@ def int8_linear(
 
 def int8_linear_reference(
     hidden_states: Tensor, qweight: Tensor, wscales: Tensor, wtscale: Tensor | None,
-    smooth_factor: Tensor, proj_down: Tensor, proj_up: Tensor, bias: Tensor | None, rotation: Tensor | None = None,
+    smooth_factor: Tensor, proj_down: Tensor, proj_up: Tensor, bias: Tensor | None, rotation: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The formula in PyTorch, computed in float64 from the codes of the activations on; not rounded."""
     codes, scales, low = quantize_lowrank_reference(hidden_states, smooth_factor, proj_down, "int8", rotation)

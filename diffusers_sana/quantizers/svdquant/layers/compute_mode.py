@@ -15,6 +15,7 @@ logger = logging.get_logger(__name__)
 NVFP4_CAPABILITIES = ((10, 0), (10, 3), (12, 0), (12, 1))
 
 
+@torch.compiler.assume_constant_result  # it asks libraries and drivers, which cannot be traced
 def best_mode(device: torch.device, precision: str) -> str:
     """The fastest mode that is implemented on a device: "w4a4", "w4a8" or "w4a16"."""
     return _best_mode(device.type, device.index, precision)[0]

@@ -81,7 +81,6 @@ class SVDQuantLayer(LowRankBranch):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self.is_weight_only = is_weight_only
         self._changes = []
-        self._int8_weight: tuple[tuple, int8_linear.PreparedWeight] | None = None
         self.set_compute_mode(compute_mode)
 
     def _set_features(self, num_inputs: int, num_outputs: int) -> None:
@@ -97,7 +96,7 @@ class SVDQuantLayer(LowRankBranch):
         if compute_mode not in COMPUTE_MODES:
             raise ValueError(f"`compute_mode` must be one of {COMPUTE_MODES}, got {compute_mode!r}.")
         self.compute_mode = compute_mode
-        self._int8_weight = None
+        int8_linear.forget(self.qweight)
 
     def mode_on(self, device: torch.device) -> str:
         """The mode in which the layer computes on a device: "w4a4", "w4a8" or "w4a16"."""
@@ -126,13 +125,12 @@ class SVDQuantLayer(LowRankBranch):
         return self._low_bit_matmul(tokens, self.precision)
 
     def matmul_w4a8(self, tokens: Tensor) -> Tensor:
-        """`[M, K]` to `[M, N]` with activations in int8; compiled code on CPUs computes in w4a16."""
-        if tokens.device.type == "cpu":
-            if torch.compiler.is_compiling():
-                return self.matmul_w4a16(tokens)
-            if int8_linear.is_supported():
-                weight = self._prepared_int8_weight()
-                return int8_linear.int8_linear(tokens, self.smooth_factor, self.proj_down, weight, self.rotation)
+        """`[M, K]` to `[M, N]` with activations in int8."""
+        if tokens.device.type == "cpu" and int8_linear.is_supported():
+            return int8_linear.int8_linear(
+                tokens, self.qweight, self.wscales, self.wtscale,
+                self.smooth_factor, self.proj_down, self.proj_up, self.bias, self.rotation,
+            )  # fmt: skip
         return self._low_bit_matmul(tokens, "int8")
 
     def matmul_w4a16(self, tokens: Tensor) -> Tensor:
@@ -150,18 +148,6 @@ class SVDQuantLayer(LowRankBranch):
             codes, scales, low, self.qweight, self.wscales, self.wtscale, self.proj_up, self.bias,
             activation_format=activation_format,
         )  # fmt: skip
-
-    def _prepared_int8_weight(self) -> int8_linear.PreparedWeight:
-        """The weight of `int8_linear`, prepared again when a parameter has changed."""
-        parts = (self.qweight, self.wscales, self.wtscale, self.proj_up, self.bias)
-        # Tensors made under `torch.inference_mode` have no version counter; `_load_from_state_dict` covers their
-        # changes.
-        key = tuple(
-            (id(part), part.data_ptr(), part.is_inference() or part._version) for part in parts if part is not None
-        )
-        if self._int8_weight is None or self._int8_weight[0] != key:
-            self._int8_weight = key, int8_linear.prepare(*parts)
-        return self._int8_weight[1]
 
     def dequantize(self, dtype: torch.dtype | None = None, rows: slice = slice(None)) -> Tensor:
         """The matrix `[N, K]` that the layer represents, or some of its rows."""
@@ -187,8 +173,8 @@ class SVDQuantLayer(LowRankBranch):
         return self.qweight.shape[0]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """`.to` and the like. The bits of e4m3 scales must not be converted, and the int8 weight is dropped."""
-        self._int8_weight = None
+        """`.to` and the like. It must not convert the bits of e4m3 scales, and drops the 8-bit copy of a CPU."""
+        int8_linear.forget(self.qweight)
 
         def on_bits(tensor: Tensor) -> Tensor:
             if tensor.dtype == torch.float8_e4m3fn:
@@ -204,12 +190,8 @@ class SVDQuantLayer(LowRankBranch):
         return super()._apply(on_bits, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._int8_weight = None
+        int8_linear.forget(self.qweight)
         super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies: without the int8 weight, which cannot be copied."""
-        return {**self.__dict__, "_int8_weight": None}
 
 
 class _FrozenLinear(torch.autograd.Function):
