@@ -42,7 +42,7 @@ from benchmarks.quantized import (
 )
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
 from diffusers_sana.quantizers.svdquant.api import quantize, set_compute_mode
-from diffusers_sana.quantizers.svdquant.config import LayerConfig, SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.config import RANKS, LayerConfig, SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLinear
 
 
@@ -187,13 +187,16 @@ def layer(rounds: int) -> dict[str, Any]:
     """Seconds of one layer of every mode, eager and compiled, in turn."""
     tokens, features, outputs = LAYER
     torch.manual_seed(0)
-    weights, _ = decompose([torch.randn(outputs, features).bfloat16()], LayerConfig(smoothing="none"))
+    weight = torch.randn(outputs, features).bfloat16()
     x, bias = torch.randn(tokens, features).bfloat16(), torch.zeros(outputs, dtype=torch.bfloat16)
     functions: dict[str, Callable[[], Any]] = {}
-    for mode in ("w4a8", "w4a16"):
-        eager = SVDQuantLinear(weights[0], bias, mode)
-        compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, dynamic=False)
-        functions |= {f"int4 {mode} eager": partial(eager, x), f"int4 {mode} compiled": partial(compiled, x)}
+    for precision, modes in (("int4", ("w4a8", "w4a16")), ("int8", ("w8a8", "w8a16"))):
+        config = LayerConfig(precision, RANKS[precision], smoothing="none", refinements=0)
+        (item,), _ = decompose([weight], config)
+        for mode in modes:
+            name, eager = f"{precision} {mode}", SVDQuantLinear(item, bias, mode)
+            compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, dynamic=False)
+            functions |= {f"{name} eager": partial(eager, x), f"{name} compiled": partial(compiled, x)}
     times = alternating_times(functions, rounds)
     return {
         "tokens": tokens,

@@ -22,7 +22,7 @@ COMMANDS = {
     "generate": (generate, "generate images from a prompt"),
     "again": (again, "generate an image again from what it says of itself"),
     "chat": (chat, "answer a question about an image"),
-    "quantize": (quantize, "save a pipeline in 4 bits"),
+    "quantize": (quantize, "save a pipeline in 4 or 8 bits"),
     "evaluate": (evaluate, "measure the quality of a model's images"),
     "verify": (verify, "compare a checkpoint's results and speed with diffusers' on this machine"),
     "convert": (convert, "convert original (NVlabs) and quantized checkpoints"),

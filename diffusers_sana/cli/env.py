@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         except RuntimeError as error:
             why = str(error)
     print(f"{'operations':15} {runs} in mode {mode!r} of {ENVIRONMENT_VARIABLE}: {why}")
-    for precision in ("int4", "nvfp4"):
+    for precision in ("int4", "nvfp4", "int8"):
         print(f"{precision + ' layers':15} {best_mode(device, precision)}: {best_mode_reason(device, precision)}")
     for extra, purpose in EXTRAS.items():
         lacks = missing(extra)

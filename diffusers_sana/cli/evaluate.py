@@ -27,7 +27,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="emoji, coco, or a file of checks (docs/evaluation.md); default: emoji for bundled models, else coco",
     )
     command.add_argument("--limit", type=integer(), metavar="N", help="use only N of the prompts, evenly spread")
-    command.add_argument("--quantize", choices=("int4", "nvfp4"), help="quantize the model first")
+    command.add_argument("--quantize", choices=("int4", "nvfp4", "int8"), help="quantize the model first")
     command.add_argument("--steps", type=integer(at_most=1000), help="denoising steps; default: the pipeline's")
     command.add_argument("--guidance-scale", type=number(), help="default: the pipeline's")
     command.add_argument("--batch-size", type=integer(), default=8, help="images generated at a time; default: 8")

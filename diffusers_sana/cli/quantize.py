@@ -1,4 +1,4 @@
-"""`diffusers-sana quantize`: save a pipeline in 4 bits."""
+"""`diffusers-sana quantize`: save a pipeline in 4 or 8 bits."""
 
 import argparse
 
@@ -24,8 +24,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "-o", "--out", type=file_path, required=True, metavar="DIR", help="new or empty folder to write"
     )
-    command.add_argument("--precision", default="int4", choices=("int4", "nvfp4"), help="default: int4")
-    command.add_argument("--rank", type=integer(at_least=0), default=32, help="of the low-rank branch; default: 32")
+    command.add_argument("--precision", default="int4", choices=("int4", "nvfp4", "int8"), help="default: int4")
+    command.add_argument(
+        "--rank", type=integer(at_least=0), help="of the low-rank branch, 0 for none; default: 32, 0 for int8"
+    )
     command.add_argument(
         "--budget", metavar="SHARE", help="of the bytes in bf16, such as 0.30x: chooses the rank of each layer"
     )
@@ -44,7 +46,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--compute-mode",
         default="auto",
-        choices=("auto", "w4a4", "w4a8", "w4a16"),
+        choices=("auto", "w4a4", "w4a8", "w4a16", "w8a8", "w8a16"),
         help="the mode in which the layers will compute, and for which they are fitted; default: auto",
     )
     command.add_argument(
@@ -59,7 +61,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Saves a pipeline with its transformer in 4 bits (SVDQuant). If interrupted, run it again to continue."""
+    """Saves a pipeline with its transformer in 4 or 8 bits (SVDQuant). If interrupted, run it again to continue."""
     prompts = None if args.prompts is None else read_prompts("--prompts", args.prompts)
     if args.gptq and not prompts:
         raise UsageError("--gptq needs calibration data: pass --prompts FILE")

@@ -17,7 +17,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="Hub id or folder of a Sana or SANA-Sprint, or a bundled checkpoint"
     )
     command.add_argument(
-        "--quantize", nargs="?", const="int4", choices=("int4", "nvfp4"), help="also compare 4 bits; default: int4"
+        "--quantize",
+        nargs="?",
+        const="int4",
+        choices=("int4", "nvfp4", "int8"),
+        help="also compare 4 or 8 bits; default: int4",
     )
     command.add_argument(
         "--out", type=file_path, default=Path("outputs/verified.json"), metavar="FILE", help="the report to write"

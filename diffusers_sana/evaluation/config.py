@@ -35,7 +35,7 @@ class EvaluationConfig:
         prompts: "emoji", "coco" or a file of checks (docs/evaluation.md). None: "emoji" for bundled models, else
             "coco".
         limit: use only so many of the prompts, evenly spread.
-        quantize: "int4" or "nvfp4" to quantize the model first.
+        quantize: "int4", "nvfp4" or "int8" to quantize the model first.
         steps, guidance_scale: None takes the pipeline's default.
         batch_size: images generated at a time.
         revision: of `model`: branch, tag or commit on the Hub.

@@ -112,7 +112,7 @@ class _Watcher:
             return
         elif code is use_triton.__code__ and self.arguments:
             self.arguments[-1]["why"] = None if value else _reason(frame.f_locals)
-        elif code is SVDQuantLinear.matmul_w4a8.__code__ and value is not None:
+        elif code is SVDQuantLinear.matmul_a8.__code__ and value is not None:
             layer, tokens = frame.f_locals["self"], frame.f_locals["tokens"]
             if tokens.device.type == "cpu" and int8_linear.is_supported():
                 self._check_int8(layer, tokens, value)

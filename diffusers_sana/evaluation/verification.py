@@ -86,7 +86,8 @@ def verify(
 
     Args:
         model: bundled name, folder, or id of a Hub repository.
-        quantize: "int4" or "nvfp4" also quantizes our pipeline and compares its images with those in 16 or 32 bits.
+        quantize: "int4", "nvfp4" or "int8" also quantizes our pipeline and compares its images with those in 16 or 32
+            bits.
         prompt: of all images; seeds are 0, 1, ...
         num_images: at least 2, because the first warms up and is not timed.
         steps: at least 2; default: the pipeline's.

@@ -32,7 +32,8 @@ def dequantize_weight(
     """Combines the parts of a quantized weight.
 
     Args:
-        qweight, wscales, wtscale: the residual, as in `low_bit.py`; `[N, Kp/2]`, `[N, Kp/G]`, `[N]` or None.
+        qweight, wscales, wtscale: the residual, as in `low_bit.py`; `[N, Kp/2]`, `[N, Kp/G]`, `[N]` or None, for int8
+            `[N, Kp]`, `[N]`, None.
         smooth_factor: `[K]`.
         proj_down, proj_up: `[r, K]` and `[N, r]`; r may be 0.
         dtype: of the result.
@@ -47,7 +48,7 @@ def dequantize_weight(
         return dequantize_weight_reference(*arguments, rotation)
     if rotation is None:
         return _dequantize_weight_triton(*arguments)
-    features = 2 * qweight.shape[1]
+    features = padded(smooth_factor.shape[0])
     ones, no_down, no_up = proj_up.new_ones(features), proj_up.new_empty(0, features), proj_up[:, :0]
     rotated = _dequantize_weight_triton(qweight, wscales, wtscale, ones, no_down, no_up, torch.float32)
     residual = rotate(rotated)[:, : smooth_factor.shape[0]] / smooth_factor.float()

@@ -1,7 +1,8 @@
-"""The 4-bit number formats of SVDQuant: codes, scales, packing (arXiv 2411.05007; NVFP4: OCP e2m1 with e4m3 scales).
+"""The number formats of weights: codes, scales, packing (SVDQuant, arXiv 2411.05007; NVFP4: OCP e2m1, e4m3 scales).
 
     int4    codes -7..7 (two's complement), one scale per 64 neighbours along K
     nvfp4   codes of {0, .5, 1, 1.5, 2, 3, 4, 6} and a sign bit, one e4m3 scale per 16 neighbours, one scale per row
+    int8    codes -127..127, one fp32 scale per row: its largest magnitude / 127 (LLM.int8(), arXiv 2208.07339)
 
 Two 4-bit values share a byte, planar within their group of G: byte j holds element j in its low half and element j +
 G/2 in its high half, so unpacking gives two contiguous halves without interleaving. K is padded with zero codes to a
@@ -10,20 +11,24 @@ multiple of 64.
 Legend: N output features, K input features, Kp = K padded, G group size, R rows of anything.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-GROUP_SIZES = {"int4": 64, "nvfp4": 16}
-MAX_CODES = {"int4": 7.0, "nvfp4": 6.0}  # the largest magnitude of a code
+GROUP_SIZES = {"int4": 64, "nvfp4": 16}  # an int8 row has one scale
+MAX_CODES = {"int4": 7.0, "nvfp4": 6.0, "int8": 127.0}  # the largest magnitude of a code
 K_MULTIPLE = 64
 E4M3_MAX = 448.0
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def precision_of(wscales: Tensor) -> str:
-    """The format of a layer, known by its scales: NVFP4 has e4m3 scales."""
+    """The format of a layer, known by its scales: int8 has a vector of them, NVFP4 has them in e4m3."""
+    if wscales.dim() == 1:
+        return "int8"
     return "nvfp4" if wscales.dtype == torch.float8_e4m3fn else "int4"
 
 
@@ -74,23 +79,49 @@ def decode_e2m1(nibbles: Tensor) -> Tensor:
     return values[nibbles.long()]
 
 
+def encode_int8(scaled: Tensor) -> Tensor:
+    """Numbers in units of their scale to integers: round half to even, clamp to -127..127."""
+    return scaled.round().clamp(-127, 127).to(torch.int8)
+
+
+# From numbers in units of their scale to codes, and back.
+CODECS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "int4": (encode_int4, decode_int4),
+    "nvfp4": (encode_e2m1, decode_e2m1),
+    "int8": (encode_int8, lambda codes: codes),
+}
+
+
+def pack_codes(codes: Tensor, precision: str) -> Tensor:
+    """Codes `[R, Kp]` as they are stored: nibbles in bytes `[R, Kp/2]`, int8 as it is."""
+    return codes if precision == "int8" else pack_nibbles(codes, GROUP_SIZES[precision])
+
+
+def unpack_codes(qweight: Tensor, precision: str) -> Tensor:
+    """The inverse of `pack_codes`."""
+    return qweight if precision == "int8" else unpack_nibbles(qweight, GROUP_SIZES[precision])
+
+
 def nonzero(scale: Tensor) -> Tensor:
     """A scale to divide by: 1 in place of the scale 0 of groups of zeros, whose codes stay 0."""
     return torch.where(scale == 0, 1.0, scale)
 
 
 def weight_scales(weight: Tensor, precision: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Scales by which the largest magnitude of each group is representable.
+    """Scales by which the largest magnitude of each group, or of each row in int8, is representable.
 
     Args:
         weight: `[N, Kp]`, fp32.
-        precision: "int4" or "nvfp4".
-        dtype: in which scales are stored.
+        precision: "int4", "nvfp4" or "int8".
+        dtype: in which scales of int4 are stored.
 
     Returns:
-        `wscales` `[N, Kp/G]`, in `dtype` or e4m3, and for nvfp4 `wtscale` `[N]`: powers of two, which every
-        dtype represents exactly, by which the largest group scale of the row is at the top of e4m3.
+        `wscales`: `[N, Kp/G]` in `dtype` or e4m3; for int8 `[N]` in fp32.
+        `wtscale`: for nvfp4 `[N]`: powers of two, which every dtype represents exactly, by which the largest group
+            scale of the row is at the top of e4m3.
     """
+    if precision == "int8":
+        return weight.abs().amax(-1) / MAX_CODES[precision], None
     amax = weight.unflatten(-1, (-1, GROUP_SIZES[precision])).abs().amax(-1)
     scales = amax / MAX_CODES[precision]
     if precision == "int4":
@@ -101,49 +132,53 @@ def weight_scales(weight: Tensor, precision: str, dtype: torch.dtype) -> tuple[T
 
 
 def group_scales(wscales: Tensor, wtscale: Tensor | None) -> Tensor:
-    """All scales of a weight multiplied, fp32 `[N, Kp/G]` (fp64 where they are)."""
+    """All scales of a weight multiplied, fp32 `[N, Kp/G]` (fp64 where they are), for int8 `[N, 1]`."""
     scales = wscales if wscales.dtype == torch.float64 else wscales.float()
+    if wscales.dim() == 1:
+        return scales[:, None]
     return scales if wtscale is None else scales * wtscale.to(scales.dtype)[:, None]
 
 
 def encode_weight(weight: Tensor, wscales: Tensor, wtscale: Tensor | None) -> Tensor:
-    """`[N, Kp]` to packed codes `[N, Kp/2]` under given scales."""
-    group_size = GROUP_SIZES[precision_of(wscales)]
-    scaled = weight.unflatten(-1, (-1, group_size)) / nonzero(group_scales(wscales, wtscale))[..., None]
-    encode = encode_e2m1 if wtscale is not None else encode_int4
-    return pack_nibbles(encode(scaled).flatten(-2), group_size)
+    """`[N, Kp]` to codes as they are stored, under given scales: `[N, Kp/2]`, for int8 `[N, Kp]`."""
+    precision = precision_of(wscales)
+    scales = nonzero(group_scales(wscales, wtscale))
+    scaled = weight.unflatten(-1, (scales.shape[-1], -1)) / scales[..., None]
+    return pack_codes(CODECS[precision][0](scaled).flatten(-2), precision)
 
 
 def decode_weight(qweight: Tensor, wscales: Tensor, wtscale: Tensor | None) -> Tensor:
-    """Packed codes `[N, Kp/2]` to numbers, fp32 `[N, Kp]`."""
-    group_size = GROUP_SIZES[precision_of(wscales)]
-    nibbles = unpack_nibbles(qweight, group_size)
-    codes = decode_e2m1(nibbles) if wtscale is not None else decode_int4(nibbles)
-    scales = group_scales(wscales, wtscale)
-    return (codes.to(scales.dtype).unflatten(-1, (-1, group_size)) * scales[..., None]).flatten(-2)
+    """Stored codes to numbers, fp32 `[N, Kp]`."""
+    return _scaled(qweight, wscales, group_scales(wscales, wtscale))
+
+
+def _scaled(qweight: Tensor, wscales: Tensor, scales: Tensor) -> Tensor:
+    """The numbers of stored codes times scales of their groups `[N, Kp/G]`, in the dtype of those."""
+    precision = precision_of(wscales)
+    codes = CODECS[precision][1](unpack_codes(qweight, precision)).to(scales.dtype)
+    if precision == "int8":
+        return codes * scales
+    return (codes.unflatten(-1, (-1, GROUP_SIZES[precision])) * scales[..., None]).flatten(-2)
 
 
 def row_scales(wscales: Tensor, wtscale: Tensor | None, levels: int) -> Tensor:
-    """Per-row scales `[N]`, fp32, that convert a 4-bit weight to integers of -levels..levels.
+    """Per-row scales `[N]`, fp32, that convert a weight to integers of -levels..levels.
 
-    They depend on the group scales only: no weight is larger than its group scale times the largest code.
+    They depend on the stored scales only: no weight is larger than its group scale times the largest code.
     """
-    precision = precision_of(wscales)
-    return group_scales(wscales, wtscale).amax(-1) * (MAX_CODES[precision] / levels)
+    return group_scales(wscales, wtscale).amax(-1) * (MAX_CODES[precision_of(wscales)] / levels)
 
 
 def requantize_rows(
     qweight: Tensor, wscales: Tensor, wtscale: Tensor | None, levels: int = 127
 ) -> tuple[Tensor, Tensor]:
-    """A 4-bit weight as int8 with one scale per row: codes `[N, Kp]` of -levels..levels and scales `[N]`, fp32.
+    """A weight as int8 with one scale per row: codes `[N, Kp]` of -levels..levels and scales `[N]`, fp32.
 
-    Adds an error of .8 % (with 63 levels 1.6 %) in quadrature to the 11 % of 4-bit rounding.
+    Adds an error of .8 % (with 63 levels 1.6 %) in quadrature to the 11 % of 4-bit rounding. int8 stays as it is if
+    `levels` is 127; 63 levels add 1.6 % to its .8 %.
     """
-    precision = precision_of(wscales)
-    group_size = GROUP_SIZES[precision]
+    if precision_of(wscales) == "int8" and levels == 127:
+        return qweight, wscales.float()
     scales = row_scales(wscales, wtscale, levels)
-    nibbles = unpack_nibbles(qweight, group_size)
-    codes = decode_e2m1(nibbles) if wtscale is not None else decode_int4(nibbles)
-    multiplier = group_scales(wscales, wtscale) / nonzero(scales)[:, None]
-    scaled = codes.float().unflatten(-1, (-1, group_size)) * multiplier[..., None]
-    return scaled.flatten(-2).round().clamp(-levels, levels).to(torch.int8), scales
+    scaled = _scaled(qweight, wscales, group_scales(wscales, wtscale) / nonzero(scales)[:, None])
+    return scaled.round().clamp(-levels, levels).to(torch.int8), scales

@@ -5,7 +5,13 @@
 The first product depends on the format of the codes (see `quantize_lowrank.py`):
 
     int4, nvfp4   group scales on both sides (w4a4)
-    int8          the weight is converted to int8 with one scale per row, so one integer product runs over K (w4a8)
+    int8          the weight has one scale per row, so one integer product runs over K: an int8 weight as it is stored
+                  (w8a8), a 4-bit weight converted to int8 (w4a8)
+
+        dequantize(codes) @ dequantize(qweight).T = (codes @ qweight.T) * scales * wscales.T
+
+    (scales of tokens and of output features, as in LLM.int8(), arXiv 2208.07339, "vector-wise quantization", and
+    SmoothQuant, arXiv 2211.10438).
 
 Legend: M tokens, K input features, Kp = K padded, N output features, r rank.
 """
@@ -42,7 +48,8 @@ def lowbit_linear(
 
     Args:
         codes, scales, low: from `quantize_lowrank`.
-        qweight, wscales, wtscale: the residual, as in `low_bit.py`; `[N, Kp/2]`, `[N, Kp/G]`, `[N]` or None.
+        qweight, wscales, wtscale: the residual, as in `low_bit.py`; `[N, Kp/2]`, `[N, Kp/G]`, `[N]` or None, for int8
+            `[N, Kp]`, `[N]`, None.
         proj_up: `[N, r]`; its dtype is the output's.
         bias: `[N]`.
         activation_format: of `quantize_lowrank`: "int8" or the format of the weight.

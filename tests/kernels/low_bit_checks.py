@@ -11,7 +11,7 @@ from diffusers_sana.kernels.low_bit import encode_weight, pad_features, weight_s
 from tests.kernels.kernel_checks import DEVICE
 
 
-PRECISIONS = ("int4", "nvfp4")
+PRECISIONS = ("int4", "nvfp4", "int8")
 
 
 def quantized_weight(outputs: int, features: int, precision: str, dtype: torch.dtype = torch.float32) -> dict:

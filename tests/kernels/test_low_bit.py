@@ -78,8 +78,9 @@ def test_weight_scales(precision, dtype):
     weight = torch.randn(5, 128) * torch.logspace(-30, 6, 5)[:, None]
     wscales, wtscale = weight_scales(weight, precision, dtype)
     assert precision_of(wscales) == precision
-    amax = weight.unflatten(-1, (-1, GROUP_SIZES[precision])).abs().amax(-1)
-    step = 2**-4 if precision == "nvfp4" else torch.finfo(dtype).eps / 2  # half a step of e4m3 or of the dtype
+    amax = weight.unflatten(-1, (-1, GROUP_SIZES.get(precision, 128))).abs().amax(-1)
+    steps = {"nvfp4": 2**-4, "int8": 2**-24}  # half a step of e4m3 and of fp32
+    step = steps.get(precision, torch.finfo(dtype).eps / 2)
     ratio = group_scales(wscales, wtscale) * MAX_CODES[precision] / amax
     assert (ratio - 1).abs().max() < 1.01 * step
     if wtscale is not None:
@@ -98,9 +99,9 @@ def test_zeros_stay_zeros(precision):
     assert decoded.isfinite().all()
 
 
-@pytest.mark.parametrize(("precision", "error"), [("int4", 0.12), ("nvfp4", 0.1)])
+@pytest.mark.parametrize(("precision", "error"), [("int4", 0.12), ("nvfp4", 0.1), ("int8", 0.008)])
 def test_error_of_the_formats(precision, error):
-    """11 % and 9.5 % of Gaussian weights; each within half a step of its scale."""
+    """11 %, 9.5 % and .8 % of Gaussian weights; each within half a step of its scale."""
     weight = torch.randn(64, 512)
     wscales, wtscale = weight_scales(weight, precision, torch.bfloat16)
     decoded = decode_weight(encode_weight(weight, wscales, wtscale), wscales, wtscale)
@@ -123,6 +124,17 @@ def test_requantized_rows(precision, levels):
     difference = (codes * scales[:, None] - decoded).abs()
     assert (difference <= 0.5001 * scales[:, None]).all()
     assert (codes[-1] == 0).all()
+
+
+def test_int8_rows_are_taken_as_they_are():
+    """Also a -128, which others write."""
+    qweight, wscales, _ = quantized_weight(9, 192, "int8").values()
+    qweight[0, 0] = -128
+    codes, scales = requantize_rows(qweight, wscales, None)
+    assert (codes.dtype, scales.dtype, wscales.shape) == (torch.int8, torch.float32, (9,))
+    assert torch.equal(codes, qweight)
+    assert torch.equal(scales, wscales)
+    assert torch.equal(decode_weight(qweight, wscales, None), qweight * wscales[:, None])
 
 
 def test_requantized_rows_add_little_error():

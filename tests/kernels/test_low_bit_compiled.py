@@ -37,7 +37,7 @@ def in_int8(layer: SVDQuantLinear, x: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def test_compiled_is_eager():
     layers = torch.nn.ModuleDict()
-    for precision in ("int4", "nvfp4"):
+    for precision in ("int4", "nvfp4", "int8"):
         layers[f"{precision} w4a16"] = quantized_layer(precision, "w4a16")
         for mode in ("w4a4", "w4a8"):
             layers[f"{precision} {mode}"] = copy.deepcopy(layers[f"{precision} w4a16"])
@@ -47,7 +47,7 @@ def test_compiled_is_eager():
 
     def outputs() -> dict[str, torch.Tensor]:
         results = {name: layer(x) for name, layer in layers.items()}
-        for precision in ("int4", "nvfp4"):
+        for precision in ("int4", "nvfp4", "int8"):
             results[f"{precision}, in int8"] = in_int8(layers[f"{precision} w4a16"], x)
         weight = without_branch.qweight, without_branch.wscales, without_branch.wtscale
         branch = without_branch.smooth_factor, without_branch.proj_down, without_branch.proj_up
@@ -63,12 +63,13 @@ def test_compiled_is_eager():
 
 
 @pytest.mark.skipif(not int8_linear.is_supported(), reason="this processor has no 8-bit product in PyTorch")
+@pytest.mark.parametrize("precision", ["int4", "int8"])
 @torch.no_grad()
-def test_compiled_w4a8_has_the_bits_of_eager(monkeypatch):
+def test_compiled_8_bit_product_has_the_bits_of_eager(monkeypatch, precision):
     """Any other arithmetic has others. The 8-bit copy of the weight is made once, and serves both."""
     calls, prepare = [], int8_linear.prepare
     monkeypatch.setattr(int8_linear, "prepare", lambda *parts: calls.append(parts) or prepare(*parts))
-    layer, x = quantized_layer("int4", "auto").bfloat16(), torch.randn(2, TOKENS, FEATURES).bfloat16()
+    layer, x = quantized_layer(precision, "auto").bfloat16(), torch.randn(2, TOKENS, FEATURES).bfloat16()
     expected = layer(x)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True)

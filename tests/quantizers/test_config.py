@@ -50,8 +50,8 @@ def test_layout():
     assert SVDQuantConfig.from_dict(described) == CUSTOM
     del described["modules"]
     assert SVDQuantConfig.from_dict(described).layout is None
-    with pytest.raises(ValueError, match=r"`layout` must be one of .*, got 'diffusers_sana/3'. Upgrade"):
-        SVDQuantConfig(layout="diffusers_sana/3")
+    with pytest.raises(ValueError, match=r"`layout` must be one of .*, got 'diffusers_sana/9'. Upgrade"):
+        SVDQuantConfig(layout="diffusers_sana/9")
     with pytest.raises(ValueError, match=r"got 'other/1'. The model was quantized by another runtime"):
         SVDQuantConfig.from_dict(described | {"layout": "other/1"})
 
@@ -79,7 +79,7 @@ def test_lists_are_not_shared():
     ("arguments", "error", "message"),
     [
         ({"precision": "int3"}, ValueError, "`precision` must be one of .*'nvfp4'.*, got 'int3'"),
-        ({"compute_mode": "w8a8"}, ValueError, "`compute_mode` must be one of .*, got 'w8a8'"),
+        ({"compute_mode": "w8a4"}, ValueError, "`compute_mode` must be one of .*, got 'w8a4'"),
         ({"smoothing": "yes"}, ValueError, "`smoothing` must be one of .*, got 'yes'"),
         ({"rank": -1}, ValueError, "`rank` must be an integer of at least 0, got -1"),
         ({"rank": 8.0}, ValueError, "`rank` must be an integer of at least 0, got 8.0"),
@@ -90,7 +90,7 @@ def test_lists_are_not_shared():
         ({"budget": "30%"}, ValueError, "`budget` must be a share .*, got '30%'"),
         ({"budget": "1.2x"}, ValueError, "`budget` must be a share"),
         ({"modules": {}}, ValueError, "`modules` must name at least one pattern"),
-        ({"modules": {"a": "w8a8"}}, ValueError, r"`modules\['a'\]` must be .*, got 'w8a8'"),
+        ({"modules": {"a": "w4a8"}}, ValueError, r"`modules\['a'\]` must be .*'w8a8'.*, got 'w4a8'"),
         ({"modules": ["a"]}, TypeError, "`modules` must be a dictionary"),
         ({"modules_to_not_convert": [1]}, TypeError, "must be strings, got 1"),
         ({"modules_to_not_convert": "proj_out"}, TypeError, "`modules_to_not_convert` must be a list"),
@@ -109,7 +109,27 @@ def test_bad_arguments(arguments, error, message):
         ({"compute_mode": "w4a4"}, "w4a4", "w4a4"),
         ({"compute_mode": "w4a16"}, "w4a4", "w4a16"),
         ({"compute_mode": "w4a4"}, "w4a16", "w4a16"),
+        ({}, "w8a8", "w8a8"),
+        ({"compute_mode": "w4a16"}, "w8a8", "w8a16"),
+        ({"compute_mode": "w4a4"}, "w8a8", "w8a8"),
+        ({"compute_mode": "w8a8"}, "w4a4", "w4a8"),
+        ({"compute_mode": "w8a16"}, "w4a4", "w4a16"),
+        ({"compute_mode": "w4a4"}, "w8a16", "w8a16"),
     ],
 )
 def test_layers_are_fitted_for_the_mode_that_will_run(arguments, module, mode):
     assert SVDQuantConfig(**arguments).for_layer(module).mode == mode
+
+
+def test_precision_and_rank_of_a_layer():
+    """int8 layers have no branch unless one is asked for; 4-bit layers with 16-bit activations are int4."""
+
+    def chosen(module, **arguments):
+        layer = SVDQuantConfig(**arguments).for_layer(module)
+        return layer.precision, layer.rank
+
+    assert chosen("w4a4", precision="nvfp4") == ("nvfp4", 32)
+    assert chosen("w4a16", precision="nvfp4") == ("int4", 32)
+    assert chosen("w4a4", precision="int8") == ("int4", 32)
+    assert chosen("w8a8") == chosen("w8a16") == ("int8", 0)
+    assert chosen("w8a8", precision="int8", rank=4) == ("int8", 4)

@@ -63,9 +63,11 @@ def test_published_models(name):
     assert Counter(targets.values()) == {"w4a4": w4a4, "w4a16": w4a16}
 
     before = after = 2 * sum(parameter.numel() for parameter in model.parameters())
-    for target in targets:
+    for target, mode in targets.items():
         features = weight_shape(model.get_submodule(target))
-        tensors = empty_weight(*features, config.rank, config.precision, torch.bfloat16).tensors().values()
+        tensors = (
+            empty_weight(*features, config.for_layer(mode).rank, config.precision, torch.bfloat16).tensors().values()
+        )
         after += sum(tensor.nbytes for tensor in tensors) - 2 * features[0] * features[1]
     assert after <= most * before
 

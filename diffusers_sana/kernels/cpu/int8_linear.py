@@ -1,4 +1,4 @@
-"""The w4a8 product of SVDQuant on x86 processors: oneDNN's 8-bit matrix product over weights kept in int8.
+"""The w4a8 and w8a8 products on x86 processors: oneDNN's 8-bit matrix product over weights kept in int8.
 
     out = dequantize( u8(x / smooth) @ int8(weight).T ) + (x @ proj_down.T) @ proj_up.T + bias
 

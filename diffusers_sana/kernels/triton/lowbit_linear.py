@@ -4,12 +4,12 @@ A 4-bit weight is the left operand, which tensor cores can read from registers, 
 planar, so low and high nibbles are two products with two strips of K. By the format of the activations:
 
     int4    8-bit products of length 64; each sum is scaled by its two group scales (4 operations per output and group)
-    int8    the weight as int8 with one scale per row; one 32-bit sum over K, scaled once
+    int8    the weight as int8 with one scale per row, as which it may be stored; one 32-bit sum over K, scaled once
     nvfp4   block-scaled products in 4 bits where supported; else in fp16, which represents every code times its scale
 
-Converting a weight to int8 takes about ten instructions, the time of a hundred products or more on tensor cores. So a
-weight is converted in registers if one program has all tokens, and otherwise beforehand, in memory: a separate pass
-over the weight, followed by a plain 8-bit product.
+Converting 4 bits to int8 takes about ten instructions, the time of a hundred products or more on tensor cores. So a
+4-bit weight is converted in registers if one program has all tokens, and otherwise beforehand, in memory: a separate
+pass over the weight, followed by a plain 8-bit product.
 
 The second to last step is the low-rank branch. Its input is fp32; tensor cores round it to 11 bits, the precision of
 fp16, if the output is in half precision.
@@ -209,11 +209,12 @@ def lowbit_linear_forward(
     activation_format: str,
 ) -> Tensor:  # fmt: skip
     """`[M, N]` in the dtype of `up`; see the reference."""
-    (tokens, rank), (outputs, packed) = low.shape, qweight.shape
+    (tokens, rank), outputs = low.shape, qweight.shape[0]
     out = up.new_empty((tokens, outputs))
-    target, features, group_size = architecture(), 2 * packed, 64 if wtscale is None else 16
-    is_packed = activation_format != "int8" or tokens <= MAX_PACKED_TOKENS
-    if not is_packed:
+    is_int8, group_size = wscales.dim() == 1, 64 if wtscale is None else 16
+    target, features = architecture(), qweight.shape[1] * (1 if is_int8 else 2)
+    is_packed = not is_int8 and (activation_format != "int8" or tokens <= MAX_PACKED_TOKENS)
+    if not is_packed and not is_int8:
         qweight, wscales = requantize_rows(qweight, wscales, wtscale)
         wtscale = None
     precision = "tf32" if target and up.dtype != torch.float32 else "ieee"

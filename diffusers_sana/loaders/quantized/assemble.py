@@ -16,7 +16,7 @@ from diffusers_sana.loaders.quantized.layer import Source, UnpackedLayer
 from diffusers_sana.loaders.quantized.names import Scheme, file_names
 from diffusers_sana.quantizers.svdquant.algorithm.quantized_weight import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.api import mark_quantized
-from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig, mode_for
 from diffusers_sana.quantizers.svdquant.layers.linear import replace_layer
 from diffusers_sana.quantizers.svdquant.targets import as_patterns
 
@@ -231,11 +231,16 @@ def fill_model(model: nn.Module, conversion: Conversion, state: Mapping[str, Ten
         model.load_state_dict(state, strict=True, assign=True)
         model.eval()
         return
-    modes = {name: "w4a16" if name in conversion.weight_only else "w4a4" for name in conversion.layers}
-    quantized = [item for name, item in conversion.layers.items() if modes[name] == "w4a4"]
-    quantized = quantized or list(conversion.layers.values())
+    precisions = {name: precision_of(item.wscales) for name, item in conversion.layers.items()}
+    modes = {
+        name: mode_for(precision, "w4a16" if name in conversion.weight_only else "w4a4")
+        for name, precision in precisions.items()
+    }
+    # The format of the layers with quantized activations, of which 4-bit ones have the first say.
+    first = min(modes, key=lambda name: (modes[name].endswith("a16"), modes[name].startswith("w8")))
+    quantized = [item for name, item in conversion.layers.items() if modes[name] == modes[first]]
     config = SVDQuantConfig(
-        precision=precision_of(quantized[0].wscales),
+        precision=precisions[first],
         rank=min(item.proj_down.shape[0] for item in quantized),
         modules=as_patterns(modes, model),
     )

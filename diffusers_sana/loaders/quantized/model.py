@@ -84,10 +84,14 @@ class QuantizedModel:
         """One layer in natural order.
 
         Raises:
-            ValueError: it is rotated, which no other format with 4-bit activations has.
+            ValueError: it is rotated or int8, which no other format with 4-bit activations has.
         """
         if name in self._rounded:
             return self._rounded[name]
+        if self.layers[name].precision == "int8":
+            raise ValueError(
+                f"{name!r} is an int8 layer, which 4-bit formats do not have. Quantize the original model to 4 bits."
+            )
         if self.layers[name].rotation is not None:
             raise ValueError(
                 f"{name!r} is rotated, which 4-bit layers of other runtimes are not. Quantize the original model with "

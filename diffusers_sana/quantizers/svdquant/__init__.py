@@ -1,4 +1,4 @@
-"""SVDQuant (arXiv 2411.05007): 4-bit weights with a 16-bit low-rank branch, for any diffusers transformer.
+"""SVDQuant (arXiv 2411.05007): 4- or 8-bit weights with a 16-bit low-rank branch, for any diffusers transformer.
 
 `api.py` quantizes a pipeline in memory, and `integrations/` does so during `from_pretrained`. Both use `targets.py` to
 select layers, `algorithm/` to quantize their weights, and `layers/` to compute with them.

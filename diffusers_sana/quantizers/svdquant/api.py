@@ -1,8 +1,8 @@
-"""`diffusers_sana.quantize(pipe)`: a 16-bit pipeline to a 4-bit one, in one call.
+"""`diffusers_sana.quantize(pipe)`: a 16-bit pipeline to a 4- or 8-bit one, in one call.
 
     targets.py       which layers
     calibrate.py     with prompts: the inputs of the layers while the 16-bit pipeline runs
-    algorithm/       the weights of each group of layers to 4 bits and a low-rank branch
+    algorithm/       the weights of each group of layers to 4 or 8 bits and a low-rank branch
     budget.py        with a budget: which ranks, and which layers stay in 16 bit
     layers/          quantized layers in place of the original ones
 
@@ -32,7 +32,7 @@ from diffusers_sana.quantizers.svdquant.budget import (
     ranks_for,
 )
 from diffusers_sana.quantizers.svdquant.calibrate import Statistics, group_statistics, run_pipeline
-from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig, mode_for
 from diffusers_sana.quantizers.svdquant.integrations.checkpoint import recorded_config
 from diffusers_sana.quantizers.svdquant.integrations.diffusers import SVDQuantQuantizer
 from diffusers_sana.quantizers.svdquant.integrations.transformers import SVDQuantTransformersQuantizer
@@ -59,7 +59,7 @@ def quantize(
     seed: int = 0,
     **kwargs: Any,
 ) -> QuantizationReport:
-    """Quantizes a pipeline, or one model, in place to 4 bits with SVDQuant (arXiv 2411.05007).
+    """Quantizes a pipeline, or one model, in place to 4 or 8 bits with SVDQuant (arXiv 2411.05007).
 
     Without prompts it needs no data and takes minutes. With prompts the 16-bit pipeline first generates their images,
     and each layer is fitted to the inputs that it had. The same prompts and seed give the same bits. If the call is
@@ -141,11 +141,12 @@ def quantize(
 
 
 def set_compute_mode(model: nn.Module, compute_mode: str) -> None:
-    """Sets the compute mode of all quantized layers of a model; adaLN layers stay in w4a16.
+    """Sets the compute mode of all quantized layers of a model; adaLN layers keep 16-bit activations.
 
     Args:
         model: with layers quantized by SVDQuant.
-        compute_mode: "auto", "w4a4", "w4a8" or "w4a16".
+        compute_mode: "auto", "w4a4", "w4a8", "w4a16", "w8a8" or "w8a16"; see `mode_for` for models of 4- and 8-bit
+            layers.
 
     Raises:
         ValueError: another name, or a model without quantized layers.
@@ -262,9 +263,12 @@ def _opened_run(
 def _options(group: LayerGroup, config: SVDQuantConfig, data: dict[str, Tensor]) -> list[Option]:
     """The ways to store a group of layers, among which a budget decides."""
     options = [Option(sum(weight.nbytes for weight in group.weights), 0.0)]
-    for rank in ranks_for(group.layers):
-        weights, reports = decompose(group.weights, replace(config.for_layer(group.mode), rank=rank), **data)
-        options.append(Option.of([(w.to("cpu"), r) for w, r in zip(weights, reports, strict=True)]))
+    ranks: dict[str, Sequence[int]] = {mode_for("int8", group.mode): (0,), group.mode: ranks_for(group.layers)}
+    for mode in ranks:
+        for rank in ranks[mode]:
+            weights, reports = decompose(group.weights, replace(config.for_layer(mode), rank=rank), **data)
+            results = [(weight.to("cpu"), report) for weight, report in zip(weights, reports, strict=True)]
+            options.append(Option.of(mode, results))
     return options
 
 
@@ -275,18 +279,18 @@ def _within_budget(
     options: dict[str, list[Option]],
     budget: str,
 ) -> dict[str, tuple[QuantizedWeight, LayerReport]]:
-    """The quantized weights that a budget allows; layers that stay in 16 bit are no longer `targets`."""
+    """The quantized weights that a budget allows; `targets` gets their modes, and loses layers that stay in 16 bit."""
     other = sum(tensor.nbytes for model in models.values() for tensor in model.state_dict().values())
     other -= sum(weight.nbytes for group in groups for weight in group.weights)
     chosen = choose(options, other, parse_budget(budget) * bf16_bytes(models.values()))
     finished: dict[str, tuple[QuantizedWeight, LayerReport]] = {}
     for group in groups:
-        results = chosen[group.key].results
-        if results is None:
-            for name in group.names:
-                del targets[group.component][name]
-        else:
-            finished |= dict(zip(group.keys, results, strict=True))
+        option = chosen[group.key]
+        for name in group.names:
+            targets[group.component][name] = option.mode
+        finished |= dict(zip(group.keys, option.results, strict=False))  # none in 16 bit
+    for component, modes in targets.items():
+        targets[component] = {name: mode for name, mode in modes.items() if mode}
     for component, left in targets.items():
         if not left:
             raise ValueError(

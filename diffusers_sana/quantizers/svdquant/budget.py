@@ -1,9 +1,10 @@
 """Ranks and precisions of layers under a budget of bytes, from measured errors.
 
-Every group of layers that share their input is fitted with several ranks, and may also stay in 16 bit. The choice
-starts with the smallest option of each group. The upgrade that lowers the error most per byte is taken, again and
-again, as long as the budget allows. The error is the sum over layers of the squared relative error of the output, in
-which all layers count the same: how much the error of a layer changes the result of the model is not known.
+Every group of layers that share their input is fitted in 4 bits with several ranks and in int8 without a branch, and
+may also stay in 16 bit. The choice starts with the smallest option of each group. The upgrade that lowers the error
+most per byte is taken, again and again, as long as the budget allows. The error is the sum over layers of the squared
+relative error of the output, in which all layers count the same: how much the error of a layer changes the result of
+the model is not known.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,18 +27,20 @@ class Option:
     Attributes:
         bytes: of its weights.
         error: sum of the squared relative errors of the outputs; 0 in 16 bit.
-        results: the quantized weights with their reports; None in 16 bit.
+        mode: of the layers, one of `LAYER_MODES`; "" in 16 bit.
+        results: the quantized weights with their reports; none in 16 bit.
     """
 
     bytes: int
     error: float
-    results: list[tuple[QuantizedWeight, LayerReport]] | None = None
+    mode: str = ""
+    results: Sequence[tuple[QuantizedWeight, LayerReport]] = ()
 
     @classmethod
-    def of(cls, results: list[tuple[QuantizedWeight, LayerReport]]) -> "Option":
+    def of(cls, mode: str, results: Sequence[tuple[QuantizedWeight, LayerReport]]) -> "Option":
         """Quantized, from the output of `decompose`."""
         size = sum(tensor.nbytes for weight, _ in results for tensor in weight.tensors().values())
-        return cls(size, sum(report.error**2 for _, report in results), results)
+        return cls(size, sum(report.error**2 for _, report in results), mode, results)
 
 
 def parse_budget(budget: str) -> float:

@@ -13,19 +13,23 @@ from transformers.utils.quantization_config import QuantizationConfigMixin as Tr
 
 logger = logging.getLogger(__name__)
 
-# How tensors are stored, see docs/quantization.md; changes with what a reader must know. A model without rotated
-# layers is in the first, which earlier versions also read.
+# How tensors are stored, see docs/quantization.md; changes with what a reader must know. A model is in the first that
+# has all it needs, so that earlier versions read what they can: the second has rotated layers, the third int8 layers.
 LAYOUT = "diffusers_sana/1"
 ROTATED_LAYOUT = "diffusers_sana/2"
-LAYOUTS = (LAYOUT, ROTATED_LAYOUT)
-PRECISIONS = ("int4", "nvfp4")
-COMPUTE_MODES = ("auto", "w4a4", "w4a8", "w4a16")
+INT8_LAYOUT = "diffusers_sana/3"
+LAYOUTS = (LAYOUT, ROTATED_LAYOUT, INT8_LAYOUT)
+PRECISIONS = ("int4", "nvfp4", "int8")
+COMPUTE_MODES = ("auto", "w4a4", "w4a8", "w4a16", "w8a8", "w8a16")
+# Of a layer: whether it has 4- or 8-bit weights, and whether its activations may be quantized.
+LAYER_MODES = ("w4a4", "w4a16", "w8a8", "w8a16")
+RANKS = {"int4": 32, "nvfp4": 32, "int8": 0}  # of the branch, where the user names none
 SMOOTHING = ("search", "none")
 QUALITIES = ("default", "best")
 ROTATIONS = ("none", "auto", "hadamard")
 # The mode in which "auto" computes layers of a format on most of the devices that are fast with it. The result of a
 # quantization does not depend on the device on which it runs.
-USUAL_MODES = {"int4": "w4a8", "nvfp4": "w4a4"}
+USUAL_MODES = {"int4": "w4a8", "nvfp4": "w4a4", "int8": "w8a8"}
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -35,12 +39,23 @@ class QuantizationMethod(StrEnum):
     SVDQUANT = "svdquant"
 
 
+def mode_for(precision: str, mode: str) -> str:
+    """The mode in which a layer of a format computes when its model is set to `mode`, which is not "auto".
+
+    The bits of the activations count: an int8 layer computes in "w8a16" where 4-bit layers compute in "w4a16", and
+    else in "w8a8"; 4-bit layers compute in "w4a8" where the mode is "w8a8".
+    """
+    if precision == "int8":
+        return "w8a16" if mode.endswith("a16") else "w8a8"
+    return f"w4{mode[2:]}"
+
+
 @dataclass(frozen=True)
 class LayerConfig:
     """How one layer is quantized; the fields are those of `SVDQuantConfig`, and `mode`.
 
     Attributes:
-        mode: in which the layer will compute, "w4a4", "w4a8" or "w4a16": candidates are compared in it.
+        mode: in which the layer will compute, such as "w4a8": candidates are compared in it.
     """
 
     precision: str = "int4"
@@ -69,8 +84,9 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
     """Options of SVDQuant, for `quantization_config=` and `PipelineQuantizationConfig`, in both libraries.
 
     Args:
-        precision: "int4" (integers, one scale per 64 weights) or "nvfp4" (e2m1, one e4m3 scale per 16).
-        rank: of the 16-bit low-rank branch; 0 for none.
+        precision: "int4" (integers, one scale per 64 weights), "nvfp4" (e2m1, one e4m3 scale per 16) or "int8" (8-bit
+            integers, one scale per row).
+        rank: of the 16-bit low-rank branch; 0 for none. None: 32 for 4-bit layers, 0 for int8.
         quality: "default", or "best" for smaller errors in several times the time: finer smoothing, `rotation="auto"`,
             and with calibration prompts also `gptq`.
         smoothing: "search" the exponents of the smoothing factors per layer, or "none".
@@ -82,13 +98,15 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
         rotation: round weight and activations in a rotated basis: "hadamard", "none", or "auto" for layers in which it
             lowers the error, see `kernels/rotation.py`. It costs an operation per layer and call, and other runtimes
             cannot read such layers. None: "auto" for `quality="best"`, else "none".
-        budget: a share of the bytes that all tensors take in bf16, such as "0.30x". Ranks, and which layers stay in 16
-            bit, are then chosen from measured errors, see `budget.py`; `rank` is not used. All options are fitted, and
-            kept in memory until the choice. None: all layers in 4 bits with `rank`.
-        compute_mode: how layers compute: "w4a4", "w4a8", "w4a16", or "auto" for the fastest on the device. Layers are
-            fitted for that mode; "auto" stands for "w4a8" with int4 and "w4a4" with nvfp4.
-        modules: which layers to quantize: patterns of module names to "w4a4" (activations may be quantized) or
-            "w4a16" (activations stay 16 bit). None: chosen by name, see `targets.py`. A saved model lists its layers.
+        budget: a share of the bytes that all tensors take in bf16, such as "0.30x". Ranks, and which layers become
+            int8 or stay in 16 bit, are then chosen from measured errors, see `budget.py`; `rank` is not used. All
+            options are fitted, and kept in memory until the choice. None: all layers in `precision` with `rank`.
+        compute_mode: how layers compute: "w4a4", "w4a8", "w4a16", "w8a8", "w8a16", or "auto" for the fastest on the
+            device; see `mode_for`. Layers are fitted for that mode; "auto" stands for "w4a8" with int4, "w4a4" with
+            nvfp4 and "w8a8" with int8.
+        modules: which layers to quantize: patterns of module names to "w4a4" (activations may be quantized), "w4a16"
+            (activations stay 16 bit), "w8a8" or "w8a16" (the same with int8 weights). None: chosen by name, see
+            `targets.py`. A saved model lists its layers.
         modules_to_not_convert: patterns of module names to leave in 16 bit.
         rotated: patterns of the names of layers that are rotated; written in a saved model.
         seed: of the randomized SVD.
@@ -104,7 +122,7 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
 
     quant_method: QuantizationMethod = field(init=False, default=QuantizationMethod.SVDQUANT)  # type: ignore[assignment]
     precision: str = "int4"
-    rank: int = 32
+    rank: int | None = None
     quality: str = "default"
     smoothing: str = "search"
     refinements: int = 20
@@ -144,6 +162,8 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
         for name, least in (("rank", 0), ("refinements", 0), ("seed", 0)):
             value = getattr(self, name)
+            if value is None and name == "rank":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
         if self.budget is not None and not re.fullmatch(r"0?\.\d+x", str(self.budget)):
@@ -169,24 +189,28 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
         if self.modules is not None and not self.modules:
             raise ValueError("`modules` must name at least one pattern, or be None for the choice by name, got {}.")
         for pattern, mode in (self.modules or {}).items():
-            if mode not in ("w4a4", "w4a16"):
-                raise ValueError(f'`modules[{pattern!r}]` must be "w4a4" or "w4a16", got {mode!r}.')
+            if mode not in LAYER_MODES:
+                raise ValueError(f"`modules[{pattern!r}]` must be one of {LAYER_MODES}, got {mode!r}.")
 
     def for_layer(self, mode: str) -> LayerConfig:
-        """How a layer of mode "w4a4" or "w4a16" is quantized. Layers with 16-bit activations are always int4."""
-        precision = self.precision if mode == "w4a4" else "int4"
+        """How a layer of one of `LAYER_MODES` is quantized. 4-bit layers with 16-bit activations are always int4."""
+        is_weight_only = mode.endswith("a16")
+        if mode.startswith("w8"):
+            precision = "int8"
+        else:
+            precision = "nvfp4" if self.precision == "nvfp4" and not is_weight_only else "int4"
         automatic = "auto" if self.quality == "best" else "none"
-        usual = USUAL_MODES[precision] if self.compute_mode == "auto" else self.compute_mode
+        chosen = USUAL_MODES[precision] if self.compute_mode == "auto" else mode_for(precision, self.compute_mode)
         return LayerConfig(
             precision=precision,
-            rank=self.rank,
+            rank=RANKS[precision] if self.rank is None else self.rank,
             smoothing=self.smoothing,
             refinements=self.refinements,
-            gptq=self.gptq if mode == "w4a4" else False,
+            gptq=False if is_weight_only else self.gptq,
             seed=self.seed,
-            mode=usual if mode == "w4a4" else "w4a16",
+            mode=mode_for(precision, mode) if is_weight_only else chosen,
             quality=self.quality,
-            rotation=(self.rotation or automatic) if mode == "w4a4" else "none",
+            rotation="none" if is_weight_only else self.rotation or automatic,
         )
 
     @classmethod

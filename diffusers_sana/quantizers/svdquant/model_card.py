@@ -6,11 +6,12 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
 from diffusers_sana.cards import make_card
+from diffusers_sana.quantizers.svdquant.config import LAYER_MODES
 from diffusers_sana.quantizers.svdquant.report import PLOT_FILE, QuantizationReport
 
 
 LOADING = """import torch
-import diffusers_sana  # lets diffusers read the 4-bit layers
+import diffusers_sana  # lets diffusers read the quantized layers
 from {library} import {cls}
 
 {variable} = {cls}.from_pretrained("{name}", dtype=torch.{dtype})"""
@@ -31,7 +32,7 @@ def model_card(
     library = cls.__module__.split(".")[0]
     if library not in ("diffusers", "diffusers_sana", "transformers"):
         library, cls = "diffusers", DiffusionPipeline
-    modes = {mode: sum(layer.mode == mode for layer in report.layers) for mode in ("w4a4", "w4a16")}
+    modes = {mode: sum(layer.mode == mode for layer in report.layers) for mode in LAYER_MODES}
     facts = {
         "method": "[SVDQuant](https://arxiv.org/abs/2411.05007)"
         + (" with GPTQ" if any(layer.gptq for layer in report.layers) else ""),

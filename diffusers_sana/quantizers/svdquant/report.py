@@ -29,14 +29,14 @@ class LayerResult:
     Attributes:
         layer: name of the component, a dot, and name of the layer.
         shape: (N, K).
-        mode: "w4a4" or "w4a16".
-        precision: "int4" or "nvfp4".
+        mode: one of `LAYER_MODES`.
+        precision: "int4", "nvfp4" or "int8".
         exponents: of the smoothing, see `decompose.py`.
         error: relative error of the output for sample inputs, in `computed_in`.
         naive_error: the same for plain rounding of weight and activations.
         bytes: size of the quantized weight.
         original_bytes: size of the original weight.
-        computed_in: the compute mode for which the layer was fitted: "w4a4", "w4a8" or "w4a16".
+        computed_in: the compute mode for which the layer was fitted, such as "w4a8".
         gptq: whether the codes were rounded with error compensation.
         rotated: whether they are in a rotated basis.
         rank: of the low-rank branch.
@@ -116,19 +116,29 @@ class QuantizationReport:
         return f"median {error:.3f}, {naive:.3f} with plain rounding"
 
     @property
+    def formats(self) -> str:
+        """The format of the layers with quantized activations; else how many layers have which, in a line."""
+        counts = Counter(layer.precision for layer in self.layers if not layer.mode.endswith("a16"))
+        counts = counts or Counter(layer.precision for layer in self.layers)
+        if len(counts) == 1:
+            return f"{len(self.layers)} layers in {next(iter(counts))}"
+        counts = Counter(layer.precision for layer in self.layers)
+        return ", ".join(f"{count} layers in {precision}" for precision, count in sorted(counts.items()))
+
+    @property
     def ranks(self) -> str:
-        """The rank of the layers; with a budget how many layers have which, in a line."""
-        if self.config.budget is None:
-            return f"rank {self.config.rank}"
+        """The rank of the layers, or how many layers have which, in a line."""
         counts = Counter(layer.rank for layer in self.layers)
         chosen = ", ".join(f"rank {rank} in {count}" for rank, count in sorted(counts.items()))
-        return f"{chosen}, others in 16 bit within {self.config.budget}"
+        if self.config.budget is not None:
+            return f"{chosen}, others in 16 bit within {self.config.budget}"
+        return f"rank {next(iter(counts))}" if len(counts) == 1 else chosen
 
     def __str__(self) -> str:
         worst = sorted(self.layers, key=lambda layer: layer.error, reverse=True)[:NUM_WORST]
         calibration = f"{self.prompts} prompts" if self.prompts else "no prompts"
         return (
-            f"{len(self.layers)} layers in {self.config.precision}, {self.ranks}, {calibration}\n"
+            f"{self.formats}, {self.ranks}, {calibration}\n"
             f"memory of their weights: {self.sizes}\n"
             f"relative error of a layer's output: {self.errors}\n"
             f"largest: {', '.join(f'{layer.error:.3f} in {layer.layer}' for layer in worst)}"

@@ -11,7 +11,8 @@ output.
     w4a4    all other layers in the blocks
 
 Activations stay in 16 bit where that costs nothing. This includes text encoders, which run once per prompt and have
-outliers that 4 bits cannot represent: all their layers are w4a16.
+outliers that 4 bits cannot represent: all their layers are w4a16. With int8 weights w8a8 and w8a16 take the places of
+w4a4 and w4a16.
 
 A model may publish `_svdquant_modules`, a dictionary like `SVDQuantConfig.modules`, to override these rules.
 """
@@ -24,7 +25,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig, mode_for
 
 
 IN_BLOCK = re.compile(r"(^|\.)\d+\.")
@@ -76,7 +77,7 @@ def default_mode(name: str) -> str | None:
 
 
 def find_targets(model: nn.Module, config: SVDQuantConfig) -> dict[str, str]:
-    """The layers to quantize, by name in the order of the model, each with "w4a4" or "w4a16".
+    """The layers to quantize, by name in the order of the model, each with one of `LAYER_MODES`.
 
     Works on the meta device.
 
@@ -92,6 +93,8 @@ def find_targets(model: nn.Module, config: SVDQuantConfig) -> dict[str, str]:
     else:
         _check_patterns("modules", patterns, candidates, fnmatchcase)
         modes = {name: next((patterns[p] for p in patterns if fnmatchcase(name, p)), None) for name in candidates}
+    if config.modules is None and config.precision == "int8":
+        modes = {name: mode and mode_for("int8", mode) for name, mode in modes.items()}
     in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or []
     kept = [*config.modules_to_not_convert, *([in_fp32] if isinstance(in_fp32, str) else in_fp32)]
     _check_patterns("modules_to_not_convert", config.modules_to_not_convert, dict(model.named_modules()), _is_in)
@@ -103,12 +106,12 @@ def find_targets(model: nn.Module, config: SVDQuantConfig) -> dict[str, str]:
             f"no layer of {type(model).__name__} is to be quantized. `modules` must name linear layers or 1x1 "
             f"convolutions; it has {len(candidates)}, among them {sorted(candidates)[:3]}."
         )
-    for name in targets:
-        max_rank = min(weight_shape(candidates[name]))
-        if config.budget is None and config.rank > max_rank:
+    for name, mode in targets.items():
+        max_rank, rank = min(weight_shape(candidates[name])), config.for_layer(mode).rank
+        if config.budget is None and rank > max_rank:
             raise ValueError(
-                f"`rank` must be at most {max_rank}, the smaller side of layer {name!r}, got {config.rank}. Lower it, "
-                "or leave the layer out with `modules_to_not_convert`."
+                f"`rank` must be at most {max_rank}, the smaller side of layer {name!r}, got {rank}. Lower it, or "
+                "leave the layer out with `modules_to_not_convert`."
             )
     return targets
 
@@ -165,7 +168,7 @@ class LayerGroup:
         component: name of the model in its pipeline.
         model: holds the layers.
         names: of the layers in the model.
-        mode: "w4a4" or "w4a16".
+        mode: one of `LAYER_MODES`.
     """
 
     component: str

@@ -28,7 +28,7 @@ from diffusers_sana.training.config import (
 
 CAPTION_WEIGHTINGS = ("power", "softmax")
 WIRINGS = ("diffusers", "nvlabs")
-QUANTIZED = ("no", "int4", "nvfp4")
+QUANTIZED = ("no", "int4", "nvfp4", "int8")
 
 
 @dataclass(kw_only=True)
@@ -280,8 +280,8 @@ class LoraModelOptions(PretrainedOptions):
     """The pipeline to adapt."""
 
     pretrained: str = option("", "SanaPipeline folder or repository, also a quantized one")
-    quantize: str = option("no", "`no`, or `int4` or `nvfp4`: quantize the base to 4 bits first", choices=QUANTIZED)
-    quantize_rank: int = option(32, "rank of the low-rank branch beside the 4-bit weights")
+    quantize: str = option("no", "`no`, or `int4`, `nvfp4` or `int8`: quantize the base first", choices=QUANTIZED)
+    quantize_rank: int = option(32, "rank of the low-rank branch beside the quantized weights")
 
 
 # Class-conditional DiT on latents

@@ -28,7 +28,7 @@ def layer(outputs, features, rank, precision="int4", dtype=torch.float32):
     )
 
 
-@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+@pytest.mark.parametrize("precision", ["int4", "nvfp4", "int8"])
 @pytest.mark.parametrize(
     ("tokens", "outputs", "features", "rank"), [(1, 8, 64, 4), (70, 33, 100, 0), (130, 96, 320, 5)]
 )

@@ -45,7 +45,7 @@ def test_equals_its_definition():
     assert (codes != expected).float().mean() < 0.01  # a number between two codes may fall on either side
 
 
-@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+@pytest.mark.parametrize("precision", ["int4", "nvfp4", "int8"])
 def test_beats_rounding(precision):
     weight, x = torch.randn(32, 128), correlated(512, 128)
     scales = weight_scales(weight, precision, torch.float32)

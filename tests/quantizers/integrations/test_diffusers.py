@@ -333,7 +333,7 @@ class TestRefused:
         theirs = {"quant_method": "svdquant", "rank": 4, "precision": "nvfp4", "act_unsigned": False}
         for described, message in (
             (theirs, r"by another runtime .* such as vLLM-Omni"),
-            (config["quantization_config"] | {"layout": "diffusers_sana/3"}, "Upgrade diffusers_sana"),
+            (config["quantization_config"] | {"layout": "diffusers_sana/9"}, "Upgrade diffusers_sana"),
         ):
             (copy / "config.json").write_text(json.dumps(config | {"quantization_config": described}))
             with pytest.raises(ValueError, match=message):

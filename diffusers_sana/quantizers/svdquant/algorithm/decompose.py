@@ -1,9 +1,9 @@
-"""Weights of layers that share their input to 4-bit weights with a low-rank branch (SVDQuant, arXiv 2411.05007).
+"""Weights of layers that share their input to 4- or 8-bit weights with a low-rank branch (SVDQuant, arXiv 2411.05007).
 
     smooth = max|x|^a / max|weight|^b             per input channel (sections 4.1 and 4.2)
     W = weight * smooth                           outliers of the input move into the weight
     up @ down = argmin ||W - up @ down||          the largest singular directions, kept in 16 bit
-    Q = round(W - up @ down)                      4 bit
+    Q = round(W - up @ down)                      4 or 8 bit
     up @ down = argmin ||(W - Q - up @ down) L||  refitted to the rounding error
 
 The last two lines are repeated. Rounding is not exact, so a round may also make it worse: the best is kept, and the
@@ -70,7 +70,7 @@ class LayerReport(NamedTuple):
         error: relative error of the output for the sample inputs, in `computed_in`, over `SCORED_FEATURES` features or
             more.
         naive_error: the same for plain rounding of weight and activations.
-        computed_in: the mode for which the layer was fitted: "w4a4", "w4a8" or "w4a16".
+        computed_in: the mode for which the layer was fitted, such as "w4a8".
         gptq: whether the codes were rounded with error compensation.
         rotated: whether they are in a rotated basis.
     """

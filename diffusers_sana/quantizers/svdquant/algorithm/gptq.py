@@ -9,18 +9,7 @@ Legend: N output features, K input features, Kp = K padded.
 import torch
 from torch import Tensor
 
-from diffusers_sana.kernels.low_bit import (
-    GROUP_SIZES,
-    decode_e2m1,
-    decode_int4,
-    encode_e2m1,
-    encode_int4,
-    group_scales,
-    nonzero,
-    pack_nibbles,
-    padded,
-    precision_of,
-)
+from diffusers_sana.kernels.low_bit import CODECS, group_scales, nonzero, pack_codes, padded, precision_of
 
 
 BLOCK = 128
@@ -49,32 +38,32 @@ class Compensation:
         self.upper = torch.linalg.cholesky(inverse, upper=True)
 
     def codes(self, residual: Tensor, wscales: Tensor, wtscale: Tensor | None) -> Tensor:
-        """Packed codes `[N, Kp/2]` under given scales.
+        """Codes as they are stored, under given scales: `[N, Kp/2]`, for int8 `[N, Kp]`.
 
         Args:
             residual: `[N, Kp]`, fp32.
             wscales, wtscale: as in `low_bit.py`.
         """
         precision = precision_of(wscales)
-        group_size = GROUP_SIZES[precision]
-        encode, decode = (encode_int4, decode_int4) if precision == "int4" else (encode_e2m1, decode_e2m1)
-        scales = nonzero(group_scales(wscales, wtscale)).repeat_interleave(group_size, dim=1)
+        encode, decode = CODECS[precision]
+        scales = nonzero(group_scales(wscales, wtscale))
+        scales = scales.repeat_interleave(residual.shape[1] // scales.shape[1], dim=1)
 
         # Transposed, so that a column is contiguous in memory.
         remaining = torch.where(self.unused, 0.0, residual)[:, self.order].t().contiguous()
         scales = scales[:, self.order].t().contiguous()
-        nibbles = torch.empty_like(remaining, dtype=torch.uint8)
+        codes = torch.empty_like(remaining, dtype=torch.int8 if precision == "int8" else torch.uint8)
         for start in range(0, len(remaining), BLOCK):
             block = slice(start, min(start + BLOCK, len(remaining)))
             columns, errors = remaining[block], torch.zeros_like(remaining[block])
             factor = self.upper[block, block]
             for i, scale in enumerate(scales[block]):
                 code = encode(columns[i] / scale)
-                nibbles[start + i] = code
+                codes[start + i] = code
                 errors[i] = (columns[i] - decode(code).float() * scale) / factor[i, i]
                 columns[i:] -= factor[i, i:, None] * errors[i]
             remaining[block.stop :] -= self.upper[block, block.stop :].t() @ errors
-        return pack_nibbles(nibbles[self.order.argsort()].t().contiguous(), group_size)
+        return pack_codes(codes[self.order.argsort()].t().contiguous(), precision)
 
 
 def damped_factor(hessian: Tensor) -> Tensor:

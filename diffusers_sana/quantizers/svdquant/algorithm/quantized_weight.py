@@ -1,4 +1,4 @@
-"""A weight in 4 bits with a low-rank branch: its tensors, and the output that a layer has with it."""
+"""A weight in 4 or 8 bits with a low-rank branch: its tensors, and the output that a layer has with it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -16,9 +16,9 @@ class QuantizedWeight:
     """The tensors of a quantized layer, under the names of its state dict.
 
     Attributes:
-        qweight: uint8 `[N, Kp/2]`.
-        wscales: `[N, Kp/G]`, 16 bit or e4m3.
-        wtscale: `[N]`, or None for int4.
+        qweight: uint8 `[N, Kp/2]`; for int8 int8 `[N, Kp]`.
+        wscales: `[N, Kp/G]`, 16 bit or e4m3; for int8 fp32 `[N]`.
+        wtscale: `[N]` for nvfp4, else None.
         smooth_factor: `[K]`.
         proj_down: `[r, K]`, for the raw input: already divided by `smooth_factor`.
         proj_up: `[N, r]`.
@@ -65,11 +65,11 @@ class QuantizedWeight:
 
         Args:
             inputs: `[S, K]`, fp32.
-            mode: "w4a4", "w4a8" or "w4a16". The rounding of the weight to 8 bits in "w4a8" is left out: it is a tenth
-                of that to 4 bits.
+            mode: a compute mode of the layer, such as "w4a8". The rounding of a 4-bit weight to 8 bits is left out: it
+                is a tenth of that to 4 bits.
         """
         smooth, up = self.smooth_factor.float(), self.proj_up.float().t()
-        if mode == "w4a16":
+        if mode.endswith("a16"):
             return torch.addmm(inputs @ self.proj_down.float().t() @ up, inputs / smooth, self.residual().t())
         precision = precision_of(self.wscales) if mode == "w4a4" else "int8"
         codes, scales, low = quantize_lowrank_reference(inputs, smooth, self.proj_down, precision, self.rotation)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diffusers_sana.checkpoint_files import meta_tensors
 from diffusers_sana.kernels.rotation import GROUP
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
-from diffusers_sana.quantizers.svdquant.config import LAYOUT, ROTATED_LAYOUT, SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.config import INT8_LAYOUT, LAYOUT, ROTATED_LAYOUT, SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.layers.linear import (
     SVDQuantLayer,
     empty_weight,
@@ -114,12 +114,13 @@ def recorded_config(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SVDQuantLayer)}
     rotated = {name: "rotated" for name, layer in layers.items() if layer.rotation is not None}
     scales = {name: layer.input_scale for name, layer in layers.items() if layer.input_scale is not None}
+    has_int8 = any(layer.precision == "int8" for layer in layers.values())
     first = next(iter(layers.values()), None)
     dtype = config.dtype if first is None else str(first.proj_up.dtype).removeprefix("torch.")
     return replace(
         config,
         modules=modules,
-        layout=ROTATED_LAYOUT if rotated else LAYOUT,
+        layout=INT8_LAYOUT if has_int8 else ROTATED_LAYOUT if rotated else LAYOUT,
         dtype=dtype,
         rotated=list(as_patterns(rotated, model)),
         input_scales=scales or None,
@@ -183,7 +184,7 @@ def check_layers(model: nn.Module) -> None:
                 f"`proj_down` and `proj_up` of {name!r} must be [rank, {inputs}] and [{outputs}, rank], got {down} "
                 f"and {up}. The file was changed; download or quantize the model again."
             )
-        precision = "int4" if module.wtscale is None else "nvfp4"
+        precision = "int8" if module.qweight.dtype == torch.int8 else "int4" if module.wtscale is None else "nvfp4"
         rotation = module.rotation
         rotated = rotation is not None
         expected = empty_weight(outputs, inputs, down[0], precision, module.proj_up.dtype, rotated=rotated)

@@ -131,9 +131,11 @@ class SVDQuantQuantizer(DiffusersQuantizer):
         layer, leaf = checkpoint.layer_of(model, param_name)
         if layer is not None:
             # `param_value` may already be cast; the file has the original dtype.
-            shape, dtype = tuple(param_value.shape), state_dict[param_name].dtype
-            checkpoint.check_tensor(param_name, getattr(layer, leaf), shape, dtype)
-            setattr(layer, leaf, nn.Parameter(param_value.to(target_device), requires_grad=False))
+            shape, original = tuple(param_value.shape), state_dict[param_name]
+            checkpoint.check_tensor(param_name, getattr(layer, leaf), shape, original.dtype)
+            keeps_dtype = leaf == "wscales" and layer.precision == "int8"
+            value = original if keeps_dtype else param_value
+            setattr(layer, leaf, nn.Parameter(value.to(target_device), requires_grad=False))
             return
         name = param_name.rpartition(".")[0]
         mode = self._targets.pop(name)
@@ -148,8 +150,10 @@ class SVDQuantQuantizer(DiffusersQuantizer):
         return missing_keys
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> Any:
-        """For `device_map="auto"`: 4 bits for weights to be quantized; quantized tensors have their true sizes."""
-        return torch_dtype if self.pre_quantized else CustomDtype.INT4
+        """For `device_map="auto"`: the bits of weights to be quantized; quantized tensors have their true sizes."""
+        if self.pre_quantized:
+            return torch_dtype
+        return torch.int8 if self.quantization_config.precision == "int8" else CustomDtype.INT4
 
     def get_special_dtypes_update(self, model: nn.Module, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
         """For `device_map="auto"`: dtypes of parameters that are not quantized on the fly."""
@@ -158,7 +162,7 @@ class SVDQuantQuantizer(DiffusersQuantizer):
 
     def get_cuda_warm_up_factor(self) -> int:
         """Roughly the ratio of the number of elements to that of 16-bit numbers in the same memory."""
-        return 2 if self.pre_quantized else 4
+        return 2 if self.pre_quantized or self.quantization_config.precision == "int8" else 4
 
     @property
     def supports_parallel_loading(self) -> bool:

@@ -91,8 +91,10 @@ class SVDQuantTransformersQuantizer(HfQuantizer):
 
     @property
     def quantized_element_size(self) -> float | None:
-        """For `device_map="auto"`: 4 bits for weights to be quantized; quantized tensors have their true sizes."""
-        return None if self.pre_quantized else 0.5
+        """For `device_map="auto"`: the bytes of weights to be quantized; quantized tensors have their true sizes."""
+        if self.pre_quantized:
+            return None
+        return 1.0 if self.quantization_config.precision == "int8" else 0.5
 
     def is_serializable(self) -> bool:
         """The tensors are plain."""

@@ -1,4 +1,4 @@
-"""The fastest compute mode of 4-bit layers on a device."""
+"""The fastest compute mode of quantized layers on a device."""
 
 from functools import cache
 
@@ -7,6 +7,7 @@ from diffusers.utils import logging
 
 from diffusers_sana._compat import triton_refusal
 from diffusers_sana.kernels.cpu import int8_linear
+from diffusers_sana.quantizers.svdquant.config import mode_for
 
 
 logger = logging.get_logger(__name__)
@@ -17,7 +18,7 @@ NVFP4_CAPABILITIES = ((10, 0), (10, 3), (12, 0), (12, 1))
 
 @torch.compiler.assume_constant_result  # it asks libraries and drivers, which cannot be traced
 def best_mode(device: torch.device, precision: str) -> str:
-    """The fastest mode that is implemented on a device: "w4a4", "w4a8" or "w4a16"."""
+    """The fastest mode that is implemented on a device for a format: "w4a4", "w4a8", "w4a16", "w8a8" or "w8a16"."""
     return _best_mode(device.type, device.index, precision)[0]
 
 
@@ -42,5 +43,6 @@ def _best_mode(device_type: str, index: int | None, precision: str) -> tuple[str
             mode, reason = "w4a8", "8-bit tensor cores"
         else:
             mode, reason = "w4a16", f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    mode = mode_for(precision, mode)
     logger.info(f"SVDQuant layers in {precision} compute in {mode} on {device_type}: {reason}.")
     return mode, reason

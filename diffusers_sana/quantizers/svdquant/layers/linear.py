@@ -1,17 +1,19 @@
-"""Quantized layers: stock `nn.Linear` and 1x1 `nn.Conv2d` from outside, 4 bits and a low-rank branch inside.
+"""Quantized layers: stock `nn.Linear` and 1x1 `nn.Conv2d` from outside, 4 or 8 bits and a low-rank branch inside.
 
     out = x @ weight.T + bias,    weight = decode(qweight, wscales, wtscale) / smooth_factor + proj_up @ proj_down
 
 In rotated layers the decoded matrix is rotated before the division (see `kernels/rotation.py`).
 
 Adapters, offloading and device maps find a linear layer with plain parameters; `weight` gives the 16-bit matrix that
-the layer represents. The product is computed in one of three modes (`compute_mode`):
+the layer represents. The product of a 4-bit layer is computed in one of three modes (`compute_mode`):
 
     w4a4    activations are quantized to the 4-bit format of the weight
     w4a8    activations are quantized to int8, with one scale per token; the weight is converted to int8, on the fly
             (GPU) or once (CPU)
     w4a16   activations stay in 16 bit; the weight is converted to 16 bit on the fly
     auto    the fastest of these on the device, see `best_mode`
+
+That of an int8 layer is computed in w8a8, as w4a8 without converting the weight, or in w8a16; see `mode_for`.
 
 If the input requires a gradient, the layer computes in w4a16, and the gradient flows through to the input.
 
@@ -34,7 +36,7 @@ from diffusers_sana.kernels.lowbit_linear import lowbit_linear
 from diffusers_sana.kernels.precision import arithmetic_dtype
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank
 from diffusers_sana.quantizers.svdquant.algorithm.quantized_weight import QuantizedWeight
-from diffusers_sana.quantizers.svdquant.config import COMPUTE_MODES
+from diffusers_sana.quantizers.svdquant.config import COMPUTE_MODES, mode_for
 from diffusers_sana.quantizers.svdquant.layers.compute_mode import best_mode
 from diffusers_sana.quantizers.svdquant.layers.lora import LowRankBranch, PlainConvolutions, lazy_weight
 
@@ -50,8 +52,8 @@ class SVDQuantLayer(LowRankBranch):
     Attributes:
         qweight, wscales, wtscale, smooth_factor, proj_down, proj_up, rotation, bias: parameters without gradient, see
             `QuantizedWeight`; `wtscale`, `rotation` and `bias` may be None.
-        compute_mode: "auto", "w4a4", "w4a8" or "w4a16".
-        is_weight_only: computes in w4a16 whatever `compute_mode` is, as adaLN layers do.
+        compute_mode: one of `COMPUTE_MODES`.
+        is_weight_only: activations stay in 16 bit whatever `compute_mode` is, as adaLN layers do.
         input_scale: static scale of the input / smooth_factor, for runtimes that need one; not used here.
     """
 
@@ -99,10 +101,10 @@ class SVDQuantLayer(LowRankBranch):
         int8_linear.forget(self.qweight)
 
     def mode_on(self, device: torch.device) -> str:
-        """The mode in which the layer computes on a device: "w4a4", "w4a8" or "w4a16"."""
-        if self.is_weight_only:
-            return "w4a16"
-        return best_mode(device, self.precision) if self.compute_mode == "auto" else self.compute_mode
+        """The mode in which the layer computes on a device: "w4a4", "w4a8", "w4a16", "w8a8" or "w8a16"."""
+        if self.compute_mode == "auto" and not self.is_weight_only:
+            return best_mode(device, self.precision)
+        return mode_for(self.precision, "w4a16" if self.is_weight_only else self.compute_mode)
 
     def matmul(self, hidden_states: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`, in the dtype of the layer."""
@@ -113,18 +115,18 @@ class SVDQuantLayer(LowRankBranch):
         tokens = hidden_states.flatten(0, -2)
         mode = self.mode_on(tokens.device)
         if mode == "w4a4":
-            out = self.matmul_w4a4(tokens)
-        elif mode == "w4a8":
-            out = self.matmul_w4a8(tokens)
+            out = self.matmul_a4(tokens)
+        elif mode.endswith("a8"):
+            out = self.matmul_a8(tokens)
         else:
-            out = self.matmul_w4a16(tokens)
+            out = self.matmul_a16(tokens)
         return out.unflatten(0, hidden_states.shape[:-1])
 
-    def matmul_w4a4(self, tokens: Tensor) -> Tensor:
+    def matmul_a4(self, tokens: Tensor) -> Tensor:
         """`[M, K]` to `[M, N]` with activations in the 4-bit format of the weight."""
         return self._low_bit_matmul(tokens, self.precision)
 
-    def matmul_w4a8(self, tokens: Tensor) -> Tensor:
+    def matmul_a8(self, tokens: Tensor) -> Tensor:
         """`[M, K]` to `[M, N]` with activations in int8."""
         if tokens.device.type == "cpu" and int8_linear.is_supported():
             return int8_linear.int8_linear(
@@ -133,7 +135,7 @@ class SVDQuantLayer(LowRankBranch):
             )  # fmt: skip
         return self._low_bit_matmul(tokens, "int8")
 
-    def matmul_w4a16(self, tokens: Tensor) -> Tensor:
+    def matmul_a16(self, tokens: Tensor) -> Tensor:
         """`[M, K]` to `[M, N]` with activations in 16 bit; on a CPU in pieces of the weight that stay in the cache."""
         if tokens.device.type != "cpu" or torch.compiler.is_compiling():
             return linear(tokens, self.dequantize(), self.bias)
@@ -164,7 +166,7 @@ class SVDQuantLayer(LowRankBranch):
 
     @property
     def precision(self) -> str:
-        """ "int4" or "nvfp4"."""
+        """ "int4", "nvfp4" or "int8"."""
         return precision_of(self.wscales)
 
     @property
@@ -173,16 +175,18 @@ class SVDQuantLayer(LowRankBranch):
         return self.qweight.shape[0]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """`.to` and the like. It must not convert the bits of e4m3 scales, and drops the 8-bit copy of a CPU."""
+        """`.to` and the like. It keeps the bits of the scales of nvfp4 and int8, and drops the 8-bit copy of a CPU."""
         int8_linear.forget(self.qweight)
 
         def on_bits(tensor: Tensor) -> Tensor:
             if tensor.dtype == torch.float8_e4m3fn:
                 return fn(tensor.view(torch.uint8)).view(torch.float8_e4m3fn)
+            if tensor is self.wscales and self.precision == "int8":
+                return fn(tensor.view(torch.int32)).view(torch.float32)
             result = fn(tensor)
             if result.is_floating_point() and result.itemsize == 1:
                 raise ValueError(
-                    f"a 4-bit layer cannot be kept in {result.dtype}: its scales would be lost. Leave it out, as "
+                    f"a quantized layer cannot be kept in {result.dtype}: its scales would be lost. Leave it out, as "
                     "`enable_layerwise_casting` of the model does."
                 )
             return result
@@ -195,7 +199,7 @@ class SVDQuantLayer(LowRankBranch):
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """`x @ weight.T` that recomputes the weight for the gradient instead of keeping it, for a frozen 4-bit base."""
+    """`x @ weight.T` of a frozen quantized layer; recomputes the weight for the gradient instead of keeping it."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, layer: SVDQuantLayer) -> Tensor:
@@ -209,7 +213,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 class SVDQuantLinear(SVDQuantLayer, nn.Linear):
-    """A linear layer in 4 bits; arguments as of `SVDQuantLayer`."""
+    """A linear layer in 4 or 8 bits; arguments as of `SVDQuantLayer`."""
 
     def _set_features(self, num_inputs: int, num_outputs: int) -> None:
         self.in_features, self.out_features = num_inputs, num_outputs
@@ -233,7 +237,7 @@ class SVDQuantLinear(SVDQuantLayer, nn.Linear):
 
 
 class SVDQuantConv2d(PlainConvolutions, SVDQuantLayer, nn.Conv2d):
-    """A 1x1 convolution in 4 bits, a matrix product per pixel; arguments as of `SVDQuantLayer`."""
+    """A 1x1 convolution in 4 or 8 bits, a matrix product per pixel; arguments as of `SVDQuantLayer`."""
 
     def _set_features(self, num_inputs: int, num_outputs: int) -> None:
         self.in_channels, self.out_channels = num_inputs, num_outputs
@@ -263,16 +267,19 @@ def empty_weight(
 ) -> QuantizedWeight:
     """The tensors of a quantized layer without values, for a checkpoint to be loaded into."""
     features = padded(in_features)
-    groups = features // GROUP_SIZES[precision]
-    is_nvfp4 = precision == "nvfp4"
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
+    if precision == "int8":
+        codes, scales = empty(out_features, features, dtype=torch.int8), empty(out_features, dtype=torch.float32)
+    else:
+        codes, groups = empty(out_features, features // 2, dtype=torch.uint8), features // GROUP_SIZES[precision]
+        scales = empty(out_features, groups, dtype=torch.float8_e4m3fn if precision == "nvfp4" else dtype)
     return QuantizedWeight(
-        empty(out_features, features // 2, dtype=torch.uint8),
-        empty(out_features, groups, dtype=torch.float8_e4m3fn if is_nvfp4 else dtype),
-        empty(out_features) if is_nvfp4 else None,
+        codes,
+        scales,
+        empty(out_features) if precision == "nvfp4" else None,
         empty(in_features),
         empty(rank, in_features),
         empty(out_features, rank),
@@ -295,13 +302,13 @@ def replace_layer(model: nn.Module, name: str, weight: QuantizedWeight, mode: st
         model: holds the layer.
         name: of the layer in the model.
         weight: its quantized weight.
-        mode: "w4a4" or "w4a16", from `find_targets`.
+        mode: one of `LAYER_MODES`, from `find_targets`.
         compute_mode: see `SVDQuantConfig`.
     """
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     original = getattr(parent, leaf)
-    layer = quantized_layer(original, weight, compute_mode, is_weight_only=mode == "w4a16")
+    layer = quantized_layer(original, weight, compute_mode, is_weight_only=mode.endswith("a16"))
     setattr(parent, leaf, layer.train(original.training))
     return layer
 

@@ -6,7 +6,7 @@ stores what is added to it as further ranks of its low-rank branch (`LowRankBran
 
     proj_down = [proj_down; V]        proj_up = [proj_up, U]        U @ V = B @ A
 
-The 4-bit codes do not change. Subtracting the same matrix removes those ranks, which restores the original bits. Of a
+The codes do not change. Subtracting the same matrix removes those ranks, which restores the original bits. Of a
 change of high rank, such as that of DoRA or OFT, the strongest directions are stored, and a warning says what is left
 out. Unfused, such an adapter is exact.
 
@@ -120,8 +120,8 @@ class LowRankBranch(nn.Module):
         size = wide.norm()
         if size > LARGEST * whole:
             raise RuntimeError(
-                f"the weight of a 4-bit layer cannot store a change of high rank that is {size / whole:.2g} times as "
-                f"large as itself. {WRITE_HELP}"
+                "the weight of a quantized layer cannot store a change of high rank that is "
+                f"{size / whole:.2g} times as large as itself. {WRITE_HELP}"
             )
         up, down = randomized_svd(wide, max(int(MOST_RANKS * min(wide.shape)), 1), seed=0)
         left_out = (size.square() - up.square().sum(0).cumsum(0)).clamp(min=0).sqrt() / size
@@ -129,12 +129,12 @@ class LowRankBranch(nn.Module):
         error = left_out[rank - 1].item()
         if error > MOST_LEFT_OUT:
             raise RuntimeError(
-                f"the weight of a 4-bit layer cannot store a change of high rank: in the {rank} directions that it "
-                f"has room for, {error:.0%} of the change would be left out. {WRITE_HELP}"
+                f"the weight of a quantized layer cannot store a change of high rank: in the {rank} directions that "
+                f"it has room for, {error:.0%} of the change would be left out. {WRITE_HELP}"
             )
         logger.warning(
-            f"An adapter changes a 4-bit layer {list(wide.shape)} in more directions than it can store: fused, the "
-            f"{rank} strongest ones are kept, which leaves out {error:.1%} of the change (Frobenius norm). "
+            f"An adapter changes a quantized layer {list(wide.shape)} in more directions than it can store: fused, "
+            f"the {rank} strongest ones are kept, which leaves out {error:.1%} of the change (Frobenius norm). "
             "Unfused, the adapter is exact."
         )
         return (up[:, :rank], down[:rank]), error
@@ -232,7 +232,7 @@ def _by_name(func: Any, kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
 
 
 def _refused_write(what: str) -> RuntimeError:
-    return RuntimeError(f"the weight of a 4-bit layer cannot be written to by {what}. {WRITE_HELP}")
+    return RuntimeError(f"the weight of a quantized layer cannot be written to by {what}. {WRITE_HELP}")
 
 
 def lazy_weight(layer: Any, shape: Sequence[int]) -> Tensor:
