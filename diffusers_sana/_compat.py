@@ -78,6 +78,7 @@ VILA_U = "VILA-U"
 STEP_CACHES = "step caches (`enable_cache`)"
 QUANTIZED = "loading SVDQuant models"
 QUANTIZED_LORA = "LoRA on SVDQuant models"
+TEXT_LORA = "adapters of the text encoder"
 CONTEXT_PARALLEL = "context parallelism (`enable_parallelism`)"
 KERNELS = "the Triton kernels"
 COMPILED_BLOCKS = "`compile_repeated_blocks`"
@@ -90,6 +91,9 @@ IMPORTS = {
     "ContextParallelInput": HostName("diffusers.models._modeling_parallel:ContextParallelInput", CONTEXT_PARALLEL),
     "ContextParallelOutput": HostName("diffusers.models._modeling_parallel:ContextParallelOutput", CONTEXT_PARALLEL),
     "TransformerBlockMetadata": HostName("diffusers.hooks._helpers:TransformerBlockMetadata", STEP_CACHES),
+    "reapply_group_offloading": HostName(
+        "diffusers.hooks.group_offloading:_maybe_remove_and_reapply_group_offloading", TEXT_LORA
+    ),
     "fetch_state_dict": HostName("diffusers.loaders.lora_base:_fetch_state_dict", "loading LoRA files"),
     "tree_map_only": HostName("torch.utils._pytree:tree_map_only", QUANTIZED_LORA),
     # Of transformers 5, without a promise to stay.
@@ -154,6 +158,7 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
     "_modules": (HostName(_MODULE, PROMPT_PREFIX, in_source=True),),
     "_mixed_precision": (HostName(_ACCELERATOR, SEVERAL_RUNS, in_source=True),),
     "_name_or_path": (HostName(_CONFIG, "the report of `quantize`", in_source=True),),
+    "_optionally_disable_offloading": (HostName("diffusers.loaders.lora_base:LoraBaseMixin", TEXT_LORA),),
     "_parallel_config": (HostName(_DIFFUSERS_MODEL, "step caches under context parallelism"),),
     "_parameters": (HostName(_MODULE, PROMPT_PREFIX, in_source=True),),
     "_progress_bar_config": (HostName(_PIPELINE, "progress bars", in_source=True),),
@@ -180,6 +185,7 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
     "_input_embed_layer": (HostName("transformers.modeling_utils:EmbeddingAccessMixin", VILA_U),),
     "_keys_to_ignore_on_save": (HostName(_PRETRAINED, VILA_U),),
     "_load_from_state_dict": (HostName(_MODULE, "loading weights"),),
+    "_lora_loadable_modules": (HostName("diffusers.loaders.lora_base:LoraBaseMixin", TEXT_LORA),),
     "_no_split_modules": (HostName(_DIFFUSERS_MODEL, DEVICE_MAPS), HostName(_PRETRAINED, DEVICE_MAPS)),
     "_preprocess": (HostName(_IMAGE_PROCESSOR, VILA_U),),
     "_process_model_after_weight_loading": tuple(HostName(where, QUANTIZED) for where in _QUANTIZERS),

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from diffusers.loaders import SanaLoraLoaderMixin
-from diffusers.utils import get_adapter_name
+from diffusers.utils import get_adapter_name, logging
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from diffusers_sana.checkpoint_files import HUB_ARGUMENTS, read_object, tensor_shapes
 from diffusers_sana.checks import check_number
-from diffusers_sana.loaders.lora.formats import check_lora_fits, convert_sana_lora
+from diffusers_sana.loaders.lora.formats import TEXT_PREFIX, check_lora_fits, convert_sana_lora
 
+
+logger = logging.get_logger(__name__)
 
 PEFT_CONFIG = "adapter_config.json"  # where PEFT keeps the scale of a LoRA
 PEFT_PREFIX = "base_model.model."
@@ -24,7 +26,11 @@ FILE_ARGUMENTS = (*HUB_ARGUMENTS, "subfolder")
 
 
 class LoraLoading(SanaLoraLoaderMixin):
-    """Part of `SanaPipelineBase`: `load_lora_weights` for the formats of `lora_formats.py`."""
+    """Part of `SanaPipelineBase`: `load_lora_weights` for the formats of `loaders/lora/formats.py`."""
+
+    _lora_loadable_modules = ["transformer", "text_encoder"]
+    transformer: Any
+    text_encoder: Any
 
     @classmethod
     def lora_state_dict(
@@ -35,7 +41,7 @@ class LoraLoading(SanaLoraLoaderMixin):
         use_safetensors: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor] | tuple[dict[str, Tensor], dict[str, Any] | None]:
-        """The tensors of a LoRA by diffusers' names, in any of the formats of `lora_formats.py`.
+        """The tensors of a LoRA by diffusers' names, in any of the formats of `loaders/lora/formats.py`.
 
         Args:
             pretrained_model_name_or_path_or_dict: a file, a folder or an id on the Hub with one, or what is in such a
@@ -91,9 +97,16 @@ class LoraLoading(SanaLoraLoaderMixin):
         pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor],
         adapter_name: str | None = None,
         hotswap: bool = False,
+        low_cpu_mem_usage: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Puts a LoRA beside the layers of the transformer; the arguments are diffusers' and `lora_state_dict`'s.
+        """Puts a LoRA beside the layers of the transformer and the text encoder.
+
+        Args:
+            pretrained_model_name_or_path_or_dict, kwargs: see `lora_state_dict`.
+            adapter_name: of the adapter in both models; None for a new one, "default_0" and so on.
+            hotswap: put it into the place of the adapter of that name, in the transformer only.
+            low_cpu_mem_usage: do not initialize what is read from the file.
 
         Raises:
             ValueError: naming the file and what does not fit the model; or see `lora_state_dict`.
@@ -104,7 +117,27 @@ class LoraLoading(SanaLoraLoaderMixin):
             # PEFT may keep these tensors as parameters, which hot-swapping overwrites.
             source = {key: tensor.clone() for key, tensor in source.items()}
         with _named(source, kwargs.get("weight_name"), kwargs.get("subfolder")):
-            super().load_lora_weights(source, adapter_name, hotswap, **kwargs)
+            found: Any = self.lora_state_dict(source, **kwargs | {"return_lora_metadata": True})
+            state_dict, metadata = found
+            text = {key: tensor for key, tensor in state_dict.items() if key.startswith(TEXT_PREFIX)}
+            others = {key: tensor for key, tensor in state_dict.items() if key not in text}
+            text_encoder = self.text_encoder
+            if text and text_encoder is None:
+                logger.warning(
+                    f"The LoRA also changes the text encoder ({len(text)} tensors), which this pipeline does not have."
+                    " Only the part of the transformer is loaded."
+                )
+                text = {}
+            if not hotswap:
+                adapter_name = adapter_name or _new_name(self.transformer, text_encoder)
+            options = {"adapter_name": adapter_name, "_pipeline": self, "hotswap": hotswap, "metadata": metadata}
+            if text:
+                _check_text_encoder(text, text_encoder, adapter_name, hotswap)
+            if others or not state_dict:
+                options["low_cpu_mem_usage"] = low_cpu_mem_usage
+                self.load_lora_into_transformer(others, self.transformer, **options)
+            if text:
+                self.load_lora_into_text_encoder(text, text_encoder, **options)
 
     @classmethod
     def load_lora_into_transformer(
@@ -156,6 +189,70 @@ class LoraLoading(SanaLoraLoaderMixin):
             drop_unused_changes(transformer)
             drop_unused(transformer)
 
+    @classmethod
+    def load_lora_into_text_encoder(
+        cls,
+        state_dict: dict[str, Tensor],
+        text_encoder: Any,
+        adapter_name: str | None = None,
+        _pipeline: Any = None,
+        hotswap: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Puts the part of a LoRA that belongs to the text encoder beside its layers.
+
+        Args:
+            state_dict: by diffusers' names, those of the text encoder with the prefix `text_encoder.`.
+            text_encoder: a Gemma 2 of transformers, dense or quantized.
+            adapter_name: a new name; None for "default_0" and so on.
+            _pipeline: whose offloading stops while layers are replaced.
+            hotswap: must be False.
+            metadata: PEFT's fields, with the same prefix.
+
+        Raises:
+            ValueError: naming a key that does not fit the model; or the name is taken.
+        """
+        from diffusers_sana.loaders.lora.layers import load_into_text_encoder
+
+        adapter_name = adapter_name or get_adapter_name(text_encoder)
+        _check_text_encoder(state_dict, text_encoder, adapter_name, hotswap)
+        with _without_offloading(_pipeline):
+            load_into_text_encoder(text_encoder, state_dict, metadata, adapter_name)
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | Path,
+        transformer_lora_layers: dict[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        weight_name: Any = None,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        transformer_lora_adapter_metadata: dict[str, Any] | None = None,
+        text_encoder_lora_layers: dict[str, Tensor] | None = None,
+        text_encoder_lora_adapter_metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """Saves the layers of an adapter, of one model or both; the arguments are those of diffusers' SD3 pipeline.
+
+        Raises:
+            ValueError: there are no layers.
+        """
+        models = {
+            cls.transformer_name: (transformer_lora_layers, transformer_lora_adapter_metadata),
+            "text_encoder": (text_encoder_lora_layers, text_encoder_lora_adapter_metadata),
+        }
+        state_dict: dict[str, Tensor] = {}
+        fields: dict[str, Any] = {}
+        for name, (layers, metadata) in models.items():
+            state_dict |= cls.pack_weights(layers or {}, name)
+            fields |= {f"{name}.{field}": value for field, value in (metadata or {}).items() if layers}
+        if not state_dict:
+            raise ValueError("`transformer_lora_layers` or `text_encoder_lora_layers` must be given, got neither.")
+        cls.write_lora_layers(
+            state_dict, str(save_directory), is_main_process, weight_name, save_function, safe_serialization, fields
+        )
+
     def fuse_lora(
         self,
         components: list[str] | None = None,
@@ -164,7 +261,7 @@ class LoraLoading(SanaLoraLoaderMixin):
         adapter_names: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds LoRAs to the weights; the arguments are diffusers'.
+        """Adds LoRAs to the weights; the arguments are diffusers', but that `components` is all models by default.
 
         Raises:
             ValueError, RuntimeError: an adapter that the weights cannot express. None is changed then.
@@ -173,12 +270,58 @@ class LoraLoading(SanaLoraLoaderMixin):
         from diffusers_sana.models.transformers.lora_layers import check_can_be_fused
 
         check_number("lora_scale", lora_scale)
-        components = ["transformer"] if components is None else components
+        components = self._lora_loadable_modules if components is None else components
         models = [model for name in components if isinstance(model := getattr(self, name, None), nn.Module)]
         for model in models:
             check_can_be_fused(model, adapter_names)
         with all_or_none_fused(models):
             super().fuse_lora(components, lora_scale, safe_fusing, adapter_names, **kwargs)
+
+    def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
+        """Takes fused LoRAs out of the weights of `components`, all models by default."""
+        super().unfuse_lora(self._lora_loadable_modules if components is None else components, **kwargs)
+
+
+def _new_name(*models: nn.Module | None) -> str:
+    """A name that diffusers would give to the next adapter, new in all models."""
+    names = [get_adapter_name(model) for model in models if model is not None]
+    return max(names, key=lambda name: int(name.rpartition("_")[2]))
+
+
+def _check_text_encoder(
+    state_dict: Mapping[str, Tensor], text_encoder: Any, adapter_name: str | None, hotswap: bool
+) -> None:
+    """Raises ValueError, naming what is wrong, for an adapter that cannot be loaded into the text encoder."""
+    if hotswap:
+        raise ValueError(
+            "`hotswap` swaps adapters of the transformer only, but the file also changes the text encoder "
+            f"({next(iter(state_dict))!r}). Load it without `hotswap`, under another name."
+        )
+    if adapter_name in getattr(text_encoder, "peft_config", {}):
+        raise ValueError(f"`adapter_name` must be new, but the text encoder has an adapter {adapter_name!r}.")
+    check_lora_fits(state_dict, text_encoder, TEXT_PREFIX)
+
+
+@contextmanager
+def _without_offloading(pipeline: Any) -> Iterator[None]:
+    """Takes the hooks of offloading off while layers are replaced, as diffusers does for the transformer."""
+    from diffusers_sana._compat import reapply_group_offloading
+
+    if pipeline is None:
+        yield
+        return
+    by_model, by_layer, by_group = pipeline._optionally_disable_offloading(pipeline)
+    try:
+        yield
+    finally:
+        if by_model:
+            pipeline.enable_model_cpu_offload()
+        elif by_layer:
+            pipeline.enable_sequential_cpu_offload()
+        elif by_group:
+            for model in pipeline.components.values():
+                if isinstance(model, nn.Module):
+                    reapply_group_offloading(model)
 
 
 def _peft_config(source: Path, hub: dict[str, Any]) -> dict[str, Any] | None:

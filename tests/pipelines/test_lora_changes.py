@@ -97,6 +97,18 @@ def test_beside_and_fused(case, kind):
     assert_close_fp32(case.output(), beside)
 
 
+@pytest.mark.parametrize("second", ["LoRA", "OFT, outputs", "DoRA, inputs"])
+def test_a_dora_beside_other_kinds(case, second):
+    """In one file. PEFT knows DoRA of all layers of an adapter, or of none."""
+    file, weights = {}, {}
+    for kind, name in zip(("DoRA, outputs", second, "DoRA, outputs"), NAMES, strict=True):
+        tensors, changed = case.adapter(KINDS[kind], [name])
+        file |= tensors
+        weights |= changed
+    case.pipe.load_lora_weights(file)
+    assert_close_fp32(case.output(), case.expected(weights))
+
+
 @pytest.mark.parametrize("kind", ["LoRA", "full", "OFT, outputs", "DoRA, outputs", "DoRA, inputs", "BOFT"])
 def test_depthwise(dense, kind):
     """The layer's own weights, whose input axis is a single channel; LoRA has several other forms there."""

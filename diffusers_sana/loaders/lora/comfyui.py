@@ -14,6 +14,7 @@ from diffusers_sana.loaders.lora.formats import (
     DOWN,
     GUIDED_TIME,
     PREFIX,
+    TEXT_PREFIX,
     TIME,
     UNGUIDED_TIME,
     UP,
@@ -39,11 +40,15 @@ def lora_to_comfyui(state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any
         `diffusion_model.blocks.0.attn.qkv.lora_down.weight` and the like, with one `alpha` per layer.
 
     Raises:
-        ValueError: see `convert_sana_lora`; DoRA, biases and a LoRA of the depthwise convolutions, which this format
-            does not support.
+        ValueError: see `convert_sana_lora`; DoRA, biases, and a LoRA of the depthwise convolutions or of the text
+            encoder, which this format does not support.
     """
     ours, fields = convert_sana_lora(state_dict, metadata)
     for key in ours:
+        if key.startswith(TEXT_PREFIX):
+            raise ValueError(
+                f"{key!r} changes the text encoder, which this format does not support. Leave such keys out."
+            )
         if not key.endswith((DOWN, UP)):
             raise ValueError(
                 f"{key!r} must be a factor of a plain LoRA: this format does not support DoRA and biases."

@@ -39,6 +39,7 @@ logger = logging.get_logger(__name__)
 BIAS, MAGNITUDE, ALPHA = "lora_B.bias", "lora_magnitude_vector", "alpha"
 WHOLE, WHOLE_BIAS = "diff", "diff_b"  # changes of a whole weight and of its bias
 PREFIX = "transformer."  # of keys in files for diffusers pipelines
+TEXT_PREFIX = "text_encoder."
 
 PARTS = {
     DOWN: DOWN,  # PEFT, diffusers, and some files for ComfyUI
@@ -52,6 +53,8 @@ PARTS = {
     ALPHA: ALPHA,
     "lora.down.weight": DOWN,  # diffusers before PEFT
     "lora.up.weight": UP,
+    "lora_linear_layer.down.weight": DOWN,
+    "lora_linear_layer.up.weight": UP,
     MID: MID,
     "lora.mid.weight": MID,
     **{part: part for part in (*LOHA, *LOKR, *ROTATIONS, WHOLE, WHOLE_BIAS)},
@@ -71,6 +74,11 @@ OTHER_METHODS = {
     **dict.fromkeys(("a1", "a2", "b1", "b2", "bm"), ("GLoRA", "Train a LoRA.")),
 }
 TEXT_ENCODER = ("lora_te", "lycoris_te", "text_encoder", "bundle_emb.")
+# A layer of Sana's text encoder, Gemma 2, with dots or underscores: alone, or beside others in a file.
+TEXT_LAYER = re.compile(
+    r"(?:(?:base_model\.model|lycoris|(?:lora|lycoris)_te1?|(?:lora_)?text_encoder|text_encoders\.\w+\.transformer)[._])?"
+    r"(?:model[._])?layers[._](\d+)[._](self_attn|mlp)[._]((?:q|k|v|o|gate|up|down)_proj)"
+)
 ANY_PREFIX = re.compile(
     r"lora_(?:unet|transformer)[._]|lycoris[._]"
     r"|(?:base_model\.model\.)?(?:(?:model\.)?diffusion_model[._]|transformer[._](?!blocks))?"
@@ -107,16 +115,17 @@ def convert_sana_lora(
     Factors are unchanged, so nothing is rounded: scales become `lora_alpha` and `alpha_pattern` of the metadata. For
     the original fused layers (queries, keys and values in one), each part gets its rows of B and all of A. LoHa and
     LoKr of a small rank become a LoRA with the same product, see `products.py`. What no LoRA can hold gets parts under
-    `lora_change.`, see `changes.py`: rotations, DoRA over inputs, whole matrices, LoKr of a high rank. Keys of text
-    encoders are left out with a warning; `text_encoder_part` reads those.
+    `lora_change.`, see `changes.py`: rotations, DoRA over inputs, whole matrices, LoKr of a high rank. Layers of the
+    text encoder of Sana get the prefix `text_encoder.`; other keys of text encoders, such as embeddings of new words,
+    are left out with a warning.
 
     Args:
         state_dict: tensors by their keys in the file.
-        metadata: of the file or its `adapter_config.json`: fields of PEFT's config, with or without the prefix
-            `transformer.`. Tensors named `alpha` take precedence.
+        metadata: of the file or its `adapter_config.json`: fields of PEFT's config, with or without the prefixes
+            `transformer.` and `text_encoder.`. Tensors named `alpha` take precedence.
 
     Returns:
-        The tensors with diffusers' names, and PEFT's fields with the prefix `transformer.`. Tensors that already have
+        The tensors with diffusers' names, and PEFT's fields with the prefixes of the models. Tensors that already have
         diffusers' names are returned unchanged, with `metadata`.
 
     Raises:
@@ -128,12 +137,15 @@ def convert_sana_lora(
     out: dict[str, Tensor] = {}
     scales: dict[str, float] = {}
     for layer, keys in layers.items():
-        names = _layer_names(layer, next(iter(keys.values())), has_guidance)
         first = next(iter(keys.values()))
+        text = TEXT_LAYER.fullmatch(layer)
+        prefix = TEXT_PREFIX if text else PREFIX
+        names = ("layers.{}.{}.{}".format(*text.groups()),) if text else _layer_names(layer, first, has_guidance)
+        fields = None if metadata is None else fields_of(metadata, prefix)
         parts = {part: state_dict[key] for part, key in keys.items()}
         alpha = parts.pop(ALPHA, None)
         try:
-            adapter, rank = _as_adapter(parts, keys, names[0], alpha, metadata)
+            adapter, rank = _as_adapter(parts, keys, names[0], alpha, fields)
         except ValueError as error:
             raise ValueError(str(error) if f"{first!r}" in str(error) else f"{first!r}: {error}") from None
         is_rotation = not {f"{CHANGE}in_blocks", f"{CHANGE}out_blocks"}.isdisjoint(adapter)
@@ -142,18 +154,23 @@ def convert_sana_lora(
         elif alpha is not None:
             scale = _number(alpha, keys[ALPHA]) / (rank or 1)
         else:
-            scale = lora_scale(metadata, ANY_PREFIX.sub("", layer, 1), rank)
+            scale = lora_scale(fields, names[0] if text else ANY_PREFIX.sub("", layer, 1), rank)
         if any(part.endswith("_magnitude") for part in adapter) and scale != 1:  # the lengths are those of the sum
             part = next(f"{CHANGE}{part}" for part in ("up", "diff", "kron_1") if f"{CHANGE}{part}" in adapter)
             adapter[part], scale = adapter[part].float() * scale, 1.0
         for name, piece in zip(names, _split(adapter, keys, len(names)), strict=True):
-            if name in scales:
+            if prefix + name in scales:
                 raise ValueError(f"{first!r} and another key of the file both map to {name!r}.")
-            out |= {f"{PREFIX}{name}.{part}": tensor for part, tensor in piece.items()}
-            scales[name] = scale
+            out |= {f"{prefix}{name}.{part}": tensor for part, tensor in piece.items()}
+            scales[prefix + name] = scale
+    _separate_dora(out, scales)
     if out.keys() == state_dict.keys():
         return out, None if metadata is None else dict(metadata)
-    return out, _metadata(out, scales)
+    fields_of_models: dict[str, Any] = {}
+    for prefix in (PREFIX, TEXT_PREFIX):
+        own = {name.removeprefix(prefix): scale for name, scale in scales.items() if name.startswith(prefix)}
+        fields_of_models |= _metadata(out, own, prefix) if own else {}
+    return out, fields_of_models
 
 
 def lora_scale(metadata: Mapping[str, Any] | None, name: str, rank: int | None) -> float:
@@ -166,7 +183,7 @@ def lora_scale(metadata: Mapping[str, Any] | None, name: str, rank: int | None) 
     """
     if metadata is None:
         return 1.0
-    fields = _plain_fields(metadata)
+    fields = fields_of(metadata)
     rank = rank or _by_pattern(fields, "rank_pattern", name, fields.get("r", 1))
     alpha = _by_pattern(fields, "alpha_pattern", name, fields.get("lora_alpha", fields.get("alpha", rank)))
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in (rank, alpha)) or rank <= 0:
@@ -185,24 +202,27 @@ def _by_pattern(fields: Mapping[str, Any], field: str, name: str, default: Any) 
     return next(iter(matching), default)
 
 
-def check_lora_fits(state_dict: Mapping[str, Tensor], transformer: nn.Module) -> None:
+def check_lora_fits(state_dict: Mapping[str, Tensor], model: nn.Module, prefix: str = PREFIX) -> None:
     """Checks that a model has the layers of a LoRA, with matching sizes.
 
     Args:
         state_dict: with diffusers' names, as returned by `convert_sana_lora`.
-        transformer: dense, quantized, or with other adapters.
+        model: the transformer or the text encoder; dense, quantized, or with other adapters.
+        prefix: of the model's keys; others are passed over.
 
     Raises:
         ValueError: naming the first key that does not match.
     """
     changes: dict[str, dict[str, str]] = {}
     for key, tensor in state_dict.items():
-        name, _, part = key.removeprefix(PREFIX).partition(".lora_")
+        if not key.startswith(prefix):
+            continue
+        name, _, part = key.removeprefix(prefix).partition(".lora_")
         if part.startswith("change."):
             changes.setdefault(name, {})[part.removeprefix("change.")] = key
         if part not in ("A.weight", "B.weight"):
             continue
-        layer = _layer_of(transformer, name, key)
+        layer = _layer_of(model, name, key)
         if hasattr(layer, "in_features"):
             sides, kernel = (layer.in_features, layer.out_features), None
         else:
@@ -222,7 +242,7 @@ def check_lora_fits(state_dict: Mapping[str, Tensor], transformer: nn.Module) ->
             )
     for name, keys in changes.items():
         first = next(iter(keys.values()))
-        outputs, channels, *kernel = _layer_of(transformer, name, first).weight.shape
+        outputs, channels, *kernel = _layer_of(model, name, first).weight.shape
         found_outputs, found_inputs = sizes({part: state_dict[key] for part, key in keys.items()})
         inputs = {channels, channels * math.prod(kernel)}  # a gain is per channel, other parts per position
         if found_outputs - {outputs} or found_inputs - inputs:
@@ -232,10 +252,10 @@ def check_lora_fits(state_dict: Mapping[str, Tensor], transformer: nn.Module) ->
             )
 
 
-def _layer_of(transformer: nn.Module, name: str, key: str) -> Any:
+def _layer_of(model: nn.Module, name: str, key: str) -> Any:
     """The linear layer or convolution of a key, without adapters."""
     try:
-        layer: Any = transformer.get_submodule(name)
+        layer: Any = model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{key!r} must belong to a layer of the model, which has no {name!r}.") from None
     layer = getattr(layer, "base_layer", layer)
@@ -247,7 +267,7 @@ def _layer_of(transformer: nn.Module, name: str, key: str) -> Any:
 def _layers(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
     """Layer name in the file -> part -> key."""
     layers: dict[str, dict[str, str]] = {}
-    of_text = [key for key in state_dict if key.startswith(TEXT_ENCODER)]
+    of_text = [key for key in state_dict if key.startswith(TEXT_ENCODER) and not TEXT_LAYER.match(key)]
     for key, tensor in state_dict.items():
         if key in of_text:
             continue
@@ -272,12 +292,13 @@ def _layers(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
         )
     if of_text:
         logger.warning(
-            f"The file also changes a text encoder ({len(of_text)} tensors, such as {of_text[0]!r}). LoRA of the text "
-            "encoder is not supported: only the transformer part is loaded, so images differ from those in training."
+            f"The file also changes a text encoder in parts that no adapter can hold, or that Sana's does not have "
+            f"({len(of_text)} tensors, such as {of_text[0]!r}). They are left out, so images differ from those in "
+            "training."
         )
     if not layers:
-        what = "all of it is for a text encoder" if of_text else "has no factors" if empty else "is empty"
-        raise ValueError(f"the file must have a LoRA for the transformer, but {what}.")
+        what = f"has only such as {of_text[0]!r}" if of_text else "has no factors" if empty else "is empty"
+        raise ValueError(f"the file must have a LoRA for the transformer or the text encoder, but {what}.")
     return layers
 
 
@@ -330,7 +351,7 @@ def _as_adapter(
     if SCALED in method:
         if magnitude is not None:
             raise ValueError(f"{keys[MAGNITUDE]!r} must belong to a product: no known method scales a rotation so.")
-        turn = rotation_parts(factors, alpha, None if metadata is None else _plain_fields(metadata), is_conv)
+        turn = rotation_parts(factors, alpha, metadata, is_conv)
         return {f"{CHANGE}{part}": tensor for part, tensor in turn.items()}, None
     if WHOLE in method:
         matrix = {"diff": factors[WHOLE]} if WHOLE in factors else {}
@@ -383,6 +404,20 @@ def _magnitude_axis(magnitude: Tensor, key: str, matrix: Mapping[str, Tensor]) -
     )
 
 
+def _separate_dora(state_dict: dict[str, Tensor], scales: dict[str, float]) -> None:
+    """Turns DoRA into changes where other layers of the model have none: PEFT has it in all layers or in no layer."""
+    for prefix in (PREFIX, TEXT_PREFIX):
+        names = [name for name in scales if name.startswith(prefix) and not name.endswith(DEPTHWISE)]
+        dora = [name for name in names if f"{name}.{MAGNITUDE}" in state_dict]
+        if len(dora) == len(names):
+            continue
+        for name in dora:
+            down, up, magnitude = (state_dict.pop(f"{name}.{part}") for part in (DOWN, UP, MAGNITUDE))
+            parts = {"down": down, "up": up.float() * scales[name], "out_magnitude": magnitude.flatten()}
+            state_dict |= {f"{name}.{CHANGE}{part}": tensor for part, tensor in parts.items()}
+            scales[name] = 1.0
+
+
 def _split(adapter: Mapping[str, Tensor], keys: Mapping[str, str], number: int) -> tuple[dict[str, Tensor], ...]:
     """An adapter of a fused layer as one of each of its `number` layers."""
     first = next(iter(keys.values()))
@@ -399,8 +434,10 @@ def _split(adapter: Mapping[str, Tensor], keys: Mapping[str, str], number: int) 
     return tuple({part: pieces[index] for part, pieces in rows.items()} for index in range(number))
 
 
-def _plain_fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    return {field.removeprefix(PREFIX): value for field, value in metadata.items()}
+def fields_of(metadata: Mapping[str, Any], prefix: str = PREFIX) -> dict[str, Any]:
+    """The fields of one model without its prefix."""
+    others = {PREFIX, TEXT_PREFIX} - {prefix}
+    return {field.removeprefix(prefix): x for field, x in metadata.items() if not field.startswith(tuple(others))}
 
 
 def _check_halves(parts: Mapping[str, Tensor], keys: Mapping[str, str], name: str) -> None:
@@ -435,9 +472,9 @@ def _rows(part: str, tensor: Tensor, key: str, up: Tensor, number: int) -> tuple
     return tuple(piece.contiguous() for piece in tensor.chunk(number))
 
 
-def _metadata(state_dict: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Any]:
+def _metadata(state_dict: Mapping[str, Tensor], scales: Mapping[str, float], prefix: str) -> dict[str, Any]:
     """Fields of PEFT's config for ranks and scales, with patterns for layers that deviate from most others."""
-    downs = {name: state_dict.get(f"{PREFIX}{name}.{DOWN}") for name in scales}
+    downs = {name: state_dict.get(f"{prefix}{name}.{DOWN}") for name in scales}
     ranks = {name: 1 if down is None else down.shape[0] for name, down in downs.items()}  # a change counts as one
     alphas = {name: scale * ranks[name] for name, scale in scales.items()}
     (rank, _), (alpha, _) = (Counter(values.values()).most_common(1)[0] for values in (ranks, alphas))
@@ -447,7 +484,7 @@ def _metadata(state_dict: Mapping[str, Tensor], scales: Mapping[str, float]) -> 
         "rank_pattern": {name + OF_TENSOR: value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {name + OF_TENSOR: value for name, value in alphas.items() if value != alpha},
         "target_modules": list(scales),
-        "use_dora": any(key.endswith(MAGNITUDE) for key in state_dict),
-        "lora_bias": any(key.endswith(BIAS) for key in state_dict),
+        "use_dora": any(key.startswith(prefix) and key.endswith(MAGNITUDE) for key in state_dict),
+        "lora_bias": any(key.startswith(prefix) and key.endswith(BIAS) for key in state_dict),
     }
-    return {f"{PREFIX}{field}": value for field, value in fields.items()}
+    return {f"{prefix}{field}": value for field, value in fields.items()}

@@ -9,17 +9,20 @@ Several changes of one layer all start from the stored weight, and are added to 
 Imported only when PEFT is about to be used.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import Conv2d, Linear, LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from diffusers_sana._compat import warn_if_untested
 from diffusers_sana.loaders.lora.changes import CHANGE, output_change, weight_change, with_gains
+from diffusers_sana.loaders.lora.formats import BIAS, DOWN, MAGNITUDE, TEXT_PREFIX, fields_of, lora_scale
 
 
 warn_if_untested("peft")
@@ -204,6 +207,41 @@ def prepare_changes(model: nn.Module, state_dict: Mapping[str, Tensor], adapter_
             layer = kind(layer).train(layer.training)
             _replace(model, name, layer)
         layer.lora_variant[adapter_name] = ChangeVariant(parts)
+
+
+def load_into_text_encoder(
+    text_encoder: Any, state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any] | None, adapter_name: str
+) -> None:
+    """Puts an adapter beside the layers of a text encoder.
+
+    Args:
+        text_encoder: of transformers, dense or quantized.
+        state_dict: from `convert_sana_lora`, with the prefix `text_encoder.`.
+        metadata: PEFT's fields.
+        adapter_name: that no other adapter of the model has.
+    """
+    plain = for_model({key.removeprefix(TEXT_PREFIX): x for key, x in state_dict.items()}, text_encoder)
+    ranks = {key.removesuffix(f".{DOWN}"): len(x) for key, x in plain.items() if key.endswith(f".{DOWN}")}
+    fields = None if metadata is None else fields_of(metadata, TEXT_PREFIX)
+    alphas = {name: rank * lora_scale(fields, name, rank) for name, rank in ranks.items()}
+    config = LoraConfig(
+        r=1,
+        lora_alpha=1,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        target_modules=list(ranks),
+        use_dora=any(MAGNITUDE in key for key in plain),
+        lora_bias=any(key.endswith(BIAS) for key in plain),
+    )
+    prepare_changes(text_encoder, plain, adapter_name)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are no mistake
+            inject_adapter_in_model(config, text_encoder, adapter_name, state_dict=plain)
+        set_peft_model_state_dict(text_encoder, plain, adapter_name)
+    finally:
+        drop_unused_changes(text_encoder)
+    text_encoder._hf_peft_config_loaded = True  # so that transformers saves the adapters alone, as for its own
 
 
 def drop_unused_changes(model: nn.Module) -> None:

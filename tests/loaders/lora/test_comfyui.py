@@ -57,6 +57,13 @@ def test_dora_is_refused():
         lora_to_comfyui({**state_dict, f"{name}.dora_scale": torch.ones(8, 1)})
 
 
+def test_the_text_encoder_is_refused(lora):
+    name = "text_encoder.layers.0.self_attn.q_proj"
+    text = {f"{name}.lora_A.weight": torch.ones(2, 8), f"{name}.lora_B.weight": torch.ones(8, 2)}
+    with pytest.raises(ValueError, match=rf"'{name}.lora_A.weight' changes the text encoder, .* Leave such keys out"):
+        lora_to_comfyui(plain(lora) | text)
+
+
 def test_depthwise_layers_are_refused():
     """ComfyUI would add the product to the layer's own weights, which is another change than the trained one."""
     layers = random_lora(tiny.transformer(diffusers), depthwise=True)

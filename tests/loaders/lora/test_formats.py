@@ -95,7 +95,7 @@ QKV = "diffusion_model.blocks.0.attn.qkv"
 @pytest.mark.parametrize(
     ("state_dict", "message"),
     [
-        ({}, "must have a LoRA for the transformer, but is empty"),
+        ({}, "the transformer or the text encoder, but is empty"),
         ({f"{QKV}.lokr_w1": DOWN}, rf"'{QKV}.lokr_w1': the layer must have a tensor 'lokr_w2_a'"),
         ({f"{QKV}.hada_w1_a": DOWN}, rf"'{QKV}.hada_w1_a': the layer must have a tensor 'hada_w1_b'"),
         ({f"{QKV}.hada_w1_a": DOWN, f"{QKV}.lokr_w1": DOWN}, "must belong to one method, got .*'hada_w1_a', 'lok"),
@@ -118,7 +118,7 @@ QKV = "diffusion_model.blocks.0.attn.qkv"
         ({f"{KOHYA}.a1.weight": DOWN}, "belongs to GLoRA"),
         ({f"{KOHYA}.weight": DOWN}, r"is a whole weight of a layer \(`modules_to_save` or `bias` of PEFT\)"),
         ({f"{KOHYA}.unknown": DOWN}, r"is not part of a LoRA. A key must end in one of \['alpha', "),
-        ({"lora_te_model_layers_0_q.lora_up.weight": UP}, "all of it is for a text encoder"),
+        ({"lora_te_model_layers_0_q.lora_up.weight": UP}, "or the text encoder, but has only such as 'lora_te_model_"),
         ({f"{KOHYA}.dora_scale": UP}, r"must have LoRA factors next to it in the file"),
         ({**LAYER, f"{KOHYA}.alpha": UP}, rf"'{KOHYA}.alpha' must be one number, got the shape \[8, 2\]"),
         ({**LAYER, f"{KOHYA}.lora_up.weight": torch.ones(8)}, r"must have 2 or 4 axes, got the shape \[8\]"),
@@ -126,7 +126,7 @@ QKV = "diffusion_model.blocks.0.attn.qkv"
         ({"lora_unet_double_blocks_0_qkv.lora_up.weight": UP, "lora_unet_double_blocks_0_qkv.lora_down.weight": DOWN},
          "'lora_unet_double_blocks_0_qkv.*' is not a layer of Sana"),
         ({f"{KOHYA}.lora_up.weight": UP}, rf"'{KOHYA}.lora_up.weight' must have a second key .*'lora_down.weight'"),
-        ({f"{KOHYA}.alpha": DOWN}, "must have a LoRA for the transformer, but has no factors"),
+        ({f"{KOHYA}.alpha": DOWN}, "the transformer or the text encoder, but has no factors"),
         ({**LAYER, f"{KOHYA}.lora_up.weight": torch.ones(8, 3)}, r"must have the same rank.*\[2, 8\], \[8, 3\]"),
         ({**LAYER, f"{KOHYA}.lora_A.weight": DOWN}, r"lora_A.weight' and .*lora_down.weight' are the same tensor"),
         ({**LAYER, f"{OURS}.lora_A.weight": DOWN, f"{OURS}.lora_B.weight": UP}, "another key of the file both map to"),
@@ -139,13 +139,47 @@ def test_refused(state_dict, message):
         convert_sana_lora(state_dict)
 
 
-def test_the_text_encoders_part_is_left_out(caplog):
+def test_what_the_text_encoder_does_not_have_is_left_out(caplog):
     text = {f"{prefix}layers.0.q_proj.lora_down.weight": DOWN for prefix in ("text_encoder.", "lora_te.", "lora_te1_")}
     bundled = {"bundle_emb.token.gemma": DOWN}
     converted, _ = convert_sana_lora({**LAYER, **text, **bundled})
     assert converted.keys() == {f"{OURS}.lora_A.weight", f"{OURS}.lora_B.weight"}
-    assert "also changes a text encoder (4 tensors, such as 'text_encoder.layers.0" in caplog.text
+    assert "that Sana's does not have (4 tensors, such as 'text_encoder.layers.0.q_proj.lora_down" in caplog.text
     assert "images differ from those in training" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "text_encoder.layers.3.mlp.up_proj",
+        "text_encoder.model.layers.3.mlp.up_proj",
+        "lora_te_layers_3_mlp_up_proj",
+        "lora_te1_model_layers_3_mlp_up_proj",
+        "lora_text_encoder_layers_3_mlp_up_proj",
+        "lycoris_te_model_layers_3_mlp_up_proj",
+        "lycoris_layers_3_mlp_up_proj",
+        "base_model.model.layers.3.mlp.up_proj",
+        "base_model.model.model.layers.3.mlp.up_proj",
+        "text_encoders.gemma2_2b.transformer.model.layers.3.mlp.up_proj",
+        "layers.3.mlp.up_proj",
+    ],
+)
+@pytest.mark.parametrize(
+    "endings",
+    [
+        ("lora_A.weight", "lora_B.weight"),
+        ("lora_down.weight", "lora_up.weight"),
+        ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+    ],
+)
+def test_layers_of_the_text_encoder(stem, endings):
+    text = dict(zip((f"{stem}.{ending}" for ending in endings), (DOWN, UP), strict=True))
+    converted, fields = convert_sana_lora({**LAYER, **text, f"{stem}.alpha": torch.tensor(4.0)})
+    name = "text_encoder.layers.3.mlp.up_proj"
+    assert converted.keys() == {f"{x}.lora_{half}.weight" for x in (OURS, name) for half in "AB"}
+    assert (fields["text_encoder.lora_alpha"], fields["text_encoder.r"]) == (4.0, 2)
+    assert fields["text_encoder.target_modules"] == ["layers.3.mlp.up_proj"]
+    assert fields["transformer.target_modules"] == [OURS.removeprefix("transformer.")]
 
 
 def test_an_alpha_without_factors_changes_nothing(caplog):
