@@ -4,42 +4,49 @@ PYTHON ?= python3
 PROMPT ?= a red apple on a blue background
 MINUTES ?= 25
 BIN := .venv/bin
+VENV := .venv/.made
 RUNTIME := .venv/.runtime
 STAMP := .venv/.installed
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# Python compiles the modules that it imports; pip would compile all of 22,000 for more than a minute.
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 PY ?= $(BIN)/python
 JOBS ?= 12
 COMFYUI_PYTHON ?= $(BIN)/python
 export COMFYUI_DIR
 RESULTS ?= benchmarks/results
 HUB := $(if $(OWNER),--owner $(OWNER)) $(if $(PUSH),--push)
+CPU_INDEX := "Without an NVIDIA GPU, Linux needs 0.2 instead of 3 GB to download if PyTorch comes from its index for CPUs:" \
+	"set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu."
 SETUP_UNLESS_PY := $(if $(filter $(BIN)/python,$(PY)),setup)
 
 .PHONY: setup demo test test-lowest test-versions check format host-tests test-comfyui gpu-check gpu-bench bench compile-kernels tables study train-bundled train-autoencoder train-transformer train-bundled-vila-u prepare-data docs dist hub-kernels hub-checkpoints
 
 setup: $(STAMP)  ## .venv with what tests, checks and docs need
 
-$(RUNTIME): pyproject.toml constraints.txt
+$(VENV):
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \
 		'Python 3.11 or newer is needed, $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12' % sys.version_info[:2])"
-	@echo "Installing PyTorch, diffusers and transformers into .venv, once: one to three minutes."
-	@echo "Without an NVIDIA GPU, Linux needs 0.2 instead of 3 GB to download if PyTorch comes from its index for CPUs:"
-	@echo "  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
 	@$(PYTHON) -m venv .venv
+	@touch $@
+
+$(RUNTIME): pyproject.toml constraints.txt | $(VENV)
+	@echo "Installing PyTorch, diffusers and transformers into .venv, once: one to two minutes."
+	@echo $(CPU_INDEX)
 	@$(INSTALL) -e .
 	@touch $@
 
-$(STAMP): $(RUNTIME)
-	@echo "Installing what tests, checks, docs and all extras need into .venv, once: about three minutes."
+$(STAMP): pyproject.toml constraints.txt | $(VENV)
+	@echo "Installing the package and what tests, checks, docs and all extras need into .venv, once: about two minutes."
+	@echo $(CPU_INDEX)
 	@$(INSTALL) -e ".[dev]"
-	@touch $@
+	@touch $(RUNTIME) $@
 
 demo: $(RUNTIME)  ## writes an image of PROMPT from the bundled checkpoint and prints its path
 	@echo "Generating on the GPU if there is one, else on the CPU: loading takes seconds, the image a second or two."
 	$(BIN)/diffusers-sana generate "$(PROMPT)"
 
 test: setup  ## the whole CPU suite
-	$(BIN)/pytest -n 2 --dist loadfile -m "not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"
 
 test-lowest: setup  ## import, generate and quantize with the oldest versions of pyproject.toml
 	$(BIN)/python -m tools.test_versions lowest --smoke
@@ -74,8 +81,8 @@ gpu-bench: $(SETUP_UNLESS_PY)  ## on a GPU, in 10 minutes: kernels, steps, autoe
 bench: setup  ## models at true size on this machine, ours beside diffusers'
 	$(BIN)/python -m benchmarks.bench_models
 
-compile-kernels: setup  ## every kernel for six architectures, without a GPU: registers, shared memory, spills
-	$(BIN)/python -m benchmarks.compile_kernels
+compile-kernels: setup  ## kernels that have changed, for six architectures, without a GPU: registers, shared memory, spills
+	$(BIN)/python -m benchmarks.compile_kernels --reuse benchmarks/results/compile/kernels.json
 
 tables: setup  ## the tables of docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables

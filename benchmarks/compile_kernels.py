@@ -1,23 +1,28 @@
 """Compiles every kernel ahead of time for every architecture, without a GPU, and reports registers and spills.
 
-python -m benchmarks.compile_kernels [--first-case] [--out FILE]
+python -m benchmarks.compile_kernels [--first-case] [--reuse FILE] [--out FILE]
 
-Writes `benchmarks/results/compile/kernels.json`.
+Writes `benchmarks/results/compile/kernels.json`. All of it takes ten minutes of one core; `--reuse` takes the rows of
+an earlier table for kernels that are the same to the compiler.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime import JITFunction, driver
+from triton.runtime.jit import JITCallable
 
 from benchmarks.kernel_benchmark import load, operations
 
@@ -33,6 +38,7 @@ TARGETS = {
 # Shared memory that one program may take, in KiB (CUDA programming guide, technical specifications; CDNA3 ISA).
 SHARED_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 RESULTS = Path(__file__).parent / "results" / "compile" / "kernels.json"
+RESOURCES = ("kernel", "warps", "registers", "spilled_bytes", "shared_kib")
 
 
 class _Driver:
@@ -54,38 +60,76 @@ class _Driver:
         return torch.device("meta")
 
 
-def compile_all(first_case: bool = False) -> list[dict[str, Any]]:
-    """One row a kernel, shape and architecture; of each operation the first shape or all."""
-    compiled: list[Any] = []
+def compile_all(first_case: bool = False, known: Mapping[str, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """One row a kernel, shape and architecture.
+
+    Args:
+        first_case: of each operation only the first shape.
+        known: rows by their "digest", which stand for kernels that are the same to the compiler.
+    """
+    known = known or {}
+    launched: list[dict[str, Any]] = []
+    architecture = ""
 
     def compile_only(kernel: JITFunction, grid: Any) -> Any:
-        return lambda *args, **kwargs: compiled.append(kernel.run(*args, grid=grid, warmup=True, **kwargs))
+        return lambda *args, **kwargs: launched.append(kernel.run(*args, grid=grid, warmup=True, **kwargs))
+
+    def compile_if_new(
+        kernel: JITFunction, key: Any, signature: Any, device: Any, constants: Any, *others: Any
+    ) -> Any:
+        options, attributes, _ = others
+        in_memory = kernel.device_caches[device][0]
+        source = ASTSource(kernel, signature, constants, attributes)
+        name = digest(source, TARGETS[architecture], options)
+        if name in known:
+            resources = {column: known[name][column] for column in RESOURCES}
+        else:
+            resources = resources_of(compile_it(kernel, key, signature, device, constants, *others), architecture)
+        in_memory[key] = resources | {"digest": name}  # what the next launch of it gets
+        return in_memory[key]
 
     rows = []
-    launch, JITFunction.__getitem__ = JITFunction.__getitem__, compile_only
+    launch, compile_it = JITFunction.__getitem__, JITFunction._do_compile
+    JITFunction.__getitem__, JITFunction._do_compile = compile_only, compile_if_new
     try:
         for architecture, target in TARGETS.items():
             driver.set_active(_Driver(target))
             for benchmark in map(load, operations()):
                 for case in benchmark.cases[:1] if first_case else benchmark.cases:
                     for function in benchmark.launches:
-                        compiled.clear()
+                        launched.clear()
                         function(**case.make("meta", benchmark.dtype))
                         rows += [
                             {
                                 "operation": benchmark.name,
                                 "case": case.name,
                                 "architecture": architecture,
-                                **resources(kernel, architecture),
+                                **kernel,
                             }
-                            for kernel in compiled
+                            for kernel in launched
                         ]
     finally:
-        JITFunction.__getitem__ = launch
+        JITFunction.__getitem__, JITFunction._do_compile = launch, compile_it
     return rows
 
 
-def resources(kernel: Any, architecture: str) -> dict[str, Any]:
+def digest(source: ASTSource, target: GPUTarget, options: Any) -> str:
+    """Names all that the result of a compilation depends on; where a kernel stands in its file is not part of it."""
+    _forget_lines(source.fn)
+    parts = (triton.__version__, str(target), source.hash(), options.hash())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _forget_lines(function: JITCallable) -> None:
+    """Takes line numbers out of the hash of a function and of those that it may call."""
+    if function.hash is None and function.starting_line_number != 0:
+        function.starting_line_number = 0
+        for value in function.__globals__.values():
+            if isinstance(value, JITCallable):
+                _forget_lines(value)
+
+
+def resources_of(kernel: Any, architecture: str) -> dict[str, Any]:
     """Name, registers a thread, bytes spilled a thread, and shared memory a program."""
     if "amdgcn" in kernel.asm:
         assembly = kernel.asm["amdgcn"]
@@ -112,13 +156,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--first-case", action="store_true", help="only the first shape of each operation")
+    parser.add_argument(
+        "--reuse", type=Path, metavar="FILE", help="an earlier table, for kernels that have not changed"
+    )
     args = parser.parse_args(argv)
+    earlier = json.loads(args.reuse.read_text(encoding="utf-8"))["kernels"] if args.reuse else []
+    known = {row["digest"]: row for row in earlier if "digest" in row}
     warnings.filterwarnings("ignore", message=".*TRITON_DEFAULT_FP_FUSION")
     report = {
         "command": "python -m benchmarks.compile_kernels",
         "versions": {"triton": triton.__version__, "torch": torch.__version__},
         "shared_kib_limits": SHARED_KIB,
-        "kernels": compile_all(args.first_case),
+        "kernels": compile_all(args.first_case, known),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -126,7 +175,8 @@ def main(argv: list[str] | None = None) -> None:
     bad = [row for row in rows if row["spilled_bytes"] or row["shared_kib"] > SHARED_KIB[row["architecture"]]]
     for row in bad:
         print(f"spills or too much shared memory: {row}")
-    print(f"{len(rows)} kernels compiled, {len(bad)} do not fit")
+    reused = sum(row["digest"] in known for row in rows)
+    print(f"{len(rows)} kernels, {reused} of them unchanged since {args.reuse}; {len(bad)} do not fit")
 
 
 if __name__ == "__main__":

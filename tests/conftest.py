@@ -32,7 +32,34 @@ def _as_in_a_new_process():
     _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
 
 
+# The files that take longest. Begun first, none of them keeps one process busy at the end while the other is idle.
+LONGEST = {
+    "test_ray.py",
+    "test_compile.py",
+    "test_notebooks.py",
+    "test_resume.py",
+    "test_demo.py",
+    "test_docs_code.py",
+    "test_compile_kernels.py",
+    "test_api.py",
+    "test_auto_vila_u.py",
+    "test_train_distributed.py",
+    "test_bench_gpu.py",
+    "test_bench_vila_u.py",
+    "test_folders.py",
+    "test_verification.py",
+    "test_threads.py",
+    "test_processes.py",
+    "test_train_vila_u_emoji.py",
+    "test_sequence_parallel.py",
+    "test_compat.py",
+    "test_train_dc_ae.py",
+    "test_cfg_parallel.py",
+}
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if torch.cuda.is_available():
         return
     for item in items:

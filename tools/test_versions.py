@@ -85,7 +85,7 @@ def make(name: str, envs: Path) -> Path:
         packages = ["--no-deps", *(line for line in constraints.read_text().splitlines() if "==" in line)]
     else:
         packages = [*PACKAGES, "torch", "triton", "numpy", "pillow", "filelock", *TEST_PACKAGES]
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", constraints]
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile", "-c", constraints]
     subprocess.run([*pip, *packages], check=True)
     stamp.write_text(constraints.read_text())
     return python

@@ -1,17 +1,21 @@
 """Every kernel compiles for every architecture, at the shapes of real models, without spilling registers.
 
-In a separate process, because the interpreter that runs the other tests' kernels is chosen at import.
+In a separate process, because the interpreter that runs the other tests' kernels is chosen at import. A kernel that is
+to the compiler what it was when the committed table was made is not compiled again.
 """
 
+import importlib.util
 import json
+import linecache
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from triton.compiler import ASTSource, make_backend
 
-from benchmarks.compile_kernels import RESULTS, SHARED_KIB
+from benchmarks.compile_kernels import RESULTS, SHARED_KIB, TARGETS, digest
 from benchmarks.kernel_benchmark import load, operations
 
 
@@ -22,7 +26,7 @@ ROOT = Path(__file__).parent.parent.parent
 def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("compiled") / "kernels.json"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(out.parent / "cache")}
-    command = [sys.executable, "-m", "benchmarks.compile_kernels", "--first-case", "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.compile_kernels", "--first-case", "--reuse", RESULTS, "--out", out]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     return json.loads(out.read_text())
 
@@ -49,3 +53,50 @@ def test_none_is_missing(report):
 def test_the_committed_table_has_the_same_kernels(report):
     committed = json.loads(RESULTS.read_text())["kernels"]
     assert {row["kernel"] for row in committed} == {row["kernel"] for row in report["kernels"]}
+
+
+KERNEL = """import triton.language as tl
+from triton.runtime import JITFunction
+
+{before}
+SCALE = tl.constexpr({scale})
+
+@JITFunction
+def times(x):
+    return x * {factor}
+
+@JITFunction
+def kernel(x, n: tl.constexpr):
+    tl.store(x, times(tl.load(x)) * SCALE + n)
+"""
+
+
+@pytest.fixture
+def digest_of(tmp_path):
+    def of(architecture="sm_90", n=1, num_warps=4, before="", scale=2, factor=3):
+        path = tmp_path / "kernel.py"
+        path.write_text(KERNEL.format(before=before, scale=scale, factor=factor), encoding="utf-8")
+        linecache.clearcache()
+        spec = importlib.util.spec_from_file_location("a_kernel", path)
+        module = importlib.util.module_from_spec(spec)
+        exec(compile(path.read_text(encoding="utf-8"), path, "exec"), vars(module))
+        source = ASTSource(module.kernel, {"x": "*fp32", "n": "constexpr"}, {(1,): n})
+        target = TARGETS[architecture]
+        return digest(source, target, make_backend(target).parse_options({"num_warps": num_warps}))
+
+    return of
+
+
+def test_what_is_not_compiled_again(digest_of):
+    """What has another result is compiled, what only stands elsewhere in its file is not."""
+    first = digest_of()
+    assert digest_of() == digest_of(before="# a comment\n") == first
+    changes = [
+        {"architecture": "sm_80"},
+        {"architecture": "gfx942"},
+        {"n": 2},
+        {"num_warps": 8},
+        {"scale": 5},
+        {"factor": 4},
+    ]
+    assert len({first, *(digest_of(**change) for change in changes)}) == 1 + len(changes)
