@@ -27,7 +27,7 @@ from diffusers_sana.files import read_json
 from diffusers_sana.loaders.nunchaku.layers import read_svdq
 from diffusers_sana.loaders.nunchaku.packing import pack_down, pack_up, pack_vector
 from diffusers_sana.loaders.quantized.hub import export_quantized, load_quantized
-from diffusers_sana.loaders.quantized.layer import Source
+from diffusers_sana.loaders.quantized.layer import Source, UnpackedLayer
 from diffusers_sana.quantizers.svdquant.api import quantize
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
@@ -146,6 +146,27 @@ def comfy_rotated(num_bits: int) -> float:
     return difference(layout.dequantize(tensors[f"{name}.weight"], params), ours)
 
 
+def comfy_int8_product() -> float:
+    """The output of comfy-kitchen's int8 layer, rotated, against that of the layer that we read from the same file.
+
+    Ours is computed by its formula, because processors without VNNI round weights once more.
+    """
+    from comfy_kitchen.backends.eager.quantization import int8_linear
+
+    source = quantized("int4")
+    with folder() as place:
+        model().save_pretrained(place / "base")
+        path = export_quantized(source, place / "out", "comfy-convrot")
+        tensors = load_file(path)
+        layer = load_quantized(path, base=place / "base", dtype=torch.float32).get_submodule(NAME)
+    name, x = "double_blocks.0.txt_attn.proj", torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    theirs = int8_linear(
+        x, tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], out_dtype=torch.float32, convrot=True
+    )
+    ours = UnpackedLayer.of(layer).to_quantized_weight(torch.float32)  # type: ignore[arg-type]
+    return difference(theirs, ours.output(x, "w8a8"))
+
+
 def comfy_rotated_codes() -> float:
     """The share of codes of `convrot_w4a4` in which comfy-kitchen's own quantizer differs."""
     from comfy_kitchen.tensor.convrot_w4a4 import quantize_convrot_w4a4_weight
@@ -250,6 +271,7 @@ CHECKS: dict[str, tuple[str, Callable[[], float]]] = {
     "comfy: svdquant_w4a4, tiles": ("comfy-kitchen", lambda: comfy_svdquant(True)),
     "comfy: nvfp4": ("comfy-kitchen", comfy_nvfp4),
     "comfy-convrot: int8_tensorwise": ("comfy-kitchen", lambda: comfy_rotated(8)),
+    "comfy-convrot: product of int8_tensorwise": ("comfy-kitchen", comfy_int8_product),
     "comfy-convrot: convrot_w4a4": ("comfy-kitchen", lambda: comfy_rotated(4)),
     "comfy-convrot: share of other codes": ("comfy-kitchen", comfy_rotated_codes),
     "cache-dit: int4": ("cache-dit", lambda: cache_dit("int4", 256)),

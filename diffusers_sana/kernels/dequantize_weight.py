@@ -51,7 +51,7 @@ def dequantize_weight(
     features = padded(smooth_factor.shape[0])
     ones, no_down, no_up = proj_up.new_ones(features), proj_up.new_empty(0, features), proj_up[:, :0]
     rotated = _dequantize_weight_triton(qweight, wscales, wtscale, ones, no_down, no_up, torch.float32)
-    residual = rotate(rotated)[:, : smooth_factor.shape[0]] / smooth_factor.float()
+    residual = rotate(rotated, rotation)[:, : smooth_factor.shape[0]] / smooth_factor.float()
     return torch.addmm(residual, proj_up.float(), proj_down.float()).to(dtype)
 
 
@@ -68,7 +68,7 @@ def dequantize_weight_reference(
     features = smooth_factor.shape[0]
     padding = (0, padded(features) - features)
     residual = decode_weight(qweight, wscales, wtscale).to(compute)
-    residual = residual if rotation is None else rotate(residual)
+    residual = residual if rotation is None else rotate(residual, rotation)
     residual = residual / F.pad(smooth_factor.to(compute), padding, value=1)
     weight = torch.addmm(residual, proj_up.to(compute), F.pad(proj_down.to(compute), padding))
     return weight[:, :features].to(dtype, memory_format=torch.contiguous_format)

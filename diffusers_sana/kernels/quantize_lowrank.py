@@ -65,7 +65,7 @@ def quantize_lowrank(
     if use_triton("quantize_lowrank", hidden_states, smooth_factor, proj_down, unsupported=reason):
         if rotation is None:
             return _quantize_lowrank_triton(hidden_states, smooth_factor, proj_down, activation_format)
-        rotated = rotate(hidden_states.float() / smooth_factor.float())
+        rotated = rotate(hidden_states.float() / smooth_factor.float(), rotation)
         ones, no_branch = rotated.new_ones(rotated.shape[1]), rotated.new_empty(0, rotated.shape[1])
         codes, scales, _ = _quantize_lowrank_triton(rotated, ones, no_branch, activation_format)
         return codes, scales, hidden_states.float() @ proj_down.float().t()
@@ -84,7 +84,7 @@ def quantize_lowrank_reference(
     low = hidden_states.to(dtype) @ proj_down.to(dtype).t()
     smoothed = pad_features(hidden_states.float() / smooth_factor.float())
     if rotation is not None:
-        smoothed = rotate(smoothed)
+        smoothed = rotate(smoothed, rotation)
     if activation_format == "int8":
         scales = smoothed.abs().amax(-1, keepdim=True) / 127
         return (smoothed / nonzero(scales)).round().to(torch.int8), scales, low

@@ -150,7 +150,7 @@ def int8_linear(
     for start in range(0, tokens, rows):
         block = hidden_states[start : start + rows].float()
         low = torch.cat([block @ down, block.new_ones(len(block), 1)], dim=1)
-        smoothed = pad_features(block / smooth) if rotation is None else rotate(block / smooth)
+        smoothed = pad_features(block / smooth) if rotation is None else rotate(block / smooth, rotation)
         scales = smoothed.abs().amax(-1, keepdim=True) / 127
         codes = smoothed.div_(nonzero(scales)).round_().add_(ZERO_POINT).to(torch.uint8)
         product = torch.ops.onednn.qlinear_pointwise(

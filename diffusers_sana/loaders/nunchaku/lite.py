@@ -6,7 +6,6 @@ A folder of a diffusers model whose `config.json` has `quant_method: "nunchaku_l
 """
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -163,9 +162,8 @@ def write(model: QuantizedModel, requantize: bool = False, requantize_weight_onl
     With `requantize`, also layers of the rarer of two formats are rounded once more.
     """
     quantized = [name for name in model.layers if not model.is_weight_only(name)]
-    if requantize and quantized:
-        formats = Counter(model.layer(name).precision for name in quantized)
-        model.convert_precision(quantized, formats.most_common(1)[0][0], requantize, "Nunchaku-Lite")
+    if requantize:
+        model.convert_precision(quantized, model.usual_precision(quantized), requantize, "Nunchaku-Lite")
     precision = _check_model(model, quantized)
     rank = model.common_rank(quantized, packing.RANK_TILE)
     if rank > MAX_RANK:

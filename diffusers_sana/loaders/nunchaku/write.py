@@ -6,7 +6,6 @@ knows which layers are in 4 bits: a model that was quantized otherwise is refuse
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -124,8 +123,7 @@ def write(model: QuantizedModel, requantize: bool = False, **_: Any) -> Written:
             f"Nunchaku has 4-bit weights in {len(missing)} layers that are not quantized, such as {missing[0]!r}. "
             "Quantize them too."
         )
-    formats = Counter(model.layer(name).precision for name in expected)
-    precision = formats.most_common(1)[0][0]
+    precision = model.usual_precision(expected)
     scheme = layout.scheme if model.class_name != "SanaTransformer2DModel" else sana.SCHEME
     model.convert_precision(expected, precision, requantize, NAME, scheme)
     # The last layer's modulation has the same ending; those in blocks have a number in their names.

@@ -23,6 +23,7 @@ from diffusers_sana.quantizers.svdquant.targets import as_patterns
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALWAYS_16_BIT = (".lora_down", ".proj_down", ".wzeros", ".svdquant_lora_a", "_proj_down")  # the checkpoint's dtype
+ALWAYS_32_BIT = (".weight_scale",)  # of ComfyUI's int8 layers
 
 
 @dataclass
@@ -150,7 +151,9 @@ def check_dtype(dtype: torch.dtype | None) -> None:
 
 def stored_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
     """The dtype of a checkpoint: that of its low-rank branches or zero points, else of most tensors."""
-    found = Counter(tensor.dtype for tensor in tensors.values() if tensor.dtype in DTYPES)
+    found = Counter(
+        tensor.dtype for key, tensor in tensors.items() if tensor.dtype in DTYPES and not key.endswith(ALWAYS_32_BIT)
+    )
     sure = Counter(tensor.dtype for key, tensor in tensors.items() if key.endswith(ALWAYS_16_BIT))
     return next(iter((sure or found).most_common(1)), (torch.bfloat16, 0))[0]
 

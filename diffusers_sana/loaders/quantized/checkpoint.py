@@ -93,7 +93,7 @@ def sniff(quantization: Mapping[str, Any], metadata: Mapping[str, str], tensors:
         return "nunchaku-lite"
     if any(key.endswith(".wscales") and tensor.dtype == torch.uint8 for key, tensor in tensors.items()):
         return "auto-round"
-    if tensors[first].dtype == torch.uint8:
+    if tensors[first].dtype == torch.uint8 or tensors[f"{first.removesuffix('qweight')}wscales"].dim() == 1:
         return "diffusers-sana"
     # What is left has int8 codes and the same shapes: vLLM-Omni in natural order, Nunchaku in tiles.
     sides = {side for key in tensors if key.endswith(".smooth_factor") for side in tensors[key].shape}

@@ -1,20 +1,21 @@
 """ComfyUI's files: one safetensors file in ComfyUI's names, with a format per layer.
 
 A layer L has `L.weight`, further tensors, and `L.comfy_quant`, which is JSON in bytes and names the format. A header
-`_quantization_metadata` says the same of all layers. The formats that are layers of ours are here; those of rotated or
-8-bit weights, which become 16-bit weights, are in `comfy_dense.py`. Sources: comfy-kitchen 0.2.40, ComfyUI
-`comfy/ops.py` and `comfy/quant_ops.py`, comfy-quants, convert_to_quant.
+`_quantization_metadata` says the same of all layers. The formats that are 4-bit layers of ours are here; those of
+rotated or 8-bit weights, most of which become 16-bit weights, are in `comfy_dense.py`. Sources: comfy-kitchen 0.2.40,
+ComfyUI `comfy/ops.py` and `comfy/quant_ops.py`, comfy-quants, convert_to_quant.
 
     svdquant_w4a4   our int4 layer, in rows or in tiles of 128 rows, under two styles of keys
     nvfp4           our nvfp4 layer without a branch; halves of bytes swapped, scales swizzled, one factor a tensor
     awq_w4a16       4-bit weights `(code - 8) * scale + zero` with 16-bit activations
+    int8_tensorwise our int8 layer without smoothing factors and a branch
 
 Legend: N output features, K input features, r rank.
 """
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -218,7 +219,7 @@ def _awq(source: Source, name: str, rows: int, columns: int, conf: Mapping[str, 
     return UnpackedLayer(nibbles, scales, None, torch.ones(columns), down, up, bias, weight_only=True)
 
 
-READERS = {"svdquant_w4a4": _svdquant, "nvfp4": _nvfp4, "awq_w4a16": _awq}
+READERS = {"svdquant_w4a4": _svdquant, "nvfp4": _nvfp4, "awq_w4a16": _awq, comfy_dense.INT8: comfy_dense.read_int8}
 
 
 def _untile(weight: Tensor) -> Tensor:
@@ -242,23 +243,29 @@ def _tile_rows(tensor: Tensor) -> Tensor:
 
 
 def write(model: QuantizedModel, requantize: bool = False, tiled: bool = False, **_: Any) -> Written:
-    """The content of a file with `svdquant_w4a4`, `nvfp4` and `awq_w4a16` layers.
+    """The content of a file with `svdquant_w4a4`, `nvfp4`, `awq_w4a16` and `int8_tensorwise` layers.
 
-    Codes and scales of int4 layers are unchanged, and those of nvfp4 layers without a branch; nvfp4 layers with one
-    have no format there. Layers with 16-bit activations and a branch, and convolutions, are written in 16 bits.
+    Codes and scales of int4 layers are unchanged, those of nvfp4 layers without a branch, and those of int8 layers
+    with neither branch nor smoothing factors; others have no format there. 4-bit layers with 16-bit activations and a
+    branch, and convolutions, are written in 16 bits.
 
     Args:
         model: the content.
-        requantize: round what has no format once more, to int4.
+        requantize: round what has no format once more, to int4, or int8 layers to int8.
         tiled: in tiles of 128 rows and the keys of ComfyUI's own loader, instead of comfy-kitchen's.
 
     Raises:
         ValueError: the format cannot express a layer, which is named.
     """
     scheme = SCHEMES.get(model.class_name, {})
+    in_int8 = _int8_layers(model)
+    exact = {name for name in in_int8 if comfy_dense.fits_int8(model.layer(name))}
+    if not requantize:
+        reason = "int8 layers there have neither smoothing factors nor a branch; `requantize` rounds them once more"
+        refuse_layers(model, dict.fromkeys(sorted(in_int8 - exact), reason), NAME)
     quantized = []
     for name in model.layers:
-        if not model.is_convolution(name):
+        if not model.is_convolution(name) and name not in in_int8:
             item = model.layer(name)
             if not item.weight_only or (is_plain(item) and fits_awq(item)):
                 quantized.append(name)
@@ -280,11 +287,17 @@ def write(model: QuantizedModel, requantize: bool = False, tiled: bool = False, 
     model.convert_precision(without_branch, "nvfp4", requantize, NAME, scheme)
     tensors: dict[str, Tensor] = {}
     formats: dict[str, dict[str, Any]] = {}
-    for name, content in model.in_file(scheme, set(quantized).__contains__):
+    places, errors = file_names(model.modules, scheme), {}
+    for name, content in model.in_file(scheme, {*quantized, *exact}.__contains__):
         if not isinstance(content, UnpackedLayer):
             tensors |= {_key(name, leaf): _converted(name, leaf, value, model) for leaf, value in content.items()}
+            if in_int8.issuperset(places[name]):
+                formats[name], parts, errors[name] = _encoded(model, places[name], 8)
+                tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             continue
-        if content.weight_only:
+        if content.precision == "int8":
+            formats[name], parts = comfy_dense.write_int8(content)
+        elif content.weight_only:
             formats[name], parts = _write_awq(content)
         elif content.precision == "nvfp4":
             formats[name], parts = _write_nvfp4(content, name)
@@ -292,14 +305,44 @@ def write(model: QuantizedModel, requantize: bool = False, tiled: bool = False, 
             formats[name], parts = _write_svdquant(content, model.dtype, tiled)
         parts |= {} if content.bias is None else {"bias": content.bias}
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    _warn_of_rounding(errors, 8)
     return with_markers(tensors, formats)
+
+
+def _int8_layers(model: QuantizedModel) -> set[str]:
+    """Names of the linear int8 layers."""
+    return {
+        name for name, layer in model.layers.items() if layer.precision == "int8" and not model.is_convolution(name)
+    }
+
+
+def _encoded(
+    model: QuantizedModel, members: Sequence[str], num_bits: int
+) -> tuple[dict[str, Any], dict[str, Tensor], float]:
+    """The weights of layers that are one layer there, rounded once more, and the relative error of that."""
+    weight = torch.cat([model.matrix(member) for member in members])
+    conf, parts = comfy_dense.encode(weight, num_bits)
+    source = Source({f"x.{part}": tensor for part, tensor in parts.items()}, members[0])
+    reader: Any = comfy_dense.read_int8 if num_bits == 8 else comfy_dense.READERS[conf["format"]]
+    again = reader(source, "x", *weight.shape, conf)
+    again = again.matrix() if isinstance(again, UnpackedLayer) else again
+    return conf, parts, ((again - weight).norm() / weight.norm()).item()
+
+
+def _warn_of_rounding(errors: Mapping[str, float], num_bits: int) -> None:
+    if errors:
+        worst = max(errors, key=errors.__getitem__)
+        logger.warning(
+            f"{len(errors)} layers were rounded once more, to {num_bits} bits; the relative error of the weights is "
+            f"at most {errors[worst]:.4f} ({worst})."
+        )
 
 
 def write_convrot(model: QuantizedModel, num_bits: int = 8, **_: Any) -> Written:
     """The content of a file with rotated weights, which stock ComfyUI runs: `int8_tensorwise` or `convrot_w4a4`.
 
     The weights that the layers represent, branches included, are rounded once more, which a warning states: to 8 bits
-    by less than 1 %, to 4 bits by about 13 %.
+    by less than 1 %, to 4 bits by about 13 %. int8 layers with neither branch nor smoothing factors keep their codes.
 
     Args:
         model: the content.
@@ -316,25 +359,22 @@ def write_convrot(model: QuantizedModel, num_bits: int = 8, **_: Any) -> Written
     errors: dict[str, float] = {}
     scheme = SCHEMES.get(model.class_name, {})
     places = file_names(model.modules, scheme)
-    for name, content in model.in_file(scheme, lambda name: False):
-        assert isinstance(content, dict)
+    exact = {name for name in _int8_layers(model) if num_bits == 8 and comfy_dense.fits_int8(model.layer(name))}
+    for name, content in model.in_file(scheme, exact.__contains__):
+        if isinstance(content, UnpackedLayer):
+            formats[name], parts = comfy_dense.write_int8(content)
+            parts |= {} if content.bias is None else {"bias": content.bias}
+            tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            continue
         tensors |= {_key(name, leaf): _converted(name, leaf, value, model) for leaf, value in content.items()}
         if not quantized.issuperset(places[name]):
             continue
-        weight = torch.cat([model.matrix(member) for member in places[name]])
-        if num_bits == 4 and comfy_dense.rotation_size(weight.shape[1]) is None:
+        features = model.layers[places[name][0]].proj_down.shape[1]
+        if num_bits == 4 and comfy_dense.rotation_size(features) is None:
             continue  # 4 bits need a rotation
-        formats[name], parts = comfy_dense.encode(weight, num_bits)
+        formats[name], parts, errors[name] = _encoded(model, places[name], num_bits)
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-        source = Source({f"{name}.{part}": tensor for part, tensor in parts.items()}, name)
-        read = comfy_dense.READERS[formats[name]["format"]]
-        again = read(source, name, weight.shape[0], weight.shape[1], formats[name])
-        errors[name] = ((again - weight).norm() / weight.norm()).item()
-    worst = max(errors, key=errors.__getitem__)
-    logger.warning(
-        f"{len(errors)} layers were rounded once more, to {num_bits} bits; the relative error of the weights is at "
-        f"most {errors[worst]:.4f} ({worst})."
-    )
+    _warn_of_rounding(errors, num_bits)
     return with_markers(tensors, formats)
 
 

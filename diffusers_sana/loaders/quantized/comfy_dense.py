@@ -1,12 +1,14 @@
-"""ComfyUI's formats of rotated and 8-bit weights, from and to 16-bit matrices.
+"""ComfyUI's formats of rotated and 8-bit weights, from and to 16-bit matrices; int8 also from and to our layers.
 
     convrot_w4a4      4-bit codes of the rotated weight, one scale a row
-    int8_tensorwise   8-bit codes, rotated or not, one scale a row or a tensor
+    int8_tensorwise   8-bit codes, rotated or not, one scale a row or a tensor: our int8 layer
     asym_w4a8_int8    4- or 6-bit codes of levels, scales of groups of 16 and of rows, rotated
     float8_*          8-bit floating-point numbers, one scale a tensor
 
 A rotation multiplies each block of `convrot_groupsize` input features of the weight by a regular Hadamard matrix,
-which is symmetric and its own inverse; the runtime rotates the input. Source: comfy-kitchen 0.2.40.
+which is symmetric and its own inverse; the runtime rotates the input. It is the matrix of `kernels/rotation.py` with
+its columns in reverse order, so codes in int8, where no groups share a scale, only change their order. Source:
+comfy-kitchen 0.2.40.
 
 Legend: N output features, K input features.
 """
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from diffusers_sana.kernels.low_bit import decode_int4, nonzero
-from diffusers_sana.loaders.quantized.layer import Source
+from diffusers_sana.loaders.quantized.layer import Source, UnpackedLayer
 from diffusers_sana.loaders.quantized.rows import pairs, unpairs
 
 
@@ -55,13 +57,56 @@ def _unrotated(weight: Tensor, conf: Mapping[str, Any]) -> Tensor:
     return rotate(weight, conf.get("convrot_groupsize", GROUP)) if conf.get("convrot", True) else weight
 
 
-def _int8(source: Source, name: str, rows: int, columns: int, conf: Mapping[str, Any]) -> Tensor:
+def read_int8(source: Source, name: str, rows: int, columns: int, conf: Mapping[str, Any]) -> UnpackedLayer:
+    """The layer as one of ours, with the same codes and scales."""
     codes = source.take(f"{name}.weight", (rows, columns))
     if codes.dtype != torch.int8:
         raise ValueError(f"'{name}.weight' of {source.origin} must be int8, got {codes.dtype}.")
-    scale = source.take(f"{name}.weight_scale").float()
-    weight = codes.float() * (scale.reshape(rows, 1) if scale.numel() > 1 else scale.reshape(()))
-    return _unrotated(weight, {"convrot": False, **conf})
+    size = conf.get("convrot_groupsize", GROUP) if conf.get("convrot", False) else None
+    if size is not None:
+        hadamard(size)  # raises for other sizes than powers of 4
+        if columns % size:
+            raise ValueError(
+                f"`convrot_groupsize` of {name!r} in {source.origin} must divide its {columns} input features, got "
+                f"{size}."
+            )
+        codes = _reversed_groups(codes, size)
+    return UnpackedLayer(
+        codes,
+        source.take(f"{name}.weight_scale").float().flatten().expand(rows),
+        None,
+        torch.ones(columns),
+        torch.zeros(0, columns),
+        torch.zeros(rows, 0),
+        source.get(f"{name}.bias", (rows,)),
+        weight_only=bool(conf.get("full_precision_matrix_mult", False)),
+        rotation=size,
+    )
+
+
+def fits_int8(layer: UnpackedLayer) -> bool:
+    """Whether `write_int8` takes a layer: int8, without smoothing factors and branch, in whole rotated groups."""
+    return (
+        layer.precision == "int8"
+        and not layer.has_branch
+        and bool((layer.smooth == 1).all())
+        and (layer.rotation is None or layer.codes.shape[1] % layer.rotation == 0)
+    )
+
+
+def write_int8(layer: UnpackedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The format and the tensors of a layer that `fits_int8`; codes and scales do not change."""
+    conf: dict[str, Any] = {"format": INT8, "per_row": True, "convrot": layer.rotation is not None}
+    codes = layer.codes
+    if layer.rotation is not None:
+        conf["convrot_groupsize"], codes = layer.rotation, _reversed_groups(codes, layer.rotation)
+    if layer.weight_only:
+        conf["full_precision_matrix_mult"] = True
+    return conf, {"weight": codes, "weight_scale": layer.scales[:, None]}
+
+
+def _reversed_groups(codes: Tensor, size: int) -> Tensor:
+    return codes.unflatten(-1, (-1, size)).flip(-1).flatten(-2)
 
 
 def _w4a4(source: Source, name: str, rows: int, columns: int, conf: Mapping[str, Any]) -> Tensor:
@@ -93,7 +138,6 @@ def _float8(source: Source, name: str, rows: int, columns: int, conf: Mapping[st
 
 
 READERS = {
-    INT8: _int8,
     "convrot_w4a4": _w4a4,
     "asym_w4a8_int8": _w4a8,
     "float8_e4m3fn": _float8,

@@ -1,6 +1,6 @@
 """One quantized layer in natural order: what every reader makes and every writer takes.
 
-Codes are one nibble per byte, so that padding, permuting and slicing are plain tensor operations. `UnpackedLayer.of`
+Codes are one per byte, so that padding, permuting and slicing are plain tensor operations. `UnpackedLayer.of`
 takes our own layers apart and `to_quantized_weight` builds them.
 
 Legend: N output features, K input features, G groups along K, r rank.
@@ -21,8 +21,9 @@ from diffusers_sana.kernels.low_bit import (
     pad_features,
     padded,
     precision_of,
-    unpack_nibbles,
+    unpack_codes,
 )
+from diffusers_sana.kernels.rotation import rotation_size, rotation_tensor
 from diffusers_sana.quantizers.svdquant.algorithm.quantized_weight import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
 
@@ -90,17 +91,18 @@ class Source:
 
 @dataclass
 class UnpackedLayer:
-    """A 4-bit layer in natural order.
+    """A 4- or 8-bit layer in natural order.
 
     Attributes:
-        codes: nibbles in uint8, `[N, K]`.
-        scales: `[N, G]`, 16 bit, or e4m3 for NVFP4.
+        codes: nibbles in uint8, `[N, K]`; for int8 in int8.
+        scales: `[N, G]`, 16 bit, or e4m3 for NVFP4; for int8 fp32 `[N]`.
         row_scales: fp32 `[N]` for NVFP4, else None.
         smooth: `[K]`, divides the input of the 4-bit part.
         down, up: `[r, K]` and `[N, r]`, for the raw input.
         bias: `[N]` or None.
         weight_only: whether activations stay in 16 bit.
         input_scale: static scale of the input for runtimes that do not measure each, or None. Ours does.
+        rotation: size of the groups of inputs that are rotated, for int8; see `kernels/rotation.py`.
     """
 
     codes: Tensor
@@ -112,10 +114,11 @@ class UnpackedLayer:
     bias: Tensor | None
     weight_only: bool = False
     input_scale: float | None = None
+    rotation: int | None = None
 
     @classmethod
     def of(cls, layer: SVDQuantLayer) -> "UnpackedLayer":
-        """The content of one of our own layers, which must not be rotated."""
+        """The content of one of our own layers, which must not be rotated unless it is int8."""
         parts = QuantizedWeight.from_tensors(
             {name: part.detach() for name, part in layer.named_parameters(recurse=False)}
         )
@@ -125,18 +128,21 @@ class UnpackedLayer:
     def of_weight(
         cls, weight: QuantizedWeight, bias: Tensor | None, weight_only: bool = False, input_scale: float | None = None
     ) -> "UnpackedLayer":
-        """The content of a quantized weight, which must not be rotated; see the attributes.
+        """The content of a quantized weight, which must not be rotated unless it is int8; see the attributes.
 
         Raises:
-            ValueError: it is rotated, which this form of a layer cannot say.
+            ValueError: it is rotated, which no other format with 4 bits has.
         """
-        if weight.rotation is not None:
-            raise ValueError("a rotated layer cannot be written in the format of another runtime.")
         precision, features = precision_of(weight.wscales), weight.smooth_factor.shape[0]
-        group_size = GROUP_SIZES[precision]
+        if precision == "int8":
+            scales = weight.wscales
+        elif weight.rotation is not None:
+            raise ValueError("a rotated layer cannot be written in the format of another runtime.")
+        else:
+            scales = bits(weight.wscales)[:, : -(-features // GROUP_SIZES[precision])].view(weight.wscales.dtype)
         return cls(
-            unpack_nibbles(weight.qweight, group_size)[:, :features],
-            bits(weight.wscales)[:, : -(-features // group_size)].view(weight.wscales.dtype),
+            unpack_codes(weight.qweight, precision)[:, :features],
+            scales,
             None if weight.wtscale is None else weight.wtscale.float(),
             weight.smooth_factor,
             weight.proj_down,
@@ -144,16 +150,17 @@ class UnpackedLayer:
             None if bias is None else bias.detach(),
             weight_only,
             input_scale,
+            None if weight.rotation is None else rotation_size(weight.rotation),
         )
 
     @property
     def precision(self) -> str:
-        """ "int4" or "nvfp4"."""
+        """ "int4", "nvfp4" or "int8"."""
         return precision_of(self.scales)
 
     @property
     def group_size(self) -> int:
-        """K / G."""
+        """K / G, in 4 bits."""
         return GROUP_SIZES[self.precision]
 
     @property
@@ -218,6 +225,17 @@ class UnpackedLayer:
 
         Row scales and smoothing factors stay in fp32 if `dtype` would round them.
         """
+        if self.precision == "int8":
+            rotation = None if self.rotation is None else rotation_tensor(self.rotation, self.codes.device)
+            return QuantizedWeight(
+                pad_features(self.codes),
+                self.scales.float(),
+                None,
+                _exact_in(self.smooth, dtype),
+                self.down.to(dtype),
+                self.up.to(dtype),
+                rotation,
+            )
         groups = padded(self.codes.shape[1]) // self.group_size
         scales = self.scales if self.row_scales is not None else self.scales.to(dtype)
         return QuantizedWeight(
@@ -314,7 +332,8 @@ def stack_rows(parts: Sequence[UnpackedLayer], name: str) -> UnpackedLayer:
         ValueError: the parts differ in format or smoothing factors.
     """
     first = parts[0]
-    if any(part.scales.dtype != first.scales.dtype or part.weight_only != first.weight_only for part in parts):
+    kinds = {(part.precision, part.rotation, part.scales.dtype, part.weight_only) for part in parts}
+    if len(kinds) > 1:
         raise ValueError(f"{name!r} cannot be fused: its parts must have one format and one kind of activations.")
     if not all(torch.equal(part.smooth, first.smooth) for part in parts):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,15 +85,11 @@ class QuantizedModel:
         """One layer in natural order.
 
         Raises:
-            ValueError: it is rotated or int8, which no other format with 4-bit activations has.
+            ValueError: it is rotated and in 4 bits, which no other format with 4-bit activations has.
         """
         if name in self._rounded:
             return self._rounded[name]
-        if self.layers[name].precision == "int8":
-            raise ValueError(
-                f"{name!r} is an int8 layer, which 4-bit formats do not have. Quantize the original model to 4 bits."
-            )
-        if self.layers[name].rotation is not None:
+        if self.layers[name].rotation is not None and self.layers[name].precision != "int8":
             raise ValueError(
                 f"{name!r} is rotated, which 4-bit layers of other runtimes are not. Quantize the original model with "
                 '`rotation="none"`, or allow rounding once more with `requantize`.'
@@ -104,8 +101,10 @@ class QuantizedModel:
         return self._rounded[name].matrix() if name in self._rounded else self.layers[name].dequantize(torch.float32)
 
     def requantize_rotated(self) -> None:
-        """Requantizes rotated layers without rotation; a warning states the error."""
-        names = [name for name, module in self.layers.items() if module.rotation is not None]
+        """Requantizes rotated 4-bit layers without rotation; a warning states the error."""
+        names = [
+            name for name, module in self.layers.items() if module.rotation is not None and module.precision != "int8"
+        ]
         self._requantize(sibling_groups(dict.fromkeys(names, "w4a4")), None)
 
     def is_weight_only(self, name: str) -> bool:
@@ -133,6 +132,11 @@ class QuantizedModel:
     def common_rank(self, names: list[str], multiple: int) -> int:
         """The smallest rank that all these layers can have, a positive multiple of `multiple`."""
         return -(-max([1, *(self.layer(name).rank for name in names)]) // multiple) * multiple
+
+    def usual_precision(self, names: Iterable[str]) -> str:
+        """The format that most of the named layers have, among those in 4 bits; "int4" if there are none."""
+        counts = Counter(self.layers[name].precision for name in names)
+        return max(("int4", "nvfp4"), key=counts.__getitem__)
 
     def convert_precision(
         self, names: list[str], precision: str, requantize: bool, format_name: str, scheme: Scheme | None = None

@@ -5,16 +5,20 @@ import logging
 import re
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin as DiffusersConfigMixin
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
+from diffusers_sana.kernels.rotation import GROUP
+
 
 logger = logging.getLogger(__name__)
 
 # How tensors are stored, see docs/quantization.md; changes with what a reader must know. A model is in the first that
-# has all it needs, so that earlier versions read what they can: the second has rotated layers, the third int8 layers.
+# has all it needs, so that earlier versions read what they can: the second has rotated layers, the third int8 layers
+# and other sizes of rotated groups.
 LAYOUT = "diffusers_sana/1"
 ROTATED_LAYOUT = "diffusers_sana/2"
 INT8_LAYOUT = "diffusers_sana/3"
@@ -108,7 +112,8 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
             (activations stay 16 bit), "w8a8" or "w8a16" (the same with int8 weights). None: chosen by name, see
             `targets.py`. A saved model lists its layers.
         modules_to_not_convert: patterns of module names to leave in 16 bit.
-        rotated: patterns of the names of layers that are rotated; written in a saved model.
+        rotated: patterns of the names of layers that are rotated; written in a saved model. A dictionary of patterns
+            to sizes of the rotated groups, where some are not 64.
         seed: of the randomized SVD.
         layout: of the stored tensors. Other runtimes use the name `svdquant` for different layouts.
         input_scales: static scales of the inputs of layers, by name, for runtimes that need them; a record that ours
@@ -132,7 +137,7 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
     compute_mode: str = "auto"
     modules: dict[str, str] | None = None
     modules_to_not_convert: list[str] = field(default_factory=list)
-    rotated: list[str] = field(default_factory=list)
+    rotated: list[str] | dict[str, int] = field(default_factory=list)
     seed: int = 0
     layout: str | None = LAYOUT
     input_scales: dict[str, float] | None = None
@@ -172,9 +177,10 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
             )
         if not isinstance(self.gptq, bool | None):
             raise TypeError(f"`gptq` must be True, False or None, got {self.gptq!r}.")
-        for name in ("modules_to_not_convert", "rotated"):
-            if not isinstance(getattr(self, name), list | tuple | None):
-                raise TypeError(f"`{name}` must be a list, got {getattr(self, name)!r}.")
+        if not isinstance(self.modules_to_not_convert, list | tuple | None):
+            raise TypeError(f"`modules_to_not_convert` must be a list, got {self.modules_to_not_convert!r}.")
+        if not isinstance(self.rotated, list | tuple | dict | None):
+            raise TypeError(f"`rotated` must be a list, or a dictionary of patterns to sizes, got {self.rotated!r}.")
         if not isinstance(self.input_scales, dict | None):
             raise TypeError(
                 f"`input_scales` must be a dictionary of layer names to numbers, got {self.input_scales!r}."
@@ -182,7 +188,7 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
         if not isinstance(self.modules, dict | None):
             raise TypeError(f"`modules` must be a dictionary of patterns to modes or None, got {self.modules!r}.")
         self.modules_to_not_convert = list(self.modules_to_not_convert or [])
-        self.rotated = list(self.rotated or [])
+        self.rotated = dict(self.rotated) if isinstance(self.rotated, dict) else list(self.rotated or [])
         for pattern in [*self.modules_to_not_convert, *self.rotated, *(self.modules or {})]:
             if not isinstance(pattern, str):
                 raise TypeError(f"patterns of module names must be strings, got {pattern!r}.")
@@ -212,6 +218,13 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
             quality=self.quality,
             rotation="none" if is_weight_only else self.rotation or automatic,
         )
+
+    def rotation_of(self, name: str) -> int | None:
+        """The size of the rotated groups of a layer of a saved model; None if it is not rotated."""
+        pattern = next((pattern for pattern in self.rotated if fnmatchcase(name, pattern)), None)
+        if pattern is None:
+            return None
+        return self.rotated[pattern] if isinstance(self.rotated, dict) else GROUP
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

@@ -21,13 +21,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig, mode_for
 
 
+T = TypeVar("T")
 IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 ADALN = re.compile(r"(^|\.)(norm\w*\.linear|(img|txt)_mod\.\d+|adaLN_modulation\.\d+|\w*modulation\w*\.(linear|lin))$")
 SHARED_ADALN = re.compile(
@@ -135,12 +136,12 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def as_patterns(targets: dict[str, str], model: nn.Module) -> dict[str, str]:
-    """`SVDQuantConfig.modules` for these targets, in short form: `*` for a block number where all blocks agree."""
+def as_patterns(targets: dict[str, T], model: nn.Module) -> dict[str, T]:
+    """Targets and what they have, such as a mode, in short form: `*` for a block number where all blocks agree."""
     candidates = [
         name for name, module in model.named_modules() if is_quantizable(module) or hasattr(module, "qweight")
     ]
-    patterns: dict[str, str] = {}
+    patterns: dict[str, T] = {}
     for name, mode in targets.items():
         general = re.sub(r"(?<=\.)\d+(?=\.)", "*", name, count=1)
         matched = [candidate for candidate in candidates if fnmatchcase(candidate, general)]

@@ -181,7 +181,18 @@ def test_comfy_rotated(columns, num_bits):
     stored = tensors["weight"].float() if num_bits == 8 else decode_int4(pair(tensors["weight"])).float()
     assert torch.equal(stored, codes)
     assert_close_fp32(tensors["weight_scale"].flatten(), scale)
-    read = comfy_dense.READERS[conf["format"]](source(tensors), "x", N, columns, conf)
+    if num_bits == 8:
+        layer = comfy_dense.read_int8(source(tensors), "x", N, columns, conf)
+        assert_close_fp32(layer.matrix(), torch.cat([c @ matrix for c in codes.split(size, 1)], 1) * scale[:, None])
+        x = torch.randn(7, columns)
+        actual = layer.to_quantized_weight(torch.float32).output(x, "w8a8")
+        rotated = torch.cat([part @ matrix for part in x.split(size, 1)], 1)  # as the runtime does
+        tokens = rotated.abs().amax(1, keepdim=True) / 127
+        expected = ((rotated / tokens).round() @ codes.t()) * tokens * scale
+        assert relative_error(actual, expected) < 1e-3  # a number between two codes may fall on either side
+        read = layer.matrix()
+    else:
+        read = comfy_dense.READERS[conf["format"]](source(tensors), "x", N, columns, conf)
     assert relative_error(read, weight) < (0.01 if num_bits == 8 else 0.2)
 
 
@@ -189,17 +200,27 @@ def test_comfy_int8_of_other_writers():
     """One scale a tensor or a row, unrotated, without a format, and rotated in a nested dictionary."""
     codes = torch.randint(-128, 128, (N, K)).to(torch.int8)
     for scale in (torch.tensor(0.5), torch.rand(N), torch.rand(N, 1)):
-        read = comfy_dense._int8(
+        read = comfy_dense.read_int8(
             source({"weight": codes, "weight_scale": scale}), "x", N, K, {"format": "int8_tensorwise"}
         )
-        assert_close_fp32(read, codes.float() * (scale.reshape(-1, 1) if scale.dim() else scale))
+        assert torch.equal(read.codes, codes)
+        assert not read.weight_only
+        assert torch.equal(read.matrix(), codes.float() * (scale.reshape(-1, 1) if scale.dim() else scale))
     conf = comfy._format(json.dumps({"params": {"convrot": True, "convrot_groupsize": 64}, "per_row": True}).encode())
-    rotated = comfy_dense._int8(source({"weight": codes, "weight_scale": torch.ones(N)}), "x", N, K, conf)
+    conf["full_precision_matrix_mult"] = True
+    layer = comfy_dense.read_int8(source({"weight": codes, "weight_scale": torch.ones(N)}), "x", N, K, conf)
+    assert (layer.rotation, layer.weight_only) == (64, True)
+    rotated = layer.matrix()
     assert_close_fp32(comfy_dense.rotate(rotated, 64), codes.float())
+    conf, parts = comfy_dense.write_int8(layer)
+    assert torch.equal(parts["weight"], codes)
+    assert (conf["convrot_groupsize"], conf["full_precision_matrix_mult"]) == (64, True)
+    with pytest.raises(ValueError, match=r"`convrot_groupsize` of 'x' in a file must divide its 192 .*, got 256"):
+        comfy_dense.read_int8(source({"weight": codes[:, :192]}), "x", N, 192, {"convrot": True})
     with pytest.raises(ValueError, match="`convrot_groupsize` must be a power of 4, got 32"):
         comfy_dense.rotate(rotated, 32)
     with pytest.raises(ValueError, match=r"'x.weight' of a file must be int8, got torch.float32"):
-        comfy_dense._int8(source({"weight": codes.float(), "weight_scale": torch.ones(1)}), "x", N, K, {})
+        comfy_dense.read_int8(source({"weight": codes.float(), "weight_scale": torch.ones(1)}), "x", N, K, {})
 
 
 @pytest.mark.parametrize("kind", ["codebook", "4 bits", "6 bits"])

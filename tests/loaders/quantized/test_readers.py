@@ -33,6 +33,7 @@ def written(to, precision, tmp_path, family="qwen", **options):
     ("to", "precision", "family", "without_config"),
     [
         ("diffusers-sana", "int4", "diffusers-sana", "diffusers-sana"),
+        ("diffusers-sana", "int8", "diffusers-sana", "diffusers-sana"),
         ("cache-dit", "int4", "cache-dit", "nunchaku-lite"),
         ("vllm-omni", "nvfp4", "vllm-omni", "vllm-omni"),
         ("modelopt", "nvfp4", "modelopt", "modelopt"),

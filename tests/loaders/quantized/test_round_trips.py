@@ -116,17 +116,92 @@ def assert_close(actual, expected, steps=1, largest=None):
 @pytest.mark.parametrize("precision", ["int4", "nvfp4"])
 @pytest.mark.parametrize("num_bits", [8, 4])
 def test_rotated_weights(precision, num_bits, tmp_path, base, caplog):
-    """ComfyUI's: rounded once more, and read as 16-bit layers."""
+    """ComfyUI's: rounded once more, and read as int8 or 16-bit layers."""
     model = tiny.quantized("flux", precision)
     path = export_quantized(model, tmp_path / "comfy", "comfy-convrot", num_bits=num_bits)
     assert f"rounded once more, to {num_bits} bits; the relative error of the weights is at most 0." in caplog.text
     first = load_quantized(path, base=base("flux"))
-    assert "are in formats that this package's layers do not have; they are 16-bit layers now" in caplog.text
+    warned = "are in formats that this package's layers do not have; they are 16-bit layers now" in caplog.text
+    assert warned == (num_bits == 4)
+    assert first.dtype == torch.bfloat16
     for name, layer in tiny.layers(model).items():
         weight = first.get_submodule(name).weight
-        assert not isinstance(first.get_submodule(name), SVDQuantLayer)
+        assert isinstance(first.get_submodule(name), SVDQuantLayer) == (num_bits == 8)
         exact = layer.dequantize(torch.float32)
         assert (weight.float() - exact).norm() / exact.norm() < (0.02 if num_bits == 8 else 0.25)
+
+
+@pytest.mark.parametrize("to", ["comfy-convrot", "comfy", "diffusers-sana"])
+@pytest.mark.parametrize("rotation", ["none", "hadamard"])
+def test_int8(to, rotation, tmp_path, base, caplog):
+    """Codes and scales are kept where there are neither smoothing factors nor a branch, in fused layers too."""
+    model = tiny.FAMILIES["flux"]()
+    quantize(model, SVDQuantConfig(precision="int8", smoothing="none", rotation=rotation), progress=False)
+    options = {"model_cls": type(model), "base": base("flux")}
+    first = load_quantized(export_quantized(model, tmp_path / "first", to), **options)
+    assert "rounded once more" not in caplog.text
+    assert_equal_state(first, model)
+    attention = first.transformer_blocks[0].attn.to_q
+    assert (attention.precision, attention.rotation_size) == ("int8", 64 if rotation == "hadamard" else None)
+    kinds = {name: layer.is_weight_only for name, layer in tiny.layers(model).items()}
+    assert {name: layer.is_weight_only for name, layer in tiny.layers(first).items()} == kinds
+    second = load_quantized(export_quantized(first, tmp_path / "second", to), **options)
+    assert_equal_state(second, first)
+    assert load_quantized(tmp_path / "second").dtype == torch.bfloat16 if to == "diffusers-sana" else True
+
+
+def test_rotated_groups_of_several_sizes_in_our_layout(tmp_path, base):
+    """ComfyUI rotates the largest group that fits a layer."""
+    path = export_quantized(tiny.quantized("flux", "int8", 8), tmp_path / "comfy", "comfy-convrot")
+    model = load_quantized(path, base=base("flux"))
+    sizes = {name: layer.rotation_size for name, layer in tiny.layers(model).items()}
+    assert {64, 256} <= set(sizes.values())
+    model.save_pretrained(tmp_path / "ours")
+    recorded = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]
+    assert recorded["layout"] == "diffusers_sana/3"
+    assert set(recorded["rotated"].values()) == set(sizes.values()) - {None}
+    again = type(model).from_pretrained(tmp_path / "ours")
+    assert_equal_state(again, model)
+    assert {name: layer.rotation_size for name, layer in tiny.layers(again).items()} == sizes
+    config = recorded | {"rotated": {name: 16 for name in recorded["rotated"]}}
+    content = json.loads((tmp_path / "ours" / "config.json").read_text()) | {"quantization_config": config}
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"rotation' must be torch.int8 of shape \[2\]"):
+        type(model).from_pretrained(tmp_path / "ours")
+
+
+def test_int8_with_what_the_format_lacks(tmp_path, base, caplog):
+    model = tiny.quantized("flux", "int8", 8)
+    with pytest.raises(ValueError, match=r"ComfyUI cannot express .*neither smoothing factors nor a branch"):
+        export_quantized(model, tmp_path / "refused", "comfy")
+    for to in ("nunchaku-lite", "cache-dit", "vllm-omni", "modelopt", "nunchaku"):
+        with pytest.raises(ValueError, match=r"int8|cannot hold \d+ layers as they are"):
+            export_quantized(model, tmp_path / "refused", to)
+    for to, options in (("comfy", {"requantize": True}), ("comfy-convrot", {}), ("cache-dit", {"requantize": True})):
+        caplog.clear()
+        first = load_quantized(export_quantized(model, tmp_path / to, to, **options), base=base("flux"))
+        assert "rounded once more" in caplog.text
+        for name, layer in tiny.layers(first).items():
+            if not layer.is_weight_only:
+                error = relative(layer.dequantize(torch.float32), model.get_submodule(name).dequantize(torch.float32))
+                assert error < (0.15 if to == "cache-dit" else 0.015)
+
+
+def relative(actual, expected):
+    return (actual - expected).norm() / expected.norm()
+
+
+def test_layers_in_4_and_8_bits(tmp_path, base):
+    """One file with both kinds, for ComfyUI."""
+    model = tiny.FAMILIES["qwen"]()
+    modules = {"transformer_blocks.*.img_mlp.*": "w8a8", "transformer_blocks.*.attn.*": "w4a4"}
+    quantize(model, SVDQuantConfig(rank=8, smoothing="none", refinements=0, modules=modules), progress=False)
+    layer = model.transformer_blocks[0].img_mlp.net[0].proj
+    path = export_quantized(model, tmp_path / "comfy", "comfy", requantize=True)
+    again = load_quantized(path, model_cls=type(model), base=base("qwen"))
+    assert {item.precision for item in tiny.layers(again).values()} == {"int4", "int8"}
+    other = again.transformer_blocks[0].img_mlp.net[0].proj
+    assert relative(other.dequantize(torch.float32), layer.dequantize(torch.float32)) < 0.015
 
 
 @pytest.mark.parametrize("to", ["nunchaku", "nunchaku-lite", "cache-dit", "vllm-omni", "comfy"])

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from diffusers_sana.kernels.low_bit import encode_weight, pad_features, weight_scales
-from diffusers_sana.kernels.rotation import GROUP, rotate
+from diffusers_sana.kernels.rotation import rotate, rotation_tensor
 from diffusers_sana.quantizers.svdquant.algorithm.gptq import Compensation
 from diffusers_sana.quantizers.svdquant.algorithm.quantized_weight import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.algorithm.randomized_svd import randomized_svd, weighted_svd
@@ -222,6 +222,8 @@ def _search_smoothing(
     quick, inputs = replace(config, refinements=min(config.refinements, 1)), data.inputs()
 
     def smoothing(a: float, b: float) -> Tensor:
+        if config.precision == "int8" and a == b == 0:
+            return ones  # no scale depends on the size of activations, and other runtimes have no smoothing factors
         smooth = _without_zeros(input_range).pow(a) / _without_zeros(weight_range).pow(b)
         return _normalized(smooth, data.rows).to(dtypes[0]).float()
 
@@ -318,7 +320,7 @@ def fit_weight(
     """
     smoothed = weight * smooth
     up, down = randomized_svd(smoothed, config.rank, config.seed)
-    rotation = torch.tensor(GROUP, dtype=torch.int8, device=weight.device) if rotated else None
+    rotation = rotation_tensor(device=weight.device) if rotated else None
     item = _rounded(smoothed, up.to(dtype), (down / smooth).to(dtype), smooth, rotation, config, None)
     return _refined(smoothed, item, config, inputs, None, config.refinements)
 
@@ -337,7 +339,9 @@ def compensated(
     smooth = item.smooth_factor.float()
     smoothed = weight * smooth
     covariance = covariance / smooth / smooth[:, None]
-    compensation = Compensation(covariance if item.rotation is None else rotate(rotate(covariance).t()))
+    if item.rotation is not None:
+        covariance = rotate(rotate(covariance, item.rotation).t(), item.rotation)
+    compensation = Compensation(covariance)
     item = _rounded_again(smoothed, item, config, compensation)
     rounds = min(config.refinements, COMPENSATED_ROUNDS)
     return _refined(smoothed, item, config, inputs, compensation, rounds)
@@ -402,7 +406,7 @@ def _rounded(
 ) -> QuantizedWeight:
     """The weight with codes for the branch as it is stored, so that they also compensate the branch's rounding."""
     residual = smoothed - up.float() @ (down.float() * smooth)
-    residual = pad_features(residual) if rotation is None else rotate(residual)
+    residual = pad_features(residual) if rotation is None else rotate(residual, rotation)
     wscales, wtscale = weight_scales(residual, config.precision, up.dtype)
     if compensation is None:
         qweight = encode_weight(residual, wscales, wtscale)

@@ -22,8 +22,8 @@ class QuantizedWeight:
         smooth_factor: `[K]`.
         proj_down: `[r, K]`, for the raw input: already divided by `smooth_factor`.
         proj_up: `[N, r]`.
-        rotation: int8 scalar, the size of the groups that are rotated, see `kernels/rotation.py`; None in layers that
-            are not.
+        rotation: int8, the size of the groups that are rotated, see `kernels/rotation.py`; None in layers that are
+            not.
     """
 
     qweight: Tensor
@@ -57,7 +57,7 @@ class QuantizedWeight:
     def residual(self) -> Tensor:
         """The part of the smoothed weight that the codes represent, fp32 `[N, K]`."""
         decoded = decode_weight(self.qweight, self.wscales, self.wtscale)
-        decoded = decoded if self.rotation is None else rotate(decoded)
+        decoded = decoded if self.rotation is None else rotate(decoded, self.rotation)
         return decoded[:, : self.smooth_factor.shape[0]]
 
     def output(self, inputs: Tensor, mode: str) -> Tensor:

@@ -7,7 +7,6 @@ layers are replaced by empty ones first (`insert_empty_layers`), and each tensor
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_sana.checkpoint_files import meta_tensors
-from diffusers_sana.kernels.rotation import GROUP
+from diffusers_sana.kernels.rotation import GROUP, can_rotate, rotation_tensor
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
 from diffusers_sana.quantizers.svdquant.config import INT8_LAYOUT, LAYOUT, ROTATED_LAYOUT, SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.layers.linear import (
@@ -100,7 +99,7 @@ def insert_empty_layers(model: nn.Module, config: SVDQuantConfig) -> None:
             layer.rank,
             layer.precision,
             original.weight.dtype,
-            rotated=any(fnmatchcase(name, pattern) for pattern in config.rotated),
+            rotation=config.rotation_of(name),
         )
         replaced = replace_layer(model, name, weight, mode, config.compute_mode)
         replaced.input_scale = (config.input_scales or {}).get(name)
@@ -112,7 +111,9 @@ def recorded_config(
     """The config that is saved with a model: layout, dtype and rotated layers, and `targets` where given."""
     modules = config.modules if targets is None else as_patterns(dict(targets), model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SVDQuantLayer)}
-    rotated = {name: "rotated" for name, layer in layers.items() if layer.rotation is not None}
+    sizes = {name: size for name, layer in layers.items() if (size := layer.rotation_size) is not None}
+    rotated = as_patterns(sizes, model)
+    is_usual = set(sizes.values()) <= {GROUP}
     scales = {name: layer.input_scale for name, layer in layers.items() if layer.input_scale is not None}
     has_int8 = any(layer.precision == "int8" for layer in layers.values())
     first = next(iter(layers.values()), None)
@@ -120,9 +121,9 @@ def recorded_config(
     return replace(
         config,
         modules=modules,
-        layout=INT8_LAYOUT if has_int8 else ROTATED_LAYOUT if rotated else LAYOUT,
+        layout=INT8_LAYOUT if has_int8 or not is_usual else ROTATED_LAYOUT if rotated else LAYOUT,
         dtype=dtype,
-        rotated=list(as_patterns(rotated, model)),
+        rotated=list(rotated) if is_usual else rotated,
         input_scales=scales or None,
     )
 
@@ -185,11 +186,18 @@ def check_layers(model: nn.Module) -> None:
                 f"and {up}. The file was changed; download or quantize the model again."
             )
         precision = "int8" if module.qweight.dtype == torch.int8 else "int4" if module.wtscale is None else "nvfp4"
-        rotation = module.rotation
-        rotated = rotation is not None
-        expected = empty_weight(outputs, inputs, down[0], precision, module.proj_up.dtype, rotated=rotated)
-        if rotation is not None and not rotation.is_meta and int(rotation) != GROUP:
-            raise ValueError(f"`rotation` of {name!r} must be {GROUP}, got {int(rotation)}. Upgrade diffusers_sana.")
+        rotation, size = module.rotation, module.rotation_size
+        expected = empty_weight(outputs, inputs, down[0], precision, module.proj_up.dtype, rotation=size)
+        if rotation is not None and size is not None:
+            if not rotation.is_meta and not torch.equal(rotation, rotation_tensor(size, rotation.device)):
+                raise ValueError(
+                    f"`rotation` of {name!r} must be {rotation_tensor(size).tolist()}, got {rotation.tolist()}. "
+                    "Upgrade diffusers_sana."
+                )
+            if not can_rotate(inputs, size):
+                raise ValueError(
+                    f"{name!r} has {inputs} input features, which are no multiple of its rotation, {size}."
+                )
         for item in fields(expected):
             if (wanted := getattr(expected, item.name)) is not None:
                 part = getattr(module, item.name)

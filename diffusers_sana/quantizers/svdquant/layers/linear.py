@@ -35,6 +35,7 @@ from diffusers_sana.kernels.low_bit import GROUP_SIZES, padded, precision_of
 from diffusers_sana.kernels.lowbit_linear import lowbit_linear
 from diffusers_sana.kernels.precision import arithmetic_dtype
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank
+from diffusers_sana.kernels.rotation import rotation_size, rotation_tensor
 from diffusers_sana.quantizers.svdquant.algorithm.quantized_weight import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.config import COMPUTE_MODES, mode_for
 from diffusers_sana.quantizers.svdquant.layers.compute_mode import best_mode
@@ -170,6 +171,11 @@ class SVDQuantLayer(LowRankBranch):
         return precision_of(self.wscales)
 
     @property
+    def rotation_size(self) -> int | None:
+        """The size of the groups that are rotated, or None."""
+        return None if self.rotation is None else rotation_size(self.rotation)
+
+    @property
     def num_outputs(self) -> int:
         """N."""
         return self.qweight.shape[0]
@@ -263,7 +269,7 @@ def empty_weight(
     precision: str,
     dtype: torch.dtype,
     device: Any = "meta",
-    rotated: bool = False,
+    rotation: int | None = None,
 ) -> QuantizedWeight:
     """The tensors of a quantized layer without values, for a checkpoint to be loaded into."""
     features = padded(in_features)
@@ -283,7 +289,7 @@ def empty_weight(
         empty(in_features),
         empty(rank, in_features),
         empty(out_features, rank),
-        empty(dtype=torch.int8) if rotated else None,
+        None if rotation is None else torch.empty_like(rotation_tensor(rotation), device=device),
     )
 
 
