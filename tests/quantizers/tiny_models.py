@@ -220,6 +220,36 @@ def sana_video() -> tuple[nn.Module, dict[str, Any]]:
     return model, video()
 
 
+def sana_wm() -> tuple[nn.Module, dict[str, Any]]:
+    """With a camera; one block of each kind of attention."""
+    model = make(
+        "SanaWMTransformer3DModel",
+        in_channels=4,
+        num_layers=2,
+        hidden_size=64,
+        num_attention_heads=2,
+        linear_head_dim=32,
+        softmax_every_n=2,
+        chunk_plucker_channels=6,
+        chunk_plucker_post_attn_blocks=2,
+        caption_channels=16,
+    )
+    for parameter in model.parameters():
+        if not parameter.any():  # the camera's layers begin at zero
+            nn.init.normal_(parameter, std=0.1)
+    camera = torch.cat([torch.eye(4).flatten(), torch.tensor([4.0, 4.0, 2.0, 2.0])]).repeat(2, 2, 1)
+    camera[:, 1, 3] = 0.5  # it moves sideways
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 2, 4, 4),
+        "encoder_hidden_states": text(16)[:, None],
+        "encoder_attention_mask": torch.ones(2, TEXT_TOKENS, dtype=torch.bool),
+        "timestep": TIMES[:, None, None].repeat(1, 1, 2),
+        "camera_conditions": camera,
+        "chunk_plucker": torch.randn(2, 6, 2, 4, 4),
+    }
+    return model, inputs
+
+
 def wan() -> tuple[nn.Module, dict[str, Any]]:
     model = make(
         "WanTransformer3DModel",
@@ -346,6 +376,7 @@ FAMILIES = {
     "qwen_image": qwen_image,
     "z_image": z_image,
     "sana_video": sana_video,
+    "sana_wm": sana_wm,
     "wan": wan,
     "hunyuan_video": hunyuan_video,
     "ltx2": ltx2,

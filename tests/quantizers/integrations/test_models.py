@@ -21,7 +21,8 @@ from tests.quantizers.tiny_models import output
 @pytest.mark.parametrize(
     ("family", "precision", "dtype"),
     [
-        *((family, "int4", torch.bfloat16) for family in tiny_models.FAMILIES),
+        *((family, "int4", torch.bfloat16) for family in tiny_models.FAMILIES if family != "sana_wm"),
+        ("sana_wm", "int4", torch.float32),  # diffusers turns its cameras in fp32 only, on a CPU
         *((family, "nvfp4", torch.float32) for family in tiny_models.FAMILIES),
         ("sana", "nvfp4", torch.bfloat16),
         ("sana", "int4", torch.float32),

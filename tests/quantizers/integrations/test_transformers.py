@@ -7,7 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, logging
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLModel,
+    T5Config,
+    T5EncoderModel,
+    logging,
+)
 from transformers.quantizers.base import HfQuantizer
 
 from diffusers_sana import SVDQuantConfig
@@ -40,7 +50,45 @@ def clip() -> CLIPTextModel:
     return CLIPTextModel(config).eval()
 
 
-FAMILIES = {"gemma2": (tiny.text_encoder, 7), "t5": (t5, 12), "clip": (clip, 12)}
+def gemma3() -> Gemma3TextModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return Gemma3TextModel(Gemma3TextConfig(**sizes | heads, sliding_window=4)).eval()
+
+
+def qwen() -> Qwen2_5_VLModel:
+    """With its vision tower."""
+    torch.manual_seed(0)
+    text = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    positions = {"type": "mrope", "mrope_section": [1, 1, 2]}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    patches = {"patch_size": 2, "window_size": 8, "fullatt_block_indexes": [1]}
+    tokens = {"vision_start_token_id": 46, "vision_end_token_id": 47, "video_token_id": 48, "image_token_id": 49}
+    config = Qwen2_5_VLConfig(
+        text_config=text | heads | special | {"rope_scaling": positions}, vision_config=vision | patches, **tokens
+    )
+    return Qwen2_5_VLModel(config).eval()
+
+
+def image() -> dict[str, Tensor]:
+    """An image of 4x4 patches between two words, for Qwen2.5-VL."""
+    ids = torch.tensor([[3, 46, 49, 49, 49, 49, 47, 4]])
+    pixels = torch.randn(16, 3 * 2 * 2 * 2, generator=torch.Generator().manual_seed(0))
+    grid = torch.tensor([[1, 4, 4]])
+    return {"input_ids": ids, "mm_token_type_ids": (ids == 49).int(), "pixel_values": pixels, "image_grid_thw": grid}
+
+
+# How to make each, and the layers that are quantized.
+FAMILIES = {
+    "gemma2": (tiny.text_encoder, 7),
+    "gemma3": (gemma3, 42),
+    "t5": (t5, 12),
+    "clip": (clip, 12),
+    "qwen2.5-vl": (qwen, 24),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +100,8 @@ def _quiet():
 
 @torch.no_grad()
 def output(model: nn.Module) -> Tensor:
-    return model(input_ids=IDS).last_hidden_state
+    inputs = image() if isinstance(model, Qwen2_5_VLModel) else {"input_ids": IDS}
+    return model(**inputs).last_hidden_state
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
