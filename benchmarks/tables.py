@@ -413,6 +413,14 @@ def adapters() -> str:
     return f"{render(header, rows)}\n\n{provenance(report)}"
 
 
+def adapter_parts() -> str:
+    """Errors of the part of a change that a 4-bit layer keeps, by what the part was chosen for."""
+    report = results("cpu/adapters")["parts"]
+    names = list(next(iter(report["errors"].values())))
+    rows = [[layer, *(f"{errors[name]:.1%}" for name in names)] for layer, errors in report["errors"].items()]
+    return f"{render(['layer', *names], rows)}\n\n{provenance(report)}"
+
+
 def first_minutes() -> str:
     """What a new user waits for each result."""
     report = results("cpu/first_minutes")
@@ -438,6 +446,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dc_ae_dit": dc_ae_dit,
     "serving": serving,
     "adapters": adapters,
+    "adapter_parts": adapter_parts,
     "first_minutes": first_minutes,
 }
 

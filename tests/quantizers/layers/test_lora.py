@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 from collections import OrderedDict
 from itertools import pairwise
 
@@ -12,8 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import diffusers_sana
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
 from diffusers_sana.quantizers.svdquant.api import set_compute_mode
-from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
+from diffusers_sana.quantizers.svdquant.config import LayerConfig
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer, SVDQuantLinear
 from tests import tiny
 from tests.models.sana_transformers import tiny_inputs, tiny_model, to_dtype
 from tests.numerics import assert_close_fp32, assert_no_worse, relative_error
@@ -221,7 +224,8 @@ def test_kinds_of_high_rank_are_exact_beside_the_layer_and_fused_in_part(models,
     best = (values[ranks:].sum() / values.sum()).sqrt().item()
     error = relative_error(layer.weight - weight, wanted)
     assert best * 0.99 < error < best * 1.05  # as good as a part of that rank can be
-    assert f"the {ranks} strongest ones are kept, which leaves out {error:.1%} of the change" in caplog.text
+    assert f"the {ranks} strongest ones are kept, which leaves out {error:.1%} of the change of the" in caplog.text
+    assert f"and {error:.1%} of that of the weight" in caplog.text  # the same without smoothing
     fused = run(models[0], tiny_inputs(models[0]))
     assert 0.02 < relative_error(fused - without, beside - without) < 0.8
     models[0].unfuse_lora()
@@ -229,9 +233,37 @@ def test_kinds_of_high_rank_are_exact_beside_the_layer_and_fused_in_part(models,
     assert torch.equal(run(models[0], tiny_inputs(models[0])), beside)
 
 
-def test_a_part_is_no_other_change(original):
+def test_a_part_is_the_best_for_inputs_that_the_layer_was_smoothed_for(caplog):
+    """Channels of very different sizes: keeping the strongest directions of the weight alone is much worse."""
+    torch.manual_seed(0)
+    sizes = torch.exp(1.5 * torch.randn(64))
+    weight, inputs, held_out = torch.randn(48, 64), torch.randn(256, 64) * sizes, torch.randn(256, 64) * sizes
+    (item,), _ = decompose([weight], LayerConfig("int4", 4), inputs)
+    layer = SVDQuantLinear(item, compute_mode="w4a16")
+    before, ranks = bits(layer), 12
+    change = 0.3 * torch.randn(48, 64)
+    layer.add_to_weight(change)
+    kept = layer.proj_up[:, -ranks:] @ layer.proj_down[-ranks:]
+    error = relative_error(held_out @ kept.t(), held_out @ change.t())
+    up, values, down = torch.linalg.svd(change)
+    strongest = up[:, :ranks] * values[:ranks] @ down[:ranks]
+    assert error < 0.6 * relative_error(held_out @ strongest.t(), held_out @ change.t())
+    up, values, down = torch.linalg.svd(change * sizes)
+    best = up[:, :ranks] * values[:ranks] @ down[:ranks] / sizes
+    assert error < 1.15 * relative_error(held_out @ best.t(), held_out @ change.t())
+    stated = float(re.search(r"([\d.]+)% of the change of the output", caplog.text)[1]) / 100
+    assert 0.5 * error < stated < 2 * error
+    assert f"and {relative_error(kept, change):.1%} of that of the weight" in caplog.text
+    layer.add_to_weight(-change)
+    assert same_bits(bits(layer), before)
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_a_part_is_no_other_change(original, smoothed):
     """Only what undoes a change takes its part away."""
     layer = copy.deepcopy(original.transformer_blocks[0].attn2.to_q)
+    if smoothed:
+        layer.smooth_factor.data = torch.exp(torch.randn(layer.in_features))
     torch.manual_seed(1)
     strength = layer.weight.std() / torch.arange(1, layer.in_features + 1)  # some directions are strong
     first, second = (torch.randn(layer.weight.shape) * strength for _ in range(2))

@@ -50,10 +50,12 @@ class LowRankBranch(nn.Module):
     Attributes:
         proj_down: `[r, K]`, in 16 bit.
         proj_up: `[N, r]`.
+        smooth_factor: `[K]`.
     """
 
     proj_down: Tensor
     proj_up: Tensor
+    smooth_factor: Tensor
     dequantize: Callable[..., Tensor]
     # Rank and relative error of each stored change, oldest first; they are the last ranks of the branch.
     _changes: list[tuple[int, float]]
@@ -101,43 +103,51 @@ class LowRankBranch(nn.Module):
     def _undoes(self, change: Tensor, noise: float, start: int, end: int, is_part: bool) -> bool:
         """Whether a change undoes the one that is stored in some ranks, in full or in part.
 
-        A part T consists of singular directions of its change, so what undoes the change is -T in the rows or columns
-        that T spans.
+        A part T consists of singular directions of its change, both times S, so what undoes the change is -T in the
+        rows or columns that T spans.
         """
         up, down = self.proj_up[:, start:end].float(), self.proj_down[start:end].float()
         change = change.float()
         limit = PART_TOLERANCE * up.norm() + noise
         if is_part:
-            basis = torch.linalg.qr(up).Q
+            change, down, basis = change * self._sizes(), down * self._sizes(), torch.linalg.qr(up).Q
             in_rows = (change @ down.t() + up @ (down @ down.t())).norm()
             in_columns = (basis.t() @ change + (basis.t() @ up) @ down).norm()
             return bool(min(in_rows, in_columns) <= limit)
         return bool((up @ down + change).norm() <= UNDO_TOLERANCE * change.norm() + noise)
 
     def _strongest_directions(self, change: Tensor) -> tuple[tuple[Tensor, Tensor], float]:
-        """`[N, r]` and `[r, K]` with orthonormal rows, and the relative error."""
+        """`[N, r]` and `[r, K]`, whose rows are orthonormal times S; and the relative error, times S too."""
         wide, whole = change.float(), self.dequantize(torch.float32).norm()
         size = wide.norm()
         if size > LARGEST * whole:
             raise RuntimeError(
-                "the weight of a quantized layer cannot store a change of high rank that is "
-                f"{size / whole:.2g} times as large as itself. {WRITE_HELP}"
+                f"the weight of a 4-bit layer cannot store a change of high rank that is {size / whole:.2g} times as "
+                f"large as itself. {WRITE_HELP}"
             )
-        up, down = randomized_svd(wide, max(int(MOST_RANKS * min(wide.shape)), 1), seed=0)
-        left_out = (size.square() - up.square().sum(0).cumsum(0)).clamp(min=0).sqrt() / size
+        weighted = wide * self._sizes()
+        up, down = randomized_svd(weighted, max(int(MOST_RANKS * min(wide.shape)), 1), seed=0)
+        energy = weighted.square().sum()
+        left_out = ((energy - up.square().sum(0).cumsum(0)).clamp(min=0) / energy).sqrt()
         rank = min(int((left_out > ENOUGH).sum()) + 1, len(down))
-        error = left_out[rank - 1].item()
+        up, down, error = up[:, :rank], down[:rank] / self._sizes(), left_out[rank - 1].item()
         if error > MOST_LEFT_OUT:
             raise RuntimeError(
-                f"the weight of a quantized layer cannot store a change of high rank: in the {rank} directions that "
-                f"it has room for, {error:.0%} of the change would be left out. {WRITE_HELP}"
+                f"the weight of a 4-bit layer cannot store a change of high rank: in the {rank} directions that it "
+                f"has room for, {error:.0%} of the change of the output would be left out. {WRITE_HELP}"
             )
         logger.warning(
-            f"An adapter changes a quantized layer {list(wide.shape)} in more directions than it can store: fused, "
-            f"the {rank} strongest ones are kept, which leaves out {error:.1%} of the change (Frobenius norm). "
-            "Unfused, the adapter is exact."
+            f"An adapter changes a 4-bit layer {list(wide.shape)} in more directions than it can store: fused, the "
+            f"{rank} strongest ones are kept, which leaves out {error:.1%} of the change of the output, for inputs of "
+            f"the sizes that the layer was smoothed for, and {(wide - up @ down).norm() / size:.1%} of that of the "
+            "weight. Unfused, the adapter is exact."
         )
-        return (up[:, :rank], down[:rank]), error
+        return (up, down), error
+
+    def _sizes(self) -> Tensor:
+        """S, fp32 `[K]`, of the root mean square 1."""
+        smooth = self.smooth_factor.float()
+        return smooth / smooth.square().mean().sqrt()
 
     def _set_branch(self, down: Tensor, up: Tensor) -> None:
         self.proj_down = nn.Parameter(down, requires_grad=False)
