@@ -53,6 +53,7 @@ _EXPORTS = {
     "export_vila_u": "diffusers_sana.loaders.vila_u.export",
     "find_pipeline_class": "diffusers_sana.loading",
     "kernel_mode": "diffusers_sana.kernels.dispatch",
+    "load_adapter": "diffusers_sana.loaders.lora.any_model",
     "load_nunchaku": "diffusers_sana.loaders.nunchaku.load",
     "load_nunchaku_lite": "diffusers_sana.loaders.nunchaku.lite",
     "load_quantized": "diffusers_sana.loaders.quantized.hub",
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from diffusers_sana.checkpoints import VILA_U_EMOJI as VILA_U_EMOJI
     from diffusers_sana.images import sobel_edges as sobel_edges
     from diffusers_sana.kernels.dispatch import kernel_mode as kernel_mode
+    from diffusers_sana.loaders.lora.any_model import load_adapter as load_adapter
     from diffusers_sana.loaders.lora.comfyui import lora_to_comfyui as lora_to_comfyui
     from diffusers_sana.loaders.lora.formats import convert_sana_lora as convert_sana_lora
     from diffusers_sana.loaders.nunchaku.lite import export_nunchaku_lite as export_nunchaku_lite

@@ -1,6 +1,5 @@
 """LoRA files of many trainers, by the one call that diffusers has for its own."""
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,18 +10,13 @@ import torch
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.utils import get_adapter_name, logging
 from torch import Tensor, nn
-from transformers.utils import cached_file
 
-from diffusers_sana.checkpoint_files import HUB_ARGUMENTS, read_object, tensor_shapes
 from diffusers_sana.checks import check_number
+from diffusers_sana.loaders.lora.files import FILE_ARGUMENTS, named, read_lora
 from diffusers_sana.loaders.lora.formats import TEXT_PREFIX, check_lora_fits, convert_sana_lora
 
 
 logger = logging.get_logger(__name__)
-
-PEFT_CONFIG = "adapter_config.json"  # where PEFT keeps the scale of a LoRA
-PEFT_PREFIX = "base_model.model."
-FILE_ARGUMENTS = (*HUB_ARGUMENTS, "subfolder")
 
 
 class LoraLoading(SanaLoraLoaderMixin):
@@ -62,35 +56,11 @@ class LoraLoading(SanaLoraLoaderMixin):
             raise TypeError(
                 f"`{unknown[0]}` is no argument of `load_lora_weights`. For files it has {FILE_ARGUMENTS}."
             )
-        with _named(source, weight_name, kwargs.get("subfolder")):
-            state_dict, metadata = cls._read_lora(source, weight_name, use_safetensors, kwargs)
+        with named(source, weight_name, kwargs.get("subfolder")):
+            state_dict, metadata = read_lora(source, weight_name, use_safetensors, **kwargs)
+            if any("." in key for key in state_dict):  # else it is nothing of a model: diffusers warns of it
+                state_dict, metadata = convert_sana_lora(state_dict, metadata)
         return (state_dict, metadata) if return_lora_metadata else state_dict
-
-    @classmethod
-    def _read_lora(
-        cls,
-        source: str | Path | dict[str, Tensor],
-        weight_name: str | None,
-        use_safetensors: bool | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-        from diffusers_sana._compat import fetch_state_dict  # here, so that a missing one costs LoRA files only
-
-        hub = {name: kwargs.get(name) for name in FILE_ARGUMENTS}
-        state_dict, metadata = fetch_state_dict(
-            pretrained_model_name_or_path_or_dict=source if isinstance(source, dict) else str(source),
-            weight_name=weight_name,
-            use_safetensors=use_safetensors is not False,
-            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-            allow_pickle=use_safetensors is None,
-            **hub,
-        )
-        if not any("." in key for key in state_dict):  # nothing of a model: diffusers warns of it
-            return state_dict, metadata
-        if metadata is None and not isinstance(source, dict) and next(iter(state_dict), "").startswith(PEFT_PREFIX):
-            metadata = _peft_config(Path(source), hub)
-        _check_finite(state_dict, metadata)
-        return convert_sana_lora(state_dict, metadata)
 
     def load_lora_weights(
         self,
@@ -116,7 +86,7 @@ class LoraLoading(SanaLoraLoaderMixin):
         if isinstance(source, Mapping):
             # PEFT may keep these tensors as parameters, which hot-swapping overwrites.
             source = {key: tensor.clone() for key, tensor in source.items()}
-        with _named(source, kwargs.get("weight_name"), kwargs.get("subfolder")):
+        with named(source, kwargs.get("weight_name"), kwargs.get("subfolder")):
             found: Any = self.lora_state_dict(source, **kwargs | {"return_lora_metadata": True})
             state_dict, metadata = found
             text = {key: tensor for key, tensor in state_dict.items() if key.startswith(TEXT_PREFIX)}
@@ -213,12 +183,12 @@ class LoraLoading(SanaLoraLoaderMixin):
         Raises:
             ValueError: naming a key that does not fit the model; or the name is taken.
         """
-        from diffusers_sana.loaders.lora.layers import load_into_text_encoder
+        from diffusers_sana.loaders.lora.layers import load_into_model
 
         adapter_name = adapter_name or get_adapter_name(text_encoder)
         _check_text_encoder(state_dict, text_encoder, adapter_name, hotswap)
         with _without_offloading(_pipeline):
-            load_into_text_encoder(text_encoder, state_dict, metadata, adapter_name)
+            load_into_model(text_encoder, state_dict, metadata, adapter_name, TEXT_PREFIX)
 
     @classmethod
     def save_lora_weights(
@@ -322,51 +292,3 @@ def _without_offloading(pipeline: Any) -> Iterator[None]:
             for model in pipeline.components.values():
                 if isinstance(model, nn.Module):
                     reapply_group_offloading(model)
-
-
-def _peft_config(source: Path, hub: dict[str, Any]) -> dict[str, Any] | None:
-    """The config that PEFT wrote beside its file, if it is still there."""
-    place = source.parent if source.is_file() else source
-    path = cached_file(str(place), PEFT_CONFIG, **_given(hub), _raise_exceptions_for_missing_entries=False)
-    return None if path is None else read_object(Path(path))
-
-
-@contextmanager
-def _named(source: Any, weight_name: str | None, subfolder: str | None) -> Iterator[None]:
-    """Puts the name of a LoRA's file before an error about what is in it.
-
-    Raises:
-        OSError: a file is damaged.
-        TypeError, ValueError: other errors, but for those of missing files and packages.
-    """
-    try:
-        yield
-    except (ImportError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if isinstance(source, Mapping):
-            raise
-        path = Path(str(source))
-        folder = path / (subfolder or "")
-        for file in [path] if path.is_file() else sorted(folder.glob(weight_name or "*.safetensors")):
-            if file.suffix == ".safetensors":
-                tensor_shapes(file)
-        if isinstance(error, OSError) or str(source) in str(error):
-            raise
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{source}: {error}") from error
-
-
-def _check_finite(state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any] | None) -> None:
-    """Raises ValueError, naming the key, where a tensor or a number of the metadata is not finite."""
-    for key, tensor in state_dict.items():
-        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
-            raise ValueError(f"{key!r} must be finite, but has NaN or infinite values. The training has failed.")
-    for name, value in (metadata or {}).items():
-        for number in value.values() if isinstance(value, Mapping) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"{name!r} in the metadata must be finite, got {number}.")
-
-
-def _given(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if value is not None}

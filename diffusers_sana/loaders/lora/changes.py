@@ -150,8 +150,8 @@ def sizes(parts: Parts) -> tuple[set[int], set[int]]:
     return outputs, inputs
 
 
-def split_outputs(parts: Parts, number: int) -> tuple[dict[str, Tensor], ...]:
-    """A change of a fused layer as one of each of its `number` equal parts.
+def split_outputs(parts: Parts, ratio: tuple[int, ...]) -> tuple[dict[str, Tensor], ...]:
+    """A change of a fused layer as one of each of its layers, whose outputs have a `ratio`.
 
     Raises:
         ValueError: the parts cannot be separated.
@@ -163,18 +163,32 @@ def split_outputs(parts: Parts, number: int) -> tuple[dict[str, Tensor], ...]:
             "DoRA over the inputs of a fused layer has lengths of all its parts together. Train it over outputs, or "
             "on the separate layers."
         )
-    pieces: list[dict[str, Tensor]] = [{} for _ in range(number)]
+    pieces: list[dict[str, Tensor]] = [{} for _ in ratio]
     for name, tensor in plain.items():
-        axis = 1 if name == "out_blocks" and tensor.ndim == 4 else 0
-        if name in ("down", "in_gain", "in_blocks") or (name == "out_blocks" and tensor.shape[axis] == 1):
-            chunks = (tensor,) * number
-        elif tensor.shape[axis] % number or axis:
-            raise ValueError(f"{name!r} must have {number} equal parts, got the shape {list(tensor.shape)}.")
+        is_butterfly = name == "out_blocks" and tensor.ndim == 4
+        is_shared = name == "out_blocks" and tensor.shape[-3] == 1
+        if name in ("down", "in_gain", "in_blocks") or is_shared:
+            chunks = (tensor,) * len(ratio)
+        elif is_butterfly:
+            raise ValueError(f"{name!r} must not mix the outputs of separate layers, as BOFT does.")
         else:
-            chunks = tensor.chunk(number, axis)
+            chunks = pieces_of(tensor, ratio, name)
         for piece, chunk in zip(pieces, chunks, strict=True):
-            piece[name] = chunk.contiguous()
+            piece[name] = chunk
     return tuple(pieces)
+
+
+def pieces_of(tensor: Tensor, ratio: tuple[int, ...], name: str) -> tuple[Tensor, ...]:
+    """A tensor in pieces along its first axis, whose sizes have a ratio.
+
+    Raises:
+        ValueError: naming the tensor, which has no such pieces.
+    """
+    whole = sum(ratio)
+    if not tensor.ndim or tensor.shape[0] % whole:
+        what = f"{whole} equal parts" if set(ratio) == {1} else f"parts in the ratio {':'.join(map(str, ratio))}"
+        raise ValueError(f"{name!r} must have {what}, got the shape {list(tensor.shape)}.")
+    return tuple(piece.contiguous() for piece in tensor.split([tensor.shape[0] // whole * part for part in ratio]))
 
 
 def _outer(parts: Parts, out: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ What no LoRA can hold, such as a rotation, becomes a change of `changes.py`, wit
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from diffusers_sana.loaders.lora.changes import CHANGE, PARTS_OF_CHANGE, sizes, split_outputs
+from diffusers_sana.loaders.lora.changes import CHANGE, PARTS_OF_CHANGE, pieces_of, sizes, split_outputs
 from diffusers_sana.loaders.lora.changes import matrix as whole_matrix
 from diffusers_sana.loaders.lora.products import (
     DOWN,
@@ -132,20 +132,52 @@ def convert_sana_lora(
         ValueError: a key is not a layer of Sana, occurs twice, or lacks its other factor (it is named); or the method
             cannot be loaded as an adapter (IA3, GLoRA, changes of norms).
     """
-    layers = _layers(state_dict)
+    layers = layers_of(state_dict)
     has_guidance = any("cfg_embedder" in layer for layer in layers)
+    return convert_layers(state_dict, metadata, layers, lambda layer, key: _place_in_sana(layer, key, has_guidance))
+
+
+class Place(NamedTuple):
+    """Where the tensors of a layer in a file belong.
+
+    Attributes:
+        names: of the layer in the model; several for a layer that is fused in the file.
+        ratio: of the outputs of these layers.
+        is_conv, is_depthwise: what it is.
+        prefix: of the model.
+    """
+
+    names: tuple[str, ...]
+    ratio: tuple[int, ...] = (1,)
+    is_conv: bool = False
+    is_depthwise: bool = False
+    prefix: str = PREFIX
+
+
+def convert_layers(
+    state_dict: Mapping[str, Tensor],
+    metadata: Mapping[str, Any] | None,
+    layers: Mapping[str, Mapping[str, str]],
+    place_of: Callable[[str, str], Place],
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """`convert_sana_lora` for any model.
+
+    Args:
+        state_dict, metadata: as there.
+        layers: from `layers_of`.
+        place_of: the place of a layer in the file, given its name and one of its keys.
+    """
     out: dict[str, Tensor] = {}
     scales: dict[str, float] = {}
     for layer, keys in layers.items():
         first = next(iter(keys.values()))
-        text = TEXT_LAYER.fullmatch(layer)
-        prefix = TEXT_PREFIX if text else PREFIX
-        names = ("layers.{}.{}.{}".format(*text.groups()),) if text else _layer_names(layer, first, has_guidance)
+        place = place_of(layer, first)
+        prefix, names = place.prefix, place.names
         fields = None if metadata is None else fields_of(metadata, prefix)
         parts = {part: state_dict[key] for part, key in keys.items()}
         alpha = parts.pop(ALPHA, None)
         try:
-            adapter, rank = _as_adapter(parts, keys, names[0], alpha, fields)
+            adapter, rank = _as_adapter(parts, keys, place, alpha, fields)
         except ValueError as error:
             raise ValueError(str(error) if f"{first!r}" in str(error) else f"{first!r}: {error}") from None
         is_rotation = not {f"{CHANGE}in_blocks", f"{CHANGE}out_blocks"}.isdisjoint(adapter)
@@ -154,11 +186,11 @@ def convert_sana_lora(
         elif alpha is not None:
             scale = _number(alpha, keys[ALPHA]) / (rank or 1)
         else:
-            scale = lora_scale(fields, names[0] if text else ANY_PREFIX.sub("", layer, 1), rank)
+            scale = lora_scale(fields, names[0] if prefix == TEXT_PREFIX else ANY_PREFIX.sub("", layer, 1), rank)
         if any(part.endswith("_magnitude") for part in adapter) and scale != 1:  # the lengths are those of the sum
             part = next(f"{CHANGE}{part}" for part in ("up", "diff", "kron_1") if f"{CHANGE}{part}" in adapter)
             adapter[part], scale = adapter[part].float() * scale, 1.0
-        for name, piece in zip(names, _split(adapter, keys, len(names)), strict=True):
+        for name, piece in zip(names, _split(adapter, keys, place.ratio), strict=True):
             if prefix + name in scales:
                 raise ValueError(f"{first!r} and another key of the file both map to {name!r}.")
             out |= {f"{prefix}{name}.{part}": tensor for part, tensor in piece.items()}
@@ -264,10 +296,22 @@ def _layer_of(model: nn.Module, name: str, key: str) -> Any:
     return layer
 
 
-def _layers(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
-    """Layer name in the file -> part -> key."""
+def layers_of(
+    state_dict: Mapping[str, Tensor], text_layer: re.Pattern[str] | None = TEXT_LAYER
+) -> dict[str, dict[str, str]]:
+    """The layers that a file changes: name in the file -> part -> key.
+
+    Args:
+        state_dict: tensors by their keys in the file.
+        text_layer: which layers of text encoders count; None for none.
+
+    Raises:
+        ValueError: a key that belongs to no adapter, or no layers at all.
+    """
     layers: dict[str, dict[str, str]] = {}
-    of_text = [key for key in state_dict if key.startswith(TEXT_ENCODER) and not TEXT_LAYER.match(key)]
+    of_text = [
+        key for key in state_dict if key.startswith(TEXT_ENCODER) and not (text_layer and text_layer.match(key))
+    ]
     for key, tensor in state_dict.items():
         if key in of_text:
             continue
@@ -292,7 +336,7 @@ def _layers(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
         )
     if of_text:
         logger.warning(
-            f"The file also changes a text encoder in parts that no adapter can hold, or that Sana's does not have "
+            f"The file also changes a text encoder in parts that no adapter can hold, or that are of another model "
             f"({len(of_text)} tensors, such as {of_text[0]!r}). They are left out, so images differ from those in "
             "training."
         )
@@ -316,6 +360,13 @@ def _what_else(key: str) -> str:
     return f"{key!r} is not part of a LoRA. A key must end in one of {sorted(PARTS.keys() - OF_CHANGE)}."
 
 
+def _place_in_sana(layer: str, key: str, has_guidance: bool) -> Place:
+    if text := TEXT_LAYER.fullmatch(layer):
+        return Place(("layers.{}.{}.{}".format(*text.groups()),), prefix=TEXT_PREFIX)
+    names = _layer_names(layer, key, has_guidance)
+    return Place(names, (1,) * len(names), names[0].endswith(CONVOLUTIONS), names[0].endswith(DEPTHWISE))
+
+
 def _layer_names(layer: str, key: str, has_guidance: bool) -> tuple[str, ...]:
     flat = _flat(ANY_PREFIX.sub("", layer, 1))
     times = {_flat(name): (GUIDED_TIME if has_guidance else UNGUIDED_TIME) + ours for name, ours in TIME.items()}
@@ -334,18 +385,18 @@ def _layer_names(layer: str, key: str, has_guidance: bool) -> tuple[str, ...]:
 def _as_adapter(
     parts: Mapping[str, Tensor],
     keys: Mapping[str, str],
-    name: str,
+    place: Place,
     alpha: Tensor | None,
     metadata: Mapping[str, Any] | None,
 ) -> tuple[dict[str, Tensor], int | None]:
-    """The parts of a plain LoRA in the axes of the layer `name`, or of a change; and the rank of the scale."""
+    """The parts of a plain LoRA in the axes of the layer, or of a change; and the rank of the scale."""
     if OF_CHANGE & parts.keys():
         return dict(parts), 1
     first = next(iter(keys.values()))
     factors = {part: tensor for part, tensor in parts.items() if part in FACTORS}
     if len(methods := [method for method in METHODS if method & factors.keys()]) > 1:
         raise ValueError(f"{first!r} must belong to one method, got the factors {sorted(factors)}.")
-    is_depthwise, is_conv = name.endswith(DEPTHWISE), name.endswith(CONVOLUTIONS)
+    is_depthwise, is_conv = place.is_depthwise, place.is_conv
     method, magnitude = methods[0], parts.get(MAGNITUDE)
     rank: int | None = None
     if SCALED in method:
@@ -356,7 +407,7 @@ def _as_adapter(
     if WHOLE in method:
         matrix = {"diff": factors[WHOLE]} if WHOLE in factors else {}
     elif DOWN in method:
-        _check_halves(parts, keys, name)
+        _check_halves(parts, keys, is_depthwise)
         matrix, rank = lora_as_matrix(parts)
     else:
         matrix, rank = loha_as_matrix(factors) if "hada_w1_a" in method else lokr_as_matrix(factors)
@@ -418,20 +469,22 @@ def _separate_dora(state_dict: dict[str, Tensor], scales: dict[str, float]) -> N
             scales[name] = 1.0
 
 
-def _split(adapter: Mapping[str, Tensor], keys: Mapping[str, str], number: int) -> tuple[dict[str, Tensor], ...]:
-    """An adapter of a fused layer as one of each of its `number` layers."""
+def _split(
+    adapter: Mapping[str, Tensor], keys: Mapping[str, str], ratio: tuple[int, ...]
+) -> tuple[dict[str, Tensor], ...]:
+    """An adapter of a fused layer as one of each of its layers."""
     first = next(iter(keys.values()))
-    if OF_CHANGE & adapter.keys() and number > 1:
+    if OF_CHANGE & adapter.keys() and len(ratio) > 1:
         change = {part.removeprefix(CHANGE): tensor for part, tensor in adapter.items()}
         try:
-            pieces = split_outputs(change, number)
+            pieces = split_outputs(change, ratio)
         except ValueError as error:
             raise ValueError(f"{first!r}: {error}") from None
         return tuple({f"{CHANGE}{part}": tensor for part, tensor in piece.items()} for piece in pieces)
     if OF_CHANGE & adapter.keys():
         return (dict(adapter),)
-    rows = {part: _rows(part, x, keys.get(part, first), adapter[UP], number) for part, x in adapter.items()}
-    return tuple({part: pieces[index] for part, pieces in rows.items()} for index in range(number))
+    rows = {part: _rows(part, x, keys.get(part, first), adapter[UP], ratio) for part, x in adapter.items()}
+    return tuple({part: pieces[index] for part, pieces in rows.items()} for index in range(len(ratio)))
 
 
 def fields_of(metadata: Mapping[str, Any], prefix: str = PREFIX) -> dict[str, Any]:
@@ -440,7 +493,7 @@ def fields_of(metadata: Mapping[str, Any], prefix: str = PREFIX) -> dict[str, An
     return {field.removeprefix(prefix): x for field, x in metadata.items() if not field.startswith(tuple(others))}
 
 
-def _check_halves(parts: Mapping[str, Tensor], keys: Mapping[str, str], name: str) -> None:
+def _check_halves(parts: Mapping[str, Tensor], keys: Mapping[str, str], is_depthwise: bool) -> None:
     for half in (DOWN, UP):
         if half not in parts:
             endings = sorted(known for known, part in PARTS.items() if part == half)
@@ -450,7 +503,7 @@ def _check_halves(parts: Mapping[str, Tensor], keys: Mapping[str, str], name: st
         if parts[half].ndim not in (2, 4) or not parts[half].numel():
             raise ValueError(f"{keys[half]!r} must have 2 or 4 axes, got the shape {list(parts[half].shape)}.")
     ranks = parts[DOWN].shape[0], parts[UP].shape[1]
-    if ranks[0] != ranks[1] and (ranks[0] % ranks[1] or not name.endswith(DEPTHWISE)):  # see `lora_layers.py`
+    if ranks[0] != ranks[1] and (ranks[0] % ranks[1] or not is_depthwise):  # see `lora_layers.py`
         shapes = list(parts[DOWN].shape), list(parts[UP].shape)
         raise ValueError(f"{keys[DOWN]!r} and {keys[UP]!r} must have the same rank, got the shapes {shapes}.")
 
@@ -461,15 +514,13 @@ def _number(tensor: Tensor, key: str) -> float:
     return tensor.item()
 
 
-def _rows(part: str, tensor: Tensor, key: str, up: Tensor, number: int) -> tuple[Tensor, ...]:
-    """Splits a tensor of a fused layer between its `number` layers."""
+def _rows(part: str, tensor: Tensor, key: str, up: Tensor, ratio: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Splits a tensor of a fused layer between its layers."""
     if part == MAGNITUDE:
         tensor = tensor.flatten() if up.ndim == 2 else tensor.reshape(1, -1, 1, 1)
-    if part == DOWN or number == 1:
-        return (tensor,) * number
-    if not tensor.ndim or tensor.shape[0] % number:
-        raise ValueError(f"{key!r} must have {number} equal parts, got the shape {list(tensor.shape)}.")
-    return tuple(piece.contiguous() for piece in tensor.chunk(number))
+    if part == DOWN or len(ratio) == 1:
+        return (tensor,) * len(ratio)
+    return pieces_of(tensor, ratio, key)
 
 
 def _metadata(state_dict: Mapping[str, Tensor], scales: Mapping[str, float], prefix: str) -> dict[str, Any]:

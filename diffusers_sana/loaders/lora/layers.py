@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from diffusers_sana._compat import warn_if_untested
 from diffusers_sana.loaders.lora.changes import CHANGE, output_change, weight_change, with_gains
-from diffusers_sana.loaders.lora.formats import BIAS, DOWN, MAGNITUDE, TEXT_PREFIX, fields_of, lora_scale
+from diffusers_sana.loaders.lora.formats import BIAS, DOWN, MAGNITUDE, fields_of, lora_scale
+from diffusers_sana.models.transformers.lora_layers import drop_unused, prepare_depthwise
 
 
 warn_if_untested("peft")
@@ -209,20 +210,21 @@ def prepare_changes(model: nn.Module, state_dict: Mapping[str, Tensor], adapter_
         layer.lora_variant[adapter_name] = ChangeVariant(parts)
 
 
-def load_into_text_encoder(
-    text_encoder: Any, state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any] | None, adapter_name: str
+def load_into_model(
+    model: Any, state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any] | None, adapter_name: str, prefix: str
 ) -> None:
-    """Puts an adapter beside the layers of a text encoder.
+    """Puts an adapter beside the layers of a model of diffusers or transformers.
 
     Args:
-        text_encoder: of transformers, dense or quantized.
-        state_dict: from `convert_sana_lora`, with the prefix `text_encoder.`.
+        model: dense or quantized.
+        state_dict: from `convert_layers`, with the prefix.
         metadata: PEFT's fields.
         adapter_name: that no other adapter of the model has.
+        prefix: of the keys.
     """
-    plain = for_model({key.removeprefix(TEXT_PREFIX): x for key, x in state_dict.items()}, text_encoder)
+    plain = for_model({key.removeprefix(prefix): x for key, x in state_dict.items()}, model)
     ranks = {key.removesuffix(f".{DOWN}"): len(x) for key, x in plain.items() if key.endswith(f".{DOWN}")}
-    fields = None if metadata is None else fields_of(metadata, TEXT_PREFIX)
+    fields = None if metadata is None else fields_of(metadata, prefix)
     alphas = {name: rank * lora_scale(fields, name, rank) for name, rank in ranks.items()}
     config = LoraConfig(
         r=1,
@@ -233,15 +235,17 @@ def load_into_text_encoder(
         use_dora=any(MAGNITUDE in key for key in plain),
         lora_bias=any(key.endswith(BIAS) for key in plain),
     )
-    prepare_changes(text_encoder, plain, adapter_name)
+    prepare_depthwise(model, plain, adapter_name)
+    prepare_changes(model, plain, adapter_name)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are no mistake
-            inject_adapter_in_model(config, text_encoder, adapter_name, state_dict=plain)
-        set_peft_model_state_dict(text_encoder, plain, adapter_name)
+            inject_adapter_in_model(config, model, adapter_name, state_dict=plain)
+        set_peft_model_state_dict(model, plain, adapter_name)
     finally:
-        drop_unused_changes(text_encoder)
-    text_encoder._hf_peft_config_loaded = True  # so that transformers saves the adapters alone, as for its own
+        drop_unused_changes(model)
+        drop_unused(model)
+    model._hf_peft_config_loaded = True  # so that the hosts know of it, as of adapters that they load themselves
 
 
 def drop_unused_changes(model: nn.Module) -> None:
