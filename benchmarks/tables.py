@@ -250,9 +250,9 @@ def quantized_size() -> str:
 
 
 def quantized_layer() -> str:
-    """Milliseconds of one layer in every mode, eager and compiled."""
+    """Milliseconds of processor time of one layer in every mode, eager and compiled."""
     report = results("cpu/quantized_layer")
-    seconds = report["seconds"]
+    seconds = report["processor_seconds"]
     modes = dict.fromkeys(name.rpartition(" ")[0] for name in seconds)
     rows = [[mode, *(f"{1e3 * seconds[f'{mode} {way}']:.0f} ms" for way in ("eager", "compiled"))] for mode in modes]
     return f"{render(['layer', 'eager', 'compiled'], rows)}\n\n{provenance(report)}"

@@ -51,7 +51,8 @@ def test_other_pipelines(tmp_path, capsys):
     index = json.loads((folder / "model_index.json").read_text())
     index["_class_name"] = "SanaPAGPipeline"  # whose class is ours with this package imported
     (folder / "model_index.json").write_text(json.dumps(index))
-    cli.main(["quantize", str(folder), "-o", str(tmp_path / "out"), "--rank", "4", "--dtype", "float32"])
+    cli.main(["quantize", str(folder), "-o", str(tmp_path / "out"), "--precision", "int8", "--dtype", "float32"])
+    assert "layers in int8, rank 0, no prompts" in capsys.readouterr().out
     assert "from diffusers_sana import SanaPAGPipeline" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -78,6 +79,7 @@ def test_env(capsys):
     described = {line.split()[0]: line for line in lines}
     assert torch.__version__ in described["torch"]
     assert described["int4"].split(":")[0].endswith(("w4a4", "w4a8", "w4a16"))
+    assert described["int8"].split(":")[0].endswith(("w8a8", "w8a16"))
     with kernel_mode("torch"):
         cli.main(["env"])
     assert "PyTorch in mode 'torch'" in capsys.readouterr().out
