@@ -46,4 +46,5 @@ BENCHMARK = KernelBenchmark(
         for model, outputs, features in (("sana-1.6b", 2240, 2240), ("flux", 12288, 3072))
     ],
     launches=[forward],
+    tiny=case("tiny", 32, 64, "int4", rank=16),
 )

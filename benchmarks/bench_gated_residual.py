@@ -51,5 +51,6 @@ BENCHMARK = KernelBenchmark(
         case(1152, 1024),
     ],
     launches=[forward, backward],
+    tiny=case(16, 8),
     eager=eager,
 )

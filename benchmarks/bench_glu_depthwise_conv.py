@@ -54,5 +54,6 @@ BENCHMARK = KernelBenchmark(
         case("dc-ae", 1, 256, 2048),
     ],
     launches=[forward, backward],
+    tiny=case("tiny", 1, 4, 16),
     eager=eager,
 )

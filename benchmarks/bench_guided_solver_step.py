@@ -32,5 +32,8 @@ def forward(**arguments):
 
 
 BENCHMARK = KernelBenchmark(
-    guided_solver_step, cases=[case(512, 1), case(1024, 1), case(1024, 8), case(4096, 4)], launches=[forward]
+    guided_solver_step,
+    cases=[case(512, 1), case(1024, 1), case(1024, 8), case(4096, 4)],
+    launches=[forward],
+    tiny=case(64, 1),
 )

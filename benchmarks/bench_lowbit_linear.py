@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch.nn import functional as F
 
+from benchmarks.gpu_timing import MAX_SETS
 from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors
 from diffusers_sana.kernels.lowbit_linear import lowbit_linear
 
@@ -52,16 +53,16 @@ def case(
     return Case(name, make, num_bytes, num_flops)
 
 
-@lru_cache(maxsize=1)
-def half_operands(tokens: int, outputs: int, features: int, device: torch.device, dtype: torch.dtype) -> Operands:
-    """Activations and weight of the 16-bit product of that size."""
-    return tuple(torch.randn(rows, features, device=device, dtype=dtype) for rows in (tokens, outputs))
+@lru_cache(maxsize=MAX_SETS)
+def half_operands(qweight: torch.Tensor, tokens: int, dtype: torch.dtype) -> Operands:
+    """Activations and weight of the 16-bit product of that size, other ones for each set of inputs."""
+    sizes = (tokens, 2 * qweight.shape[1]), (qweight.shape[0], 2 * qweight.shape[1])
+    return tuple(torch.randn(size, device=qweight.device, dtype=dtype) for size in sizes)
 
 
 def eager(codes, qweight, proj_up, bias, **others):
     """What a model does without quantization."""
-    sizes = (codes.shape[0], qweight.shape[0], 2 * qweight.shape[1])
-    return F.linear(*half_operands(*sizes, proj_up.device, proj_up.dtype), bias)
+    return F.linear(*half_operands(qweight, codes.shape[0], proj_up.dtype), bias)
 
 
 def forward(codes, scales, low, qweight, wscales, wtscale, proj_up, bias, activation_format):
@@ -84,5 +85,6 @@ BENCHMARK = KernelBenchmark(
         case("flux", 4608, 3072, 12288, "int4", "int4"),
     ],
     launches=[forward],
+    tiny=case("tiny", 16, 64, 32, "int4", "int8", rank=16),
     eager=eager,
 )

@@ -33,10 +33,10 @@ PROMPT = "a cyberpunk cat with a neon sign that says Sana, rain on the street be
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def step_case(model: str, size: int, dtype: str, compiled: bool = False) -> dict[str, Any]:
+def step_case(model: str, size: int, dtype: str, compiled: bool = False, device: str = DEVICE) -> dict[str, Any]:
     """One denoising step, guided."""
-    ours, theirs = twins("SanaTransformer2DModel", TRANSFORMERS[model], DEVICE, DTYPES[dtype])
-    inputs = step_inputs(size, DEVICE, DTYPES[dtype])
+    ours, theirs = twins("SanaTransformer2DModel", TRANSFORMERS[model], device, DTYPES[dtype])
+    inputs = step_inputs(size, device, DTYPES[dtype])
     with torch.no_grad():
         text = ours.encode_text(inputs["encoder_hidden_states"], inputs["encoder_attention_mask"])
         if compiled:
@@ -48,21 +48,28 @@ def step_case(model: str, size: int, dtype: str, compiled: bool = False) -> dict
     }
 
 
-def autoencoder_case(half: str, size: int, dtype: str) -> dict[str, Any]:
+def autoencoder_case(
+    half: str, size: int, dtype: str, config: dict[str, Any] = AUTOENCODER, device: str = DEVICE
+) -> dict[str, Any]:
     """One image of `size` pixels a side."""
-    ours, theirs = twins("AutoencoderDC", AUTOENCODER, DEVICE, DTYPES[dtype])
+    ours, theirs = twins("AutoencoderDC", config, device, DTYPES[dtype])
     torch.manual_seed(0)
     shape = (1, 32, size // 32, size // 32) if half == "decode" else (1, 3, size, size)
-    x = torch.randn(shape).to(DEVICE, DTYPES[dtype])
+    x = torch.randn(shape).to(device, DTYPES[dtype])
     return {
         "diffusers": lambda: getattr(theirs, half)(x, return_dict=False)[0],
         "diffusers_sana": lambda: getattr(ours, half)(x, return_dict=False)[0],
     }
 
 
-def picture_case(model: str, size: int, dtype: str, steps: int = 20) -> dict[str, Any]:
-    """From a new prompt to pixels: text encoder, steps, decoding. The instruction is the same from run to run."""
-    pipes = pipelines(TRANSFORMERS[model], DEVICE, DTYPES[dtype])
+def picture_case(
+    model: str, size: int, dtype: str, steps: int = 20, device: str = DEVICE, **parts: dict[str, Any] | None
+) -> dict[str, Any]:
+    """From a new prompt to pixels: text encoder, steps, decoding. The instruction is the same from run to run.
+
+    `parts` are sizes of the other models, see `pipelines`.
+    """
+    pipes = pipelines(TRANSFORMERS[model], device, DTYPES[dtype], **parts)
     count = iter(range(10**6))
 
     def run(pipe: Any) -> Callable[[], torch.Tensor]:
@@ -117,7 +124,7 @@ def measure(functions: dict[str, Callable[[], torch.Tensor]], rounds: int) -> di
     return {
         **summary(times, baseline="diffusers"),
         "peak_mib": memory,
-        "memory_ratio": memory["diffusers_sana"] / memory["diffusers"],
+        "memory_ratio": memory["diffusers_sana"] / memory["diffusers"] if memory["diffusers"] else None,
         "difference": ((ours - theirs).norm() / theirs.norm()).item(),
     }
 

@@ -43,5 +43,6 @@ BENCHMARK = KernelBenchmark(
     modulated_layer_norm,
     cases=[case(2240, 1024), case(2240, 4096), case(2240, 16384), case(1152, 256), case(1152, 1024)],
     launches=[forward, backward],
+    tiny=case(16, 8),
     eager=eager,
 )

@@ -51,5 +51,6 @@ BENCHMARK = KernelBenchmark(
     multiscale_projection,
     cases=[case(3072, 32), case(3072, 64), case(1536, 128), case(3072, 128), case(1536, 512)],
     launches=[forward, backward],
+    tiny=case(32, 4),
     eager=eager,
 )

@@ -44,4 +44,5 @@ BENCHMARK = KernelBenchmark(
         case("flux", 4608, 3072, "int4"),
     ],
     launches=[forward],
+    tiny=case("tiny", 16, 64, "int8", rank=16),
 )

@@ -54,4 +54,5 @@ BENCHMARK = KernelBenchmark(
         autoencoder_case(512, 128), autoencoder_case(1024, 32), autoencoder_case(512, 512),
     ],
     launches=[forward, backward],
+    tiny=autoencoder_case(32, 4),
 )  # fmt: skip

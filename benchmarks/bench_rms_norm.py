@@ -49,4 +49,5 @@ BENCHMARK = KernelBenchmark(
     rms_norm,
     cases=[image_case(128, 1024), image_case(512, 256), image_case(1024, 32), token_case(2240, 1024)],
     launches=[forward, backward],
+    tiny=image_case(16, 4),
 )

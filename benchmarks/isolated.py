@@ -4,8 +4,12 @@ The worker serves one case after the other. It is replaced after a case that kil
 left the GPU unusable (after an illegal memory access every later call of the process fails).
 """
 
+import contextlib
 import gc
 import multiprocessing
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
@@ -25,7 +29,7 @@ def run_isolated(cases: Callable[[], Iterable[Case]], seconds: float, case_secon
 
     Args:
         cases: module-level function that gives names and functions; the worker calls it. Results must be picklable.
-        seconds: no case begins after this time.
+        seconds: no case begins or goes on after this time.
         case_seconds: a case that takes longer fails.
 
     Raises:
@@ -41,7 +45,7 @@ def run_isolated(cases: Callable[[], Iterable[Case]], seconds: float, case_secon
             if not worker.is_usable:
                 worker.stop()
                 worker = _Worker(cases)
-            yield name, *worker.run(name, case_seconds)
+            yield name, *worker.run(name, min(case_seconds, max(0.0, end - time.monotonic())))
     finally:
         worker.stop()
 
@@ -79,13 +83,16 @@ class _Worker:
         return state, value
 
     def stop(self) -> None:
-        """Ends the process, which may hang."""
-        self._process.kill()
+        """Ends the process, which may hang, and those that it has started, such as the compilers of Inductor."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()  # where it had not yet a group of its own
         self._process.join()
         self._connection.close()
 
 
 def _serve(connection: Connection, cases: Callable[[], Iterable[Case]]) -> None:
+    os.setpgrp()  # so that it ends with all that it starts
     functions: dict[str, Callable[[], Any]] = {}
 
     def list_cases() -> list[str]:
@@ -107,10 +114,12 @@ def _reply(connection: Connection, function: Callable[[], Any]) -> None:
 
 def _clean_up() -> bool:
     """Frees what the case held; whether the GPU still answers."""
-    import torch
-
     gc.collect()
-    torch._dynamo.reset()
+    torch = sys.modules.get("torch")  # the cases import it, or do without
+    if torch is None:
+        return True
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     if not torch.cuda.is_initialized():
         return True
     try:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import alternate, environment, write_results
+from benchmarks.gpu_timing import costs, error, in_fp32, rotating
+from benchmarks.harness import environment, write_results
 from diffusers_sana.kernels.dispatch import kernel_mode
 
 
@@ -53,12 +54,14 @@ class KernelBenchmark:
         cases: shapes of real models.
         launches: functions of the same arguments that launch the operation's kernels, forward and backward, for
             compilation without a GPU.
+        tiny: a shape of no model, for a dry run on a CPU.
         eager: what a model does without the operation, where that is something else than the reference.
     """
 
     operation: Callable[..., Tensor]
     cases: Sequence[Case]
     launches: Sequence[Callable[..., Any]]
+    tiny: Case
     eager: Callable[..., Tensor] | None = None
     dtype: torch.dtype = field(default=torch.bfloat16)
 
@@ -80,25 +83,48 @@ def load(operation: str) -> KernelBenchmark:
     return import_module(f"benchmarks.bench_{operation}").BENCHMARK
 
 
-def run_on_gpu(benchmark: KernelBenchmark, rounds: int = 20, with_compiled: bool = True) -> dict[str, Any]:
-    """Times kernel, eager and compiled eager in turn; seconds, GB/s and TFLOP/s of each case."""
-    eager = benchmark.eager or _in_mode("torch", benchmark.operation)
-    functions = {"kernel": _in_mode("triton", benchmark.operation), "eager": eager}
+def run_on_gpu(
+    benchmark: KernelBenchmark, rounds: int = 20, with_compiled: bool = True, device: str = "cuda", tiny: bool = False
+) -> dict[str, Any]:
+    """What kernel, eager and compiled eager cost and how far they are from the reference in fp32.
+
+    Args:
+        benchmark: the operation.
+        rounds: timed passes.
+        with_compiled: whether eager is compiled, too, which takes seconds a shape.
+        device: "cpu" for a dry run in Triton's interpreter, which has no bf16: in fp16.
+        tiny: only the benchmark's tiny shape.
+
+    Returns:
+        Of each case GB/s and TFLOP/s of the kernel by the GPU's time, and whether its result is `wrong`: further off
+        than twice what PyTorch in the same dtype is. `decides` names the default that depends on it.
+    """
+    in_triton, in_torch = (_in_mode(mode, benchmark.operation) for mode in ("triton", "torch"))
+    functions = {"kernel": in_triton, "eager": benchmark.eager or in_torch}
     if with_compiled:
-        functions["compiled"] = torch.compile(eager, dynamic=False)
-    report = {}
-    for case in benchmark.cases:
-        arguments = case.make("cuda", benchmark.dtype)
-        seconds = alternate({name: partial(f, **arguments) for name, f in functions.items()}, rounds=rounds)
-        report[case.name] = {
-            "microseconds": {name: 1e6 * value for name, value in seconds.items()},
+        functions["compiled"] = torch.compile(functions["eager"], dynamic=False)
+    cases, dtype = {}, benchmark.dtype if device == "cuda" else torch.float16
+    for case in [benchmark.tiny] if tiny else benchmark.cases:
+        inputs = rotating(partial(case.make, device, dtype))
+        reference = in_torch(**in_fp32(inputs[0]))
+        errors = {
+            name: error(run(**inputs[0]), reference) for name, run in (("kernel", in_triton), ("torch", in_torch))
+        }
+        row = costs(functions, inputs, rounds)
+        seconds = row["kernel"]["gpu_seconds"]
+        cases[case.name] = {
+            "costs": row,
+            "error": errors,
+            "wrong": not errors["kernel"] <= 2 * errors["torch"] + torch.finfo(torch.bfloat16).eps,
             "bytes": case.num_bytes,
             "flops": case.num_flops,
-            "gigabytes_per_second": case.num_bytes / seconds["kernel"] / 1e9,
-            "teraflops": case.num_flops / seconds["kernel"] / 1e12,
-            "speedup_over_eager": seconds["eager"] / seconds["kernel"],
+            "gigabytes_per_second": case.num_bytes / seconds / 1e9,
+            "teraflops": case.num_flops / seconds / 1e12,
+            "speedup_over_eager": row["eager"]["gpu_seconds"] / seconds,
         }
-    return report
+    default = f"kernel mode `auto` of `{benchmark.name}`, now the kernel"
+    slower = [name for name, row in cases.items() if row["speedup_over_eager"] < 1]
+    return {"cases": cases, "decides": f"{default}; slower than eager at {slower or 'no shape'}"}
 
 
 def _in_mode(mode: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -25,6 +25,14 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
         "cross_attention_dim": 1152,
     },
     "sana-1.6b": {"num_layers": 20},  # the defaults are its other sizes
+    "tiny": {  # for dry runs
+        "num_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 32,
+        "cross_attention_dim": 64,
+    },
 }
 AUTOENCODER = {  # f32c32 of Sana
     "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
@@ -32,6 +40,11 @@ AUTOENCODER = {  # f32c32 of Sana
     "upsample_block_type": "interpolate",
     "downsample_block_type": "Conv",
     "scaling_factor": 0.41407,
+}
+TINY_AUTOENCODER = AUTOENCODER | {
+    **{f"{half}_block_out_channels": (8, 8, 8, 16, 16, 32) for half in ("encoder", "decoder")},
+    **{f"{half}_layers_per_block": (1,) * 6 for half in ("encoder", "decoder")},
+    "attention_head_dim": 8,
 }
 GEMMA_2_2B = {
     "vocab_size": 256000,
@@ -41,6 +54,14 @@ GEMMA_2_2B = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 256,
+}
+TINY_GEMMA = GEMMA_2_2B | {
+    "vocab_size": 2048,  # more than the bundled tokenizer has
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
 }
 PROMPT_TOKENS, MAX_TOKENS, TEXT_WIDTH = 32, 300, 2304
 
@@ -89,11 +110,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pipelines(
-    transformer: dict[str, Any], device: str, dtype: torch.dtype, text_encoder: dict[str, Any] | None = None
+    transformer: dict[str, Any],
+    device: str,
+    dtype: torch.dtype,
+    text_encoder: dict[str, Any] | None = None,
+    autoencoder: dict[str, Any] | None = None,
 ) -> dict[str, diffusers.DiffusionPipeline]:
     """Both pipelines over the same weights; the text encoder is Gemma-2-2B's size."""
     ours, theirs = twins("SanaTransformer2DModel", transformer, device, dtype)
-    our_vae, their_vae = twins("AutoencoderDC", AUTOENCODER, device, dtype)
+    our_vae, their_vae = twins("AutoencoderDC", autoencoder or AUTOENCODER, device, dtype)
     encoder = random_model(lambda: Gemma2Model(Gemma2Config(**(text_encoder or GEMMA_2_2B))), device, dtype)
     encoder.rotary_emb = type(encoder.rotary_emb)(encoder.config).to(device)  # its buffers were made on meta
     scheduler = diffusers_sana.FlowDPMSolverScheduler(flow_shift=3.0)

@@ -1,8 +1,10 @@
 """Cases for the tests of `benchmarks/isolated.py`; a module without heavy imports, since each worker imports it."""
 
 import os
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 class KernelError(Exception):
@@ -27,6 +29,9 @@ def dies() -> int:
 
 
 def hangs() -> int:
+    """With a child, as the compilers of Inductor are."""
+    child = subprocess.Popen(["sleep", "600"])
+    Path(os.environ["CHILD"]).write_text(str(child.pid), encoding="utf-8")
     time.sleep(600)
     return 0
 
