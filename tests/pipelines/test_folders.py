@@ -116,10 +116,12 @@ def test_saved_index_is_the_official_one(tmp_path, ours, registered):
     assert index["_class_name"] == "SanaPipeline"
 
 
-def test_saved_folder_loads_without_this_package(tmp_path, ours):
-    """In a fresh process that never imports this package: same classes as ever, same image."""
+def test_folders_load_without_this_package(tmp_path, ours):
+    """In a fresh process that never imports it: what is saved has the classes and the image, what is bundled loads."""
     ours.save_pretrained(tmp_path)
     torch.save(generate(ours), tmp_path / "image.pt")
+    card = Path(SANA_EMOJI, "README.md").read_text()
+    assert re.search(r"called with `height=128, width=128,\s+use_resolution_binning=False`", card)
     script = f"""
 import sys, torch, diffusers
 pipe = diffusers.DiffusionPipeline.from_pretrained({str(tmp_path)!r})
@@ -131,12 +133,15 @@ noise = torch.randn(1, {tiny.LATENT_CHANNELS}, 16, 16, generator=torch.Generator
 image = pipe("a cat", latents=noise, height=32, width=32, use_resolution_binning=False, num_inference_steps=2,
              output_type="pt").images
 assert torch.allclose(image, torch.load({str(tmp_path / "image.pt")!r}), atol=1e-5)
+
+pipe = diffusers.DiffusionPipeline.from_pretrained({str(SANA_EMOJI)!r})
+image = pipe("a fox", num_inference_steps=1, height=128, width=128, use_resolution_binning=False).images[0]
+assert image.size == (128, 128)
 assert "diffusers_sana" not in sys.modules
 """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 
@@ -157,23 +162,6 @@ def test_a_folder_that_says_which_pipeline_generates(tmp_path, ours):
     pipe = diffusers.DiffusionPipeline.from_pretrained(SANA_EMOJI)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a fox", num_inference_steps=1).images[0].size == (128, 128)
-
-
-def test_bundled_folder_without_this_package(tmp_path):
-    """As its model card says."""
-    card = Path(SANA_EMOJI, "README.md").read_text()
-    assert re.search(r"called with `height=128, width=128,\s+use_resolution_binning=False`", card)
-    script = f"""
-import sys, diffusers
-pipe = diffusers.DiffusionPipeline.from_pretrained({str(SANA_EMOJI)!r})
-image = pipe("a fox", num_inference_steps=1, height=128, width=128, use_resolution_binning=False).images[0]
-assert image.size == (128, 128)
-assert "diffusers_sana" not in sys.modules
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
 
 
 def test_save_and_load_is_exact(tmp_path, ours):
