@@ -10,15 +10,17 @@ def check_components(pipe: Any) -> None:
     """Raises ValueError where adapters are beside layers of a component of a pipeline: see `check_saveable`."""
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
-            check_saveable(part, name)
+            check_saveable(part, name, name in getattr(pipe, "_lora_loadable_modules", ()))
 
 
-def check_saveable(model: nn.Module, name: str) -> None:
+def check_saveable(model: nn.Module, name: str, is_unloaded_by_pipeline: bool = False) -> None:
     """Raises where adapters are beside layers of `model`: a folder of it would have names that no class reads.
 
     Args:
         model: with or without layers of PEFT.
         name: of the component, for the error.
+        is_unloaded_by_pipeline: whether the calls of its pipeline, of that name, concern it. Those of diffusers'
+            pipelines concern transformers anyway.
 
     Raises:
         ValueError: saying what to do.
@@ -33,11 +35,9 @@ def check_saveable(model: nn.Module, name: str) -> None:
     adapters = {name for layer in layers for name in (*layer.active_adapters, *layer.merged_adapters)}
     adapters |= set(getattr(model, "peft_config", ()))
     fused = any(layer.merged_adapters for layer in layers)
-    if hasattr(model, "load_lora_adapter"):  # a transformer or a ControlNet of diffusers
-        unload, kept = (
-            "Call `pipe.unload_lora_weights()` before saving",
-            "`pipe.fuse_lora(components=['transformer'])`",
-        )
+    if is_unloaded_by_pipeline or hasattr(model, "load_lora_adapter"):  # a transformer or a ControlNet of diffusers
+        unload = "Call `pipe.unload_lora_weights()` before saving"
+        kept = f"`pipe.fuse_lora(components=['{name if is_unloaded_by_pipeline else 'transformer'}'])`"
         alone = "`save_lora_weights`"
     else:
         unload = "Call `diffusers.utils.recurse_remove_peft_layers(model)` before saving"

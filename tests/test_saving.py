@@ -67,9 +67,12 @@ def test_a_controlnet(tmp_path):
 def test_adapters_of_the_text_encoder(tmp_path):
     pipe = pipeline(16)
     pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="words")
-    with pytest.raises(ValueError, match=r"`text_encoder` cannot be saved while the adapters \['words'\]"):
+    message = r"`text_encoder` cannot be saved while the adapters \['words'\].*`pipe.unload_lora_weights\(\)` .*"
+    with pytest.raises(ValueError, match=message + r"call `pipe.fuse_lora\(components=\['text_encoder'\]\)` before"):
         pipe.save_pretrained(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "folder")
 
 
 def add_adapters(model: torch.nn.Module) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders import SanaLoraLoaderMixin
+from diffusers.loaders import SanaLoraLoaderMixin, StableDiffusionLoraLoaderMixin
 from diffusers.utils import get_adapter_name, logging
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ class LoraLoading(SanaLoraLoaderMixin):
     """Part of `SanaPipelineBase`: `load_lora_weights` for the formats of `loaders/lora/formats.py`."""
 
     _lora_loadable_modules = ["transformer", "text_encoder"]
+    text_encoder_name = "text_encoder"
     transformer: Any
     text_encoder: Any
 
@@ -107,7 +108,7 @@ class LoraLoading(SanaLoraLoaderMixin):
                 options["low_cpu_mem_usage"] = low_cpu_mem_usage
                 self.load_lora_into_transformer(others, self.transformer, **options)
             if text:
-                self.load_lora_into_text_encoder(text, text_encoder, **options)
+                self.load_lora_into_text_encoder(text, text_encoder=text_encoder, **options)
 
     @classmethod
     def load_lora_into_transformer(
@@ -163,17 +164,20 @@ class LoraLoading(SanaLoraLoaderMixin):
     def load_lora_into_text_encoder(
         cls,
         state_dict: dict[str, Tensor],
-        text_encoder: Any,
+        network_alphas: Any = None,
+        text_encoder: Any = None,
+        prefix: str | None = None,
         adapter_name: str | None = None,
         _pipeline: Any = None,
         hotswap: bool = False,
         metadata: Mapping[str, Any] | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> None:
-        """Puts the part of a LoRA that belongs to the text encoder beside its layers.
+        """Puts the part of a LoRA that belongs to the text encoder beside its layers; the arguments are diffusers'.
 
         Args:
             state_dict: by diffusers' names, those of the text encoder with the prefix `text_encoder.`.
+            network_alphas, prefix, kwargs: for `state_dict` without such keys, of which diffusers warns.
             text_encoder: a Gemma 2 of transformers, dense or quantized.
             adapter_name: a new name; None for "default_0" and so on.
             _pipeline: whose offloading stops while layers are replaced.
@@ -185,10 +189,17 @@ class LoraLoading(SanaLoraLoaderMixin):
         """
         from diffusers_sana.loaders.lora.layers import load_into_model
 
+        own = {key: tensor for key, tensor in state_dict.items() if key.startswith(TEXT_PREFIX)}
+        if not own:
+            prefix = prefix or cls.text_encoder_name
+            StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(
+                state_dict, network_alphas, text_encoder, prefix=prefix, **kwargs
+            )
+            return
         adapter_name = adapter_name or get_adapter_name(text_encoder)
-        _check_text_encoder(state_dict, text_encoder, adapter_name, hotswap)
+        _check_text_encoder(own, text_encoder, adapter_name, hotswap)
         with _without_offloading(_pipeline):
-            load_into_model(text_encoder, state_dict, metadata, adapter_name, TEXT_PREFIX)
+            load_into_model(text_encoder, own, metadata, adapter_name, TEXT_PREFIX)
 
     @classmethod
     def save_lora_weights(
@@ -210,7 +221,7 @@ class LoraLoading(SanaLoraLoaderMixin):
         """
         models = {
             cls.transformer_name: (transformer_lora_layers, transformer_lora_adapter_metadata),
-            "text_encoder": (text_encoder_lora_layers, text_encoder_lora_adapter_metadata),
+            cls.text_encoder_name: (text_encoder_lora_layers, text_encoder_lora_adapter_metadata),
         }
         state_dict: dict[str, Tensor] = {}
         fields: dict[str, Any] = {}

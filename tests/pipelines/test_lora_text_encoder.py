@@ -236,3 +236,20 @@ def test_refused(pipe, caplog):
         bare.load_lora_weights(both)
     assert "also changes the text encoder (4 tensors), which this pipeline does not have" in caplog.text
     assert bare.get_list_adapters() == {"transformer": ["default_0"]}
+
+
+def test_nothing_for_the_text_encoder(pipe, caplog):
+    """By diffusers' call for the text encoder alone: its warning."""
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        pipe.load_lora_into_text_encoder({"lora_foo": torch.tensor(2.0)}, text_encoder=pipe.text_encoder)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "No LoRA keys associated to Gemma2Model" in caplog.text
+    file, changed = adapter(pipe.text_encoder)
+    converted = pipe.lora_state_dict(file)
+    pipe.load_lora_into_text_encoder(
+        converted, text_encoder=pipe.text_encoder, metadata={"text_encoder.lora_alpha": 6}
+    )
+    assert_close_fp32(encode(pipe.text_encoder), encode(changed))
