@@ -145,6 +145,7 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
         HostName("diffusers.pipelines.pipeline_utils:", "our pipelines for DiffusionPipeline.from_pretrained"),
     ),
     "_get_signature_keys": (HostName(_PIPELINE, "`from_pipe`"),),
+    "_identifier_key": (HostName("diffusers.guiders.guider_utils:BaseGuidance", "`guider`"),),
     "_hf_hook": (HostName("accelerate.hooks:ModelHook", "offloading of VILA-U, CUDA graphs", in_source=True),),
     "_hf_peft_config_loaded": (
         HostName("transformers.integrations.peft:PeftAdapterMixin", "saving the adapters of transformers alone"),

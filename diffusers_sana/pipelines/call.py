@@ -33,6 +33,7 @@ class Call:
         callback_inputs: names of the tensors that it gets.
         progress_bar: makes the bar of the loop, as `progress_bar(total=steps)`.
         graphs: `CudaGraphs` of the transformer, or None.
+        guidance: the `Guidance` of a guider, which then takes the place of `guidance_scale`; or None.
     """
 
     scheduler: Any = None
@@ -51,11 +52,12 @@ class Call:
     callback_inputs: Sequence[str] = ("latents",)
     progress_bar: Any = None
     graphs: Any = None
+    guidance: Any = None
 
     @property
     def is_guided(self) -> bool:
         """Whether the negative prompts are run beside the prompts."""
-        return self.has_negative_prompt and self.guidance_scale > 1.0
+        return self.has_negative_prompt and (self.guidance is not None or self.guidance_scale > 1.0)
 
 
 # Pipeline, by its id, -> the call on it in the current thread or task. A callback may call another pipeline.
@@ -76,7 +78,8 @@ def running(pipeline: Any, call: Call) -> Iterator[Call]:
         yield call
     finally:
         _CURRENT.reset(token)
-        call.callback = call.progress_bar = call.generator = call.graphs = None  # only the numbers are kept
+        # Only the numbers are kept.
+        call.callback = call.progress_bar = call.generator = call.graphs = call.guidance = None
         with _GUARD:
             _RUNNING[pipeline].remove(call)
             _LAST[pipeline] = call

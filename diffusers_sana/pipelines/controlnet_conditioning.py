@@ -82,24 +82,25 @@ class Control:
             tensors: as in `denoise`, with control latents as `control_image`, of B or 2 B images.
             num_steps: of the loop.
         """
-        projected: tuple[TextInputs, dict[str, Any]] | None = None
+        projected: dict[TextInputs, dict[str, Any]] = {}
 
         def predict(model: Denoiser, latents: Tensor, t: Tensor, text: TextInputs) -> Tensor:
-            nonlocal projected
             i = model.step_index
             if self.scale == 0 or not (self.start <= i / num_steps and (i + 1) / num_steps <= self.end):
                 return predict_flow(model, latents, t, text)
             options = model.call.attention_kwargs
-            if projected is None or projected[0] is not text:
-                projected = text, self._project(text, options)
+            if text not in projected:
+                if len(projected) == 3:  # the batch and its halves, of which a guider takes what it needs
+                    projected.clear()
+                projected[text] = self._project(text, options)
             stream = torch.cat([latents, latents]) if text.is_guided else latents
             cond = tensors["control_image"]
             arguments = {
                 "timestep": t.expand(len(stream)) * self.transformer.config.timestep_scale,
-                "controlnet_cond": cond.repeat(len(stream) // len(cond), 1, 1, 1),
+                "controlnet_cond": cond.repeat(-(-len(stream) // len(cond)), 1, 1, 1)[-len(stream) :],
                 "conditioning_scale": self.scale,
                 "attention_kwargs": options,
-                **projected[1],
+                **projected[text],
             }
             samples = self._outputs(stream, arguments)
             return predict_flow(model, latents, t, text, controlnet_block_samples=samples)

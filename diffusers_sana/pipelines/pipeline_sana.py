@@ -62,6 +62,7 @@ class SanaPipeline(GuidedSanaPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 300,
         complex_human_instruction: str | Sequence[str] | None = COMPLEX_HUMAN_INSTRUCTION,
+        guider: Any = None,
     ) -> SanaPipelineOutput | tuple:
         """Generates images.
 
@@ -91,6 +92,8 @@ class SanaPipeline(GuidedSanaPipeline):
             callback_on_step_end_tensor_inputs: which of `latents`, `prompt_embeds`, `negative_prompt_embeds` it gets.
             max_sequence_length: tokens per text; a warning tells what is cut off longer ones.
             complex_human_instruction: text, or its lines, put before each prompt; None for none.
+            guider: a guider of diffusers (`diffusers.guiders`) in place of `guidance_scale`, which then must not be
+                given: other formulas, guidance at some steps only, skipped layers. It is copied, not changed.
 
         Returns:
             `SanaPipelineOutput` with `images`, or a tuple with them.

@@ -29,6 +29,7 @@ from diffusers_sana.pipelines.acceleration.cuda_graphs import CudaGraphs
 from diffusers_sana.pipelines.call import Call, CallAttribute, current_call, read_only, running
 from diffusers_sana.pipelines.conditioning import StartImage
 from diffusers_sana.pipelines.decoding import decode_latents
+from diffusers_sana.pipelines.guidance import Guidance
 from diffusers_sana.pipelines.loading import ComponentLoading
 from diffusers_sana.pipelines.lora_loading import LoraLoading
 from diffusers_sana.pipelines.request import Request, check_prompts
@@ -63,6 +64,7 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
 
     # Callbacks read and set these, as in diffusers.
     _guidance_scale = CallAttribute()
+    _is_guided = CallAttribute()
     _attention_kwargs = CallAttribute()
     _num_timesteps = CallAttribute()
     _current_timestep = CallAttribute()
@@ -108,7 +110,7 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the call runs negative prompts beside the prompts."""
-        return self._has_negative_prompt and self._guidance_scale > 1.0
+        return self._has_negative_prompt and self._is_guided
 
     def enable_cuda_graphs(self) -> None:
         """From now on each step of the transformer is replayed as one CUDA graph: the same numbers, fewer launches.
@@ -251,7 +253,7 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
             )
         if self._cuda_graphs is not None and self._cuda_graphs.model is not self.transformer:
             self.enable_cuda_graphs()
-        callback = request.callback_on_step_end
+        callback, guider = request.callback_on_step_end, request.guider
         call = Call(
             scheduler=copy.deepcopy(vars(self)["scheduler"]),
             guidance_scale=request.guidance_scale,
@@ -263,6 +265,7 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
             callback_inputs=request.callback_on_step_end_tensor_inputs,
             progress_bar=self.progress_bar,
             graphs=self._cuda_graphs,
+            guidance=None if guider is None else Guidance(guider, self.transformer, self._cuda_graphs),
             **state,
         )
         return running(self, call)

@@ -77,6 +77,7 @@ class SanaInpaintPipeline(ImageSanaPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 300,
         complex_human_instruction: str | Sequence[str] | None = COMPLEX_HUMAN_INSTRUCTION,
+        guider: Any = None,
     ) -> SanaPipelineOutput | tuple:
         """Repaints images.
 

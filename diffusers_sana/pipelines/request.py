@@ -11,6 +11,7 @@ from diffusers.pipelines.sana.pipeline_sana import retrieve_timesteps
 from torch import Tensor
 
 from diffusers_sana.checks import check_integer, check_number, check_texts
+from diffusers_sana.pipelines.guidance import check_guider
 from diffusers_sana.prompts.encoding import Prompts
 
 
@@ -39,6 +40,7 @@ class Request(Prompts):
     callback_on_step_end_tensor_inputs: Sequence[str]
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None  # not for SANA-Sprint
+    guider: Any = None  # neither for SANA-Sprint, nor with perturbed-attention guidance
 
     @classmethod
     def collect(cls, arguments: Mapping[str, Any], *, has_vae: bool) -> Self:
@@ -77,6 +79,8 @@ class Request(Prompts):
             check_integer(name, getattr(self, name))
         check_number("guidance_scale", self.guidance_scale)
         check_number("eta", self.eta)
+        if self.guider is not None:
+            check_guider(self.guider, self.guidance_scale)
         options = self.attention_kwargs
         if not isinstance(options, dict | None):
             raise TypeError(f"`attention_kwargs` must be a dict such as {{'scale': 0.5}}, got {options!r}.")

@@ -22,7 +22,7 @@ from diffusers_sana.pipelines.call import Call
 from diffusers_sana.prompts.encoding import pad_text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TextInputs:
     """What the transformer is told of the texts; with guidance the negative half comes first.
 
@@ -64,7 +64,7 @@ class Denoiser:
 
 Arrange = Callable[[dict[str, Any], bool], tuple[Tensor, Tensor]]
 Predict = Callable[[Denoiser, Tensor, Tensor, TextInputs], Tensor]
-Step = Callable[[Call, Tensor, Tensor, Tensor, bool, dict[str, Any]], Tensor]
+Step = Callable[[Call, Tensor, Tensor, Tensor, bool, dict[str, Any]], Tensor]  # the bool: prediction has two halves
 
 
 def both_texts(tensors: dict[str, Any], is_guided: bool) -> tuple[Tensor, Tensor]:
@@ -94,14 +94,14 @@ def predict_flow(model: Denoiser, latents: Tensor, t: Tensor, text: TextInputs, 
 
 
 def guided_step(
-    call: Call, prediction: Tensor, t: Tensor, latents: Tensor, is_guided: bool, options: dict[str, Any]
+    call: Call, prediction: Tensor, t: Tensor, latents: Tensor, has_halves: bool, options: dict[str, Any]
 ) -> Tensor:
-    """Classifier-free guidance and the scheduler's step: the next latents `[B, C, h, w]`."""
-    if is_guided and hasattr(call.scheduler, "step_guided"):  # both in one operation
+    """Classifier-free guidance, where there are two halves, and the scheduler's step: the next `[B, C, h, w]`."""
+    if has_halves and hasattr(call.scheduler, "step_guided"):  # both in one operation
         arguments = (prediction, t, latents, call.guidance_scale)
         return call.scheduler.step_guided(*arguments, **options, return_dict=False)[0]
     prediction = prediction.float()
-    if is_guided:
+    if has_halves:
         unconditional, conditional = prediction.chunk(2)
         prediction = unconditional + call.guidance_scale * (conditional - unconditional)
     return call.scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
@@ -144,6 +144,8 @@ def denoise(
     call.num_timesteps = len(times)
     cache = StepCache(transformer, times, call.scheduler.config.num_train_timesteps)
     model = Denoiser(transformer, call, cache)
+    if call.guidance is not None:
+        predict = call.guidance.around(predict, len(times))
     text: TextInputs | None = None
     if call.graphs is not None:
         with exclusive(transformer):
@@ -158,7 +160,8 @@ def denoise(
                 text = _project(transformer, *arrange(tensors, is_guided), is_guided, call.attention_kwargs)
                 cache.restart(len(text.mask) // len(latents))
             prediction = predict(model, latents, t, text)
-            latents = step(call, prediction, t, latents, is_guided, options)
+            has_halves = is_guided and call.guidance is None
+            latents = step(call, prediction, t, latents, has_halves, options)
             if after_step is not None:
                 latents = after_step(i, latents)
 

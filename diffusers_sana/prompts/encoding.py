@@ -107,7 +107,7 @@ def encode_prompts(
     if needs_negative and text_encoder is None:
         raise ValueError(
             "`negative_prompt_embeds` must be given, because this pipeline was made without a text encoder; or set"
-            " `guidance_scale` to 1."
+            " `guidance_scale` to 1, without a `guider`."
         )
     with exclusive(text_encoder), scaled_adapters(text_encoder, prompts.lora_scale):
         embeds, mask = prompts.prompt_embeds, prompts.prompt_attention_mask

@@ -61,12 +61,17 @@ class SanaLinearAttnProcessor:
         return _saturated(out)
 
 
+def attend_to_self(attn: Any, hidden_states: Tensor) -> Tensor:
+    """Self-attention `[B, N, D]` in which each token attends only to itself: `to_out(to_v(x))`."""
+    return _saturated(attn.to_out[1](attn.to_out[0](attn.to_v(hidden_states))))
+
+
 @dataclass(frozen=True)
 class SanaPAGAttnProcessor:
     """Perturbed attention (arXiv 2403.17377): in the last images of the batch, each token attends only to itself.
 
-    For these, attention reduces to `to_out(to_v(x))`; queries, keys and their norms are not computed. Objects with
-    equal fields are equal, so captured or compiled code can tell whether it still applies.
+    For these, queries, keys and their norms are not computed. Objects with equal fields are equal, so captured or
+    compiled code can tell whether it still applies.
 
     Attributes:
         processor: of a self-attention with `to_v` and `to_out`, ours or diffusers'.
@@ -79,8 +84,7 @@ class SanaPAGAttnProcessor:
     def __call__(self, attn: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """`[B, N, D]` to the same shape; `kwargs` are those of `processor`."""
         intact, perturbed = hidden_states.tensor_split([-self.num_perturbed])
-        out = attn.to_out[1](attn.to_out[0](attn.to_v(perturbed)))
-        return torch.cat([self.processor(attn, intact, **kwargs), _saturated(out)])
+        return torch.cat([self.processor(attn, intact, **kwargs), attend_to_self(attn, perturbed)])
 
 
 class SanaTextState(NamedTuple):
