@@ -10,7 +10,6 @@ Legend: B images, N image tokens of a grid of h x w, D inner width.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -67,10 +66,10 @@ def _blocks(transformer: Any, config: Any) -> list[Any]:
     """The blocks that a config names."""
     blocks = getattr(transformer, BLOCKS)
     # A guider that is given numbers of layers makes one config of each, with the number in place of a list.
-    indices = [config.indices] if isinstance(config.indices, Integral) else config.indices
+    indices = [config.indices] if isinstance(config.indices, int) else config.indices
     if config.fqn not in ("auto", BLOCKS):
         raise ValueError(f"`fqn` of a layer config of `guider` must be {BLOCKS!r} or 'auto', got {config.fqn!r}.")
-    if not indices or not all(isinstance(index, Integral) and 0 <= index < len(blocks) for index in indices):
+    if not indices or not all(isinstance(index, int) and 0 <= index < len(blocks) for index in indices):
         raise ValueError(
             f"The layers of `guider` must be numbers of the transformer's blocks, 0 to {len(blocks) - 1}, got"
             f" {config.indices}."

@@ -62,7 +62,9 @@ class SanaPipeline(GuidedSanaPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 300,
         complex_human_instruction: str | Sequence[str] | None = COMPLEX_HUMAN_INSTRUCTION,
+        *,
         guider: Any = None,
+        share_prompt_mask: bool = False,
     ) -> SanaPipelineOutput | tuple:
         """Generates images.
 
@@ -94,6 +96,7 @@ class SanaPipeline(GuidedSanaPipeline):
             complex_human_instruction: text, or its lines, put before each prompt; None for none.
             guider: a guider of diffusers (`diffusers.guiders`) in place of `guidance_scale`, which then must not be
                 given: other formulas, guidance at some steps only, skipped layers. It is copied, not changed.
+            share_prompt_mask: mask the negative prompt like the prompt, padding included, as the authors' code does.
 
         Returns:
             `SanaPipelineOutput` with `images`, or a tuple with them.

@@ -327,6 +327,8 @@ class GuidedSanaPipeline(SanaPipelineBase):
         max_sequence_length: int = 300,
         complex_human_instruction: str | Sequence[str] | None = None,
         lora_scale: float | None = None,
+        *,
+        share_prompt_mask: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Text features of prompts and negative prompts, one row per image; the images of a prompt are neighbors.
 
@@ -343,6 +345,7 @@ class GuidedSanaPipeline(SanaPipelineBase):
             complex_human_instruction: text, or its lines, put before each prompt; None here, but not in `__call__`,
                 as in diffusers.
             lora_scale: strength of adapters in the text encoder.
+            share_prompt_mask: encode the negative prompt with its padding, and mask it like the prompt.
 
         Returns:
             Features `[B, L, width]`, mask `[B, L]`, and the same of the negative prompts or None twice.

@@ -97,7 +97,9 @@ class SanaControlNetPipeline(GuidedSanaPipeline):
         complex_human_instruction: str | Sequence[str] | None = COMPLEX_HUMAN_INSTRUCTION,
         control_guidance_start: float = 0.0,
         control_guidance_end: float = 1.0,
+        *,
         guider: Any = None,
+        share_prompt_mask: bool = False,
     ) -> SanaPipelineOutput | tuple:
         """Generates images that follow a control image.
 

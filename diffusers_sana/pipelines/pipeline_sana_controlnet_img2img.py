@@ -66,6 +66,7 @@ class SanaControlNetImg2ImgPipeline(SanaControlNetPipeline, SanaImg2ImgPipeline)
         max_sequence_length: int = 300,
         complex_human_instruction: str | Sequence[str] | None = COMPLEX_HUMAN_INSTRUCTION,
         guider: Any = None,
+        share_prompt_mask: bool = False,
     ) -> SanaPipelineOutput | tuple:
         """Changes images along a control image.
 

@@ -64,7 +64,9 @@ class SanaImg2ImgPipeline(ImageSanaPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 300,
         complex_human_instruction: str | Sequence[str] | None = COMPLEX_HUMAN_INSTRUCTION,
+        *,
         guider: Any = None,
+        share_prompt_mask: bool = False,
     ) -> SanaPipelineOutput | tuple:
         """Changes images.
 

@@ -136,6 +136,8 @@ class SanaPAGPipeline(SanaPipeline):
         pag_scale: float = 3.0,
         pag_adaptive_scale: float = 0.0,
         pag_applied_layers: PAGLayers | None = None,
+        *,
+        share_prompt_mask: bool = False,
     ) -> SanaPipelineOutput | tuple:
         """Generates images.
 

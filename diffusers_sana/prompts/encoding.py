@@ -10,7 +10,8 @@ causal: so the prefix runs once, as a batch of one, and its keys and values serv
 instruction is a space, which the tokenizer fuses with the prompt's first word; so it does not belong to the prefix.
 
 An empty negative prompt is encoded without the instruction, as BOS alone. BOS attends to nothing but itself, so its
-features are the same in both, and masking all but the first token drops a prompt.
+features are the same in both, and masking all but the first token drops a prompt. The authors' pipeline masks the
+negative prompt like the prompt instead, padding included; `share_prompt_mask` does that.
 
 Legend: B prompts, L text tokens that the denoiser sees, C width of the language model, P tokens of the prefix,
 S = L - 1 tokens after it.
@@ -65,6 +66,7 @@ class Prompts:
     max_sequence_length: int = 300
     complex_human_instruction: str | Sequence[str] | None = None
     lora_scale: float | None = None
+    share_prompt_mask: bool = False
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -90,7 +92,9 @@ def encode_prompts(
     """
     instruction = join_instruction(prompts.complex_human_instruction)
 
-    def encode(name: str, texts: Any, instruction: str) -> tuple[Tensor, Tensor]:
+    def encode(
+        name: str, texts: Any, instruction: str, num_tokens: int, keep_padding: bool = False
+    ) -> tuple[Tensor, Tensor]:
         texts = [texts] if isinstance(texts, str) else texts
         check_texts(name, texts, texts)
         return encode_captions(
@@ -98,9 +102,10 @@ def encode_prompts(
             text_encoder,
             clean_captions(texts, prompts.clean_caption),
             instruction,
-            max_sequence_length=prompts.max_sequence_length,
+            max_sequence_length=num_tokens,
             device=device,
             name=name,
+            keep_padding=keep_padding,
         )
 
     needs_negative = is_guided and prompts.negative_prompt_embeds is None
@@ -109,16 +114,24 @@ def encode_prompts(
             "`negative_prompt_embeds` must be given, because this pipeline was made without a text encoder; or set"
             " `guidance_scale` to 1, without a `guider`."
         )
+    if prompts.share_prompt_mask and is_guided and not needs_negative:
+        raise ValueError(
+            "`share_prompt_mask` needs the negative prompt as a text, but `negative_prompt_embeds` are given. Leave"
+            " one out, or give the mask as `negative_prompt_attention_mask`."
+        )
     with exclusive(text_encoder), scaled_adapters(text_encoder, prompts.lora_scale):
         embeds, mask = prompts.prompt_embeds, prompts.prompt_attention_mask
         if embeds is None:
-            embeds, mask = encode("prompt", prompts.prompt, instruction)
+            embeds, mask = encode("prompt", prompts.prompt, instruction, prompts.max_sequence_length)
         negative, negative_mask = prompts.negative_prompt_embeds, prompts.negative_prompt_attention_mask
         if needs_negative:
-            negative, negative_mask = encode("negative_prompt", prompts.negative_prompt or "", "")
+            text, shares_mask = prompts.negative_prompt or "", prompts.share_prompt_mask
+            num_tokens = embeds.shape[1] if shares_mask else prompts.max_sequence_length
+            negative, negative_mask = encode("negative_prompt", text, "", num_tokens, keep_padding=shares_mask)
             if len(negative) == 1:
                 negative = negative.expand(len(embeds), -1, -1)
                 negative_mask = negative_mask.expand(len(embeds), -1)
+            negative_mask = mask if shares_mask else negative_mask
 
     dtype = embeds.dtype if text_encoder is None else text_encoder.dtype
 
@@ -140,6 +153,7 @@ def encode_captions(
     max_sequence_length: int,
     device: torch.device,
     name: str = "prompt",
+    keep_padding: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Runs the language model. Says what of a caption is cut off.
 
@@ -151,18 +165,24 @@ def encode_captions(
         max_sequence_length: L of the result.
         device: where the language model runs.
         name: of the argument that has the captions, for warnings.
+        keep_padding: give what the language model makes of the padding token beyond the caption, in place of zeros.
 
     Returns:
-        Features `[B, L, C]` in the dtype of the model, zero beyond the caption, and their mask `[B, L]`, 1 at tokens.
+        Features `[B, L, C]` in the dtype of the model and their mask `[B, L]`, 1 at tokens of the caption.
     """
     texts = [instruction + caption for caption in captions]
     prefix, inputs = tokenize(tokenizer, texts, instruction, max_sequence_length)
-    mask = inputs.attention_mask
+    input_ids, mask = inputs.input_ids, inputs.attention_mask
     warn_of_cut(name, texts, inputs, max_sequence_length)
-    first = inputs.input_ids[0, :1].tolist()
-    embeds = hidden_states(text_encoder, inputs.input_ids, mask, prefix or first, device)
-    mask = mask[:, [0, *range(max(len(prefix), 1), mask.shape[1])]].to(embeds.device)
-    embeds = embeds.masked_fill(mask.unsqueeze(-1) == 0, 0)
+    start = max(len(prefix), 1)
+    if keep_padding:
+        missing = start - 1 + max_sequence_length - mask.shape[1]
+        input_ids = F.pad(input_ids, (0, missing), value=tokenizer.pad_token_id)
+        mask = F.pad(mask, (0, missing))
+    embeds = hidden_states(text_encoder, input_ids, mask, prefix or input_ids[0, :1].tolist(), device)
+    mask = mask[:, [0, *range(start, mask.shape[1])]].to(embeds.device)
+    if not keep_padding:
+        embeds = embeds.masked_fill(mask.unsqueeze(-1) == 0, 0)
     check_computed("text_encoder", "features", embeds, embeds.dtype)
     return pad_text(embeds, mask, max_sequence_length)
 

@@ -62,8 +62,8 @@ def hidden_states(
         memory = _memory_of(text_encoder, device)
         if memory is None or len(input_ids) > 1:
             return _compute(text_encoder, input_ids, mask, prefix, device, memory)
-        # Nothing is padded in a single text, so its tokens alone say what the result is.
-        text = len(prefix), *input_ids[0].tolist()
+        # The result depends on the tokens, and on how many of them are padding.
+        text = len(prefix), int(mask.sum()), *input_ids[0].tolist()
         embedded = _embed(text_encoder, input_ids, device)
         states = _recall(memory.texts, text, embedded)
         if states is None:

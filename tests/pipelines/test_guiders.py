@@ -30,9 +30,11 @@ from diffusers.guiders import (
     frequency_decoupled_guidance,
 )
 from diffusers.hooks import HookRegistry, LayerSkipConfig, SmoothedEnergyGuidanceConfig
+from peft import LoraConfig
 from torch.nn import functional as F
 
 import diffusers_sana
+from diffusers_sana import SVDQuantConfig, quantize
 from diffusers_sana.models.layers import hooks_of
 from diffusers_sana.pipelines.changed_layers import blurred
 from tests import tiny
@@ -327,6 +329,24 @@ def test_formula(name, ours):
     made = generate(ours, guider=make())
     assert_close_fp32(made, by_hand(ours, formula), tolerance=3e-5)
     assert name.startswith("CFG") or relative_error(made, generate(ours)) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    pipe = tiny.pipeline(diffusers_sana)
+    quantize(pipe, SVDQuantConfig(rank=4), progress=False)
+    lora = LoraConfig(r=2, target_modules=["to_q", "to_v", "to_out.0"], init_lora_weights=False)
+    pipe.transformer.add_adapter(lora)
+    return pipe
+
+
+@pytest.mark.parametrize("name", ["APG", "SLG", "SLG, attention", "PAG", "SEG, sigma 1.5"])
+def test_formula_with_four_bits_and_lora(name, quantized, ours):
+    make, formula = GUIDERS[name]
+    made = generate(quantized, guider=make())
+    # Activations are quantized too; a rounding that falls otherwise is a difference.
+    assert_close_fp32(made, by_hand(quantized, formula), tolerance=3e-3)
+    assert relative_error(made, generate(ours, guider=make())) > 3e-2
 
 
 def test_plain_guidance_is_the_default(ours):

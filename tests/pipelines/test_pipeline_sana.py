@@ -76,9 +76,12 @@ def test_same_seed_same_bits(ours):
 
 
 def test_signature_is_that_of_diffusers():
+    more = {"__call__": ["guider", "share_prompt_mask"], "encode_prompt": ["share_prompt_mask"]}
     for method in ("__call__", "encode_prompt", "check_inputs", "prepare_latents"):
         theirs = inspect.signature(getattr(diffusers.SanaPipeline, method)).parameters
-        assert list(inspect.signature(getattr(diffusers_sana.SanaPipeline, method)).parameters) == list(theirs)
+        ours = inspect.signature(getattr(diffusers_sana.SanaPipeline, method)).parameters
+        assert list(ours) == [*theirs, *more.get(method, [])]
+        assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in more.get(method, []))
 
 
 def test_defaults_cannot_be_changed_by_a_caller():

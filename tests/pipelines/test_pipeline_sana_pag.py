@@ -262,15 +262,17 @@ def test_signature_is_that_of_the_plain_pipeline_and_more():
         inspect.signature(each.__call__).parameters
         for each in (SanaPAGPipeline, SanaPipeline, diffusers.SanaPAGPipeline)
     )
-    assert list(ours) == [*plain, "pag_scale", "pag_adaptive_scale", "pag_applied_layers"]
+    common = [name for name in plain if name not in ("guider", "share_prompt_mask")]
+    assert list(ours) == [*common, "pag_scale", "pag_adaptive_scale", "pag_applied_layers", "share_prompt_mask"]
     assert theirs.keys() - {"kwargs"} <= ours.keys()
-    assert all(ours[name] == parameter for name, parameter in plain.items())
+    assert all(ours[name] == plain[name] for name in [*common, "share_prompt_mask"])
     assert all(ours[name].default == theirs[name].default for name in ("pag_scale", "pag_adaptive_scale"))
 
 
 def test_every_argument_is_passed_on(monkeypatch):
     """Also those that the other tests leave at their defaults."""
-    marks = {name: object() for name in inspect.signature(SanaPipeline.__call__).parameters if name != "self"}
+    names = inspect.signature(SanaPipeline.__call__).parameters.keys() - {"self", "guider"}
+    marks = {name: object() for name in names}
     marks["attention_kwargs"] = {"scale": 0.5}
     collected = []
     monkeypatch.setattr(Request, "_check", lambda request, has_vae: collected.append(request))

@@ -130,3 +130,45 @@ class TestCleanCaptions:
         with caplog.at_level(logging.WARNING):
             assert tokenization.clean_captions([" A <b>Cat"], clean_caption=True) == ["a <b>cat"]
         assert "ftfy" in caplog.text
+
+
+class TestSharedMask:
+    """`share_prompt_mask`: the negative prompt under the mask of the prompt, with what the model makes of padding."""
+
+    ARGUMENTS = {"prompt": PROMPTS, "negative_prompt": ["", "Ugly"], "max_sequence_length": 40}
+
+    def test_features_are_those_of_the_padded_texts(self, ours, upstream):
+        embeds, mask, negative, negative_mask = ours.encode_prompt(**self.ARGUMENTS, share_prompt_mask=True)
+        with torch.no_grad():
+            *_, expected, own_mask = upstream.encode_prompt(**self.ARGUMENTS)
+        assert torch.equal(negative_mask, mask)
+        assert (mask.sum(dim=1) > own_mask.sum(dim=1)).all()
+        assert_close_fp32(negative, expected)
+        assert torch.equal(embeds, ours.encode_prompt(**self.ARGUMENTS)[0])
+
+    def test_the_empty_text_with_and_without_padding(self, ours):
+        """Remembered as two texts."""
+        arguments = {"prompt": "A cat", "max_sequence_length": 1}
+        one = ours.encode_prompt(**arguments)[2]
+        padded = ours.encode_prompt(**arguments | {"max_sequence_length": 6}, share_prompt_mask=True)[2]
+        again = ours.encode_prompt(**arguments)[2]
+        assert torch.equal(one, again)
+        assert_close_fp32(padded[:, :1], one)
+        assert padded[:, 1:].abs().amin(dim=(0, 2)).gt(0).all()
+
+    @pytest.mark.parametrize("name", ["SanaPipeline", "SanaPAGPipeline", "SanaImg2ImgPipeline", "SanaInpaintPipeline"])
+    def test_in_pipelines(self, ours, upstream, name):
+        pipe = getattr(diffusers_sana, name).from_pipe(ours)
+        image = {"image": torch.zeros(1, 3, 32, 32), "mask_image": torch.ones(1, 32, 32)}
+        image = {key: value for key, value in image.items() if name.startswith(("SanaIm", "SanaIn"))}
+        if name == "SanaImg2ImgPipeline":
+            del image["mask_image"]
+        options = {"num_inference_steps": 2, **self.ARGUMENTS, **image}
+        made = tiny.generate(pipe, **options, share_prompt_mask=True)
+        with torch.no_grad():
+            _, mask, expected, _ = upstream.encode_prompt(**self.ARGUMENTS)
+        features = {"negative_prompt_embeds": expected, "negative_prompt_attention_mask": mask}
+        assert_close_fp32(made, tiny.generate(pipe, **options | {"negative_prompt": ""} | features))
+        assert not torch.allclose(made, tiny.generate(pipe, **options), rtol=1e-3)
+        with pytest.raises(ValueError, match="`share_prompt_mask` needs the negative prompt as a text"):
+            tiny.generate(pipe, **options | {"negative_prompt": ""} | features, share_prompt_mask=True)
