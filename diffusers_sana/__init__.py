@@ -33,6 +33,7 @@ _EXPORTS = {
     "SanaSprintImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint_img2img",
     "SanaSprintPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint",
     "SanaTransformer2DModel": "diffusers_sana.models.transformers.transformer_sana",
+    "SanaVideoTransformer3DModel": "diffusers_sana.models.transformers.transformer_sana_video",
     "VILA_U_EMOJI": "diffusers_sana.checkpoints",
     "VilaUConfig": "diffusers_sana.models.vila_u.configuration_vila_u",
     "VilaUForConditionalGeneration": "diffusers_sana.models.vila_u.modeling_vila_u",
@@ -103,6 +104,9 @@ if TYPE_CHECKING:
     from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC as AutoencoderDC
     from diffusers_sana.models.controlnets.controlnet_sana import SanaControlNetModel as SanaControlNetModel
     from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel as SanaTransformer2DModel
+    from diffusers_sana.models.transformers.transformer_sana_video import (
+        SanaVideoTransformer3DModel as SanaVideoTransformer3DModel,
+    )
     from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig as VilaUConfig
     from diffusers_sana.models.vila_u.image_processing_vila_u import VilaUImageProcessor as VilaUImageProcessor
     from diffusers_sana.models.vila_u.modeling_vila_u import (

@@ -27,6 +27,7 @@ UPSTREAM_NAMES = {
     "FlowDPMSolverScheduler": "DPMSolverMultistepScheduler",
     "SanaControlNetModel": "SanaControlNetModel",
     "SanaTransformer2DModel": "SanaTransformer2DModel",
+    "SanaVideoTransformer3DModel": "SanaVideoTransformer3DModel",
 }
 
 
@@ -77,12 +78,12 @@ def _pipeline(module: str, name: str) -> Callable[[], type]:
     return lambda: getattr(import_module(f"{PACKAGE}.pipelines.pipeline_{module}"), name)
 
 
-def _block() -> type:
-    return import_module(f"{PACKAGE}.models.transformers.transformer_sana").SanaTransformerBlock
+def _block(module: str, name: str) -> Callable[[], type]:
+    return lambda: getattr(import_module(f"{PACKAGE}.models.transformers.{module}"), name)
 
 
-def _block_metadata() -> Any:
-    return _compat.TransformerBlockMetadata(return_hidden_states_index=0, _cls=_block())
+def _metadata(block: Callable[[], type]) -> Callable[[], Any]:
+    return lambda: _compat.TransformerBlockMetadata(return_hidden_states_index=0, _cls=block())
 
 
 def _loading_methods() -> dict[str, list[str]]:
@@ -209,13 +210,19 @@ ENTRIES = (
         )
     ),
     # Step caches (`enable_cache`) need to know what a block returns.
-    Entry(
-        feature=_compat.STEP_CACHES,
-        host="diffusers.hooks._helpers",
-        table="TransformerBlockRegistry._registry",
-        key=_block,
-        value=_block_metadata,
-        after=f"{PACKAGE}.models.transformers.transformer_sana",
+    *(
+        Entry(
+            feature=_compat.STEP_CACHES,
+            host="diffusers.hooks._helpers",
+            table="TransformerBlockRegistry._registry",
+            key=_block(module, name),
+            value=_metadata(_block(module, name)),
+            after=f"{PACKAGE}.models.transformers.{module}",
+        )
+        for module, name in (
+            ("transformer_sana", "SanaTransformerBlock"),
+            ("transformer_sana_video", "SanaVideoTransformerBlock"),
+        )
     ),
     # `from_pretrained(quantization_config=SVDQuantConfig())`, and folders whose config.json says "svdquant".
     *(

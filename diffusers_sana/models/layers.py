@@ -46,6 +46,17 @@ class PointwiseConv2d(nn.Conv2d):
         return linear(input.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
+class PatchConv3d(nn.Conv3d):
+    """A convolution whose stride is its kernel, without padding, as a matrix product over patches."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[B, C, T, H, W]` to `[B, C', T/p, H/q, W/r]`, channels-last in memory."""
+        p, q, r = self.kernel_size
+        patches = input.unflatten(4, (-1, r)).unflatten(3, (-1, q)).unflatten(2, (-1, p))
+        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)  # [B, T/p, H/q, W/r, C * p * q * r]
+        return linear(patches, self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
 def is_plain(*layers: nn.Module) -> bool:
     """Whether all layers are of this file and unmodified: not replaced, no hooks, no patched `forward`."""
     return all(

@@ -6,7 +6,11 @@ import triton
 import triton.language as tl
 
 from diffusers_sana.kernels.dispatch import kernel_mode
-from diffusers_sana.kernels.relu_linear_attention import relu_linear_attention, relu_linear_attention_reference
+from diffusers_sana.kernels.relu_linear_attention import (
+    relu_linear_attention,
+    relu_linear_attention_reference,
+    rotate_pairs,
+)
 from diffusers_sana.kernels.triton.relu_linear_attention import _split
 from tests.kernels.kernel_checks import DEVICE, DTYPES, check_kernel, check_operator, to_device
 from tests.numerics import assert_close_fp32, assert_no_worse, relative_error
@@ -275,3 +279,101 @@ def test_what_the_kernel_refuses(shapes, reason):
     with kernel_mode("triton"), pytest.raises(RuntimeError, match=reason):
         relu_linear_attention(*given)
     assert relu_linear_attention(*given).shape == shapes[0]
+
+
+def angles(tokens, head_dim):
+    """Cosines and sines for `rotary`, of angles between 0 and 3."""
+    table = torch.rand(tokens, head_dim // 2, device=DEVICE) * 3
+    return table.cos(), table.sin()
+
+
+def rotary_quadratic(query, key, value, rotary):
+    """With the N x N matrices of numerator and denominator written out, and the rotation as complex numbers."""
+    unit = torch.polar(torch.ones_like(rotary[0]).double(), torch.atan2(rotary[1], rotary[0]).double())
+    query, key = query.double().relu(), key.double().relu()
+    pairs = [torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * unit[:, None] for x in (query, key)]
+    weights = torch.einsum("bihd,bjhd->bhij", pairs[0], pairs[1].conj()).real
+    total = torch.einsum("bihd,bjhd->bhi", query, key)
+    return torch.einsum("bhij,bjhd,bhi->bihd", weights, value.double(), 1 / (total + 1e-15))
+
+
+@pytest.mark.parametrize("shape", [(2, 63, 3, 16), (1, 200, 2, 112)], ids=str)
+def test_rotary_equals_the_quadratic_formula(shape):
+    query, key, value = (x.to(DEVICE) for x in qkv(shape))
+    rotary = angles(shape[1], shape[-1])
+    assert_close_fp32(
+        relu_linear_attention(query, key, value, rotary=rotary), rotary_quadratic(query, key, value, rotary)
+    )
+
+
+def test_rotary_denominator_beyond_the_range_of_fp16():
+    """diffusers sums the keys in fp16 there, and its output is zero."""
+    query, key, value = (x.abs() for x in qkv((1, 4096, 1, 112), torch.float16, scale=10.0))
+    rotary = tuple(table.cpu() for table in angles(4096, 112))
+    out = relu_linear_attention(query, key, value, rotary=rotary)
+    assert (query.double()[0, 0, 0] @ key.double().sum(dim=1)[0, 0]) > 65504
+    expected = relu_linear_attention_reference(query.double(), key.double(), value.double(), rotary=rotary)
+    assert relative_error(out, expected) < 1e-3
+
+
+def test_rotation_turns_adjacent_channels():
+    turned = rotate_pairs(torch.tensor([[1.0, 0.0, 0.0, 2.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
+    assert turned.tolist() == [[0.0, 1.0, 0.0, 2.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 63, 2, 32), (1, 40, 2, 112), (1, 8 * 16 * 3, 1, 8)], ids=str)
+def test_rotary_kernel(shape, dtype):
+    """Of one block of the values and of two; with one partial state and with several."""
+    check_kernel(relu_linear_attention, tensors(shape, dtype), rotary=angles(shape[1], shape[-1]))
+
+
+def test_rotary_kernel_reads_other_strides():
+    given = tensors((1, 70, 2, 16))
+    given["key"] = given["key"].permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+    given["value"] = given["value"].transpose(1, 2).contiguous().transpose(1, 2)
+    check_kernel(relu_linear_attention, given, rotary=angles(70, 16))
+
+
+def test_rotary_kernel_where_nothing_is_attended():
+    given = tensors((1, 80, 2, 16))
+    given["query"][:, :2] = -1.0
+    check_kernel(relu_linear_attention, given, rotary=angles(80, 16))
+
+
+def test_rotary_kernel_is_an_operator():
+    check_operator(relu_linear_attention, tensors((2, 40, 2, 16), torch.float16), rotary=angles(40, 16))
+
+
+def rotary_in_two_parts(query, key, value, cos, sin):
+    """As of two processes with half of the tokens each: the output of the first."""
+    states, half = [], query.shape[1] // 2
+    other, own = slice(half, None), slice(half)
+
+    def collect(state):
+        states.append(state.clone())
+        return sum(states)
+
+    for part in (other, own):
+        rotary = (cos[part], sin[part])
+        out = relu_linear_attention(query[:, part], key[:, part], value[:, part], rotary=rotary, reduce_state=collect)
+    return out
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+def test_rotary_states_of_parts_add_up(mode):
+    given, rotary = tensors((1, 80, 2, 16)), angles(80, 16)
+    with kernel_mode(mode):
+        expected = relu_linear_attention(**given, rotary=rotary)
+        assert_close_fp32(rotary_in_two_parts(*given.values(), *rotary), expected[:, :40])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reason"), [((1, 4, 2, 130), None, "130"), ((1, 4, 2, 8), torch.float16, "fp32")], ids=str
+)
+def test_what_the_rotary_kernel_refuses(shape, dtype, reason):
+    given = tensors(shape)
+    rotary = tuple(table.to(dtype) for table in angles(shape[1], shape[-1]))
+    with kernel_mode("triton"), pytest.raises(RuntimeError, match=reason):
+        relu_linear_attention(**given, rotary=rotary)
+    assert relu_linear_attention(**given, rotary=rotary).shape == shape

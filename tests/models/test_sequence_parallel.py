@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 
 import diffusers_sana
 from tests import tiny
+from tests.models import sana_video_transformers
 from tests.models.sana_transformers import tiny_inputs, tiny_model
 from tests.numerics import assert_close_fp32
 from tests.two_processes import join, run_in_two
 
 
-# Family of the model, height of the latents, and whether a LoRA is on.
+VIDEO = "video"
+# Family of the model, height (or number of frames) of the latents, and whether a LoRA is on.
 CASES = {
     "plain": ("sana", 8, False),
     "qk_norm": ("sana_1.5", 8, False),
@@ -26,15 +28,18 @@ CASES = {
     "lora": ("sana_1.5", 8, True),
     "odd": ("sana_2k", 7, False),
     "two_rows": ("sana_1.5", 2, False),
+    "video": (VIDEO, 4, True),
+    "odd_video": (VIDEO, 3, False),
 }
-ODD = ("odd",)
+ODD = ("odd", "odd_video")
 
 
 def new_model(family, with_lora):
     torch.manual_seed(0)
-    model = tiny_model(family)
+    model = sana_video_transformers.tiny_model() if family == VIDEO else tiny_model(family)
     if with_lora:
         targets = ["to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point"]
+        targets += ["conv_temp"] if family == VIDEO else []
         model.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     return model
 
@@ -42,7 +47,11 @@ def new_model(family, with_lora):
 @torch.no_grad()
 def outputs(model, height):
     """Without and with the text done before."""
-    inputs = tiny_inputs(model, height=height)
+    if isinstance(model, diffusers_sana.SanaVideoTransformer3DModel):
+        inputs = sana_video_transformers.tiny_inputs(model, frames=height)
+        inputs["timestep"] = torch.linspace(0, 900, 2 * height).view(2, height)  # of frames
+    else:
+        inputs = tiny_inputs(model, height=height)
     whole = model(**inputs).sample.contiguous()
     text = {name: inputs.pop(name) for name in ("encoder_hidden_states", "encoder_attention_mask")}
     context = model.encode_text(**text)

@@ -16,6 +16,10 @@ is applied to keys and values: dv = P dS; dk = dS v + dz where k > 0.
 A state is `[D + 1, D]`, the last row for z. Each split of the rows gives one partial state; they are added in a fixed
 order.
 
+With rotary positions, rows are turned in registers, where a channel meets the other one of its pair through a second
+load, from the cache. Turned rows are fp32, and so are the products. A program holds the state for `BLOCK_V` channels
+of the values, so that heads of 128 channels fit too; z is formed by the programs of the first such channels.
+
 Legend: B batch, N tokens, H heads, D head_dim.
 """
 # ruff: noqa: RUF005
@@ -30,6 +34,7 @@ REDUCING_PROGRAMS = 512  # four per multiprocessor of the largest GPUs, each wit
 APPLYING_PROGRAMS = 2048
 MAX_FOLDED = 4  # partial states that the next kernel adds itself; more are added beforehand
 OPTIONS = {"num_warps": 4, "num_stages": 3}
+BLOCK_V = 64
 
 
 def _launch_config(heads: int, head_dim: int, tokens: int, itemsize: int, programs: int) -> tuple[int, int, int]:
@@ -245,6 +250,78 @@ def _key_value_backward_kernel(
         p_grad_v += _step(stride_on, BLOCK_N)
 
 
+@triton.jit
+def _load_turned(p_x, cos_ptr, sin_ptr, o_n, m_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`relu` of the rows `o_n`, as they are and turned, in fp32."""
+    o_d = tl.arange(0, BLOCK_D)
+    is_odd = (o_d % 2)[None, :]
+    b_x = _relu(_load(p_x, m_n, D, BLOCK_D)).to(tl.float32)
+    b_other = _relu(_load(p_x + 1 - 2 * is_odd, m_n, D, BLOCK_D)).to(tl.float32)
+    o_table = o_n[:, None] * (D // 2) + (o_d // 2)[None, :]
+    mask = m_n[:, None] & (o_d < D)[None, :]
+    b_cos = tl.load(cos_ptr + o_table, mask=mask, other=0.0)
+    b_sin = tl.load(sin_ptr + o_table, mask=mask, other=0.0)
+    return b_x, b_x * b_cos + tl.where(is_odd == 1, b_other, -b_other) * b_sin
+
+
+@triton.jit
+def _rotary_state_kernel(
+    k_ptr, v_ptr, cos_ptr, sin_ptr, partials_ptr,
+    stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    heads, tokens, rows,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Partial states of turned keys and some channels of the values."""
+    first, left = _range_of(tokens, rows)
+    first_v = tl.program_id(2) * BLOCK_V
+    p_k = _rows_of(k_ptr, stride_kb, stride_kn, stride_kh, heads, first, BLOCK_N, BLOCK_D)
+    p_v = _rows_of(v_ptr, stride_vb, stride_vn, stride_vh, heads, first, BLOCK_N, BLOCK_V) + first_v
+    o_d, o_v = tl.arange(0, BLOCK_D), first_v + tl.arange(0, BLOCK_V)
+    b_state, b_sums = tl.zeros([BLOCK_D, BLOCK_V], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in range(0, left, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        m_n = o_n < left
+        b_k, b_turned = _load_turned(p_k, cos_ptr, sin_ptr, first + o_n, m_n, D, BLOCK_D)
+        b_v = tl.load(p_v, mask=m_n[:, None] & (o_v < D)[None, :], other=0.0).to(tl.float32)
+        b_state = tl.dot(tl.trans(b_turned), b_v, b_state, input_precision="ieee")
+        b_sums += b_k
+        p_k += _step(stride_kn, BLOCK_N)
+        p_v += _step(stride_vn, BLOCK_N)
+    i_s = tl.program_id(1).to(tl.int64)
+    p_head = partials_ptr + (i_s * tl.num_programs(0) + tl.program_id(0)) * ((D + 1) * D)
+    tl.store(p_head + o_d[:, None] * D + o_v[None, :], b_state, mask=(o_d < D)[:, None] & (o_v < D)[None, :])
+    if first_v == 0:
+        tl.store(p_head + D * D + o_d, tl.sum(b_sums, axis=0), mask=o_d < D)
+
+
+@triton.jit
+def _rotary_out_kernel(
+    q_ptr, state_ptr, cos_ptr, sin_ptr, out_ptr,
+    stride_qb, stride_qn, stride_qh, stride_ob, stride_on, stride_oh,
+    heads, tokens, rows, eps,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Some channels of the output."""
+    first, left = _range_of(tokens, rows)
+    first_v = tl.program_id(2) * BLOCK_V
+    p_q = _rows_of(q_ptr, stride_qb, stride_qn, stride_qh, heads, first, BLOCK_N, BLOCK_D)
+    p_out = _rows_of(out_ptr, stride_ob, stride_on, stride_oh, heads, first, BLOCK_N, BLOCK_V) + first_v
+    o_d, o_v = tl.arange(0, BLOCK_D), first_v + tl.arange(0, BLOCK_V)
+    p_head = state_ptr + tl.program_id(0).to(tl.int64) * ((D + 1) * D)
+    mask = (o_d < D)[:, None] & (o_v < D)[None, :]
+    b_state = tl.load(p_head + o_d[:, None] * D + o_v[None, :], mask=mask, other=0.0)
+    b_sum = tl.load(p_head + D * D + o_d, mask=o_d < D, other=0.0)
+    for start in range(0, left, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        m_n = o_n < left
+        b_q, b_turned = _load_turned(p_q, cos_ptr, sin_ptr, first + o_n, m_n, D, BLOCK_D)
+        b_den = tl.sum(b_q * b_sum[None, :], axis=1) + eps
+        b_out = tl.dot(b_turned, b_state, input_precision="ieee") / b_den[:, None]
+        tl.store(p_out, b_out, mask=m_n[:, None] & (o_v < D)[None, :])
+        p_q += _step(stride_qn, BLOCK_N)
+        p_out += _step(stride_on, BLOCK_N)
+
+
 def _readable(x: Tensor) -> Tensor:
     """`x`, or a copy where the last axis is not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -324,3 +401,44 @@ def relu_linear_attention_backward(
         D=head_dim, BLOCK_N=block_n, BLOCK_D=block_d, SPLITS=partials.shape[0], **OPTIONS,
     )  # fmt: skip
     return grad_query, grad_key, grad_value
+
+
+def relu_linear_attention_rotary_state(key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """States `[B, H, D + 1, D]` in fp32 of turned keys; the last row is not turned."""
+    key, value = _readable(key), _readable(value)
+    batch, tokens, heads, head_dim = key.shape
+    itemsize = max(key.itemsize, value.itemsize)
+    block_n, block_d, rows = _launch_config(batch * heads, head_dim, tokens, itemsize, REDUCING_PROGRAMS)
+    splits = triton.cdiv(tokens, rows)
+    partials = key.new_empty((splits, batch, heads, head_dim + 1, head_dim), dtype=torch.float32)
+    _rotary_state_kernel[(batch * heads, splits, triton.cdiv(head_dim, BLOCK_V))](
+        key, value, cos.contiguous(), sin.contiguous(), partials,
+        *key.stride()[:3], *value.stride()[:3], heads, tokens, rows,
+        D=head_dim, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_V=BLOCK_V, **OPTIONS,
+    )  # fmt: skip
+    return partials.sum(dim=0)
+
+
+def relu_linear_attention_rotary_apply(
+    query: Tensor, state: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, eps: float
+) -> Tensor:
+    """Output `[B, N, H, D]` in `dtype` for given states."""
+    query = _readable(query)
+    batch, tokens, heads, head_dim = query.shape
+    out = query.new_empty(query.shape, dtype=dtype)
+    itemsize = max(query.itemsize, out.itemsize)
+    block_n, block_d, rows = _launch_config(batch * heads, head_dim, tokens, itemsize, APPLYING_PROGRAMS)
+    _rotary_out_kernel[(batch * heads, triton.cdiv(tokens, rows), triton.cdiv(head_dim, BLOCK_V))](
+        query, state.contiguous(), cos.contiguous(), sin.contiguous(), out,
+        *query.stride()[:3], *out.stride()[:3], heads, tokens, rows, eps,
+        D=head_dim, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_V=BLOCK_V, **OPTIONS,
+    )  # fmt: skip
+    return out
+
+
+def relu_linear_attention_rotary_forward(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, N, H, D]` and states `[B, H, D + 1, D]` in fp32, both contiguous; see the reference."""
+    state = relu_linear_attention_rotary_state(key, value, cos, sin)
+    return relu_linear_attention_rotary_apply(query, state, cos, sin, value.dtype, eps), state

@@ -83,7 +83,15 @@ ANY_PREFIX = re.compile(
     r"lora_(?:unet|transformer)[._]|lycoris[._]"
     r"|(?:base_model\.model\.)?(?:(?:model\.)?diffusion_model[._]|transformer[._](?!blocks))?"
 )
-CONVOLUTIONS = ("patch_embed.proj", "ff.conv_inverted", "ff.conv_depth", "ff.conv_point")
+CONVOLUTIONS = (
+    "patch_embed.proj",
+    "patch_embedding",
+    "ff.conv_inverted",
+    "ff.conv_depth",
+    "ff.conv_point",
+    "ff.conv_temp",
+)
+VIDEO_BLOCK = {"mlp.t_conv": ("ff.conv_temp",)}  # of SANA-Video; its patch embedding has diffusers' name only
 DEPTHWISE = "ff.conv_depth"
 OF_TENSOR = r"(\.lora_.+)?"  # PEFT matches patterns with layer names, but with tensor names when it hot-swaps
 IN_BLOCK = re.compile(r"(?:transformer_)?blocks_(\d+)_(.+)")
@@ -101,10 +109,10 @@ def _by_flat_name(layers: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str,
     return ours | {_flat(name): names for name, names in layers.items()}
 
 
-BLOCK_LAYERS = _by_flat_name(BLOCK)
-TOP_LAYERS = _by_flat_name({theirs: (ours,) for theirs, ours in TOP.items()}) | {
-    _flat(prefix + name): (prefix + name,) for prefix in (GUIDED_TIME, UNGUIDED_TIME) for name in TIME.values()
-}
+BLOCK_LAYERS = _by_flat_name(BLOCK | VIDEO_BLOCK)
+TOP_LAYERS = _by_flat_name(
+    {"patch_embedding": ("patch_embedding",), **{theirs: (ours,) for theirs, ours in TOP.items()}}
+) | {_flat(prefix + name): (prefix + name,) for prefix in (GUIDED_TIME, UNGUIDED_TIME) for name in TIME.values()}
 
 
 def convert_sana_lora(

@@ -44,19 +44,21 @@ def _saturated(out: Tensor) -> Tensor:
 class SanaLinearAttnProcessor:
     """ReLU linear self-attention, in fp32 inside (Sana, arXiv 2410.10629, section 2.2).
 
-    There is no softmax and hence no attention backend to choose.
+    There is no softmax and hence no attention backend to choose. `rotary_emb` are the rotary positions of videos.
     """
 
     _parallel_config = None  # set by `enable_parallelism`: other processes have other tokens
 
-    def __call__(self, attn: "SanaAttention", hidden_states: Tensor) -> Tensor:
+    def __call__(
+        self, attn: "SanaAttention", hidden_states: Tensor, rotary_emb: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         if attn.norm_q is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
         config = self._parallel_config
         reduce_state = None if config is None else partial(all_reduced, config=config)
-        out = relu_linear_attention(query, key, value, reduce_state=reduce_state)
+        out = relu_linear_attention(query, key, value, reduce_state=reduce_state, rotary=rotary_emb)
         out = attn.to_out[1](attn.to_out[0](out.flatten(-2)))  # [B, N, H, d] -> [B, N, D]
         return _saturated(out)
 

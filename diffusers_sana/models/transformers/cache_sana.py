@@ -23,6 +23,7 @@ class SanaCacheMixin(CacheMixin):
 
     config: Any
     modules: Any
+    _latents_format = "BCHW"  # "BCFHW" for videos
     _cache_timestep: float | None = None
 
     def enable_cache(self, config: Any) -> None:
@@ -55,7 +56,7 @@ class SanaCacheMixin(CacheMixin):
         if timed and config.current_timestep_callback is None:
             changes["current_timestep_callback"] = self._current_timestep
         if isinstance(config, FasterCacheConfig):
-            changes["tensor_format"] = "BCHW"
+            changes["tensor_format"] = self._latents_format
             changes["_unconditional_conditional_input_kwargs_identifiers"] = (
                 "hidden_states",
                 "timestep",
@@ -106,6 +107,6 @@ class SanaCacheMixin(CacheMixin):
 
 
 def _as_videos(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
-    """The latents `[B, C, H, W]` of a call as SeaCache expects them: `[C, 1, H, W]` each."""
+    """The latents `[B, C, H, W]` or `[B, C, T, H, W]` of a call as SeaCache expects them: `[C, T, H, W]` each."""
     latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    return list(latents.unsqueeze(2))
+    return list(latents.unsqueeze(2) if latents.ndim == 4 else latents)

@@ -56,6 +56,23 @@ def check_transformer_config(config: Mapping[str, Any]) -> None:
     _check_widths(config)
 
 
+def check_video_transformer_config(config: Mapping[str, Any]) -> None:
+    """`check_transformer_config` for the config of `SanaVideoTransformer3DModel`."""
+    patch_size = config["patch_size"]
+    if not isinstance(patch_size, list | tuple) or len(patch_size) != 3:
+        raise TypeError(f"`patch_size` must be three integers (frames, height, width), got {patch_size!r}.")
+    for side in patch_size:
+        check_integer("patch_size", side)
+    check_integer("rope_max_seq_len", config["rope_max_seq_len"])
+    # It has no table of positions, and its `sample_size` names the table of trained sizes.
+    check_transformer_config({**config, "patch_size": 1, "interpolation_scale": None})
+    if config["attention_head_dim"] % 2:
+        raise ValueError(
+            f"`attention_head_dim` must be even, since rotary positions turn pairs of channels, got "
+            f"{config['attention_head_dim']}."
+        )
+
+
 def _check_widths(config: Mapping[str, Any]) -> None:
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     heads, head_dim, text_dim = (config[name] for name in MAY_BE_NONE[1:])

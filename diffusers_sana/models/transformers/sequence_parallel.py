@@ -4,10 +4,13 @@ The processes exchange little. Linear self-attention sums over all tokens into a
 all-reduced. The 3x3 convolution of the Mix-FFN needs one row above and below those of a process, its halo. Everything
 else works per token. diffusers splits and gathers the rows (`_cp_plan` of the models).
 
+Of videos, each process holds some frames. Then only the temporal convolution needs a halo, a frame before and after.
+
 Legend: B batch, D inner width, h rows of a process, w token columns.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -22,16 +25,21 @@ def group_of(config: Any) -> dist.ProcessGroup:
     return private(config.context_parallel_config, "_flattened_mesh").get_group()
 
 
-def split_plan() -> dict[str, Any] | None:
-    """Where diffusers splits the rows of tokens between processes and gathers them; None if it cannot."""
+def split_plan(inputs: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:
+    """Where diffusers splits the tokens between processes and gathers them; None if it cannot.
+
+    Args:
+        inputs: name of a module whose `input` is split -> the axis, and the number of axes.
+    """
     try:
         from diffusers_sana._compat import ContextParallelInput, ContextParallelOutput
     except MissingHostName:
         return None
-    return {
-        "patch_embed.flatten": {"input": ContextParallelInput(split_dim=1, expected_dims=4)},
-        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    plan: dict[str, Any] = {
+        name: {"input": ContextParallelInput(split_dim=axis, expected_dims=axes)}
+        for name, (axis, axes) in inputs.items()
     }
+    return plan | {"proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3)}
 
 
 def all_reduced(tensor: Tensor, config: Any) -> Tensor:
@@ -82,30 +90,53 @@ class HaloHook(ModelHook):
         return output[:, :, rank > 0 : output.shape[2] - (rank < size - 1)]
 
 
+class Rows(NamedTuple):
+    """What is split between processes.
+
+    Attributes:
+        axis: of the latents.
+        name: of one of them, for messages, as the following.
+        more: what has more of them.
+        choice: the argument that decides on their number.
+    """
+
+    axis: int
+    name: str
+    more: str
+    choice: str
+
+
+ROWS_OF_IMAGE = Rows(-2, "row", "larger image", "height")
+FRAMES_OF_VIDEO = Rows(-3, "frame", "longer video", "number of frames")
+
+
 class RowsHook(ModelHook):
-    """On `patch_embed`: raises if the rows of the image cannot be split between the processes.
+    """On the patch embedding: raises if the rows of the image cannot be split between the processes.
 
     Args:
         group: the processes.
         is_even: whether all must have the same number of rows.
+        rows: what is split.
+        patch: latent rows, or frames, per token.
     """
 
-    def __init__(self, group: dist.ProcessGroup, is_even: bool) -> None:
+    def __init__(self, group: dist.ProcessGroup, is_even: bool, rows: Rows, patch: int) -> None:
         super().__init__()
-        self.size, self.is_even = dist.get_world_size(group), is_even
+        self.size, self.is_even, self.rows, self.patch = dist.get_world_size(group), is_even, rows, patch
 
     def pre_forward(self, module: Any, hidden_states: Tensor) -> tuple[tuple[Tensor], dict]:
-        """Checks the latents `[B, C, H, W]`."""
-        rows = hidden_states.shape[-2] // module.proj.stride[0]
+        """Checks the latents, `[B, C, H, W]` or `[B, C, T, H, W]`."""
+        rows = hidden_states.shape[self.rows.axis] // self.patch
         if rows < self.size:
             raise ValueError(
-                f"`hidden_states` must have at least one row of tokens per process ({self.size}), got {rows}. "
-                "Generate a larger image, or use fewer processes."
+                f"`hidden_states` must have at least one {self.rows.name} of tokens per process ({self.size}), got "
+                f"{rows}. Generate a {self.rows.more}, or use fewer processes."
             )
         if self.is_even and rows % self.size:
             raise ValueError(
-                f"`hidden_states` must have rows of tokens divisible by the {self.size} processes, got {rows}. Choose "
-                "another height, or `ulysses_anything=True` (or `ring_anything=True`) in `ContextParallelConfig`."
+                f"`hidden_states` must have {self.rows.name}s of tokens divisible by the {self.size} processes, got "
+                f"{rows}. Choose another {self.rows.choice}, or `ulysses_anything=True` (or `ring_anything=True`) in "
+                "`ContextParallelConfig`."
             )
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
             raise RuntimeError(
@@ -118,7 +149,7 @@ class RowsHook(ModelHook):
 class SequenceParallelMixin:
     """`enable_parallelism` for models with Sana's blocks."""
 
-    patch_embed: nn.Module
+    patch_embed: Any
     transformer_blocks: nn.ModuleList
 
     def enable_parallelism(self, *, config: Any, cp_plan: dict[str, Any] | None = None) -> None:
@@ -136,7 +167,13 @@ class SequenceParallelMixin:
         resolved = self._parallel_config.context_parallel_config  # type: ignore[attr-defined]
         group = group_of(self._parallel_config)  # type: ignore[attr-defined]
         is_even = not (resolved.ulysses_anything or resolved.ring_anything)
-        hooks = [(self.patch_embed, RowsHook(group, is_even))]
-        hooks += [(block.ff, HaloHook(group)) for block in self.transformer_blocks]
+        rows, embedding, patch, with_neighbors = self._split_parts()
+        hooks = [(embedding, RowsHook(group, is_even, rows, patch))]
+        hooks += [(module, HaloHook(group)) for module in with_neighbors]
         for module, hook in hooks:
             HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, "sequence_parallel")
+
+    def _split_parts(self) -> tuple[Rows, nn.Module, int, list[nn.Module]]:
+        """What is split, the embedding, latent rows per token, and the modules that see neighbors of a row."""
+        feed_forwards = [cast(nn.Module, block.ff) for block in self.transformer_blocks]
+        return ROWS_OF_IMAGE, self.patch_embed, self.patch_embed.proj.stride[0], feed_forwards

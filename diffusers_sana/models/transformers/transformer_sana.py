@@ -87,6 +87,8 @@ class SanaTransformerBlock(nn.Module):
     Args: see `SanaTransformer2DModel`; `dim` is D.
     """
 
+    feed_forward_class: type[SanaMixFeedForward] = SanaMixFeedForward
+
     def __init__(
         self,
         dim: int,
@@ -125,7 +127,7 @@ class SanaTransformerBlock(nn.Module):
             dropout=dropout,
         )
         self.norm2 = SanaModulatedNorm(dim, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
-        self.ff = SanaMixFeedForward(dim, mlp_ratio)
+        self.ff = self.feed_forward_class(dim, mlp_ratio)
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
     def can_encode_text(self) -> bool:
@@ -173,12 +175,14 @@ class SanaTransformerBlock(nn.Module):
         return gated_residual(hidden_states, ff_output.movedim(1, -1).flatten(1, 2), gate_mlp)
 
 
-def make_sana_blocks(config: Mapping[str, Any]) -> nn.ModuleList:
-    """The blocks of a `SanaTransformer2DModel` or `SanaControlNetModel`, from its config."""
+def make_sana_blocks(
+    config: Mapping[str, Any], block_class: type[SanaTransformerBlock] = SanaTransformerBlock
+) -> nn.ModuleList:
+    """The blocks of a model, from its config: of a `SanaTransformer2DModel` or `SanaControlNetModel` by default."""
     of_block = inspect.signature(SanaTransformerBlock).parameters.keys() & config.keys()
     fields = {name: config[name] for name in of_block}
     dim = config["num_attention_heads"] * config["attention_head_dim"]
-    return nn.ModuleList(SanaTransformerBlock(dim, **fields) for _ in range(config["num_layers"]))
+    return nn.ModuleList(block_class(dim, **fields) for _ in range(config["num_layers"]))
 
 
 def check_conditions(batch_size: int, attention_mask: Tensor | None, **per_image: Tensor | None) -> None:
@@ -194,6 +198,16 @@ def check_conditions(batch_size: int, attention_mask: Tensor | None, **per_image
                 f"`{name}` must have shape ({batch_size},) or (1,), got {tuple(value.shape)}. "
                 f"Use `{name}.expand({batch_size})`."
             )
+
+
+def check_guidance(has_guidance: bool, guidance: Tensor | None) -> None:
+    """Raises a ValueError where `guidance` is not given to a model with `guidance_embeds`, or given to another."""
+    if has_guidance != (guidance is not None):
+        raise ValueError(
+            f"`guidance` must {'be given' if has_guidance else 'be None'} for a model with "
+            f"`guidance_embeds={has_guidance}`, got {guidance if guidance is None else 'a tensor'}. "
+            + ("Pass the guidance scale." if has_guidance else "Use classifier-free guidance in the pipeline.")
+        )
 
 
 def sincos_position_axes(
@@ -321,7 +335,7 @@ class SanaTransformer2DModel(
     # `encode_text` calls these outside of `forward`, so each must load its own weights onto the device.
     _group_offload_block_modules = ["caption_projection", "caption_norm"]
     # Rows of tokens are split between processes; the outputs are gathered at the end.
-    _cp_plan = split_plan()  # type: ignore[assignment]
+    _cp_plan = split_plan({"patch_embed.flatten": (1, 4)})  # type: ignore[assignment]
 
     @register_to_config
     def __init__(
@@ -448,11 +462,5 @@ class SanaTransformer2DModel(
                 f"`hidden_states` must be latents [batch, {channels}, height, width] with sides divisible by "
                 f"`patch_size` {p}, got {shape}. Check the VAE and the image size."
             )
-        has_guidance = self.config["guidance_embeds"]
-        if has_guidance != (guidance is not None):
-            raise ValueError(
-                f"`guidance` must {'be given' if has_guidance else 'be None'} for a model with "
-                f"`guidance_embeds={has_guidance}`, got {guidance if guidance is None else 'a tensor'}. "
-                + ("Pass the guidance scale." if has_guidance else "Use classifier-free guidance in the pipeline.")
-            )
+        check_guidance(self.config["guidance_embeds"], guidance)
         check_conditions(shape[0], attention_mask, timestep=timestep, guidance=guidance)
