@@ -26,6 +26,7 @@ _EXPORTS = {
     "SanaControlNetImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_controlnet_img2img",
     "SanaControlNetModel": "diffusers_sana.models.controlnets.controlnet_sana",
     "SanaControlNetPipeline": "diffusers_sana.pipelines.pipeline_sana_controlnet",
+    "SanaImageToVideoPipeline": "diffusers_sana.pipelines.pipeline_sana_video_i2v",
     "SanaImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_img2img",
     "SanaInpaintPipeline": "diffusers_sana.pipelines.pipeline_sana_inpaint",
     "SanaPAGPipeline": "diffusers_sana.pipelines.pipeline_sana_pag",
@@ -33,6 +34,7 @@ _EXPORTS = {
     "SanaSprintImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint_img2img",
     "SanaSprintPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint",
     "SanaTransformer2DModel": "diffusers_sana.models.transformers.transformer_sana",
+    "SanaVideoPipeline": "diffusers_sana.pipelines.pipeline_sana_video",
     "SanaVideoTransformer3DModel": "diffusers_sana.models.transformers.transformer_sana_video",
     "VILA_U_EMOJI": "diffusers_sana.checkpoints",
     "VilaUConfig": "diffusers_sana.models.vila_u.configuration_vila_u",
@@ -128,6 +130,8 @@ if TYPE_CHECKING:
     from diffusers_sana.pipelines.pipeline_sana_sprint_img2img import (
         SanaSprintImg2ImgPipeline as SanaSprintImg2ImgPipeline,
     )
+    from diffusers_sana.pipelines.pipeline_sana_video import SanaVideoPipeline as SanaVideoPipeline
+    from diffusers_sana.pipelines.pipeline_sana_video_i2v import SanaImageToVideoPipeline as SanaImageToVideoPipeline
     from diffusers_sana.pipelines.pipeline_vila_u import VilaUPipeline as VilaUPipeline
     from diffusers_sana.quantizers.svdquant.api import quantize as quantize
     from diffusers_sana.quantizers.svdquant.api import set_compute_mode as set_compute_mode

@@ -313,16 +313,19 @@ def cpu_has_vnni() -> bool:
     return supported is not None and bool(supported())
 
 
-def upstream_instruction() -> tuple[str, ...]:
+def upstream_instruction(where: str = "diffusers.pipelines.sana.pipeline_sana:SanaPipeline") -> tuple[str, ...]:
     """The lines that diffusers' Sana pipelines put before a prompt by default ("complex human instruction").
+
+    Args:
+        where: module and name of the pipeline.
 
     Raises:
         MissingHostName: the installed diffusers has no such argument.
     """
-    pipeline = import_module("diffusers.pipelines.sana.pipeline_sana").SanaPipeline
+    module, _, name = where.partition(":")
+    pipeline = getattr(import_module(module), name)
     argument = inspect.signature(pipeline.__call__).parameters.get("complex_human_instruction")
     if argument is None:
-        where = "diffusers.pipelines.sana.pipeline_sana:SanaPipeline"
         raise _missing(HostName(where, "the instruction before a prompt"), "__call__(complex_human_instruction)")
     return tuple(argument.default)
 

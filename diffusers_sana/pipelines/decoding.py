@@ -47,7 +47,7 @@ def decode_latents(
         " (`enable_model_cpu_offload()`), or take the latents (`output_type='latent'`) and decode elsewhere."
     )
     with tiles_shown_by(progress_bar):
-        images = _as_memory_allows(vae, size, lambda: vae.decode(latents, return_dict=False)[0], advice)
+        images = as_memory_allows(vae, size, lambda: vae.decode(latents, return_dict=False)[0], advice)
     check_computed("vae", "images", images, vae.dtype)
     return images
 
@@ -71,13 +71,20 @@ def encode_images(vae: Any, images: Tensor) -> Tensor:
         f"Encoding images {list(images.shape)} does not fit even image by image and in tiles. Free memory"
         " (`enable_model_cpu_offload()`), or encode elsewhere and give the latents."
     )
-    latents = _as_memory_allows(vae, max(images.shape[-2:]), lambda: vae.encode(images, return_dict=False)[0], advice)
+    latents = as_memory_allows(vae, max(images.shape[-2:]), lambda: vae.encode(images, return_dict=False)[0], advice)
     check_computed("vae", "latents", latents, vae.dtype)
     return latents.float() * vae.config.scaling_factor
 
 
-def _as_memory_allows(vae: Any, size: int, run: Callable[[], Tensor], advice: str) -> Tensor:
-    """`run()`, in tiles for images of large `size`; where that does not fit, again in tiles and image by image."""
+def as_memory_allows(vae: Any, size: int, run: Callable[[], Tensor], advice: str) -> Tensor:
+    """`run()`, in tiles for images of large `size`; where that does not fit, again in tiles and image by image.
+
+    Args:
+        vae: whose settings for tiling and slicing are restored afterwards.
+        size: longer side in pixels.
+        run: calls the autoencoder.
+        advice: message of the error if nothing fits.
+    """
     by_need = isinstance(vae, AutoencoderDC) and size >= TILING_SIZE
     try:
         with exclusive(vae), _tiled(vae) if by_need else nullcontext():
@@ -94,12 +101,18 @@ def _as_memory_allows(vae: Any, size: int, run: Callable[[], Tensor], advice: st
 
 @contextmanager
 def _tiled(vae: Any, sliced: bool = False) -> Iterator[None]:
-    """Works in tiles, and with `sliced` image by image, for the time of the block; settings of the user stay."""
-    was_tiled, was_sliced = vae.use_tiling, vae.use_slicing
-    if not was_tiled:
+    """Works in tiles, and with `sliced` image by image, for the time of the block; settings of the user stay.
+
+    Of videos, tiles have few frames too where the autoencoder has a switch for that.
+    """
+    switches = ("use_slicing", "use_framewise_decoding", "use_framewise_encoding")
+    before = {name: getattr(vae, name) for name in ("use_tiling", *switches) if hasattr(vae, name)}
+    if not before["use_tiling"]:
         vae.enable_tiling()
-    vae.use_slicing = was_sliced or sliced
+    for name in before.keys() & set(switches):
+        setattr(vae, name, before[name] or sliced)
     try:
         yield
     finally:
-        vae.use_tiling, vae.use_slicing = was_tiled, was_sliced
+        for name, value in before.items():
+            setattr(vae, name, value)

@@ -16,7 +16,7 @@ from diffusers.models.transformers.sana_transformer import SanaTransformer2DMode
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from diffusers.schedulers import SchedulerMixin
-from diffusers.utils import logging
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import Gemma2PreTrainedModel, GemmaTokenizer
@@ -55,6 +55,7 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
 
     # Without one, guidance is an input of the transformer.
     _has_negative_prompt = True
+    _output_class: type[BaseOutput] = SanaPipelineOutput
 
     tokenizer: Any
     text_encoder: Any
@@ -89,8 +90,13 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
-        self.vae_scale_factor = 32 if vae is None else 2 ** (len(self.vae.config.encoder_block_out_channels) - 1)
+        self.vae_scale_factor = self._pixels_per_latent(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @staticmethod
+    def _pixels_per_latent(vae: Any) -> int:
+        """Along a side."""
+        return 32 if vae is None else 2 ** (len(vae.config.encoder_block_out_channels) - 1)
 
     @property
     def scheduler(self) -> Any:
@@ -152,9 +158,8 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
             the others: as in `__call__`.
         """
         prompts = Prompts.of(locals())
-        multiple = self.vae_scale_factor * self.transformer.config.patch_size
-        check_size("height", height, multiple)
-        check_size("width", width, multiple)
+        for name, side, patch in zip(("height", "width"), (height, width), self._patch_sides, strict=True):
+            check_size(name, side, self.vae_scale_factor * patch)
         for name in callback_on_step_end_tensor_inputs or ():
             if name not in self._callback_tensor_inputs:
                 raise ValueError(
@@ -166,6 +171,11 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
             channels=self.transformer.config.caption_channels,
             can_encode=self.tokenizer is not None and self.text_encoder is not None,
         )
+
+    @property
+    def _patch_sides(self) -> tuple[int, int]:
+        """Latent rows and columns per token."""
+        return (self.transformer.config.patch_size,) * 2
 
     def prepare_latents(
         self,
@@ -191,21 +201,10 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
         Returns:
             `[B, C, h, w]`.
         """
-        shape = (batch_size, num_channels_latents, height // self.vae_scale_factor, width // self.vae_scale_factor)
-        if latents is not None:
-            if latents.shape != shape:
-                raise ValueError(
-                    f"`latents` must have the shape {list(shape)} (images, channels, height and width over"
-                    f" {self.vae_scale_factor}), got {list(latents.shape)}. Leave `height` and `width` out to take the"
-                    " size from `latents`."
-                )
-            return latents.to(device, dtype)
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` must be one generator or a list of {batch_size}, one per image, got a list of"
-                f" {len(generator)}."
-            )
-        return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        scale = self.vae_scale_factor
+        shape = (batch_size, num_channels_latents, height // scale, width // scale)
+        meaning = f"images, channels, height and width over {scale}"
+        return given_or_sampled(latents, shape, meaning, generator, device, dtype)
 
     def _sizes(self, request: Request) -> tuple[Size, Size]:
         """The size asked for, by default that of `latents` or the native size, and the size to generate at."""
@@ -219,7 +218,11 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
         check_integer("height", height)
         check_integer("width", width)
         requested = height, width
-        return requested, bin_size(height, width, native_size) if is_binned else requested
+        return requested, self._bin(height, width) if is_binned else requested
+
+    def _bin(self, height: int, width: int) -> Size:
+        """The trained size that is nearest in aspect ratio."""
+        return bin_size(height, width, self._native_size)
 
     @property
     def _native_size(self) -> int:
@@ -255,7 +258,7 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
             self.enable_cuda_graphs()
         callback, guider = request.callback_on_step_end, request.guider
         call = Call(
-            scheduler=copy.deepcopy(vars(self)["scheduler"]),
+            scheduler=self._scheduler_of_call(),
             guidance_scale=request.guidance_scale,
             attention_kwargs=request.attention_kwargs,
             eta=request.eta,
@@ -269,6 +272,10 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
             **state,
         )
         return running(self, call)
+
+    def _scheduler_of_call(self) -> Any:
+        """A copy of the scheduler, for one call."""
+        return copy.deepcopy(vars(self)["scheduler"])
 
     def _read_start(self, image: Any, request: Request, *, cover: bool = True) -> StartImage:
         """The argument `image` of a call, checked; `cover` cuts images to the size asked for."""
@@ -291,22 +298,53 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, h, w]` to images `[B, 3, height, width]` in [-1, 1]."""
+        return decode_latents(self.vae, latents, self.vae_scale_factor, self._shown_tiles)
 
-        def shown(tiles: Sequence[Any]) -> Iterable[Any]:
-            bar = self.progress_bar(tiles)
-            bar.set_description("tiles")
-            return bar
+    def _shown_tiles(self, tiles: Sequence[Any]) -> Iterable[Any]:
+        """A progress bar around the tiles of the autoencoder."""
+        bar = self.progress_bar(tiles)
+        bar.set_description("tiles")
+        return bar
 
-        return decode_latents(self.vae, latents, self.vae_scale_factor, shown)
+    def _postprocess(self, images: Tensor, size: Size, output_type: str) -> Any:
+        """Decoded images at `size`, in the form asked for."""
+        return self.image_processor.postprocess(resize_and_crop(images, *size), output_type=output_type)
 
-    def _output(self, latents: Tensor, size: Size, request: Request) -> SanaPipelineOutput | tuple:
+    def _output(self, latents: Tensor, size: Size, request: Request) -> Any:
         """What `__call__` returns: latents `[B, C, h, w]`, or images of `size`."""
-        images: Any = latents
+        results: Any = latents
         if request.output_type != "latent":
-            images = resize_and_crop(self._decode(latents).float(), *size)
-            images = self.image_processor.postprocess(images, output_type=request.output_type)
+            results = self._postprocess(self._decode(latents).float(), size, request.output_type)
         self.maybe_free_model_hooks()
-        return SanaPipelineOutput(images=images) if request.return_dict else (images,)
+        return self._output_class(results) if request.return_dict else (results,)
+
+
+def given_or_sampled(
+    latents: Tensor | None,
+    shape: tuple[int, ...],
+    meaning: str,
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Noise of a shape: `latents` if given, else sampled with `generator`.
+
+    Args:
+        meaning: of the axes, for the error.
+    """
+    if latents is not None:
+        if latents.shape != shape:
+            raise ValueError(
+                f"`latents` must have the shape {list(shape)} ({meaning}), got {list(latents.shape)}. Leave `height`"
+                " and `width` out to take the size from `latents`."
+            )
+        return latents.to(device, dtype)
+    if isinstance(generator, list) and len(generator) != shape[0]:
+        raise ValueError(
+            f"`generator` must be one generator or a list of {shape[0]}, one per image, got a list of"
+            f" {len(generator)}."
+        )
+    return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
 
 
 class GuidedSanaPipeline(SanaPipelineBase):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -16,6 +16,8 @@ from diffusers_sana.prompts.encoding import Prompts
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+IMAGES = ("images", "channels", "height", "width")
+VIDEOS = ("videos", "channels", "frames", "height", "width")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,8 @@ class Request(Prompts):
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None  # not for SANA-Sprint
     guider: Any = None  # neither for SANA-Sprint, nor with perturbed-attention guidance
+
+    _latent_axes: ClassVar[tuple[str, ...]] = IMAGES
 
     @classmethod
     def collect(cls, arguments: Mapping[str, Any], *, has_vae: bool) -> Self:
@@ -96,7 +100,37 @@ class Request(Prompts):
         if self.output_type != "latent" and not has_vae:
             raise ValueError("`output_type` must be 'latent', because this pipeline was made without an autoencoder.")
         if self.latents is not None:
-            check_latents(self.latents)
+            check_latents(self.latents, axes=self._latent_axes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoRequest(Request):
+    """The arguments that pipelines of videos share. `SanaVideoPipeline.__call__` says what they mean."""
+
+    frames: int | None
+    motion_score: int | None
+
+    _latent_axes = VIDEOS
+
+    @classmethod
+    def collect(cls, arguments: Mapping[str, Any], *, has_vae: bool) -> Self:
+        """As in `Request`; the prompts end with the motion score."""
+        check_integer("num_videos_per_prompt", arguments["num_videos_per_prompt"])
+        arguments = {**arguments, "num_images_per_prompt": arguments["num_videos_per_prompt"]}
+        request = super().collect(arguments, has_vae=has_vae)
+        if request.frames is not None:
+            check_integer("frames", request.frames)
+        if request.motion_score is None:
+            return request
+        check_integer("motion_score", request.motion_score, at_least=0)
+        ending = f" motion score: {request.motion_score}."
+        prompt = request.prompt
+        if prompt is None:
+            raise ValueError("`motion_score` is text after the prompt; leave it out with `prompt_embeds`.")
+        if isinstance(prompt, str):
+            return replace(request, prompt=prompt + ending)
+        check_texts("prompt", prompt, prompt)
+        return replace(request, prompt=[text + ending for text in prompt])
 
 
 def check_numbers(name: str, values: Sequence[float] | Tensor) -> Tensor:
@@ -118,12 +152,12 @@ def check_strength(strength: float) -> None:
         raise ValueError(f"`strength` must be above 0 and at most 1, got {strength}.")
 
 
-def check_latents(latents: Tensor, name: str = "latents") -> None:
-    """Raises where the argument `name`, `latents`, is not finite numbers `[B, C, h, w]`."""
+def check_latents(latents: Tensor, name: str = "latents", axes: Sequence[str] = IMAGES) -> None:
+    """Raises where the argument `name`, `latents`, is not finite numbers with these axes, `[B, C, h, w]`."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         raise TypeError(f"`{name}` must be a floating point tensor, got {getattr(latents, 'dtype', type(latents))}.")
-    if latents.ndim != 4 or not bool(latents.isfinite().all()):
-        raise ValueError(f"`{name}` must be finite and [images, channels, height, width], got {list(latents.shape)}.")
+    if latents.ndim != len(axes) or not bool(latents.isfinite().all()):
+        raise ValueError(f"`{name}` must be finite and [{', '.join(axes)}], got {list(latents.shape)}.")
 
 
 def check_embeds(name: str, embeds: Tensor, mask: Tensor | None, mask_name: str, channels: int) -> None:

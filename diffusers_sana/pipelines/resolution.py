@@ -1,4 +1,4 @@
-"""Image sizes: the aspect ratio tables of the official checkpoints, and the way back to the size asked for.
+"""Sizes of images and videos: the tables of the official checkpoints, and the way back to the size asked for.
 
 Legend: B batch, H W height and width in pixels.
 """
@@ -7,6 +7,7 @@ from diffusers.image_processor import PixArtImageProcessor
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_2048_BIN
 from diffusers.pipelines.sana.pipeline_sana import ASPECT_RATIO_4096_BIN
+from diffusers.pipelines.sana_video.pipeline_sana_video import ASPECT_RATIO_480_BIN, ASPECT_RATIO_720_BIN
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,6 +19,11 @@ ASPECT_RATIO_BINS = {
     2048: ASPECT_RATIO_2048_BIN,
     4096: ASPECT_RATIO_4096_BIN,
 }
+
+
+# `sample_size` of SANA-Video's checkpoints -> the same for videos.
+VIDEO_ASPECT_RATIO_BINS = {30: ASPECT_RATIO_480_BIN, 22: ASPECT_RATIO_720_BIN}
+WIDE = "0.57"  # the ratio of 16:9
 
 
 def bin_size(height: int, width: int, native_size: int) -> tuple[int, int]:
@@ -33,6 +39,24 @@ def bin_size(height: int, width: int, native_size: int) -> tuple[int, int]:
     if native_size not in ASPECT_RATIO_BINS:
         return height, width
     return PixArtImageProcessor.classify_height_width_bin(height, width, ratios=ASPECT_RATIO_BINS[native_size])
+
+
+def bin_video_size(height: int, width: int, sample_size: int) -> tuple[int, int]:
+    """`bin_size` for videos, by the `sample_size` of the checkpoint."""
+    if sample_size not in VIDEO_ASPECT_RATIO_BINS:
+        return height, width
+    return PixArtImageProcessor.classify_height_width_bin(height, width, ratios=VIDEO_ASPECT_RATIO_BINS[sample_size])
+
+
+def native_video_size(sample_size: int, cell: int) -> tuple[int, int]:
+    """Height and width in pixels, 16:9, that a checkpoint was trained on; without a table a square.
+
+    Args:
+        sample_size: of the checkpoint.
+        cell: pixels per side of a token.
+    """
+    height, width = VIDEO_ASPECT_RATIO_BINS.get(sample_size, {WIDE: (sample_size * cell,) * 2})[WIDE]
+    return int(height), int(width)
 
 
 def trained_sizes(native_size: int) -> list[tuple[int, int]]:

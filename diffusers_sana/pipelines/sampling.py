@@ -79,13 +79,22 @@ def both_texts(tensors: dict[str, Any], is_guided: bool) -> tuple[Tensor, Tensor
     return embeds, mask
 
 
-def predict_flow(model: Denoiser, latents: Tensor, t: Tensor, text: TextInputs, **more: Any) -> Tensor:
-    """The transformer's prediction `[n B, C, h, w]`; `more` are further arguments of it."""
+def predict_flow(
+    model: Denoiser, latents: Tensor, t: Tensor, text: TextInputs, *, times: Tensor | None = None, **more: Any
+) -> Tensor:
+    """The transformer's prediction `[n B, C, h, w]`.
+
+    Args:
+        model, latents, t, text: of a step.
+        times: `[n B, ...]` in place of `t`, where it is not the same for all of an image.
+        more: further arguments of the transformer.
+    """
     transformer = model.transformer
     model_input = torch.cat([latents] * (len(text.mask) // len(latents))).to(transformer.dtype)
+    times = t.expand(len(model_input)) if times is None else times
     return model(
         hidden_states=model_input,
-        timestep=t.expand(len(model_input)) * transformer.config.timestep_scale,
+        timestep=times * transformer.config.get("timestep_scale", 1.0),
         attention_kwargs=model.call.attention_kwargs,
         return_dict=False,
         **text.arguments,

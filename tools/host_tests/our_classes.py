@@ -19,11 +19,14 @@ OURS = (
     "AutoencoderDC",
     "SanaControlNetModel",
     "SanaControlNetPipeline",
+    "SanaImageToVideoPipeline",
     "SanaPAGPipeline",
     "SanaPipeline",
     "SanaSprintImg2ImgPipeline",
     "SanaSprintPipeline",
     "SanaTransformer2DModel",
+    "SanaVideoPipeline",
+    "SanaVideoTransformer3DModel",
 )
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
 TESTERS = "hf-internal-testing/"  # where the tests would download from

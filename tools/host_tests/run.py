@@ -16,8 +16,10 @@ from tools.test_versions import ROOT, count, environment_variables, versions
 HERE = Path(__file__).parent
 OF_DIFFUSERS = (
     "tests/models/transformers/test_models_transformer_sana.py",
+    "tests/models/transformers/test_models_transformer_sana_video.py",
     "tests/models/autoencoders/test_models_autoencoder_dc.py",
     "tests/pipelines/sana",
+    "tests/pipelines/sana_video",
     "tests/pipelines/pag/test_pag_sana.py",
     "tests/lora/test_lora_layers_sana.py",
     # Calls a private method of diffusers' class.

@@ -1,0 +1,103 @@
+"""Videos to latents and back with the autoencoders of SANA-Video: Wan's, LTX-2's, or DC-AE frame by frame.
+
+Legend: B videos, C latent channels, F frames, T latent frames, h w latent height and width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC as UpstreamAutoencoderDC
+from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
+from torch import Tensor
+
+from diffusers_sana.checks import check_computed
+from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
+from diffusers_sana.pipelines.decoding import as_memory_allows, decode_latents, encode_images
+
+
+WAN = (4, 8)  # frames and pixels per latent; also where there is no autoencoder to ask, as in diffusers
+
+
+def compression(vae: Any) -> tuple[int, int]:
+    """Frames per latent frame, but for the first one, and pixels per side of a latent cell.
+
+    Args:
+        vae: `AutoencoderKLWan`, `AutoencoderKLLTX2Video` or `AutoencoderDC`; or None.
+    """
+    if _is_of_images(vae):
+        return 1, 2 ** (len(vae.config.encoder_block_out_channels) - 1)
+    if isinstance(vae, AutoencoderKLLTX2Video):
+        return vae.temporal_compression_ratio, vae.spatial_compression_ratio
+    config: Any = {} if vae is None else vae.config
+    return config.get("scale_factor_temporal", WAN[0]), config.get("scale_factor_spatial", WAN[1])
+
+
+def _is_of_images(vae: Any) -> bool:
+    return isinstance(vae, AutoencoderDC | UpstreamAutoencoderDC)
+
+
+def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the autoencoder's own latents, `[C, 1, 1, 1]` each, in fp32."""
+    if isinstance(vae, AutoencoderKLLTX2Video):
+        values: tuple[Any, Any] = (vae.latents_mean, vae.latents_std)
+    else:
+        values = vae.config.get("latents_mean", 0.0), vae.config.get("latents_std", 1.0)
+    mean, std = (torch.as_tensor(value, dtype=torch.float32, device=latents.device) for value in values)
+    return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
+
+
+def decode_videos(
+    vae: Any, latents: Tensor, scale_factor: int, progress_bar: Callable[[Sequence[Any]], Any] = iter
+) -> Tensor:
+    """Decodes as much at a time as the memory allows.
+
+    Args:
+        vae: whose own settings for tiling and slicing stay.
+        latents: `[B, C, T, h, w]`, as the denoiser has them.
+        scale_factor: pixels per side of a latent cell.
+        progress_bar: see `decode_latents`.
+
+    Returns:
+        `[B, 3, F, scale_factor * h, scale_factor * w]` in [-1, 1].
+
+    Raises:
+        torch.OutOfMemoryError: even video by video and in tiles.
+        ValueError: the result is not finite.
+    """
+    if _is_of_images(vae):
+        frames = decode_latents(vae, latents.transpose(1, 2).flatten(0, 1), scale_factor, progress_bar)
+        return frames.unflatten(0, (len(latents), -1)).transpose(1, 2)
+    mean, std = _statistics(vae, latents)
+    latents = (latents.float() * std + mean).to(vae.dtype)
+    advice = (
+        f"Decoding latents {list(latents.shape)} does not fit even video by video and in tiles. Free memory"
+        " (`enable_model_cpu_offload()`), or take the latents (`output_type='latent'`) and decode elsewhere."
+    )
+    videos = as_memory_allows(vae, 0, lambda: vae.decode(latents, return_dict=False)[0], advice)
+    check_computed("vae", "frames", videos, vae.dtype)
+    return videos
+
+
+def encode_first_frames(vae: Any, images: Tensor) -> Tensor:
+    """Encodes images as videos of one frame, as much at a time as the memory allows.
+
+    Args:
+        vae: whose own settings for tiling and slicing stay.
+        images: `[B, 3, height, width]` in [-1, 1], sides multiples of a latent cell's.
+
+    Returns:
+        `[B, C, 1, h, w]` in fp32, as the denoiser has them: the mode of the posterior.
+
+    Raises:
+        torch.OutOfMemoryError: even image by image and in tiles.
+        ValueError: the result is not finite.
+    """
+    if _is_of_images(vae):
+        return encode_images(vae, images).unsqueeze(2)
+    videos = images.unsqueeze(2).to(vae.dtype)
+    advice = f"Encoding images {list(images.shape)} does not fit even image by image and in tiles. Free memory."
+    latents = as_memory_allows(vae, 0, lambda: vae.encode(videos).latent_dist.mode(), advice)
+    check_computed("vae", "latents", latents, vae.dtype)
+    mean, std = _statistics(vae, latents)
+    return (latents.float() - mean) / std
