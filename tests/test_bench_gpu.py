@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +57,69 @@ def test_a_wrong_kernel_is_named():
     (row,) = run_on_gpu(benchmark, rounds=1, with_compiled=False, device="cpu", tiny=True)["cases"].values()
     assert row["wrong"]
     assert row["error"] == {"kernel": pytest.approx(1), "torch": pytest.approx(0)}
+
+
+class Cuda:
+    """What `gpu_timing` asks of `torch.cuda`, with a clock that calls and replays of graphs move on."""
+
+    def __init__(self):
+        self.now, self.recording = 0.0, None
+        self.is_available = lambda: True
+        self.synchronize = lambda: None
+        self.stream = lambda stream: nullcontext()
+        self.current_stream = self.Stream = lambda: SimpleNamespace(wait_stream=lambda stream: None)
+
+    def CUDAGraph(self):
+        graph = SimpleNamespace(seconds=0.0)
+        graph.replay = lambda: self.work(graph.seconds)
+        return graph
+
+    @contextmanager
+    def graph(self, graph):
+        self.recording = graph
+        try:
+            yield
+        finally:
+            self.recording = None
+
+    def Event(self, enable_timing):
+        event = SimpleNamespace()
+        event.record = lambda: setattr(event, "at", self.now)
+        event.elapsed_time = lambda end: 1000 * (end.at - event.at)
+        return event
+
+    def work(self, seconds, launch=0.0):
+        if self.recording is None:
+            self.now += seconds + launch
+        else:
+            self.recording.seconds += seconds
+
+
+def test_the_work_is_timed_without_the_launch(monkeypatch):
+    """Where a function can be recorded; where not, it says so."""
+    cuda = Cuda()
+
+    def waits(seconds):
+        if cuda.recording:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        cuda.work(seconds, launch=0.5)
+
+    functions = {
+        "kernel": lambda seconds: cuda.work(seconds, launch=0.5),
+        "waits": waits,
+        "replay": lambda seconds: cuda.work(seconds, launch=0.25),
+    }
+    flush = torch.empty(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cuda", cuda)
+        patch.setattr(torch, "empty", lambda *sizes, **options: flush)
+        found = gpu_timing.costs(functions, [{"seconds": 1.0}, {"seconds": 3.0}], rounds=3, replays=["replay"])
+    assert {name: (cost["timed_by"], cost["gpu_seconds"]) for name, cost in found.items()} == {
+        "kernel": ("graph", 2.0),
+        "waits": ("events", 2.5),
+        "replay": ("events", 2.25),
+    }
+    assert all(0 < cost["launch_seconds"] < 1 for cost in found.values())
 
 
 def test_errors():
