@@ -47,12 +47,22 @@ def backward(query, key, value):
     relu_linear_attention_backward(value, query, key, value, state, 1e-15)
 
 
+def rotary(query, key, value):
+    """With rotary positions, for as many tokens with the heads of SANA-Video."""
+    from diffusers_sana.kernels.triton.relu_linear_attention import relu_linear_attention_rotary_forward
+
+    batch, tokens = query.shape[:2]
+    query, key, value = (query.new_empty((batch, tokens, 20, 112)) for _ in range(3))
+    cos, sin = (query.new_empty((tokens, 56), dtype=torch.float32) for _ in range(2))
+    relu_linear_attention_rotary_forward(query, key, value, cos, sin, 1e-15)
+
+
 BENCHMARK = KernelBenchmark(
     relu_linear_attention,
     cases=[
         sana_case(2, 16), sana_case(1, 32), sana_case(2, 32), sana_case(2, 128),
         autoencoder_case(512, 128), autoencoder_case(1024, 32), autoencoder_case(512, 512),
     ],
-    launches=[forward, backward],
+    launches=[forward, backward, rotary],
     tiny=autoencoder_case(32, 4),
 )  # fmt: skip
