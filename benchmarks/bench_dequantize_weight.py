@@ -14,11 +14,16 @@ def case(model: str, outputs: int, features: int, precision: str, rank: int = 32
 
     def make(device: str, dtype: torch.dtype) -> Tensors:
         is_nvfp4 = precision == "nvfp4"
-        groups = features // (16 if is_nvfp4 else 64)
-        wscales = torch.rand(outputs, groups, device=device) + 0.5
+        if precision == "int8":
+            qweight = torch.randint(-127, 128, (outputs, features), device=device, dtype=torch.int8)
+            wscales = torch.rand(outputs, device=device) + 0.5
+        else:
+            qweight = torch.randint(0, 256, (outputs, features // 2), device=device, dtype=torch.uint8)
+            wscales = torch.rand(outputs, features // (16 if is_nvfp4 else 64), device=device) + 0.5
+            wscales = wscales.to(torch.float8_e4m3fn if is_nvfp4 else dtype)
         return {
-            "qweight": torch.randint(0, 256, (outputs, features // 2), device=device, dtype=torch.uint8),
-            "wscales": wscales.to(torch.float8_e4m3fn if is_nvfp4 else dtype),
+            "qweight": qweight,
+            "wscales": wscales,
             "wtscale": torch.ones(outputs, device=device, dtype=dtype) if is_nvfp4 else None,
             "smooth_factor": torch.rand(features, device=device, dtype=dtype) + 0.5,
             "proj_down": torch.randn(rank, features, device=device, dtype=dtype),
@@ -27,8 +32,8 @@ def case(model: str, outputs: int, features: int, precision: str, rank: int = 32
         }
 
     elements = outputs * features
-    scale_bytes = 1 / 16 if precision == "nvfp4" else 2 / 64
-    num_bytes = int(elements * (0.5 + scale_bytes + 2))
+    stored_bytes = {"int4": 0.5 + 2 / 64, "nvfp4": 0.5 + 1 / 16, "int8": 1}[precision]
+    num_bytes = int(elements * (stored_bytes + 2))
     return Case(f"{model} {outputs}x{features} {precision}", make, num_bytes, num_flops=elements * (2 * rank + 2))
 
 
@@ -42,7 +47,7 @@ BENCHMARK = KernelBenchmark(
     dequantize_weight,
     cases=[
         case(model, outputs, features, precision)
-        for precision in ("int4", "nvfp4")
+        for precision in ("int4", "nvfp4", "int8")
         for model, outputs, features in (("sana-1.6b", 2240, 2240), ("flux", 12288, 3072))
     ],
     launches=[forward],

@@ -26,7 +26,7 @@ def case(
         def scales(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
             return (torch.rand(rows, columns, device=device) + 0.5).to(dtype)
 
-        groups = features // GROUP_SIZES[precision]
+        groups = features // GROUP_SIZES.get(precision, features)
         if activation_format == "nvfp4":
             codes = torch.randint(0, 256, (tokens, features // 2), device=device, dtype=torch.uint8)
             token_scales = scales(tokens, groups, torch.float8_e4m3fn)
@@ -34,12 +34,18 @@ def case(
             codes = torch.randint(-7, 8, (tokens, features), device=device, dtype=torch.int8)
             token_scales = scales(tokens, 1 if activation_format == "int8" else groups, torch.float32)
         is_nvfp4 = precision == "nvfp4"
+        if precision == "int8":
+            qweight = torch.randint(-127, 128, (outputs, features), device=device, dtype=torch.int8)
+            wscales = scales(outputs, 1, torch.float32)[:, 0]
+        else:
+            qweight = torch.randint(0, 256, (outputs, features // 2), device=device, dtype=torch.uint8)
+            wscales = scales(outputs, groups, torch.float8_e4m3fn if is_nvfp4 else dtype)
         return {
             "codes": codes,
             "scales": token_scales,
             "low": torch.randn(tokens, rank, device=device),
-            "qweight": torch.randint(0, 256, (outputs, features // 2), device=device, dtype=torch.uint8),
-            "wscales": scales(outputs, groups, torch.float8_e4m3fn if is_nvfp4 else dtype),
+            "qweight": qweight,
+            "wscales": wscales,
             "wtscale": torch.ones(outputs, device=device, dtype=dtype) if is_nvfp4 else None,
             "proj_up": torch.randn(outputs, rank, device=device, dtype=dtype),
             "bias": torch.randn(outputs, device=device, dtype=dtype),
@@ -47,7 +53,7 @@ def case(
         }
 
     code_bytes = tokens * features // (2 if activation_format == "nvfp4" else 1)
-    num_bytes = code_bytes + outputs * features // 2 + 2 * tokens * outputs
+    num_bytes = code_bytes + outputs * features // (1 if precision == "int8" else 2) + 2 * tokens * outputs
     num_flops = 2 * tokens * outputs * (features + rank)
     name = f"{model} {tokens}x{features}x{outputs} {precision} x {activation_format}"
     return Case(name, make, num_bytes, num_flops)
@@ -56,7 +62,8 @@ def case(
 @lru_cache(maxsize=MAX_SETS)
 def half_operands(qweight: torch.Tensor, tokens: int, dtype: torch.dtype) -> Operands:
     """Activations and weight of the 16-bit product of that size, other ones for each set of inputs."""
-    sizes = (tokens, 2 * qweight.shape[1]), (qweight.shape[0], 2 * qweight.shape[1])
+    features = qweight.shape[1] * (1 if qweight.dtype == torch.int8 else 2)
+    sizes = (tokens, features), (qweight.shape[0], features)
     return tuple(torch.randn(size, device=qweight.device, dtype=dtype) for size in sizes)
 
 
@@ -77,6 +84,8 @@ BENCHMARK = KernelBenchmark(
         case("sana-1.6b", 2048, 2240, 2240, "int4", "int8"),
         case("flux", 4608, 3072, 12288, "int4", "int8"),
         case("flux", 16, 3072, 12288, "int4", "int8"),
+        case("flux", 4608, 3072, 12288, "int8", "int8", rank=0),
+        case("flux", 16, 3072, 12288, "int8", "int8", rank=0),
         case("sana-1.6b", 2048, 2240, 2240, "nvfp4", "int8"),
         case("flux", 4608, 3072, 12288, "nvfp4", "int8"),
         case("sana-1.6b", 2048, 2240, 2240, "nvfp4", "nvfp4"),
