@@ -22,7 +22,7 @@ from diffusers_sana.pipelines.changed_layers import changed_layers
 from diffusers_sana.pipelines.sampling import Denoiser, Predict, TextInputs
 
 
-DEFAULT_GUIDANCE_SCALE = 4.5  # of all pipelines with negative prompts
+DEFAULT_GUIDANCE_SCALE = 4.5  # of the pipelines that take a guider
 
 NEGATIVE, POSITIVE = 0, 1  # halves of the batch, in its order
 
@@ -119,12 +119,13 @@ class Guidance:
         """What the guider makes of the predictions of its conditions."""
         from diffusers.guiders import MagnitudeAwareGuidance
 
+        height, width = conditions[0].noise_pred.shape[-2:]
         if not isinstance(self._guider, MagnitudeAwareGuidance):
-            return self._guider(conditions).pred
-        grid = conditions[0].noise_pred.shape[2:]
+            # FDG returns what kornia has padded on the right and at the bottom for its pyramid.
+            return self._guider(conditions).pred[..., :height, :width]
         for condition in conditions:  # it asks `torch.norm` for a norm over all axes, of which that takes two
             condition.noise_pred = condition.noise_pred.flatten(2)
-        return self._guider(conditions).pred.unflatten(2, grid)
+        return self._guider(conditions).pred.unflatten(2, (height, width))
 
     def _predict_changed(
         self, predict: Predict, model: Denoiser, latents: Tensor, t: Tensor, text: TextInputs

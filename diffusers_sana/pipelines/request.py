@@ -42,7 +42,7 @@ class Request(Prompts):
     callback_on_step_end_tensor_inputs: Sequence[str]
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None  # not for SANA-Sprint
-    guider: Any = None  # neither for SANA-Sprint, nor with perturbed-attention guidance
+    guider: Any = None  # not for SANA-Sprint, SANA-Video and `SanaPAGPipeline`
 
     _latent_axes: ClassVar[tuple[str, ...]] = IMAGES
 

@@ -228,6 +228,7 @@ def auto(scale, change):
 
 def pyramid(x, levels):
     assert levels == 2
+    x = F.pad(x, (0, 8, 0, 8), mode="reflect")  # as kornia does where no side is a power of two
     return [x - up(down(x)), down(x)]
 
 
