@@ -39,7 +39,6 @@ def generate(pipe, prompt="a cat", **kwargs):
         {"prompt": ["a cat", "a dog"]},
         {"guidance_scale": 1.0, "output_type": "pt"},
     ],
-    ids=str,
 )
 def test_equals_diffusers(ours, upstream, kwargs):
     assert_close_fp32(generate(ours, **kwargs), generate(upstream, **kwargs), tolerance=1e-5)
@@ -145,7 +144,6 @@ def test_size_defaults_to_the_proportions_of_the_image(ours, monkeypatch):
         ({"image": [IMAGE] * 3}, "`image` must have one image"),
         ({"frames": 4}, "`frames` must be one more than a multiple of 4"),
     ],
-    ids=str,
 )
 def test_wrong_arguments(ours, kwargs, message):
     with pytest.raises(ValueError, match=message):
