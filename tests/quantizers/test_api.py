@@ -15,7 +15,6 @@ from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
 from diffusers_sana.kernels import low_bit
 from diffusers_sana.quantizers.svdquant import api as module
 from diffusers_sana.quantizers.svdquant import unfinished_run
-from diffusers_sana.quantizers.svdquant.algorithm import gptq
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer, quantized_layers
 from diffusers_sana.quantizers.svdquant.unfinished_run import UnfinishedRun
 from tests import tiny
@@ -310,9 +309,8 @@ def test_at_most_four_files_between_the_call_and_the_rounding(pipe, config, argu
         stacks.add(frozenset(file for file in calls if file.startswith(package)))
         return low_bit_encode(scaled)
 
-    low_bit_encode = low_bit.encode_int4
-    for user in (low_bit, gptq):
-        monkeypatch.setattr(user, "encode_int4", encode_int4)
+    low_bit_encode, decode = low_bit.CODECS["int4"]
+    monkeypatch.setitem(low_bit.CODECS, "int4", (encode_int4, decode))
     quantize(pipe, config, **{"progress": False, **arguments})
     assert stacks
     assert max(len(files) for files in stacks) <= 4, stacks

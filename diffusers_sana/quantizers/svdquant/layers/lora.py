@@ -122,8 +122,8 @@ class LowRankBranch(nn.Module):
         size = wide.norm()
         if size > LARGEST * whole:
             raise RuntimeError(
-                f"the weight of a 4-bit layer cannot store a change of high rank that is {size / whole:.2g} times as "
-                f"large as itself. {WRITE_HELP}"
+                f"the weight of a quantized layer cannot store a change of high rank that is {size / whole:.2g} times "
+                f"as large as itself. {WRITE_HELP}"
             )
         weighted = wide * self._sizes()
         up, down = randomized_svd(weighted, max(int(MOST_RANKS * min(wide.shape)), 1), seed=0)
@@ -133,12 +133,12 @@ class LowRankBranch(nn.Module):
         up, down, error = up[:, :rank], down[:rank] / self._sizes(), left_out[rank - 1].item()
         if error > MOST_LEFT_OUT:
             raise RuntimeError(
-                f"the weight of a 4-bit layer cannot store a change of high rank: in the {rank} directions that it "
-                f"has room for, {error:.0%} of the change of the output would be left out. {WRITE_HELP}"
+                f"the weight of a quantized layer cannot store a change of high rank: in the {rank} directions that "
+                f"it has room for, {error:.0%} of the change of the output would be left out. {WRITE_HELP}"
             )
         logger.warning(
-            f"An adapter changes a 4-bit layer {list(wide.shape)} in more directions than it can store: fused, the "
-            f"{rank} strongest ones are kept, which leaves out {error:.1%} of the change of the output, for inputs of "
+            f"An adapter changes a quantized layer {list(wide.shape)} in more directions than it can store: fused, "
+            f"the {rank} strongest ones are kept, which leaves out {error:.1%} of the change of the output, for inputs of "
             f"the sizes that the layer was smoothed for, and {(wide - up @ down).norm() / size:.1%} of that of the "
             "weight. Unfused, the adapter is exact."
         )
