@@ -139,8 +139,8 @@ class LowRankBranch(nn.Module):
         logger.warning(
             f"An adapter changes a quantized layer {list(wide.shape)} in more directions than it can store: fused, "
             f"the {rank} strongest ones are kept, which leaves out {error:.1%} of the change of the output, for "
-            f"inputs of the sizes that the layer was smoothed for, and {(wide - up @ down).norm() / size:.1%} of that of the "
-            "weight. Unfused, the adapter is exact."
+            "inputs of the sizes that the layer was smoothed for, and "
+            f"{(wide - up @ down).norm() / size:.1%} of that of the weight. Unfused, the adapter is exact."
         )
         return (up, down), error
 
