@@ -327,7 +327,7 @@ def compiled_decode(scale: Scale, size: int) -> Functions:
     return {name: (lambda m=m: m.decode(z).sample) for name, m in (("diffusers", theirs), ("diffusers_sana", ours))}
 
 
-def pictures(scale: Scale, size: int) -> Functions:
+def images(scale: Scale, size: int) -> Functions:
     """Whole images by both pipelines."""
     parts = {"text_encoder": TINY_GEMMA, "autoencoder": TINY_AUTOENCODER} if scale.tiny else {}
     return picture_case(scale.model("sana-0.6b"), scale.number(size), "bf16", device=scale.device, **parts)
@@ -359,7 +359,7 @@ def cases(scale: Scale = Scale()) -> Iterator[tuple[str, Callable[[], Report]]]:
     yield "decode 1024px compiled", measured(compiled_decode, 3, 1024)
     yield "encode 1024px", measured(autoencoder, 3, "encode", 1024)
     for size in (512, 1024):
-        yield f"picture sana-0.6b {size}px", measured(pictures, 2, size)
+        yield f"image sana-0.6b {size}px", measured(images, 2, size)
     for size in (1024, 4096):
         yield f"throughput sana-0.6b {size}px", partial(sana_throughput, scale, size)
     yield "throughput flux 1024px", partial(flux_throughput, scale, 1024)

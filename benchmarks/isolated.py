@@ -86,7 +86,7 @@ class _Worker:
         """Ends the process, which may hang, and those that it has started, such as the compilers of Inductor."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()  # where it had not yet a group of its own
+        self._process.kill()  # where it does not have its own group yet
         self._process.join()
         self._connection.close()
 

@@ -19,7 +19,7 @@ def run_in_two(script: str | Path, *arguments: str | Path, fresh: bool = False) 
     """Runs `script` as `torchrun` would, and returns what the processes print. Raises where one of them fails.
 
     Args:
-        fresh: whether each process starts anew, with an order of sets of its own. Otherwise a process imports what the
+        fresh: whether each process starts by itself, with its own order of sets. Otherwise a process imports what the
             script imports, which takes several seconds, and forks into the two.
     """
     with socket.socket() as free:

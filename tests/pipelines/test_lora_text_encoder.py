@@ -143,7 +143,7 @@ def test_on_4_bits(kind):
 
 
 def test_saved_again(pipe, tmp_path):
-    """An alpha of its own for each model, in the metadata of one file."""
+    """One alpha for each model, in the metadata of one file."""
     file, changed = adapter(pipe.text_encoder, "LoRA")
     pipe.load_lora_weights(file | image_adapter(pipe), "first")
     models = {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}

@@ -58,7 +58,7 @@ def test_two_processes(tmp_path):
     before = dict(os.environ)
     os.environ |= fsdp
     try:
-        # An order of terms that each process takes from a set of its own would not be that of the other.
+        # If each process took the order of terms from its own set, the orders would differ.
         printed = run_in_two(__file__, tmp_path, fresh=True)
     finally:
         os.environ.clear()

@@ -16,6 +16,7 @@ from diffusers_sana.checkpoint_files import HUB_ARGUMENTS, read_object, tensor_s
 PEFT_CONFIG = "adapter_config.json"  # where PEFT keeps the scale of a LoRA
 PEFT_PREFIX = "base_model.model."
 FILE_ARGUMENTS = (*HUB_ARGUMENTS, "subfolder")
+ENDINGS = (".safetensors", ".bin", ".pt")  # of files, which no repository on the Hub is named like
 
 
 def read_lora(
@@ -38,6 +39,10 @@ def read_lora(
     """
     from diffusers_sana._compat import fetch_state_dict  # here, so that a missing one costs LoRA files only
 
+    if not isinstance(source, dict) and Path(source).suffix in ENDINGS and not Path(source).exists():
+        raise FileNotFoundError(
+            f"there is no file {str(source)!r}; name the file of an adapter, its folder or a Hub id."
+        )
     options = {name: hub.get(name) for name in FILE_ARGUMENTS}
     state_dict, metadata = fetch_state_dict(
         pretrained_model_name_or_path_or_dict=source if isinstance(source, dict) else str(source),

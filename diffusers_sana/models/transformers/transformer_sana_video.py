@@ -164,7 +164,7 @@ class SanaVideoTransformer3DModel(
 
     Configuration, state-dict keys, `forward` and outputs are those of the diffusers class of the same name. In
     addition, `encode_text` does the text-dependent work once per prompt instead of once per step, and each frame may
-    have a time of its own.
+    have its own time.
 
     Args:
         in_channels, out_channels: latent channels; `out_channels` None means as many as in.

@@ -106,3 +106,10 @@ def test_refused(case, caplog):
         load_adapter(case.model, file(layer, down, up), "default_0")
     case.model.unload_lora()
     assert same_bits(bits(case.model), case.bits)
+
+
+def test_a_file_that_is_not_there():
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no file 'no/such\.safetensors'; name the file of an adapter"
+    ):
+        load_adapter(tiny_models.flux()[0], "no/such.safetensors")
