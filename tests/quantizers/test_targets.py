@@ -160,6 +160,27 @@ class TestChoice:
             find_targets(model, SVDQuantConfig(**{"rank": 4, **arguments}))
 
 
+def test_tied_weights_stay_in_16_bits():
+    """A layer whose weight is that of the embeddings could not be loaded again in 4 bits."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed_tokens = nn.Embedding(64, 64)
+            self.blocks = nn.ModuleList([nn.Linear(64, 64)])
+            self.lm_head = nn.Linear(64, 64, bias=False)
+            self.lm_head.weight = self.embed_tokens.weight
+
+    model = Model()
+    config = SVDQuantConfig(modules={"*": "w4a16"}, rank=4)
+    assert find_targets(model, config) == {"blocks.0": "w4a16"}
+    named = SVDQuantConfig(modules={"blocks.*": "w4a4", "lm_*": "w4a16"}, rank=4)
+    with pytest.raises(ValueError, match=r"'lm_\*' only matches 'lm_head', whose weight is also that of 'embed_tokens'"):
+        find_targets(model, named)
+    model.lm_head.weight = nn.Parameter(torch.zeros(64, 64))
+    assert set(find_targets(model, named)) == {"blocks.0", "lm_head"}
+
+
 def test_siblings_share_their_input():
     targets = find_targets(tiny_models.sana()[0], SVDQuantConfig(rank=4))
     groups = [group for group in sibling_groups(targets) if group[0].startswith("transformer_blocks.0.attn")]

@@ -83,9 +83,11 @@ def find_targets(model: nn.Module, config: SVDQuantConfig) -> dict[str, str]:
     Works on the meta device.
 
     Raises:
-        ValueError: a pattern that matches no layer, a rank above the smaller side of a layer, or no layer to quantize.
+        ValueError: a pattern that matches no layer, or only layers whose weight is tied to another's, a rank above the
+            smaller side of a layer, or no layer to quantize.
     """
     candidates = {name: module for name, module in model.named_modules() if is_quantizable(module)}
+    tied = {name: other for name, other in tied_modules(model).items() if name in candidates}
     patterns = config.modules or getattr(model, "_svdquant_modules", None)
     if patterns is None:
         modes = {name: None if _is_gate(module) else default_mode(name) for name, module in candidates.items()}
@@ -93,6 +95,7 @@ def find_targets(model: nn.Module, config: SVDQuantConfig) -> dict[str, str]:
             modes = {name: mode and "w4a16" for name, mode in modes.items()}
     else:
         _check_patterns("modules", patterns, candidates, fnmatchcase)
+        _check_not_tied(patterns, candidates, tied)
         modes = {name: next((patterns[p] for p in patterns if fnmatchcase(name, p)), None) for name in candidates}
     if config.modules is None and config.precision == "int8":
         modes = {name: mode and mode_for("int8", mode) for name, mode in modes.items()}
@@ -100,7 +103,9 @@ def find_targets(model: nn.Module, config: SVDQuantConfig) -> dict[str, str]:
     kept = [*config.modules_to_not_convert, *([in_fp32] if isinstance(in_fp32, str) else in_fp32)]
     _check_patterns("modules_to_not_convert", config.modules_to_not_convert, dict(model.named_modules()), _is_in)
     targets = {
-        name: mode for name, mode in modes.items() if mode is not None and not any(_is_in(name, p) for p in kept)
+        name: mode
+        for name, mode in modes.items()
+        if mode is not None and name not in tied and not any(_is_in(name, p) for p in kept)
     }
     if not targets:
         raise ValueError(
@@ -115,6 +120,16 @@ def find_targets(model: nn.Module, config: SVDQuantConfig) -> dict[str, str]:
                 "leave the layer out with `modules_to_not_convert`."
             )
     return targets
+
+
+def tied_modules(model: nn.Module) -> dict[str, str]:
+    """Modules that share their weight with another one, such as an output layer with the embeddings -> that one."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            owners.setdefault(id(weight), []).append(name)
+    return {name: next(n for n in names if n != name) for names in owners.values() if len(names) > 1 for name in names}
 
 
 def _is_gate(module: nn.Module) -> bool:
@@ -217,4 +232,14 @@ def _check_patterns(
             raise ValueError(
                 f"`{argument}` must name layers of the model; {pattern!r} matches none. Names look like "
                 f"{[name for name in names if IN_BLOCK.search(name)][:3]}; `*` stands for anything."
+            )
+
+
+def _check_not_tied(patterns: Iterable[str], names: Iterable[str], tied: Mapping[str, str]) -> None:
+    for pattern in patterns:
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if all(name in tied for name in matched):
+            raise ValueError(
+                f"`modules` must name layers with a weight of their own; {pattern!r} only matches {matched[0]!r}, whose "
+                f"weight is also that of {tied[matched[0]]!r}. Leave it out."
             )
