@@ -119,20 +119,21 @@ def _prefer_ours() -> Callable[[Callable[..., type]], Callable[..., type]]:
     return of
 
 
-def _choose_dtypes() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`DiffusionPipeline.from_pretrained` asks our pipelines for the dtype of each component that it loads."""
+def _choose_how_to_load() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`DiffusionPipeline.from_pretrained` asks our pipelines for class and dtype of each component that it loads."""
+    asked = ("name", "library_name", "class_name", "cached_folder", "dtype")
 
     def of(load: Callable[..., Any]) -> Callable[..., Any]:
-        if missing := {"dtype", "name", "pipeline_class"} - signature(load).parameters.keys():
+        if missing := {"pipeline_class", *asked} - signature(load).parameters.keys():
             raise TypeError(f"`{load.__name__}` has no arguments {sorted(missing)}")
 
         @wraps(load)
-        def load_in_its_dtype(*args: Any, **kwargs: Any) -> Any:
-            if choose := getattr(kwargs.get("pipeline_class"), "dtype_of_component", None):
-                kwargs["dtype"] = choose(kwargs["name"], kwargs["dtype"])
+        def load_as_chosen(*args: Any, **kwargs: Any) -> Any:
+            if choose := getattr(kwargs.get("pipeline_class"), "how_to_load", None):
+                kwargs |= choose(**{name: kwargs[name] for name in asked})
             return load(*args, **kwargs)
 
-        return load_in_its_dtype
+        return load_as_chosen
 
     return of
 
@@ -171,7 +172,8 @@ ENTRIES = (
     ),
     # If diffusers has a pipeline of the name in the index, there is no table to add ours to. It calls
     # `_get_pipeline_class`, only for `DiffusionPipeline.from_pretrained` and `download`. It then loads the components
-    # without calling our `from_pretrained`, which keeps in bfloat16 what overflows float16.
+    # without calling our `from_pretrained`, which keeps in bfloat16 what overflows float16. Only there is it known
+    # which folder a scheduler comes from, and so whether ours can take the place of diffusers'.
     *(
         Entry(
             feature=feature,
@@ -183,7 +185,11 @@ ENTRIES = (
         )
         for feature, function, value in (
             ("our pipelines for DiffusionPipeline.from_pretrained", "_get_pipeline_class", _prefer_ours),
-            ("float16 for DiffusionPipeline.from_pretrained", "load_sub_model", _choose_dtypes),
+            (
+                "float16 and solvers that predict noise for DiffusionPipeline.from_pretrained",
+                "load_sub_model",
+                _choose_how_to_load,
+            ),
         )
     ),
     # The auto pipelines take the first pipeline with the name in the index, which is "SanaPipeline" for diffusers' and

@@ -368,7 +368,7 @@ class TestLoading:
         with caplog.at_level(logging.WARNING, logger="diffusers_sana._registration"):
             diffusers_sana.register()
         assert pipeline_utils.load_sub_model is of_another_version
-        assert "leaves out float16 for DiffusionPipeline.from_pretrained: TypeError: `of_another" in caplog.text
+        assert "predict noise for DiffusionPipeline.from_pretrained: TypeError: `of_another" in caplog.text
         diffusers_sana.unregister()
 
     def test_the_gate_of_the_hub(self, folder):

@@ -22,6 +22,10 @@ _OURS = {("diffusers", theirs): (PACKAGE, ours) for ours, theirs in UPSTREAM_NAM
 # bfloat16 has the range of float32; processors without it compute in float32 (`kernels/precision.py`).
 OVERFLOW_FLOAT16 = ("text_encoder", "vae")
 
+# diffusers' solver, which ours replaces for flows, and the file with its config.
+SOLVER = ("diffusers", UPSTREAM_NAMES["FlowDPMSolverScheduler"])
+SOLVER_CONFIG = "scheduler_config.json"
+
 # Whether our own `from_pretrained` is loading, which knows for which components float16 was asked by name.
 _is_chosen: ContextVar[bool] = ContextVar("the dtype of each component is chosen", default=False)
 
@@ -29,7 +33,8 @@ _is_chosen: ContextVar[bool] = ContextVar("the dtype of each component is chosen
 class ComponentLoading(DiffusionPipeline):
     """Part of `SanaPipelineBase`: loads our classes in place of diffusers' and saves diffusers' names for ours.
 
-    Where float16 is asked for the whole pipeline, the components in `OVERFLOW_FLOAT16` get bfloat16.
+    A solver for something else than a flow stays diffusers'. Where float16 is asked for the whole pipeline, the
+    components in `OVERFLOW_FLOAT16` get bfloat16.
     """
 
     @classmethod
@@ -55,16 +60,27 @@ class ComponentLoading(DiffusionPipeline):
             _is_chosen.reset(token)
 
     @classmethod
-    def dtype_of_component(cls, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The dtype in which `DiffusionPipeline.from_pretrained` loads a component, which calls no method of ours.
+    def how_to_load(
+        cls, name: str, library_name: str, class_name: str, cached_folder: str | os.PathLike, dtype: torch.dtype | None
+    ) -> dict[str, Any]:
+        """Class and dtype with which `DiffusionPipeline.from_pretrained` loads a component.
 
         Args:
             name: of the component.
+            library_name, class_name: its class, from `extract_init_dict`.
+            cached_folder: of the pipeline.
             dtype: asked for, for the whole pipeline or for this component: there is no telling. float16 is taken to be
                 asked for the whole pipeline.
+
+        Returns:
+            Those of the arguments that change.
         """
-        is_for_all = dtype is torch.float16 and not _is_chosen.get()
-        return torch.bfloat16 if is_for_all and name in OVERFLOW_FLOAT16 else dtype
+        chosen: dict[str, Any] = {}
+        if dtype is torch.float16 and not _is_chosen.get() and name in OVERFLOW_FLOAT16:
+            chosen["dtype"] = torch.bfloat16
+        if (library_name, class_name) == _OURS[SOLVER] and predicts_noise(Path(cached_folder, name, SOLVER_CONFIG)):
+            chosen |= zip(("library_name", "class_name"), SOLVER, strict=True)
+        return chosen
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -166,6 +182,22 @@ def _dtypes(dtype: Any) -> Any:
     return dtype
 
 
+def predicts_noise(file: Path) -> bool:
+    """Whether a config is that of a solver for something else than a flow, which ours refuses.
+
+    One with the noise levels of a flow contradicts itself: ours is loaded, and says so.
+
+    Raises:
+        OSError: naming the file, if it is damaged.
+    """
+    if not file.is_file():
+        return False
+    config = read_object(file)
+    # Where diffusers' solver is not told, it takes the prediction for noise.
+    default = "epsilon" if config.get("_class_name") == SOLVER[1] else "flow_prediction"
+    return config.get("prediction_type", default) != "flow_prediction" and not config.get("use_flow_sigmas")
+
+
 @contextmanager
 def naming_damaged_files(folder: Path) -> Iterator[None]:
     """Where loading from `folder` fails in the block because a file is damaged, raises an error with its name."""
@@ -206,7 +238,7 @@ def check_complete(folder: Path, components: Collection[str]) -> None:
         elif name == "processor":
             check_processor(component)
         elif name == "scheduler":
-            _require_one_of(component, "scheduler_config.json")
+            _require_one_of(component, SOLVER_CONFIG)
         else:
             _require_one_of(component, "config.json")
             if all(file.suffix == ".json" for file in component.iterdir()):

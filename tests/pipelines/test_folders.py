@@ -89,6 +89,27 @@ def test_other_schedulers_stay(folder):
     assert type(load(folder).scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
 
 
+def test_solver_that_predicts_noise_stays(tmp_path):
+    """Only diffusers' own can step with it, as it does in the pipeline that was saved."""
+    upstream = tiny.pipeline(diffusers)
+    upstream.scheduler = diffusers.DPMSolverMultistepScheduler()
+    upstream.save_pretrained(tmp_path)
+    for cls in (diffusers_sana.SanaPipeline, diffusers.DiffusionPipeline):
+        pipe = cls.from_pretrained(tmp_path)
+        pipe.set_progress_bar_config(disable=True)
+        assert type(pipe) is diffusers_sana.SanaPipeline
+        assert type(pipe.scheduler) is diffusers.DPMSolverMultistepScheduler
+        assert_close_fp32(generate(pipe), generate(upstream))
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    del config["prediction_type"]  # diffusers takes it for noise
+    file.write_text(json.dumps(config))
+    assert type(load(tmp_path).scheduler) is diffusers.DPMSolverMultistepScheduler
+    cut(file)
+    with pytest.raises(OSError, match="scheduler_config"):
+        load(tmp_path)
+
+
 def test_folder_of_a_relative_pipeline(folder):
     # Its components that we do not have are left out, as in diffusers.
     edit(folder / "model_index.json", _class_name="SanaControlNetPipeline", controlnet=["diffusers", "X"])

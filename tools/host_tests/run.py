@@ -26,11 +26,6 @@ OF_DIFFUSERS = (
     "--deselect=tests/pipelines/pag/test_pag_sana.py::SanaPAGPipelineFastTests::test_pag_applied_layers",
     # Looks for layers of CLIP in every text encoder that takes a LoRA; ours is a Gemma.
     "--deselect=tests/lora/test_lora_layers_sana.py::SanaLoRATests::test_simple_inference_with_text_denoiser_lora_and_scale",
-    # Save and load a DPM-Solver that predicts noise. The solver of SANA-Video predicts flows, and ours refuses others.
-    *(
-        f"--deselect=tests/pipelines/sana_video/test_sana_video.py::SanaVideoPipelineFastTests::{name}"
-        for name in ("test_loading_with_variants", "test_pipeline_with_accelerator_device_map", "test_save_load_local")
-    ),
     # Want float16 everywhere; ours leaves what overflows it in bfloat16 (docs/differences.md).
     "-knot (test_to_dtype or test_dtype_dict or test_dtype_alias)",
     "-p",
