@@ -175,7 +175,9 @@ def test_tied_weights_stay_in_16_bits():
     config = SVDQuantConfig(modules={"*": "w4a16"}, rank=4)
     assert find_targets(model, config) == {"blocks.0": "w4a16"}
     named = SVDQuantConfig(modules={"blocks.*": "w4a4", "lm_*": "w4a16"}, rank=4)
-    with pytest.raises(ValueError, match=r"'lm_\*' only matches 'lm_head', whose weight is also that of 'embed_tokens'"):
+    with pytest.raises(
+        ValueError, match=r"'lm_\*' only matches 'lm_head', whose weight is also that of 'embed_tokens'"
+    ):
         find_targets(model, named)
     model.lm_head.weight = nn.Parameter(torch.zeros(64, 64))
     assert set(find_targets(model, named)) == {"blocks.0", "lm_head"}
