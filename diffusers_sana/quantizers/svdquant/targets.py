@@ -240,6 +240,6 @@ def _check_not_tied(patterns: Iterable[str], names: Iterable[str], tied: Mapping
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if all(name in tied for name in matched):
             raise ValueError(
-                f"`modules` must name layers with a weight of their own; {pattern!r} only matches {matched[0]!r}, whose "
-                f"weight is also that of {tied[matched[0]]!r}. Leave it out."
+                f"`modules` must name layers with a weight of their own; {pattern!r} only matches {matched[0]!r}, "
+                f"whose weight is also that of {tied[matched[0]]!r}. Leave it out."
             )
