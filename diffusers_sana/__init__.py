@@ -24,16 +24,13 @@ _EXPORTS = {
     "SANA_EMOJI_SPRINT": "diffusers_sana.checkpoints",
     "SVDQuantConfig": "diffusers_sana.quantizers.svdquant.config",
     "SanaControlNetImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_controlnet_img2img",
-    "SanaControlNetInpaintPipeline": "diffusers_sana.pipelines.pipeline_sana_controlnet_inpaint",
     "SanaControlNetModel": "diffusers_sana.models.controlnets.controlnet_sana",
     "SanaControlNetPipeline": "diffusers_sana.pipelines.pipeline_sana_controlnet",
     "SanaImageToVideoPipeline": "diffusers_sana.pipelines.pipeline_sana_video_i2v",
     "SanaImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_img2img",
     "SanaInpaintPipeline": "diffusers_sana.pipelines.pipeline_sana_inpaint",
-    "SanaMultiControlNetModel": "diffusers_sana.models.controlnets.multicontrolnet_sana",
     "SanaPAGPipeline": "diffusers_sana.pipelines.pipeline_sana_pag",
     "SanaPipeline": "diffusers_sana.pipelines.pipeline_sana",
-    "SanaSprintControlNetPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint_controlnet",
     "SanaSprintImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint_img2img",
     "SanaSprintPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint",
     "SanaTransformer2DModel": "diffusers_sana.models.transformers.transformer_sana",
@@ -57,6 +54,7 @@ _EXPORTS = {
     "export_nunchaku_lite": "diffusers_sana.loaders.nunchaku.lite",
     "export_quantized": "diffusers_sana.loaders.quantized.hub",
     "export_vila_u": "diffusers_sana.loaders.vila_u.export",
+    "extract_lora": "diffusers_sana.loaders.lora.extract",
     "find_pipeline_class": "diffusers_sana.loading",
     "kernel_mode": "diffusers_sana.kernels.dispatch",
     "load_adapter": "diffusers_sana.loaders.lora.any_model",
@@ -90,6 +88,7 @@ if TYPE_CHECKING:
     from diffusers_sana.kernels.dispatch import kernel_mode as kernel_mode
     from diffusers_sana.loaders.lora.any_model import load_adapter as load_adapter
     from diffusers_sana.loaders.lora.comfyui import lora_to_comfyui as lora_to_comfyui
+    from diffusers_sana.loaders.lora.extract import extract_lora as extract_lora
     from diffusers_sana.loaders.lora.formats import convert_sana_lora as convert_sana_lora
     from diffusers_sana.loaders.nunchaku.lite import export_nunchaku_lite as export_nunchaku_lite
     from diffusers_sana.loaders.nunchaku.lite import load_nunchaku_lite as load_nunchaku_lite
@@ -108,9 +107,6 @@ if TYPE_CHECKING:
     from diffusers_sana.loading import find_pipeline_class as find_pipeline_class
     from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC as AutoencoderDC
     from diffusers_sana.models.controlnets.controlnet_sana import SanaControlNetModel as SanaControlNetModel
-    from diffusers_sana.models.controlnets.multicontrolnet_sana import (
-        SanaMultiControlNetModel as SanaMultiControlNetModel,
-    )
     from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel as SanaTransformer2DModel
     from diffusers_sana.models.transformers.transformer_sana_video import (
         SanaVideoTransformer3DModel as SanaVideoTransformer3DModel,
@@ -129,16 +125,10 @@ if TYPE_CHECKING:
     from diffusers_sana.pipelines.pipeline_sana_controlnet_img2img import (
         SanaControlNetImg2ImgPipeline as SanaControlNetImg2ImgPipeline,
     )
-    from diffusers_sana.pipelines.pipeline_sana_controlnet_inpaint import (
-        SanaControlNetInpaintPipeline as SanaControlNetInpaintPipeline,
-    )
     from diffusers_sana.pipelines.pipeline_sana_img2img import SanaImg2ImgPipeline as SanaImg2ImgPipeline
     from diffusers_sana.pipelines.pipeline_sana_inpaint import SanaInpaintPipeline as SanaInpaintPipeline
     from diffusers_sana.pipelines.pipeline_sana_pag import SanaPAGPipeline as SanaPAGPipeline
     from diffusers_sana.pipelines.pipeline_sana_sprint import SanaSprintPipeline as SanaSprintPipeline
-    from diffusers_sana.pipelines.pipeline_sana_sprint_controlnet import (
-        SanaSprintControlNetPipeline as SanaSprintControlNetPipeline,
-    )
     from diffusers_sana.pipelines.pipeline_sana_sprint_img2img import (
         SanaSprintImg2ImgPipeline as SanaSprintImg2ImgPipeline,
     )
