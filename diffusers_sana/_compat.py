@@ -84,6 +84,7 @@ KERNELS = "the Triton kernels"
 COMPILED_BLOCKS = "`compile_repeated_blocks`"
 PROMPT_PREFIX = "keeping what the text encoder makes of the instruction"
 SEVERAL_RUNS = "several training runs in one process"
+TRACKERS = "`report_to` of a training"
 DEVICE_MAPS = "device maps and offloading"
 
 # Name -> where it comes from. `from diffusers_sana._compat import NAME` looks it up.
@@ -106,6 +107,7 @@ IMPORTS = {
     "slice_logits_to_keep": HostName("transformers.modeling_utils:slice_logits_to_keep", VILA_U, since="5.21"),
     "torch_compilable_check": HostName("transformers.utils.import_utils:torch_compilable_check", VILA_U),
     # Public, and young or without documentation.
+    "LOGGER_TYPE_TO_CLASS": HostName("accelerate.tracking:LOGGER_TYPE_TO_CLASS", TRACKERS),
     "triton_driver": HostName("triton.runtime:driver", KERNELS),
     "triton_knobs": HostName("triton:knobs", KERNELS),
 }

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,21 @@ from diffusers_sana.files import UserError, differences
 from diffusers_sana.training.run_folder import check_run_folder
 
 
-OPTIMIZERS = ("adamw", "adamw8bit", "muon")
+OPTIMIZERS = ("adamw", "adamw8bit", "came", "lion", "lion8bit", "muon", "prodigy", "schedulefree")
+
+
+# Trackers of Accelerate -> the packages of which one is needed.
+TRACKER_PACKAGES = {
+    "aim": ("aim",),
+    "clearml": ("clearml",),
+    "comet_ml": ("comet_ml",),
+    "dvclive": ("dvclive",),
+    "mlflow": ("mlflow",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
 
 
 class RunError(UserError):
@@ -61,13 +76,19 @@ class TrainingConfig(Options):
     max_minutes: float | None = option(
         None, "stop after this many minutes of training, resumed time included", changeable=True
     )
-    learning_rate: float = option(1e-4, "peak learning rate", changeable=True)
+    optimizer: str = option(
+        "adamw",
+        "`adamw`, `came`, `lion`, `muon`, `prodigy`, `schedulefree`, or `adamw8bit` or `lion8bit` with a quarter of"
+        " the memory; all but `adamw` and `muon` need a package",
+        choices=OPTIMIZERS,
+    )
+    learning_rate: float = option(1e-4, "peak learning rate; a factor of about 1 for `prodigy`", changeable=True)
     lr_schedule: str = option(
         "constant", "`constant` or `cosine`, after the warm-up", changeable=True, choices=("constant", "cosine")
     )
     warmup_steps: int = option(0, "steps of linear warm-up", changeable=True)
-    betas: tuple[float, float] = option((0.9, 0.999), "AdamW betas", changeable=True)
-    weight_decay: float = option(0.0, "AdamW weight decay of matrices and kernels", changeable=True)
+    betas: tuple[float, float] = option((0.9, 0.999), "the optimizer's betas", changeable=True)
+    weight_decay: float = option(0.0, "weight decay of matrices and kernels", changeable=True)
     max_grad_norm: float = option(1.0, "clip the gradient norm; 0 does not clip", changeable=True)
     max_skipped_steps: int = option(
         20, "end the run after this many steps in a row whose gradients are NaN or infinite", changeable=True
@@ -86,6 +107,10 @@ class TrainingConfig(Options):
     keep_checkpoints: int = option(2, "number of newest checkpoints to keep", changeable=True)
     sample_minutes: float = option(5.0, "minutes between sample grids", changeable=True)
     log_every: int = option(10, "steps between lines of log.jsonl", changeable=True)
+    report_to: tuple[str, ...] = option(
+        (), "trackers that log and sample grids also go to, such as `tensorboard`, `wandb`, `trackio`", changeable=True
+    )
+    tracker_project: str = option("diffusers_sana", "name of the project in the trackers", changeable=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,6 +118,23 @@ class TrainingConfig(Options):
             raise ValueError(f"`max_steps` must be at least 1, got {self.max_steps}. Use `max_minutes` to limit time.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}. Use 0 to switch it off.")
+        if self.optimizer == "prodigy" and (self.learning_rate or 0) < 0.1:
+            raise ValueError(
+                f"`learning_rate` must be about 1 with `optimizer` 'prodigy', got {self.learning_rate}: it is a "
+                "factor on the rate that Prodigy finds. Pass --learning-rate 1."
+            )
+        if self.optimizer == "schedulefree" and (self.lr_schedule != "constant" or self.ema_decay):
+            raise ValueError(
+                f"`lr_schedule` must be 'constant' and `ema_decay` 0 with `optimizer` 'schedulefree', whose average "
+                f"takes the place of both, got {self.lr_schedule!r} and {self.ema_decay}. Pass both."
+            )
+        for name in self.report_to:
+            packages = TRACKER_PACKAGES.get(name, ())
+            if packages and not any(find_spec(package) for package in packages):
+                raise ValueError(
+                    f"`report_to` {name!r} needs a package that is not installed. `pip install {packages[0]}`, or "
+                    "leave it out: log.jsonl is always written."
+                )
         check_positive(self, "max_skipped_steps", "gradient_accumulation_steps", "keep_checkpoints", "log_every")
 
 

@@ -40,6 +40,7 @@ from diffusers_sana._compat import private, warn_if_untested
 from diffusers_sana.files import differences, locked, read_json
 from diffusers_sana.training.config import RunError, TrainingConfig, check_resumable, record
 from diffusers_sana.training.data.batches import Batches, count_items, iterate_batches
+from diffusers_sana.training.optimizers import averaged_weights, averaging
 from diffusers_sana.training.plots import plot_losses
 from diffusers_sana.training.run_folder import (
     check_run_folder,
@@ -60,6 +61,7 @@ from diffusers_sana.training.state_files import (
     set_random_state,
     write_state,
 )
+from diffusers_sana.training.trackers import Trackers
 
 
 warn_if_untested("accelerate")
@@ -158,6 +160,7 @@ class TrainingLoop:
         self._newest: Path | None = None  # the checkpoint that holds the present state, or that the run continues from
         self._data: dict[str, Any] | None = None
         self._random_state: dict[str, Any] | None = None
+        self._trackers = Trackers(config)
         self._refuse_pickles()
         check_run_folder(config.output_dir, config.resume)
         if found := checkpoints(self.output_dir):
@@ -186,8 +189,16 @@ class TrainingLoop:
         self._shared_minutes = last_save = last_sample = self._minutes
         if self._used() >= 1:
             return
+        for optimizer in averaging(self.optimizers):
+            optimizer.train()
         stream = iterate_batches(batches, self.batches_used, self.accelerator.num_processes)
-        with self._own_folder(), self._stop_on_signals(), contextlib.closing(stream), self._progress_bar() as bar:
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._own_folder())
+            if self.accelerator.is_main_process:
+                held.enter_context(self._trackers.running(record(self._groups), self.step))
+            held.enter_context(self._stop_on_signals())
+            held.enter_context(contextlib.closing(stream))
+            bar = held.enter_context(self._progress_bar())
             if self._random_state is not None:
                 set_random_state(self._random_state, self.accelerator.device)
             of_step: list[dict[str, Any]] = []
@@ -249,9 +260,10 @@ class TrainingLoop:
 
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Inside, the modules hold the EMA weights, if there are any."""
+        """Inside, the modules hold the EMA weights, or the average of a schedule-free optimizer, if there are any."""
         if self._ema is None:
-            yield
+            with averaged_weights(self.optimizers):
+                yield
             return
         self._ema.store(self._parameters())
         self._ema.copy_to(self._parameters())
@@ -349,7 +361,8 @@ class TrainingLoop:
             parts = [process[name] for process, _ in everywhere if name in process]
             number = sum(part[1] for part in parts)
             row[name] = round(sum(part[0] for part in parts) / number, 6) if number else None  # JSON has no NaN
-        row["lr"] = self.optimizers[0].param_groups[0]["lr"]
+        group = self.optimizers[0].param_groups[0]
+        row["lr"] = group["lr"] * group.get("d", 1.0)  # the rate that Prodigy has found
         row["images_per_second"] = round(sum(images for _, images in everywhere) / seconds, 2)
         if self._skipped_in_window:
             row["skipped_steps"] = self._skipped_in_window
@@ -358,6 +371,7 @@ class TrainingLoop:
         if self.accelerator.is_main_process:
             with open(self.output_dir / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._trackers.log(row)
         bar.set_description(f"{self.output_dir.name} {self._used():.0%}", refresh=False)
         shown = {name: "not finite" if row[name] is None else f"{row[name]:.4f}" for name in names[:1]}
         bar.set_postfix(shown | {"lr": f"{row['lr']:.1e}"}, refresh=False)
@@ -405,7 +419,9 @@ class TrainingLoop:
     def _sample(self) -> None:
         # A few images pay no compilation.
         with self.ema_weights(), self._undisturbed(), torch.compiler.set_stance("force_eager"):
-            self.sample(self.output_dir / "samples" / f"step_{self.step:07d}.png")
+            path = self.output_dir / "samples" / f"step_{self.step:07d}.png"
+            self.sample(path)
+            self._trackers.show(path, self.step)
             # After a forward without backward FSDP keeps the root's weights gathered; restored ones would go unseen.
             for part in (part for module in self._modules for part in module.modules()):
                 if isinstance(part, FSDPModule):

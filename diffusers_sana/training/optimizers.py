@@ -1,12 +1,15 @@
-"""The optimizers of the recipes."""
+"""The optimizers of the recipes: AdamW, Muon, and those of other packages, imported when one is asked for."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusers_sana.training.config import OPTIMIZERS, check_choice
+from diffusers_sana.training.config import OPTIMIZERS, TrainingConfig, check_choice
 
 
 # Coefficients (a, b, c) of successive steps X <- a X + (b A + c A^2) X with A = X X^T, each the best one for what
@@ -16,6 +19,43 @@ POLAR_STEPS = (
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
 )
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """An optimizer of another package.
+
+    Attributes:
+        package: what `pip install` is given.
+        module, name: where its class is.
+        settings: arguments other than the package's defaults.
+    """
+
+    package: str
+    module: str
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+PACKAGED = {
+    # Two moments, or one, of one byte in place of four, in blocks of 256 numbers with a common scale (arXiv
+    # 2110.02861). Tensors of less than 4096 numbers keep theirs in fp32.
+    "adamw8bit": Packaged("bitsandbytes", "bitsandbytes.optim", "AdamW8bit"),
+    "lion8bit": Packaged("bitsandbytes", "bitsandbytes.optim", "Lion8bit"),
+    "came": Packaged("came-pytorch", "came_pytorch", "CAME"),  # arXiv 2307.02047
+    "lion": Packaged("lion-pytorch", "lion_pytorch", "Lion"),  # arXiv 2302.06675
+    # arXiv 2306.06101; the settings are those of diffusers' scripts.
+    "prodigy": Packaged(
+        "prodigyopt", "prodigyopt", "Prodigy", {"use_bias_correction": True, "safeguard_warmup": True}
+    ),
+    "schedulefree": Packaged("schedulefree", "schedulefree", "AdamWScheduleFree"),  # arXiv 2405.15682
+}
+CAME_LAST_BETA = 0.9999  # of the moving average of the instability, as in the paper and in Sana's configs
+
+
+def optimizer_of(config: TrainingConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that a config names, with its settings; see `make_optimizer`."""
+    return make_optimizer(config.optimizer, parameters, config.learning_rate, config.betas, config.weight_decay)
 
 
 def make_optimizer(
@@ -28,11 +68,10 @@ def make_optimizer(
     """The optimizer of a name; each decays matrices and kernels only.
 
     Args:
-        name: "adamw", or "adamw8bit", that of bitsandbytes, on GPUs and CPUs: its two moments take one byte each in
-            place of four, in blocks of 256 numbers with a common scale (arXiv 2110.02861). Tensors of less than 4096
-            numbers keep theirs in fp32. "muon" is `Muon`.
+        name: "adamw"; "muon", which is `Muon`; or one of `PACKAGED`.
         parameters: what to train.
-        learning_rate, betas, weight_decay: of AdamW. "muon" takes the same learning rate.
+        learning_rate, betas, weight_decay: of the optimizer. "muon" takes the learning rate of AdamW; "lion" and
+            "lion8bit" want a third to a tenth of it; "prodigy" finds its own, and takes a factor of about 1.
 
     Raises:
         ValueError: an unknown name, or one whose package is not installed.
@@ -42,13 +81,78 @@ def make_optimizer(
         return make_adamw(parameters, learning_rate, betas, weight_decay)
     if name == "muon":
         return Muon(parameters, learning_rate, betas, weight_decay)
+    source = PACKAGED[name]
     try:
-        from bitsandbytes.optim import AdamW8bit
+        optimizer_class = getattr(import_module(source.module), source.name)
     except ImportError as error:
         raise ValueError(
-            f"`optimizer` 'adamw8bit' needs bitsandbytes ({error}). `pip install bitsandbytes`, or use 'adamw'."
+            f"`optimizer` {name!r} needs {source.package} ({error}). `pip install {source.package}`, or use 'adamw'."
         ) from error
-    return AdamW8bit(decay_groups(parameters, weight_decay), lr=learning_rate, betas=betas)
+    all_betas = (*betas, CAME_LAST_BETA) if name == "came" else betas
+    groups = decay_groups(parameters, weight_decay)
+    optimizer = optimizer_class(groups, lr=learning_rate, betas=all_betas, **source.settings)
+    if name == "came":
+        _KernelsAsMatrices(optimizer)
+    return optimizer
+
+
+class _KernelsAsMatrices:
+    """Gives 1x1 kernels the shape of matrices while an optimizer makes a step.
+
+    CAME keeps a row and a column for the last two dimensions. Those are the window of a kernel, so that for 1x1
+    kernels, half of Sana's weights, it would keep whole tensors, and more of them than AdamW does.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self._kept: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        optimizer.register_step_pre_hook(self._flatten)
+        optimizer.register_step_post_hook(self._restore)
+
+    def _flatten(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            if parameter.ndim == 4 and parameter.shape[2:] == (1, 1) and parameter.grad is not None:
+                self._kept.append((parameter, parameter.data, parameter.grad))
+                _exchange(parameter, *(each.view(each.shape[:2]) for each in (parameter.data, parameter.grad)))
+
+    def _restore(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        while self._kept:
+            _exchange(*self._kept.pop())
+
+
+def _exchange(parameter: nn.Parameter, data: Tensor, gradient: Tensor) -> None:
+    """Give a parameter other tensors, which may have another shape."""
+    parameter.grad = None
+    parameter.data = data
+    parameter.grad = gradient
+
+
+def averaging(optimizers: Iterable[torch.optim.Optimizer]) -> list[Any]:
+    """Those of `optimizers`, without Accelerate's wrappers, whose published weights are an average that they keep."""
+    plain = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+    return [optimizer for optimizer in plain if "train_mode" in optimizer.param_groups[0]]
+
+
+@contextmanager
+@torch.no_grad()
+def averaged_weights(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
+    """Inside, what schedule-free optimizers train holds their average; afterwards what it held before, bit for bit.
+
+    The optimizer computes the average from the weights and, by its own `train()`, the weights from the average, but
+    with a rounding that would make a run depend on when it was saved.
+    """
+    chosen = averaging(optimizers)
+    parameters = [p for optimizer in chosen for group in optimizer.param_groups for p in group["params"]]
+    kept = [parameter.detach().clone() for parameter in parameters]
+    for optimizer in chosen:
+        optimizer.eval()
+    try:
+        yield
+    finally:
+        for parameter, before in zip(parameters, kept, strict=True):
+            parameter.copy_(before)
+        for optimizer in chosen:
+            for group in optimizer.param_groups:
+                group["train_mode"] = True
 
 
 def make_adamw(

@@ -1,22 +1,28 @@
 """Training a LoRA at tiny size: on cached latents, resumed, on 4 bits, on folders, and for the emoji checkpoint."""
 
 import json
+from copy import deepcopy
 from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 import diffusers_sana
-from diffusers_sana import SanaPipeline, SVDQuantConfig, quantize
+from diffusers_sana import SanaPipeline, SanaSprintPipeline, SVDQuantConfig, quantize
 from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.models.transformers.sprint_student import make_student
 from diffusers_sana.prompts.encoding import complex_human_instruction
+from diffusers_sana.schedulers import trigflow
+from diffusers_sana.training.objectives.trigflow_distillation import TrigFlowStudent
 from diffusers_sana.training.recipes import lora
-from diffusers_sana.training.recipes.lora import WithPrior, captioned_folder, prepare, train
+from diffusers_sana.training.recipes.lora import WithPrior, captioned_folder, consistency_loss, prepare, train
 from diffusers_sana.training.recipes.options import LoraDataOptions, LoraModelOptions, LoraTrainingConfig
 from examples.train_emoji import lora as emoji
 from examples.train_sana_lora import main
@@ -102,6 +108,46 @@ def test_diffusers_loads_the_result_with_rank_and_alpha(tmp_path, dora):
 
 
 @pytest.mark.parametrize("base", ["dense", "int4"])
+def test_ranks_and_alphas_by_pattern_and_stabilized(tmp_path, base):
+    """Each layer has its rank, what is trained is what is loaded, here and, beside a dense base, in diffusers."""
+    transformer = tiny.transformer(diffusers_sana)
+    if base == "int4":
+        quantize(transformer, SVDQuantConfig(rank=2), progress=False)
+    changes = {
+        "rank": 2,
+        "rank_pattern": ("attn2.to_k=3", r"transformer_blocks\.0\.attn1\.to_q=5"),
+        "use_rslora": True,
+    }
+    train(make_config(tmp_path, **changes, alpha_pattern=("attn2.to_v=7",)), [latent_batch()], transformer)
+    saved = load_file(tmp_path / "model" / WEIGHTS)
+    ranks = {
+        name.removeprefix("transformer.transformer_blocks."): len(value)
+        for name, value in saved.items()
+        if "lora_A" in name
+    }
+    assert {rank for name, rank in ranks.items() if "attn2.to_k" in name} == {3}
+    assert ranks["0.attn1.to_q.lora_A.weight"] == 5
+    assert ranks["1.attn1.to_q.lora_A.weight"] == ranks["0.attn2.to_v.lora_A.weight"] == 2
+    scales = {
+        name.removeprefix("transformer_blocks."): module.scaling["default"]
+        for name, module in transformer.named_modules()
+        if hasattr(module, "scaling")
+    }
+    expected = {"0.attn1.to_q": 5**0.5, "0.attn1.to_k": 2**0.5, "0.attn2.to_k": 3**0.5, "0.attn2.to_v": 7 / 2**0.5}
+    assert {name: scales[name] for name in expected} == pytest.approx(expected)
+    trained = predict(transformer)
+    transformer.unload_lora()
+    assert not torch.allclose(predict(transformer), trained, atol=1e-4)
+    pipe = SanaPipeline.from_pipe(tiny_pipeline(), transformer=transformer)
+    pipe.load_lora_weights(tmp_path / "model")
+    assert torch.allclose(predict(transformer), trained, atol=1e-5)
+    if base == "dense":
+        theirs = tiny.pipeline(diffusers)
+        theirs.load_lora_weights(tmp_path / "model")
+        assert torch.allclose(predict(theirs.transformer), trained, atol=1e-4)
+
+
+@pytest.mark.parametrize("base", ["dense", "int4"])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, base):
     start, vae = tiny_transformer(), tiny_autoencoder()
 
@@ -173,6 +219,9 @@ def test_loss_weight(tmp_path):
         ({"rank": 0}, "`rank` must be at least 1, got 0"),
         ({"target_modules": ("to_q", "to_x")}, "`target_modules` must name layers, got 'to_x'.*'to_k'"),
         ({"flow_shift": None}, "`flow_shift` must be a number"),
+        ({"rank_pattern": ("to_k",)}, "`rank_pattern` must be of items LAYER=NUMBER, got 'to_k'"),
+        ({"alpha_pattern": ("to_k=0",)}, "`alpha_pattern` must be of items LAYER=NUMBER, got 'to_k=0'"),
+        ({"rank_pattern": ("conv_point=3",)}, "`rank_pattern` must name layers that get an adapter, got 'conv_point'"),
     ],
 )
 def test_bad_settings(tmp_path, changes, match):
@@ -190,6 +239,113 @@ def test_captions(tmp_path):
     assert captioned_folder(str(tmp_path), [(32, 32)], "sks").captions == ["sks", "sks", "from a file", "sks"]
     with pytest.raises(ValueError, match="`instance_prompt` must be given for images without a caption"):
         captioned_folder(str(tmp_path), [(32, 32)], "")
+
+
+def sprint_student():
+    torch.manual_seed(3)
+    return make_student(tiny_transformer())
+
+
+@torch.no_grad()
+def generate(transformer):
+    """What a Sprint makes of fixed noise in one step."""
+    batch, student = latent_batch(seed=1), TrigFlowStudent(transformer).eval()
+    noise, angles = batch["latents"], torch.full((4,), trigflow.MAX_ANGLE)
+    prompt = batch["prompt_embeds"], batch["prompt_attention_mask"]
+    return trigflow.clean_latents(noise, student(noise, angles, torch.full((4,), 4.5), prompt)[0], angles)
+
+
+@pytest.mark.parametrize("base", ["dense", "int4"])
+def test_on_sprint(tmp_path, base):
+    """A run that is killed and resumed, beside a base that stays; the result loads into a Sprint pipeline."""
+    start, vae = sprint_student(), tiny_autoencoder()
+    kept = []
+
+    def run(folder, resume=False, stop_at=None):
+        transformer = deepcopy(start)
+        if base == "int4":
+            quantize(transformer, SVDQuantConfig(rank=2), progress=False)
+        before = {name: value.clone() for name, value in transformer.state_dict().items()}
+        batches = interrupted(lambda start: map(latent_batch, range(start, 100)), stop_at)
+        config = make_config(folder, max_steps=4, ema_decay=0.9, flow_shift=None, mix_ffn=True, resume=resume)
+        train(config, batches, transformer, vae)
+        after = {name.replace(".base_layer", ""): value for name, value in transformer.state_dict().items()}
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+        kept.append(before)
+        return load_file(folder / "model" / WEIGHTS)
+
+    whole = check_resuming(run, tmp_path)
+    assert any(value.any() for name, value in whole.items() if "lora_B" in name)
+    assert not any("log_variance" in name for name in whole)
+    grid = Image.open(next((tmp_path / "whole" / "samples").glob("*.png")))
+    assert grid.size == (4 * 16, 3 * 16)  # four prompts, in 1, 2 and 4 steps
+    transformer = deepcopy(start)
+    if base == "int4":
+        quantize(transformer, SVDQuantConfig(rank=2), progress=False)
+    untrained = generate(transformer)
+    parts = tiny_pipeline().components | {"transformer": transformer, "scheduler": diffusers.SCMScheduler()}
+    pipe = SanaSprintPipeline(**parts)
+    pipe.load_lora_weights(tmp_path / "whole" / "model")
+    assert not torch.allclose(generate(pipe.transformer), untrained, atol=1e-4)
+
+
+class Ideal(nn.Module):
+    """The consistency model of a world with one image, and how far from it `shift` moves it."""
+
+    def __init__(self, latents, shift=0.0):
+        super().__init__()
+        self.latents, self.shift = latents, nn.Parameter(torch.tensor(shift))
+
+    def forward(self, noisy, angles, guidance, prompt):
+        assert set(guidance.tolist()) <= {4.0, 4.5, 5.0}
+        angles = angles.view(-1, 1, 1, 1)
+        return (angles.cos() * noisy - self.latents) / angles.sin() + self.shift, 0 * self.shift.expand(len(noisy))
+
+
+def test_consistency_training_leaves_the_ideal_model_alone():
+    """Its output is the image at all angles, so there is nothing to learn; any other model is moved towards it."""
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    images, config = latents.expand(64, -1, -1, -1).contiguous(), LoraTrainingConfig()
+    prompt = torch.zeros(64, 1, 1), torch.ones(64, 1)
+    losses, gradients = [], []
+    for shift in (0.0, 0.5, -0.5):
+        torch.manual_seed(0)
+        model = Ideal(latents, shift)
+        loss = consistency_loss(config, Accelerator(), model, images, prompt, 1.0)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(model.shift.grad.item())
+    assert losses[0] < 1e-4
+    assert min(losses[1:]) > 0.3
+    assert gradients[1] > 0 > gradients[2]
+    torch.manual_seed(0)
+    weights = torch.zeros(64)
+    assert consistency_loss(config, Accelerator(), Ideal(latents, 0.5), images, prompt, weights).item() == 0
+
+
+def test_settings_that_sprint_has_no_use_for(tmp_path):
+    for changes in ({"caption_dropout": 0.1}, {"loss_weighting": "min_snr"}):
+        with pytest.raises(
+            ValueError, match="`caption_dropout` must be 0 and `loss_weighting` 'none' for SANA-Sprint"
+        ):
+            train(make_config(tmp_path, **changes), [latent_batch()], sprint_student())
+
+
+def test_main_on_sprint_in_4_bits(tmp_path):
+    write_image_folder(tmp_path / "data", [(40, 40)] * 2)
+    parts = tiny_pipeline().components
+    parts |= {"transformer": sprint_student(), "scheduler": diffusers.SCMScheduler(sigma_data=0.4)}
+    SanaSprintPipeline(**parts).save_pretrained(tmp_path / "sprint")
+    arguments = ["--data", str(tmp_path / "data"), "--pretrained", str(tmp_path / "sprint"), "--quantize", "int4"]
+    arguments += ["--quantize_rank", "2", "--instance_prompt", "a red cat", "--class_prompt", "a cat"]
+    arguments += ["--num_class_images", "1", "--batch_size", "2", "--resolution", "32", "--max_steps", "2"]
+    arguments += ["--max_sequence_length", "32", "--output_dir", str(tmp_path / "out")]
+    main(arguments)
+    state = json.loads(next((tmp_path / "out" / "checkpoints").rglob("state.json")).read_text())
+    assert state["settings"]["sigma_data"] == 0.4
+    pipe = SanaSprintPipeline.from_pretrained(tmp_path / "sprint")
+    pipe.load_lora_weights(tmp_path / "out" / "model")
+    assert pipe.get_active_adapters() == ["default_0"]
 
 
 class Items(list):

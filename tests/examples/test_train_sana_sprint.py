@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import diffusers_sana
-from diffusers_sana import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel
+from diffusers_sana import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel, SVDQuantConfig
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.models.transformers.sprint_student import load_student, make_student
 from diffusers_sana.training.recipes.options import SprintTrainingConfig
@@ -97,6 +97,29 @@ def test_a_lora_of_the_student(tmp_path):
     saved = SanaTransformer2DModel.from_pretrained(tmp_path / "saved" / "transformer")
     with torch.no_grad():
         assert torch.equal(saved(latents, text, sigmas, **arguments)[0], outputs[1])
+
+
+def test_a_lora_on_a_4_bit_student(tmp_path):
+    """Its base is not trained, and the LoRA loads into the 16-bit student, too."""
+    teacher = tiny.tiny_transformer()
+
+    def run(folder, resume=False, stop_at=None):
+        batches = tiny.interrupted(tiny.image_batches, stop_at)
+        config = make_config(folder, max_steps=4, lora_rank=2, resume=resume)
+        models = tiny.encoders(text_encoder, vae)
+        train(config, batches, teacher, models, quantization=SVDQuantConfig(rank=2))
+        return load_file(folder / "model" / LORA)
+
+    vae, text_encoder = tiny.tiny_autoencoder(), tiny.tiny_text_encoder()
+    weights = tiny.check_resuming(run, tmp_path)
+    assert weights["transformer.transformer_blocks.0.attn1.to_q.lora_B.weight"].any()
+    kept = load_file(next((tmp_path / "whole" / "checkpoints").rglob("model.safetensors")))
+    assert all("lora" in name or "log_variance" in name for name in kept)
+    before, after = make_student(teacher), load_student(teacher, tmp_path / "whole" / "model")
+    changed = [name for name, value in before.state_dict().items() if not torch.equal(value, after.state_dict()[name])]
+    assert "transformer_blocks.0.attn1.to_q.weight" in changed
+    with pytest.raises(ValueError, match="`lora_rank` must be given for a quantized base"):
+        train(make_config(tmp_path / "no"), [tiny.latent_batch()], teacher, quantization=SVDQuantConfig(rank=2))
 
 
 def test_says_which_part_a_batch_needs(tmp_path):

@@ -1,4 +1,4 @@
-"""AdamW in 32 and in 8 bits, and Muon."""
+"""The optimizers: what they decay, that runs with them resume exactly, and Muon's numbers."""
 
 import sys
 
@@ -9,7 +9,19 @@ from torch import nn
 
 from diffusers_sana.training.config import TrainingConfig
 from diffusers_sana.training.loop import TrainingLoop
-from diffusers_sana.training.optimizers import OPTIMIZERS, Muon, make_optimizer, orthogonalize
+from diffusers_sana.training.optimizers import (
+    OPTIMIZERS,
+    PACKAGED,
+    Muon,
+    averaged_weights,
+    averaging,
+    make_optimizer,
+    optimizer_of,
+    orthogonalize,
+)
+
+
+RATES = {"prodigy": 1.0, "lion": 1e-3, "lion8bit": 1e-3}  # others: 0.01
 
 
 def make_model():
@@ -27,7 +39,9 @@ def fit(name, steps=40):
     """First and last loss, and bytes of the optimiser's state."""
     model, generator = make_model(), torch.Generator().manual_seed(1)
     inputs, targets = (torch.randn(32, 64, generator=generator) for _ in range(2))
-    optimizer = make_optimizer(name, model.parameters(), 1e-2, (0.9, 0.999), 0.0)
+    optimizer = make_optimizer(name, model.parameters(), RATES.get(name, 1e-2), (0.9, 0.999), 0.0)
+    for each in averaging([optimizer]):
+        each.train()
     losses = []
     for _ in range(steps):
         losses.append((model(inputs) - targets).square().mean())
@@ -35,6 +49,12 @@ def fit(name, steps=40):
         optimizer.step()
         optimizer.zero_grad()
     return losses[0].item(), losses[-1].item(), state_bytes(optimizer)
+
+
+@pytest.mark.parametrize("name", sorted({*OPTIMIZERS} - {"adamw8bit", "muon"}))
+def test_it_learns(name):
+    first, last, _ = fit(name, steps=300 if name == "prodigy" else 60)
+    assert last < 0.3 * first
 
 
 def test_eight_bits_learn_as_well_in_a_quarter_of_the_memory():
@@ -48,29 +68,51 @@ def test_eight_bits_learn_as_well_in_a_quarter_of_the_memory():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_only_kernels_decay(name):
-    if name == "adamw8bit":
+    if name.endswith("8bit"):
         pytest.importorskip("bitsandbytes")
     model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
     for parameter in model.parameters():
         nn.init.ones_(parameter)
         parameter.grad = torch.zeros_like(parameter)
-    make_optimizer(name, model.parameters(), 0.1, (0.9, 0.999), 0.5).step()
-    assert torch.allclose(model[0].weight, torch.tensor(0.95))
+    if name == "prodigy":  # makes no step where no gradient says anything, and begins with steps of a millionth
+        model[0].weight.grad[0, 0] = 1
+    optimizer = make_optimizer(name, model.parameters(), 0.1, (0.9, 0.999), 0.5)
+    for each in averaging([optimizer]):
+        each.train()
+    optimizer.step()
+    decayed = 1 - 0.1 * 0.5 * optimizer.param_groups[0].get("d", 1.0)
+    with averaged_weights([optimizer]):
+        assert torch.allclose(model[0].weight[1:], torch.tensor(decayed), rtol=1e-8, atol=1e-7)
     for parameter in (model[0].bias, model[1].weight, model[1].bias):
         assert (parameter == 1).all()
 
 
-@pytest.mark.parametrize("name", ["adamw8bit", "muon"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path):
-    if name == "adamw8bit":
+    """Nor does it change anything when checkpoints are written: the second run writes one after each step."""
+    if name.endswith("8bit"):
         pytest.importorskip("bitsandbytes")
+    published = []
 
-    def run(folder, max_steps, resume=False):
-        config = TrainingConfig(output_dir=str(folder), max_steps=max_steps, resume=resume)
-        accelerator, model = Accelerator(), make_model()
-        optimizer = make_optimizer(name, model.parameters(), 1e-2, (0.9, 0.999), 0.1)
+    def run(folder, max_steps, **options):
+        rate = RATES.get(name, 1e-2)
+        config = TrainingConfig(
+            output_dir=str(folder),
+            max_steps=max_steps,
+            optimizer=name,
+            learning_rate=rate,
+            weight_decay=0.1,
+            **options,
+        )
+        accelerator, model = Accelerator(), nn.Sequential(make_model(), Kernel())
+        optimizer = optimizer_of(config, model.parameters())
         model, optimizer = accelerator.prepare(model, optimizer)
-        loop = TrainingLoop(config, accelerator, [model], [optimizer], lambda path: path.mkdir(), lambda path: None)
+
+        def save(path):
+            path.mkdir()
+            published.append(weights_of(model))
+
+        loop = TrainingLoop(config, accelerator, [model], [optimizer], save, lambda path: None)
         batches = [{"x": torch.randn(8, 64, generator=torch.Generator().manual_seed(i))} for i in range(6)]
         for batch in loop.run(lambda start: batches[start:]):
             loss = (model(batch["x"]) - batch["x"]).square().mean()
@@ -78,18 +120,68 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path):
             optimizer.step()
             optimizer.zero_grad()
             loop.report(images=8, loss=loss)
-        return [parameter.detach() for parameter in model.parameters()]
+        return weights_of(model) + published[-1]
 
     whole = run(tmp_path / "whole", 6)
-    run(tmp_path / "parts", 3)
-    resumed = run(tmp_path / "parts", 6, resume=True)
+    run(tmp_path / "parts", 3, save_minutes=0)
+    resumed = run(tmp_path / "parts", 6, resume=True, save_minutes=0)
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+    trained, saved = whole[: len(whole) // 2], whole[len(whole) // 2 :]
+    is_average = any(not torch.equal(a, b) for a, b in zip(trained, saved, strict=True))
+    assert is_average == (name == "schedulefree")
 
 
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(ValueError, match="`optimizer` 'adamw8bit' needs bitsandbytes"):
-        make_optimizer("adamw8bit", make_model().parameters(), 1e-3, (0.9, 0.999), 0.0)
+def weights_of(model):
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+class Kernel(nn.Module):
+    """A 1x1 convolution in channels-last layout."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(64, 64, 1).to(memory_format=torch.channels_last)
+
+    def forward(self, values):
+        return self.conv(values[..., None, None])[..., 0, 0]
+
+
+def test_came_treats_kernels_of_one_pixel_as_matrices():
+    torch.manual_seed(0)
+    kernel, matrix = Kernel().conv, nn.Linear(64, 64)
+    matrix.load_state_dict({"weight": kernel.weight[..., 0, 0], "bias": kernel.bias})
+    steps = [make_optimizer("came", each.parameters(), 1e-2, (0.9, 0.999), 0.1) for each in (kernel, matrix)]
+    strides = kernel.weight.stride()
+    for _ in range(3):
+        matrix.weight.grad, matrix.bias.grad = torch.randn(64, 64), torch.randn(64)
+        kernel.weight.grad, kernel.bias.grad = matrix.weight.grad.clone()[..., None, None], matrix.bias.grad.clone()
+        for optimizer in steps:
+            optimizer.step()
+    assert torch.equal(kernel.weight[..., 0, 0], matrix.weight)
+    assert (kernel.weight.shape, kernel.weight.stride()) == ((64, 64, 1, 1), strides)
+    assert kernel.weight.grad.shape == kernel.weight.shape
+    assert state_bytes(steps[0]) == state_bytes(steps[1])
+
+
+def test_settings_that_an_optimizer_cannot_use():
+    with pytest.raises(ValueError, match=r"`learning_rate` must be about 1 .*, got 0\.0001"):
+        TrainingConfig(optimizer="prodigy")
+    for settings in ({"lr_schedule": "cosine"}, {"ema_decay": 0.9}):
+        with pytest.raises(ValueError, match="`lr_schedule` must be 'constant' and `ema_decay` 0"):
+            TrainingConfig(optimizer="schedulefree", **settings)
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_packages_are_imported_when_asked_for(name, monkeypatch):
+    source = PACKAGED[name]
+    monkeypatch.setitem(sys.modules, source.module, None)
+    with pytest.raises(
+        ValueError, match=f"`optimizer` '{name}' needs {source.package}.*`pip install {source.package}`"
+    ):
+        make_optimizer(name, make_model().parameters(), 1.0, (0.9, 0.999), 0.0)
+
+
+def test_an_unknown_name():
     with pytest.raises(ValueError, match="`optimizer` must be one of"):
         make_optimizer("sgd", make_model().parameters(), 1e-3, (0.9, 0.999), 0.0)
 

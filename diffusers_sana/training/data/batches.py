@@ -86,18 +86,27 @@ TABLES = {
 }
 
 
-def bucket_sizes(resolution: int, multiple: int = 32) -> list[tuple[int, int]]:
+AUTHORS_TABLE = ASPECT_RATIO_2048_BIN  # at all resolutions, scaled: 40 shapes from 1:4 to 4:1
+
+
+def bucket_sizes(resolution: int, multiple: int = 32, shapes: str = "pipelines") -> list[tuple[int, int]]:
     """The (height, width) pairs of Sana's buckets of about `resolution`^2 pixels.
 
-    They are those the pipelines round to at 512, 1024, 2048 and 4096; at another resolution those of 1024, scaled.
-    Sides are rounded to a `multiple`, and equal sizes merged.
+    Args:
+        resolution: side of the square of the same area.
+        multiple: sides are rounded to multiples of it, and equal sizes merged.
+        shapes: "pipelines": those the pipelines round to at 512, 1024, 2048 and 4096; at another resolution those of
+            1024, scaled. "authors": the 40 shapes on which the authors train at every resolution.
     """
     if resolution < multiple:
         raise ValueError(f"`resolution` must be at least {multiple}, got {resolution}. Use a larger one.")
-    scale = (1 if resolution in TABLES else resolution / 1024) / multiple
+    table, side = TABLES.get(resolution, ASPECT_RATIO_1024_BIN), resolution if resolution in TABLES else 1024
+    if shapes == "authors":
+        table, side = AUTHORS_TABLE, 2048
+    scale = resolution / side / multiple
     sizes = (
         (max(1, round(height * scale)) * multiple, max(1, round(width * scale)) * multiple)
-        for height, width in TABLES.get(resolution, ASPECT_RATIO_1024_BIN).values()
+        for height, width in table.values()
     )
     return list(dict.fromkeys(sizes))
 

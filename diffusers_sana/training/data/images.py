@@ -38,7 +38,7 @@ def load_pixels(file: PathLike | BinaryIO, height: int, width: int, name: str = 
 
 
 class Images(Dataset):
-    """The images of a source, each scaled and cut to one of several sizes.
+    """The images of a source, each scaled and cut to one of several sizes, or to one of each of several lists of them.
 
     Items are `{"pixel_values": [3, H, W] in [-1, 1], "text": caption or ""}`. With several captions of each image
     (`captions.jsonl`) the text is the one of the highest CLIP score, and `texts` has all of them. Each image has the
@@ -46,28 +46,33 @@ class Images(Dataset):
 
     Args:
         source: gives images and captions.
-        sizes: (height, width) pairs in pixels.
+        sizes: (height, width) pairs in pixels. With further lists every image is an item of each, those of the first
+            list first.
 
     Attributes:
         names, captions: of each item.
         choices: with `captions.jsonl` all captions of each item, for `SampledCaptions`; else None.
     """
 
-    def __init__(self, source: ImageSource, sizes: list[tuple[int, int]]):
-        self.source, self.names, self.captions, self.choices = source, source.names, source.captions, source.choices
-        self.sizes_of_items = [sizes[0]] * len(self.names)
-        if len(sizes) > 1:
-            numbers = tqdm(range(len(self.names)), desc="reading sizes", delay=5)
-            self.sizes_of_items = [nearest_size(*self.image_size(index), sizes) for index in numbers]
+    def __init__(self, source: ImageSource, *sizes: list[tuple[int, int]]):
+        self.source, count = source, len(source.names)
+        shapes = [(1, 1)] * count
+        if any(len(each) > 1 for each in sizes):
+            shapes = [self.image_size(index) for index in tqdm(range(count), desc="reading sizes", delay=5)]
+        self.sizes_of_items = [nearest_size(*shape, each) for each in sizes for shape in shapes]
+        self.names, self.captions = source.names * len(sizes), source.captions * len(sizes)
+        self.choices = None if source.choices is None else source.choices * len(sizes)
 
     def image_size(self, index: int) -> tuple[int, int]:
         """Height and width of an image as it is stored, upright."""
+        index %= len(self.source.names)
         file = self.source.open(index)
-        return image_size(file, "" if isinstance(file, Path) else self.names[index])
+        return image_size(file, "" if isinstance(file, Path) else self.source.names[index])
 
     def made_from(self, index: int) -> list[Any]:
         """What an item depends on, for `fill_cache`."""
-        stamp = self.source.stamp(index) or image_digest(self.source, index)
+        at = index % len(self.source.names)
+        stamp = self.source.stamp(at) or image_digest(self.source, at)
         texts = [self.captions[index]]
         if self.choices is not None:
             texts += [caption.text for caption in self.choices[index]]
@@ -77,7 +82,7 @@ class Images(Dataset):
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        file = self.source.open(index)
+        file = self.source.open(index % len(self.source.names))
         pixels = load_pixels(file, *self.sizes_of_items[index], "" if isinstance(file, Path) else self.names[index])
         item = {"pixel_values": pixels, "text": self.captions[index]}
         if self.choices is not None:

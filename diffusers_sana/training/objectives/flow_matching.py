@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -59,6 +60,35 @@ def noisy_batch(latents: Tensor, shift: float, mean: float = 0.0, std: float = 1
     noise = torch.randn_like(latents)
     sigmas = sample_sigmas(len(latents), shift, mean, std, latents.device)
     return interpolate(latents, noise, sigmas), sigmas, velocity_target(latents, noise)
+
+
+def level_weights(sigmas: Tensor, weighting: str = "none", snr_gamma: float = 5.0) -> Tensor:
+    """Weights of the squared error of velocities at noise levels sigma `[B]`.
+
+    Args:
+        sigmas: noise levels in [0, 1).
+        weighting: "none": 1. "min_snr" (arXiv 2303.09556): min(SNR, `snr_gamma`) times the squared error of x_0, where
+            SNR = ((1 - sigma) / sigma)^2. Since x_0 = x_sigma - sigma v, that is min((1 - sigma)^2, gamma sigma^2).
+            "cosmap" (arXiv 2403.03206): 2 / (pi (1 - 2 sigma + 2 sigma^2)), the ratio of a cosine schedule's density
+            to a uniform one.
+        snr_gamma: of "min_snr".
+    """
+    if weighting == "min_snr":
+        return torch.minimum((1 - sigmas).square(), snr_gamma * sigmas.square())
+    if weighting == "cosmap":
+        return 2 / (torch.pi * (1 - 2 * sigmas + 2 * sigmas.square()))
+    return torch.ones_like(sigmas)
+
+
+def velocity_errors(
+    velocity: Tensor, target: Tensor, sigmas: Tensor, weighting: str = "none", snr_gamma: float = 5.0
+) -> Tensor:
+    """Mean squared error of each image's velocity `[B, C, h, w]`, weighted by its noise level: `[B]`.
+
+    `sigmas`, `weighting` and `snr_gamma` as in `level_weights`.
+    """
+    errors = F.mse_loss(velocity.float(), target, reduction="none").mean((1, 2, 3))
+    return level_weights(sigmas, weighting, snr_gamma) * errors
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A perceptual loss that needs no download.
+"""A perceptual loss that needs no download, and LPIPS where its package is installed.
 
 Legend: B batch, C channels, H/W height and width.
 
@@ -9,7 +9,7 @@ network with fixed random weights. Any module that returns a list of feature map
 ReLUs, can take its place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,12 +59,17 @@ class PerceptualLoss(nn.Module):
             It becomes a part of the loss: it is frozen and put into evaluation mode.
         crop_size: compare one random square of this side instead of whole images, the same for the batch; saves
             time on a CPU. 0 compares whole images.
+        distance: used in the place of all this: a module from images and targets to their distances, such as LPIPS.
+            It is frozen, too.
     """
 
-    def __init__(self, network: nn.Module | None = None, crop_size: int = 0):
+    def __init__(
+        self, network: nn.Module | None = None, crop_size: int = 0, distance: Callable[..., Tensor] | None = None
+    ):
         super().__init__()
-        self.network = (network or RandomFeatures()).eval().requires_grad_(False)
-        self.crop_size = crop_size
+        self.network = None if distance else (network or RandomFeatures())
+        self.distance, self.crop_size = distance, crop_size
+        self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Distance of `images` to `targets`, both `[B, 3, H, W]`; a scalar."""
@@ -74,6 +79,9 @@ class PerceptualLoss(nn.Module):
             left = int(torch.randint(width - self.crop_size + 1, ()))
             window = (..., slice(top, top + self.crop_size), slice(left, left + self.crop_size))
             images, targets = images[window], targets[window]
+        if self.network is None:
+            assert self.distance is not None
+            return self.distance(images, targets).mean()
         with torch.no_grad():
             expected = self.network(targets)
         distances = [
@@ -81,6 +89,29 @@ class PerceptualLoss(nn.Module):
             for feature, target in zip(self.network(images), expected, strict=True)
         ]
         return torch.stack(distances).mean()
+
+
+def make_perceptual(kind: str, network: nn.Module | None = None, crop_size: int = 0) -> PerceptualLoss:
+    """The perceptual loss of a recipe.
+
+    Args:
+        kind: "random", or "lpips": the `lpips` package's trained distance on VGG-16 (arXiv 1801.03924), whose weights
+            torchvision downloads once.
+        network: features to be used whatever the kind.
+        crop_size: as in `PerceptualLoss`.
+
+    Raises:
+        ValueError: `lpips`, or torchvision, which it needs, is not installed.
+    """
+    if kind == "random" or network is not None:
+        return PerceptualLoss(network, crop_size)
+    try:
+        from lpips import LPIPS
+    except ImportError as error:
+        raise ValueError(
+            f"`perceptual` 'lpips' needs packages ({error}). `pip install lpips torchvision`, or use 'random'."
+        ) from error
+    return PerceptualLoss(crop_size=crop_size, distance=LPIPS(net="vgg", verbose=False))
 
 
 def _unit_length(features: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def consistency_tangent(
     return tangent / (tangent.flatten(1).norm(dim=1).view(-1, 1, 1, 1) + constant)
 
 
-def weighted_loss(prediction: Tensor, target: Tensor, log_variance: Tensor) -> Tensor:
+def weighted_loss(prediction: Tensor, target: Tensor, log_variance: Tensor, weights: Tensor | float = 1.0) -> Tensor:
     """Squared error of `[B, C, h, w]`, weighted so that all angles matter alike: mean of `exp(-u) error + u`.
 
     The error is the sum over an image. A normalized tangent makes it nearly 1, so u can start at 0.
@@ -134,6 +134,7 @@ def weighted_loss(prediction: Tensor, target: Tensor, log_variance: Tensor) -> T
         prediction: F, with gradients.
         target: what it should be, without.
         log_variance: u `[B]`, learned.
+        weights: of images, `[B]`.
     """
     error = (prediction - target).square().flatten(1).sum(dim=1)
-    return (torch.exp(-log_variance) * error + log_variance).mean()
+    return (weights * (torch.exp(-log_variance) * error + log_variance)).mean()

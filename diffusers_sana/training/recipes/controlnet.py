@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -14,11 +13,11 @@ from diffusers_sana.images import sobel_edges
 from diffusers_sana.models.controlnets.controlnet_sana import SanaControlNetModel, wiring_of
 from diffusers_sana.pipelines.pipeline_sana import SanaPipeline
 from diffusers_sana.prompts.encoding import drop_prompts
-from diffusers_sana.training.data.batches import Batches, bucket_sizes, make_loader
-from diffusers_sana.training.data.images import Images, load_images, load_pixels
+from diffusers_sana.training.data.batches import Batches, make_loader
+from diffusers_sana.training.data.images import Images, load_pixels
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
-from diffusers_sana.training.objectives.flow_matching import noisy_batch, timesteps_of
-from diffusers_sana.training.optimizers import make_adamw
+from diffusers_sana.training.objectives.flow_matching import noisy_batch, timesteps_of, velocity_errors
+from diffusers_sana.training.optimizers import optimizer_of
 from diffusers_sana.training.recipes.options import (
     ControlNetDataOptions,
     ControlNetModelOptions,
@@ -29,6 +28,7 @@ from diffusers_sana.training.recipes.text_to_image import (
     Encoders,
     Prompt,
     SanaInputs,
+    bucketed_images,
     doubled,
     first_samples,
     freeze,
@@ -61,23 +61,20 @@ def train(
     inputs = SanaInputs(config, accelerator.device, encoders)
     freeze(accelerator.device, transformer)
     prepare_blocks(config, controlnet, transformer)
-    optimizer = make_adamw(controlnet.train().parameters(), config.learning_rate, config.betas, config.weight_decay)
+    optimizer = optimizer_of(config, controlnet.train().parameters())
     model, optimizer = accelerator.prepare(controlnet, optimizer)
 
     def predict(latents: Tensor, sigmas: Tensor, dropped: Tensor, prompt: Prompt, control: Tensor) -> Tensor:
         """The velocity `[B, C, h, w]`; the ControlNet's gradients flow through the frozen transformer."""
         text = {"encoder_hidden_states": prompt[0], "encoder_attention_mask": drop_prompts(prompt[1], dropped)}
-        timesteps = timesteps_of(sigmas)
+        text["timestep"] = timesteps_of(sigmas) * transformer.config.timestep_scale
 
         def branch(stream: Tensor) -> tuple[Tensor, ...]:
-            scaled = timesteps * controlnet.config.get("timestep_scale", 1.0)
-            return model(stream, **text, timestep=scaled, controlnet_cond=control, return_dict=False)[0]
+            return model(stream, **text, controlnet_cond=control, return_dict=False)[0]
 
         samples = branch if wiring_of(controlnet) == "nvlabs" else branch(latents)
-        times = timesteps * transformer.config.timestep_scale
         with accelerator.autocast():
-            options = {"timestep": times, "controlnet_block_samples": samples, "return_dict": False}
-            return transformer(latents, **text, **options)[0].float()
+            return transformer(latents, **text, controlnet_block_samples=samples, return_dict=False)[0].float()
 
     shown: dict[str, Any] = {}  # what the sample grids show: prompts, control latents and noise, of the first batch
 
@@ -101,7 +98,8 @@ def train(
         noisy, sigmas, target = noisy_batch(latents, config.flow_shift, config.logit_mean, config.logit_std)
         dropped = torch.rand(len(latents), device=accelerator.device) < config.caption_dropout
         with accelerator.accumulate(model):
-            loss = F.mse_loss(predict(noisy, sigmas, dropped, prompt, control), target)
+            velocity = predict(noisy, sigmas, dropped, prompt, control)
+            loss = velocity_errors(velocity, target, sigmas, config.loss_weighting, config.snr_gamma).mean()
             loop.backward(loss)
             loop.update()
         loop.report(images=len(latents), loss=loss)
@@ -145,6 +143,6 @@ def run(config: ControlNetTrainingConfig, data: ControlNetDataOptions, model: Co
     set_seed(config.seed)
     pipeline = SanaPipeline.from_pretrained(model.pretrained)
     controlnet = SanaControlNetModel.from_transformer(pipeline.transformer, model.num_layers, wiring=model.wiring)
-    dataset = ControlledImages(load_images(data, bucket_sizes(data.resolution)), data.control_data)
+    dataset = ControlledImages(bucketed_images(data), data.control_data)
     batches = make_loader(dataset, data.batch_size, config.seed, data.num_workers)
     train(config, batches, controlnet, pipeline.transformer, Encoders.of(pipeline), options=(data, model))

@@ -28,7 +28,7 @@ from diffusers_sana.training.data.batches import Batches, iterate_batches, make_
 from diffusers_sana.training.data.images import load_images
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.objectives.adversarial import PatchDiscriminator, discriminator_loss, generator_loss
-from diffusers_sana.training.objectives.perceptual import PerceptualLoss
+from diffusers_sana.training.objectives.perceptual import make_perceptual
 from diffusers_sana.training.optimizers import make_adamw, make_optimizer
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.recipes.options import DCAEDataOptions, DCAEModelOptions, DCAETrainingConfig
@@ -81,7 +81,7 @@ def train(
         config: a DCAETrainingConfig.
         batches: see `Batches`; of `{"pixel_values": [B, 3, H, W] in [-1, 1]}`.
         model: an AutoencoderDC, new (phase 1) or trained by the phase before.
-        perceptual_network: module from images to a list of feature maps; default: seeded random features.
+        perceptual_network: module from images to a list of feature maps; default: as `config.perceptual` says.
         options: groups of options for data and models, that checkpoints record; see `TrainingLoop`.
     """
     phase = get_phase(config.phase)
@@ -110,11 +110,13 @@ def train(
     if phase.adversarial:
         discriminator = PatchDiscriminator(config.discriminator_channels)
         discriminator.to(memory_format=memory_format)
+        if config.optimizer == "prodigy":  # whose learning rate is none
+            optimizer_settings = (phase.learning_rate, *optimizer_settings[1:])
         optimizer = make_adamw(discriminator.parameters(), *optimizer_settings)
         discriminator, optimizer = accelerator.prepare(discriminator, optimizer)
         trained.append(discriminator)
         optimizers.append(optimizer)
-    perceptual: Any = PerceptualLoss(perceptual_network, config.perceptual_crop)
+    perceptual: Any = make_perceptual(config.perceptual, perceptual_network, config.perceptual_crop)
     perceptual.to(accelerator.device, memory_format=memory_format)
     shown: list[Tensor] = []  # the first batch of the run, for the sample grids
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import set_seed
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.embeddings import LabelEmbedding
@@ -21,8 +20,8 @@ from diffusers_sana.training.data.images import Images, load_images
 from diffusers_sana.training.data.latent_cache import fill_cache, model_digest
 from diffusers_sana.training.data.sources import FolderSource
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
-from diffusers_sana.training.objectives.flow_matching import noisy_batch, timesteps_of
-from diffusers_sana.training.optimizers import make_adamw
+from diffusers_sana.training.objectives.flow_matching import noisy_batch, timesteps_of, velocity_errors
+from diffusers_sana.training.optimizers import optimizer_of
 from diffusers_sana.training.recipes.options import DiTDataOptions, DiTModelOptions, DiTTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import (
     encode_images,
@@ -82,7 +81,7 @@ def train(
         if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0.0  # each block has its own, and would drop labels without the others
     prepare_blocks(config, transformer)
-    optimizer = make_adamw(transformer.parameters(), config.learning_rate, config.betas, config.weight_decay)
+    optimizer = optimizer_of(config, transformer.parameters())
     model, optimizer = accelerator.prepare(transformer.train(), optimizer)
     labels_shown = torch.tensor(
         [class_names.index(name) for name in config.sample_classes] or [at % len(class_names) for at in range(8)],
@@ -112,7 +111,8 @@ def train(
         noisy, sigmas, target = noisy_batch(latents, config.flow_shift, config.logit_mean, config.logit_std)
         dropped = torch.rand(len(latents), device=accelerator.device) < config.class_dropout
         with accelerator.accumulate(model):
-            loss = F.mse_loss(predict(noisy, sigmas, dropped, batch["class_labels"]), target)
+            velocity = predict(noisy, sigmas, dropped, batch["class_labels"])
+            loss = velocity_errors(velocity, target, sigmas, config.loss_weighting, config.snr_gamma).mean()
             loop.backward(loss)
             loop.update()
         loop.report(images=len(latents), loss=loss)

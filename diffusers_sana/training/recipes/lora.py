@@ -5,14 +5,15 @@ from forgetting the class.
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import cast_training_params
@@ -24,18 +25,30 @@ from torch.utils.data import Dataset
 
 from diffusers_sana._compat import warn_if_untested
 from diffusers_sana.files import IMAGE_SUFFIXES, atomic_write, model_identity
+from diffusers_sana.loading import find_pipeline_class
 from diffusers_sana.pipelines.pipeline_sana import SanaPipeline
 from diffusers_sana.quantizers.svdquant.api import quantize
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
+from diffusers_sana.schedulers import trigflow
 from diffusers_sana.training.data.batches import Batches, bucket_sizes, collate, make_loader
-from diffusers_sana.training.data.images import ImageFolder, Images, load_images
+from diffusers_sana.training.data.images import ImageFolder, Images
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
-from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer, noisy_batch
-from diffusers_sana.training.optimizers import make_adamw
-from diffusers_sana.training.recipes.options import LoraDataOptions, LoraModelOptions, LoraTrainingConfig
+from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer, noisy_batch, velocity_errors
+from diffusers_sana.training.objectives.trigflow_distillation import TrigFlowStudent, weighted_loss
+from diffusers_sana.training.optimizers import optimizer_of
+from diffusers_sana.training.recipes.consistency import guidance_scales, save_consistency_samples, tangent_of
+from diffusers_sana.training.recipes.options import (
+    LoraDataOptions,
+    LoraModelOptions,
+    LoraTrainingConfig,
+    QuantizableOptions,
+    parse_pattern,
+)
 from diffusers_sana.training.recipes.text_to_image import (
     Encoders,
+    Prompt,
     SanaInputs,
+    bucketed_images,
     doubled,
     first_samples,
     prepare_blocks,
@@ -63,13 +76,14 @@ def train(
         config: a LoraTrainingConfig.
         batches: see `Batches`. A batch holds scaled `latents` `[B, C, h, w]`,
             `prompt_embeds` `[B, L, D]` and `prompt_attention_mask` `[B, L]`, and may hold `loss_weight` `[B]`.
-        transformer: a SanaTransformer2DModel, dense or quantized, without adapters. Afterwards it has the trained one.
+        transformer: a SanaTransformer2DModel, of Sana or SANA-Sprint, dense or quantized, without adapters. Afterwards
+            it has the trained one.
         vae: an AutoencoderDC. Sample grids need it.
         samples: `prompt_embeds` and `prompt_attention_mask` of the sample grids; default: those of the first batch.
         options: groups of options for data and models, that checkpoints record; see `TrainingLoop`.
     """
-    if config.flow_shift is None:
-        raise ValueError("`flow_shift` must be a number in `train`, got None. Pass that of the pipeline's scheduler.")
+    is_sprint = bool(transformer.config.get("guidance_embeds"))
+    check_objective(config, is_sprint)
     accelerator = make_accelerator(config)
     set_seed(config.seed)
     add_adapter(
@@ -79,18 +93,22 @@ def train(
         lora_alpha=config.lora_alpha or config.rank,
         lora_dropout=config.lora_dropout,
         use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        **patterns_of(config),
     )
     set_seed(config.seed, device_specific=True)
     inputs = SanaInputs(config, accelerator.device, Encoders(vae=vae))
     prepare_blocks(config, transformer)
-    model = ConditionedTransformer(transformer).train()
+    model = (TrigFlowStudent(transformer) if is_sprint else ConditionedTransformer(transformer)).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_adamw(trained, config.learning_rate, config.betas, config.weight_decay)
+    optimizer = optimizer_of(config, trained)
     model, optimizer = accelerator.prepare(model, optimizer)
     shown: dict[str, Any] = {}  # what the sample grids show: prompts and noise
 
     def sample(path: Path) -> None:
-        if vae is not None:
+        if vae is not None and is_sprint:
+            save_consistency_samples(path, config, accelerator, model, vae, **shown)
+        elif vae is not None:
             predict = partial(model, prompt=doubled(shown["prompt"]))
             save_guided_samples(path, config, accelerator, model, vae, predict, shown["noise"])
 
@@ -112,18 +130,67 @@ def train(
         keep_frozen=False,  # the base does not change, and may be large
         options=options,
     )
+    loss_of = partial(consistency_loss if is_sprint else flow_loss, config, accelerator, model)
     for batch in loop.run(batches):
         latents, prompt = inputs.latents(batch), inputs.prompts(batch)
         shown = shown or first_samples(config, latents, prompt, inputs.prompts(samples) if samples else None)
-        noisy, sigmas, target = noisy_batch(latents, config.flow_shift, config.logit_mean, config.logit_std)
-        dropped = torch.rand(len(latents), device=accelerator.device) < config.caption_dropout
         with accelerator.accumulate(model):
-            velocity = model(noisy, sigmas, prompt, dropped).float()
-            errors = F.mse_loss(velocity, target, reduction="none").mean((1, 2, 3))
-            loss = (errors * batch.get("loss_weight", 1.0)).mean()
+            loss = loss_of(latents, prompt, batch.get("loss_weight", 1.0))
             loop.backward(loss)
             loop.update()
         loop.report(images=len(latents), loss=loss)
+
+
+def check_objective(config: LoraTrainingConfig, is_sprint: bool) -> None:
+    """Raise a ValueError for settings that the objective of the transformer cannot use."""
+    if not is_sprint and config.flow_shift is None:
+        raise ValueError("`flow_shift` must be a number in `train`, got None. Pass that of the pipeline's scheduler.")
+    if is_sprint and (config.caption_dropout or config.loss_weighting != "none"):
+        raise ValueError(
+            f"`caption_dropout` must be 0 and `loss_weighting` 'none' for SANA-Sprint, got {config.caption_dropout} "
+            f"and {config.loss_weighting!r}: it has no empty prompt, and weights its angles itself. Leave both out."
+        )
+
+
+def flow_loss(
+    config: LoraTrainingConfig,
+    accelerator: Accelerator,
+    model: nn.Module,
+    latents: Tensor,
+    prompt: Prompt,
+    weights: Tensor | float,
+) -> Tensor:
+    """Flow matching: the weighted mean of the velocities' squared errors."""
+    shift = cast(float, config.flow_shift)
+    noisy, sigmas, target = noisy_batch(latents, shift, config.logit_mean, config.logit_std)
+    dropped = torch.rand(len(latents), device=latents.device) < config.caption_dropout
+    velocity = model(noisy, sigmas, prompt, dropped)
+    errors = velocity_errors(velocity, target, sigmas, config.loss_weighting, config.snr_gamma)
+    return (errors * weights).mean()
+
+
+def consistency_loss(
+    config: LoraTrainingConfig,
+    accelerator: Accelerator,
+    model: nn.Module,
+    latents: Tensor,
+    prompt: Prompt,
+    weights: Tensor | float,
+) -> Tensor:
+    """Consistency training of a SANA-Sprint (sCM, arXiv 2410.11081, section 4): the path is that of the images.
+
+    Where distillation follows a teacher, dx_t / dt is here that of the mixture, cos(t) noise - sin(t) z, whose mean
+    over all images that x_t may come from is the path's. So no teacher is needed, and what is learned are the images.
+    """
+    count, device = len(latents), latents.device
+    angles = trigflow.sample_angles(count, config.angle_mean, config.angle_std, config.sigma_data, device)
+    noise = torch.randn_like(latents)
+    noisy = trigflow.mix(latents, noise, angles)
+    direction = trigflow.mix(noise, -latents, angles)
+    guidance = guidance_scales(config, count, device)
+    tangent = tangent_of(config, accelerator, model, noisy, angles, guidance, prompt, direction)
+    prediction, log_variance = model(noisy, angles, guidance, prompt)
+    return weighted_loss(prediction, prediction.detach() + tangent, log_variance, weights)
 
 
 def run(config: LoraTrainingConfig, data: LoraDataOptions, model: LoraModelOptions) -> None:
@@ -136,30 +203,42 @@ def prepare(
 ) -> tuple[Callable, Any, nn.Module, dict[str, Tensor] | None]:
     """Cached batches, transformer, autoencoder and prompts of the sample grids, as `train` takes them.
 
-    Sets `config.flow_shift`, unless given. The text encoder is used here only, and freed afterwards.
+    Sets `config.flow_shift`, unless given, and for SANA-Sprint `config.sigma_data`. The text encoder is used
+    here only, and freed afterwards.
     """
     device = make_accelerator(config).device
     set_seed(config.seed)
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     dtypes = {"vae": torch.float32, "default": dtype}
-    pipe = SanaPipeline.from_pretrained(model.pretrained, dtype=dtypes).to(device)
-    if config.flow_shift is None:
+    pipe = find_pipeline_class(model.pretrained).from_pretrained(model.pretrained, dtype=dtypes).to(device)
+    is_sprint = bool(pipe.transformer.config.get("guidance_embeds"))
+    check_objective(replace(config, flow_shift=config.flow_shift or 1.0), is_sprint)
+    if is_sprint:
+        config.sigma_data = pipe.scheduler.config.sigma_data
+    elif config.flow_shift is None:
         config.flow_shift = pipe.scheduler.config.flow_shift
     inputs = SanaInputs(config, device, Encoders.of(pipe))
-    cache, sizes = Path(data.cache_dir or Path(config.output_dir) / "cache"), bucket_sizes(data.resolution)
-    instance = with_prompt(load_images(data, sizes, captions="optional"), data.instance_prompt)
+    cache = Path(data.cache_dir or Path(config.output_dir) / "cache")
+    instance = with_prompt(bucketed_images(data, captions="optional"), data.instance_prompt)
     dataset: Any = inputs.cache(instance, str(cache))
     if data.class_prompt:
         folder = Path(data.class_data or Path(config.output_dir) / "class")
         with PartialState().main_process_first():
             generate_class_images(pipe, config, data, model, folder)
-        prior = captioned_folder(str(folder), sizes, data.class_prompt)
+        prior = captioned_folder(str(folder), bucket_sizes(data.resolution), data.class_prompt)
         dataset = WithPrior(dataset, inputs.cache(prior, str(cache / "class")), data.prior_weight)
     samples = [{"prompt_embeds": inputs.encode_prompt(prompt).cpu()} for prompt in config.sample_prompts]
-    if model.quantize != "no":
-        quantize(pipe.transformer, SVDQuantConfig(precision=model.quantize, rank=model.quantize_rank))
+    if (quantization := quantization_of(model)) is not None:
+        quantize(pipe.transformer, quantization)
     batches = make_loader(dataset, data.batch_size, config.seed, data.num_workers)
     return batches, pipe.transformer, pipe.vae, collate(samples) if samples else None
+
+
+def quantization_of(model: QuantizableOptions) -> SVDQuantConfig | None:
+    """How the options quantize a base; None: not."""
+    if model.quantize == "no":
+        return None
+    return SVDQuantConfig(precision=model.quantize, rank=model.quantize_rank)
 
 
 def generate_class_images(
@@ -244,6 +323,16 @@ def with_prompt(images: Images, prompt: str) -> Images:
     return images
 
 
+def patterns_of(config: LoraTrainingConfig) -> dict[str, dict[str, int]]:
+    """`rank_pattern` and `alpha_pattern` of PEFT's `LoraConfig`.
+
+    Without `lora_alpha` a layer of another rank has that for its alpha, so that all layers have the scale 1.
+    """
+    ranks = parse_pattern("rank_pattern", config.rank_pattern)
+    alphas = parse_pattern("alpha_pattern", config.alpha_pattern)
+    return {"rank_pattern": ranks, "alpha_pattern": ({} if config.lora_alpha else ranks) | alphas}
+
+
 def add_adapter(transformer: ModelMixin, target_modules: Sequence[str], **lora_config: Any) -> None:
     """Freeze `transformer` and put a LoRA that trains, in fp32, beside its layers.
 
@@ -260,6 +349,15 @@ def add_adapter(transformer: ModelMixin, target_modules: Sequence[str], **lora_c
         if not any(name == target or name.endswith(f".{target}") for name in names):
             ends = sorted({name.rpartition(".")[2] for name in names if "attn" in name or ".ff." in name})
             raise ValueError(f"`target_modules` must name layers, got {target!r}. Layers of the blocks: {ends}.")
+    for argument in ("rank_pattern", "alpha_pattern"):
+        for pattern in lora_config.get(argument, ()):
+            if not any(
+                re.fullmatch(rf"(.*\.)?({pattern})", name) and name.endswith(tuple(target_modules)) for name in names
+            ):
+                raise ValueError(
+                    f"`{argument}` must name layers that get an adapter, got {pattern!r}. They end in "
+                    f"{sorted(target_modules)}."
+                )
     transformer.requires_grad_(False)
     adapter = LoraConfig(init_lora_weights="gaussian", target_modules=list(target_modules), **lora_config)
     transformer.add_adapter(adapter)

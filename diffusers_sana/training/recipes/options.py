@@ -12,7 +12,6 @@ from importlib import import_module
 from pathlib import Path
 
 from diffusers_sana.training.config import (
-    OPTIMIZERS,
     ImageDataOptions,
     Options,
     TrainingConfig,
@@ -28,6 +27,9 @@ from diffusers_sana.training.config import (
 
 CAPTION_WEIGHTINGS = ("power", "softmax")
 WIRINGS = ("diffusers", "nvlabs")
+LOSS_WEIGHTINGS = ("none", "min_snr", "cosmap")
+BUCKETS = ("pipelines", "authors")
+PERCEPTUAL = ("random", "lpips")
 QUANTIZED = ("no", "int4", "nvfp4", "int8")
 
 
@@ -48,7 +50,19 @@ class FlowTrainingConfig(TransformerTrainingConfig):
     flow_shift: float = option(3.0, "timestep shift; 6 for 4096 pixels", changeable=True)
     logit_mean: float = option(0.0, "mean of the logit-normal sigmas before the shift", changeable=True)
     logit_std: float = option(1.0, "standard deviation of the logit-normal sigmas before the shift", changeable=True)
+    loss_weighting: str = option(
+        "none",
+        "weights of noise levels in the loss: `none`, `min_snr` or `cosmap`",
+        changeable=True,
+        choices=LOSS_WEIGHTINGS,
+    )
+    snr_gamma: float = option(5.0, "largest signal-to-noise ratio that `min_snr` counts", changeable=True)
     sample_steps: int = option(20, "Euler steps of the sample grids", changeable=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.snr_gamma <= 0:
+            raise ValueError(f"`snr_gamma` must be above 0, got {self.snr_gamma}. 5 is usual.")
 
 
 @dataclass(kw_only=True)
@@ -77,6 +91,14 @@ class CaptionedDataOptions(ImageDataOptions):
     """Images with captions."""
 
     resolution: int = option(512, "side of the square whose area the buckets have, in pixels")
+    more_resolutions: tuple[int, ...] = option(
+        (), "train each image at these resolutions too; a batch has one size of one of them"
+    )
+    buckets: str = option(
+        "pipelines",
+        "shapes of the buckets: those that the `pipelines` round to, or the 40 of the `authors`' training",
+        choices=BUCKETS,
+    )
 
 
 @dataclass(kw_only=True)
@@ -105,11 +127,6 @@ class SanaTrainingConfig(PromptFlowTrainingConfig):
     """Training of a text-to-image transformer; defaults are the paper's where it gives any."""
 
     output_dir: str = option("outputs/sana", "folder for checkpoints, samples, log and result", changeable=True)
-    optimizer: str = option(
-        "adamw",
-        "`adamw`, `adamw8bit` with a quarter of its memory (needs bitsandbytes), or `muon`",
-        choices=OPTIMIZERS,
-    )
     warmup_steps: int = option(2000, "steps of linear warm-up", changeable=True)
     max_grad_norm: float = option(0.1, "clip the gradient norm; 0 does not clip", changeable=True)
     train_text_encoder: bool = option(False, "train the text encoder too; for small ones")
@@ -140,10 +157,14 @@ class SanaModelOptions(PretrainedOptions):
     transformer_config: str = option("", "config.json of a new transformer; default: the pretrained one is trained")
     sample_size: int | None = option(None, "latent side that the model is for from now on")
     interpolation_scale: int | None = option(None, "give the model a positional table: 1 at 2048 pixels, 2 at 4096")
+    num_layers: int | None = option(None, "grow the transformer to this many blocks, see docs/training_options.md")
+    kept_layers: int | None = option(None, "blocks that a growing transformer keeps; default: all but the last two")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_file("transformer_config", self.transformer_config)
+        if self.kept_layers is not None and self.num_layers is None:
+            raise ValueError(f"`kept_layers` is {self.kept_layers}, but nothing grows. Pass --num-layers too.")
 
 
 # ControlNet
@@ -180,7 +201,22 @@ class ControlNetModelOptions(PretrainedOptions):
 
 
 @dataclass(kw_only=True)
-class SprintTrainingConfig(PromptTrainingConfig):
+class ConsistencyTrainingConfig(TransformerTrainingConfig):
+    """Settings of a training of SANA-Sprint by consistency; defaults are the paper's."""
+
+    angle_mean: float = option(
+        0.0, "mean of the log of the noise-to-data ratio at the training angles of a Sprint", changeable=True
+    )
+    angle_std: float = option(1.6, "standard deviation of the same", changeable=True)
+    sigma_data: float = option(0.5, "TrigFlow's standard deviation of latents, also of the saved scheduler")
+    tangent_constant: float = option(0.1, "added to the norm that a Sprint's tangents are divided by", changeable=True)
+    guidance_scales: tuple[float, ...] = option(
+        (4.0, 4.5, 5.0), "guidance scales that a Sprint learns", changeable=True
+    )
+
+
+@dataclass(kw_only=True)
+class SprintTrainingConfig(PromptTrainingConfig, ConsistencyTrainingConfig):
     """Distillation into a few-step model; defaults are the paper's where it gives any."""
 
     output_dir: str = option("outputs/sprint", "folder for checkpoints, samples, log and result", changeable=True)
@@ -189,20 +225,11 @@ class SprintTrainingConfig(PromptTrainingConfig):
     discriminator_learning_rate: float = option(
         2e-6, "peak learning rate of the discriminator's heads", changeable=True
     )
-    weight_decay: float = option(0.01, "AdamW weight decay of matrices and kernels", changeable=True)
+    weight_decay: float = option(0.01, "weight decay of matrices and kernels", changeable=True)
     lora_rank: int | None = option(None, "train and save a LoRA of this rank; default: all weights of the student")
     max_grad_norm: float = option(0.1, "clip the gradient norm; 0 does not clip", changeable=True)
-    angle_mean: float = option(
-        0.0, "mean of the log of the noise-to-data ratio at the training angles", changeable=True
-    )
-    angle_std: float = option(1.6, "standard deviation of the same", changeable=True)
-    sigma_data: float = option(0.5, "TrigFlow's standard deviation of latents, also of the saved scheduler")
     tangent_warmup_steps: int = option(
         4000, "steps until the derivative along the path has its full weight", changeable=True
-    )
-    tangent_constant: float = option(0.1, "added to the norm that tangents are divided by", changeable=True)
-    guidance_scales: tuple[float, ...] = option(
-        (4.0, 4.5, 5.0), "guidance scales that the student learns", changeable=True
     )
     adversarial_weight: float = option(
         0.5, "weight of the adversarial loss; 0 leaves the discriminator out", changeable=True
@@ -220,6 +247,9 @@ class SprintTrainingConfig(PromptTrainingConfig):
     misaligned_pairs: bool = option(
         True, "show the discriminator true images with prompts of other images as fake", changeable=True
     )
+    sample_prompts: tuple[str, ...] = option(
+        (), "prompts of the sample grids; default: those of the first batch", changeable=True
+    )
 
 
 @dataclass(kw_only=True)
@@ -229,11 +259,19 @@ class SprintDataOptions(CachedDataOptions):
     resolution: int = option(1024, "side of the square whose area the buckets have, in pixels")
 
 
+@dataclass(kw_only=True)
+class QuantizableOptions(PretrainedOptions):
+    """The pipeline to start from, and the bits of the base that a LoRA trains beside."""
+
+    quantize: str = option("no", "`no`, or `int4`, `nvfp4` or `int8`: quantize the base first", choices=QUANTIZED)
+    quantize_rank: int = option(32, "rank of the low-rank branch beside the quantized weights")
+
+
 # LoRA
 
 
 @dataclass(kw_only=True)
-class LoraTrainingConfig(PromptFlowTrainingConfig):
+class LoraTrainingConfig(PromptFlowTrainingConfig, ConsistencyTrainingConfig):
     """Training of a LoRA; rank, layers and optimizer are those of diffusers' DreamBooth script for Sana."""
 
     output_dir: str = option("outputs/sana-lora", "folder for checkpoints, samples, log and result", changeable=True)
@@ -245,8 +283,15 @@ class LoraTrainingConfig(PromptFlowTrainingConfig):
     )
     mix_ffn: bool = option(False, "also the 1x1 convolutions of the Mix-FFN: conv_inverted, conv_point")
     use_dora: bool = option(False, "learn the magnitude of each weight separately (arXiv 2402.09353)")
+    use_rslora: bool = option(False, "scale by lora_alpha / sqrt(rank), for large ranks (arXiv 2312.03732)")
+    rank_pattern: tuple[str, ...] = option(
+        (), "other ranks of some layers, such as `attn2.to_k=8`, by the ends of their names or regular expressions"
+    )
+    alpha_pattern: tuple[str, ...] = option(
+        (), "other alphas of some layers; default: that of all, or with it also left out their rank"
+    )
     max_steps: int = option(500, "optimizer steps", changeable=True)
-    weight_decay: float = option(1e-4, "AdamW weight decay", changeable=True)
+    weight_decay: float = option(1e-4, "weight decay", changeable=True)
     flow_shift: float | None = option(  # type: ignore[assignment]
         None, "timestep shift; default: that of the pipeline's scheduler", changeable=True
     )
@@ -259,6 +304,23 @@ class LoraTrainingConfig(PromptFlowTrainingConfig):
         super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"`rank` must be at least 1, got {self.rank}. 4 to 32 are usual.")
+        for name in ("rank_pattern", "alpha_pattern"):
+            parse_pattern(name, getattr(self, name))
+
+
+def parse_pattern(argument: str, items: Sequence[str]) -> dict[str, int]:
+    """What `--rank-pattern attn2.to_k=8` says: `{"attn2.to_k": 8}`.
+
+    Raises:
+        ValueError: an item is not of that form, or its number is below 1.
+    """
+    pattern = {}
+    for item in items:
+        name, _, value = item.rpartition("=")
+        if not name or not value.isdecimal() or int(value) < 1:
+            raise ValueError(f"`{argument}` must be of items LAYER=NUMBER, got {item!r}. Write such as attn2.to_k=8.")
+        pattern[name] = int(value)
+    return pattern
 
 
 @dataclass(kw_only=True)
@@ -276,12 +338,10 @@ class LoraDataOptions(CachedDataOptions):
 
 
 @dataclass(kw_only=True)
-class LoraModelOptions(PretrainedOptions):
+class LoraModelOptions(QuantizableOptions):
     """The pipeline to adapt."""
 
-    pretrained: str = option("", "SanaPipeline folder or repository, also a quantized one")
-    quantize: str = option("no", "`no`, or `int4`, `nvfp4` or `int8`: quantize the base first", choices=QUANTIZED)
-    quantize_rank: int = option(32, "rank of the low-rank branch beside the quantized weights")
+    pretrained: str = option("", "SanaPipeline or SanaSprintPipeline folder or repository, also a quantized one")
 
 
 # Class-conditional DiT on latents
@@ -348,16 +408,15 @@ class DCAETrainingConfig(TrainingConfig):
         None, "peak learning rate; default: the phase's", changeable=True
     )
     betas: tuple[float, float] | None = option(  # type: ignore[assignment]
-        None, "AdamW betas; default: the phase's", changeable=True
+        None, "the optimizer's betas; default: the phase's", changeable=True
     )
     weight_decay: float | None = option(  # type: ignore[assignment]
-        None, "AdamW weight decay of matrices and kernels; default: the phase's", changeable=True
+        None, "weight decay of matrices and kernels; default: the phase's", changeable=True
     )
     phase: int = option(
         1, "1: train all at low resolution, 2: latent side at high, 3: decoder head with GAN", choices=(1, 2, 3)
     )
     trained_prefixes: tuple[str, ...] | None = option(None, "key prefixes that train; default: the phase's")
-    optimizer: str = option("adamw", "`adamw`, `adamw8bit` or `muon`, for the autoencoder", choices=OPTIMIZERS)
     mse_weight: float = option(0.0, "weight of the mean squared error beside L1", changeable=True)
     latent_weight: float = option(
         0.0, "weight of the loss that pulls the mean square of each latent channel to 1", changeable=True
@@ -370,6 +429,11 @@ class DCAETrainingConfig(TrainingConfig):
     perceptual_weight: float = option(0.25, "weight of the perceptual loss; 0 leaves it out", changeable=True)
     perceptual_every: int = option(
         1, "steps between uses of the perceptual loss, its weight raised to match", changeable=True
+    )
+    perceptual: str = option(
+        "random",
+        "`random`: seeded features without a download, or `lpips`: that package's VGG",
+        choices=PERCEPTUAL,
     )
     perceptual_crop: int = option(0, "side of the random square the perceptual loss sees; 0 is all", changeable=True)
     gan_weight: float = option(0.5, "weight of the adversarial loss in phase 3", changeable=True)
@@ -419,11 +483,16 @@ class VilaUTowerTrainingConfig(TrainingConfig):
         "outputs/vila_u_tower", "folder for checkpoints, samples, log and result", changeable=True
     )
     learning_rate: float = option(4e-5, "peak learning rate", changeable=True)
-    betas: tuple[float, float] = option((0.5, 0.9), "AdamW betas", changeable=True)
+    betas: tuple[float, float] = option((0.5, 0.9), "the optimizer's betas", changeable=True)
     reconstruction_weight: float = option(1.0, "weight of L1 and perceptual loss together", changeable=True)
     perceptual_weight: float = option(1.0, "weight of the perceptual loss beside L1; 0 leaves it out", changeable=True)
     perceptual_every: int = option(
         1, "steps between uses of the perceptual loss, its weight raised to match", changeable=True
+    )
+    perceptual: str = option(
+        "random",
+        "`random`: seeded features without a download, or `lpips`: that package's VGG",
+        choices=PERCEPTUAL,
     )
     contrastive_weight: float = option(
         1.0, "weight of the contrastive loss; 0 leaves it out, and needs no text tower", changeable=True
@@ -518,7 +587,7 @@ RECIPES: dict[str, tuple[type, ...]] = {
     "dc_ae_dit": (DiTTrainingConfig, DiTDataOptions, DiTModelOptions),
     "lora": (LoraTrainingConfig, LoraDataOptions, LoraModelOptions),
     "sana": (SanaTrainingConfig, SanaDataOptions, SanaModelOptions),
-    "sprint": (SprintTrainingConfig, SprintDataOptions, PretrainedOptions),
+    "sprint": (SprintTrainingConfig, SprintDataOptions, QuantizableOptions),
     "vila_u": (VilaUTrainingConfig, VilaUDataOptions, VilaUModelOptions),
     "vila_u_tower": (VilaUTowerTrainingConfig, VilaUTowerDataOptions, VilaUTowerModelOptions),
 }

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import set_seed
 from torch import Tensor
 
@@ -13,17 +12,18 @@ from diffusers_sana.files import read_json
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
 from diffusers_sana.pipelines.pipeline_sana import SanaPipeline
 from diffusers_sana.schedulers.scheduling_flow_dpm_solver import FlowDPMSolverScheduler
-from diffusers_sana.training.data.batches import Batches, bucket_sizes, make_loader
+from diffusers_sana.training.data.batches import Batches, make_loader
 from diffusers_sana.training.data.captions import SampledCaptions
-from diffusers_sana.training.data.images import load_images
+from diffusers_sana.training.growth import grow_transformer
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
-from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer, noisy_batch
-from diffusers_sana.training.optimizers import make_optimizer
+from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer, noisy_batch, velocity_errors
+from diffusers_sana.training.optimizers import optimizer_of
 from diffusers_sana.training.recipes.options import SanaDataOptions, SanaModelOptions, SanaTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import (
     NUM_SAMPLES,
     Encoders,
     SanaInputs,
+    bucketed_images,
     prepare_blocks,
     sample_noise,
     save_guided_samples,
@@ -58,9 +58,7 @@ def train(
     inputs = SanaInputs(config, accelerator.device, encoders, config.train_text_encoder)
     prepare_blocks(config, transformer)
     model = ConditionedTransformer(transformer, encoders.text_encoder if config.train_text_encoder else None).train()
-    optimizer = make_optimizer(
-        config.optimizer, model.parameters(), config.learning_rate, config.betas, config.weight_decay
-    )
+    optimizer = optimizer_of(config, model.parameters())
     model, optimizer = accelerator.prepare(model, optimizer)
     shown: dict[str, Any] = {}  # what the sample grids show: a batch of prompts, each twice, and the noise
 
@@ -88,7 +86,8 @@ def train(
         noisy, sigmas, target = noisy_batch(latents, config.flow_shift, config.logit_mean, config.logit_std)
         dropped = torch.rand(len(latents), device=accelerator.device) < config.caption_dropout
         with accelerator.accumulate(model):
-            loss = F.mse_loss(model(noisy, sigmas, prompt, dropped).float(), target)
+            velocity = model(noisy, sigmas, prompt, dropped)
+            loss = velocity_errors(velocity, target, sigmas, config.loss_weighting, config.snr_gamma).mean()
             loop.backward(loss)
             loop.update()
         loop.report(images=len(latents), loss=loss)
@@ -116,10 +115,12 @@ def run(config: SanaTrainingConfig, data: SanaDataOptions, model: SanaModelOptio
     transformer, encoders = pipeline.transformer, Encoders.of(pipeline)
     if model.transformer_config:
         transformer = SanaTransformer2DModel.from_config(read_json(model.transformer_config))
+    if model.num_layers:
+        transformer = grow_transformer(transformer, model.num_layers, model.kept_layers, config.seed)
     transformer = with_native_size(transformer, model.sample_size, model.interpolation_scale)
     if not config.train_text_encoder and config.mixed_precision == "bf16":
         pipeline.text_encoder.to(torch.bfloat16)
-    images = load_images(data, bucket_sizes(data.resolution))
+    images = bucketed_images(data)
     dataset: Any = images
     if data.cache_dir:
         inputs = SanaInputs(config, accelerator.device, encoders, config.train_text_encoder)

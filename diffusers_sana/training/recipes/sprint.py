@@ -16,13 +16,13 @@ from diffusers.schedulers.scheduling_scm import SCMScheduler
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from diffusers_sana.kernels.dispatch import kernel_mode
 from diffusers_sana.models.transformers.sprint_student import make_student
 from diffusers_sana.pipelines.pipeline_sana import SanaPipeline
 from diffusers_sana.pipelines.pipeline_sana_sprint import SanaSprintPipeline
+from diffusers_sana.quantizers.svdquant.api import quantize
+from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.schedulers import trigflow
-from diffusers_sana.training.data.batches import Batches, bucket_sizes, make_loader
-from diffusers_sana.training.data.images import load_images
+from diffusers_sana.training.data.batches import Batches, make_loader
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.objectives.adversarial import (
     DiscriminatorHeads,
@@ -34,23 +34,22 @@ from diffusers_sana.training.objectives.adversarial import (
 from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer
 from diffusers_sana.training.objectives.trigflow_distillation import (
     TrigFlowStudent,
-    consistency_tangent,
-    directional_derivative,
     guided_prediction,
     weighted_loss,
 )
-from diffusers_sana.training.optimizers import make_adamw
-from diffusers_sana.training.recipes.lora import add_adapter
-from diffusers_sana.training.recipes.options import PretrainedOptions, SprintDataOptions, SprintTrainingConfig
+from diffusers_sana.training.optimizers import make_adamw, optimizer_of
+from diffusers_sana.training.recipes.consistency import guidance_scales, save_consistency_samples, tangent_of
+from diffusers_sana.training.recipes.lora import add_adapter, quantization_of
+from diffusers_sana.training.recipes.options import QuantizableOptions, SprintDataOptions, SprintTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import (
     Encoders,
     Prompt,
     SanaInputs,
+    bucketed_images,
     first_samples,
     freeze,
     prepare_blocks,
     save_pipeline,
-    save_samples,
 )
 from diffusers_sana.training.state_files import copy_with_weights, sub_state
 
@@ -68,6 +67,7 @@ def train(
     teacher: Any,
     encoders: Encoders | None = None,
     options: tuple[Any, ...] = (),
+    quantization: SVDQuantConfig | None = None,
 ) -> None:
     """Distil `teacher`; the student is saved in `config.output_dir/model`, and everything else stays as it is.
 
@@ -79,6 +79,7 @@ def train(
         batches: as in `sana.train`.
         teacher: a SanaTransformer2DModel without guidance embedding.
         encoders, options: as in `sana.train`.
+        quantization: of the student beside whose weights a LoRA trains; the teacher stays as it is.
     """
     accelerator = make_accelerator(config)
     set_seed(config.seed, device_specific=True)
@@ -87,6 +88,10 @@ def train(
     freeze(device, teacher)
     guide = ConditionedTransformer(teacher, dense_timesteps=True)
     transformer = make_student(teacher).float()
+    if quantization is not None:
+        if not config.lora_rank:
+            raise ValueError("`lora_rank` must be given for a quantized base, whose weights do not train, got None.")
+        quantize(transformer, quantization, progress=False)
     if config.lora_rank:
         add_adapter(transformer, ADAPTED, r=config.lora_rank, lora_alpha=config.lora_rank)
     prepare_blocks(config, transformer, teacher)
@@ -95,44 +100,17 @@ def train(
     heads = DiscriminatorHeads(teacher.proj_out.in_features, len(blocks)).train()
     student, optimizer, heads, heads_optimizer = accelerator.prepare(
         student,
-        make_adamw(
-            [parameter for parameter in student.parameters() if parameter.requires_grad],
-            config.learning_rate,
-            config.betas,
-            config.weight_decay,
-        ),
+        optimizer_of(config, [parameter for parameter in student.parameters() if parameter.requires_grad]),
         heads,
         make_adamw(heads.parameters(), config.discriminator_learning_rate, config.betas, config.weight_decay),
     )
     discriminator = Discriminator(config, accelerator, guide, heads, blocks)
-    scales = torch.tensor(config.guidance_scales, device=device)
-    shown: dict[str, Any] = {}  # what the sample grids show: prompts and noise of the first batch
-
-    def tangent_of(noisy: Tensor, angles: Tensor, guidance: Tensor, prompt: Prompt) -> Tensor:
-        """Where the student's prediction should move, `[B, C, h, w]`."""
-        plain = accelerator.unwrap_model(student)
-        with accelerator.autocast():
-            direction = guided_prediction(guide, noisy, angles, guidance, prompt)
-        with accelerator.autocast(), kernel_mode("torch"):
-            predicted = directional_derivative(lambda x, t: plain(x, t, guidance, prompt)[0], noisy, angles, direction)
-        warmup = min(1.0, loop.step / config.tangent_warmup_steps) if config.tangent_warmup_steps else 1.0
-        settings = (warmup, config.sigma_data, config.tangent_constant)
-        return consistency_tangent(noisy, angles, predicted, direction, *settings)
+    shown: dict[str, Any] = {}  # what the sample grids show: prompts and noise
+    chosen = inputs.prompts({"text": list(config.sample_prompts)}) if config.sample_prompts else None
 
     def sample(path: Path) -> None:
-        if inputs.vae is None:
-            return
-        prompt, noise = shown["prompt"], shown["noise"]
-        guidance = torch.full([len(noise)], config.sample_guidance, device=device)
-        student.eval()
-        generated = [
-            trigflow.sample_consistency(
-                lambda x, t: student(x, t, guidance, prompt)[0], noise, angles, torch.Generator().manual_seed(0)
-            )
-            for angles in trigflow.STEP_ANGLES.values()
-        ]
-        student.train()
-        save_samples(path, inputs.vae, torch.cat(generated), accelerator, columns=len(noise))
+        if inputs.vae is not None:
+            save_consistency_samples(path, config, accelerator, student, inputs.vae, **shown)
 
     def save(folder: Path) -> None:
         state, scheduler = accelerator.get_state_dict(student), SCMScheduler(sigma_data=config.sigma_data)
@@ -162,11 +140,14 @@ def train(
     for batch in loop.run(batches):
         latents, prompt = inputs.latents(batch), inputs.prompts(batch)
         count = len(latents)
-        shown = shown or first_samples(config, latents, prompt)
+        shown = shown or first_samples(config, latents, prompt, chosen)
         angles = trigflow.sample_angles(count, config.angle_mean, config.angle_std, config.sigma_data, device)
         noisy = trigflow.mix(latents, torch.randn_like(latents), angles)
-        guidance = scales[torch.randint(len(scales), (count,), device=device)]
-        tangent = tangent_of(noisy, angles, guidance, prompt)
+        guidance = guidance_scales(config, count, device)
+        with accelerator.autocast():
+            direction = guided_prediction(guide, noisy, angles, guidance, prompt)
+        warmup = min(1.0, loop.step / config.tangent_warmup_steps) if config.tangent_warmup_steps else 1.0
+        tangent = tangent_of(config, accelerator, student, noisy, angles, guidance, prompt, direction, warmup)
         prompts = prompt
         if config.adversarial_weight:  # some of the images once more, from pure noise
             again = (torch.rand(count, device=device) < config.max_time_share).nonzero()[:, 0]
@@ -236,14 +217,18 @@ class Discriminator:
             return teacher_features(self.guide, noisy, angles, prompt, self.blocks)
 
 
-def run(config: SprintTrainingConfig, data: SprintDataOptions, model: PretrainedOptions) -> None:
+def run(config: SprintTrainingConfig, data: SprintDataOptions, model: QuantizableOptions) -> None:
     """Distil the transformer of a pipeline on captioned images: what `examples/train_sana_sprint.py` does."""
+    if model.quantize != "no" and not config.lora_rank:
+        raise ValueError(
+            f"`lora_rank` must be given with `quantize` {model.quantize!r}, got None. Pass --lora-rank 16."
+        )
     device = make_accelerator(config).device
     set_seed(config.seed)
     pipeline = SanaPipeline.from_pretrained(model.pretrained)
     encoders = Encoders.of(pipeline)
-    dataset: Any = load_images(data, bucket_sizes(data.resolution))
+    dataset: Any = bucketed_images(data)
     if data.cache_dir:
         dataset = SanaInputs(config, device, encoders).cache(dataset, data.cache_dir)
     batches = make_loader(dataset, data.batch_size, config.seed, data.num_workers)
-    train(config, batches, pipeline.transformer, encoders, options=(data, model))
+    train(config, batches, pipeline.transformer, encoders, (data, model), quantization_of(model))

@@ -19,12 +19,15 @@ from diffusers_sana.prompts.encoding import (
     tokenize_prompts,
 )
 from diffusers_sana.training.config import TrainingConfig
+from diffusers_sana.training.data.batches import bucket_sizes
 from diffusers_sana.training.data.captions import embeds_name
 from diffusers_sana.training.data.images import Images
 from diffusers_sana.training.data.latent_cache import CachedItems, fill_cache, model_digest, tokenizer_digest
+from diffusers_sana.training.data.sources import Captions, find_source
 from diffusers_sana.training.objectives.flow_matching import sample_guided
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.recipes.options import (
+    CaptionedDataOptions,
     FlowTrainingConfig,
     PromptTrainingConfig,
     TransformerTrainingConfig,
@@ -148,6 +151,12 @@ class SanaInputs:
     @torch.no_grad()
     def _encode(self, tokens: PromptTokens) -> Prompt:
         return encode_tokens(cast(Any, self.text_encoder), tokens)
+
+
+def bucketed_images(data: CaptionedDataOptions, captions: Captions = "expected") -> Images:
+    """The images of `data`, in the buckets of its resolutions; see `find_source` for errors."""
+    sizes = [bucket_sizes(side, shapes=data.buckets) for side in (data.resolution, *data.more_resolutions)]
+    return Images(find_source(data, captions), *sizes)
 
 
 def freeze(device: torch.device, *models: nn.Module | None) -> None:

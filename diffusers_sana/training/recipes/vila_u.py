@@ -21,7 +21,7 @@ from diffusers_sana.models.vila_u.processing_vila_u import VilaUProcessor
 from diffusers_sana.training.data.batches import Batches, make_loader
 from diffusers_sana.training.data.chats import ChatCollator, ChatFolder, encode_images
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
-from diffusers_sana.training.optimizers import make_adamw
+from diffusers_sana.training.optimizers import optimizer_of
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.recipes.options import VilaUDataOptions, VilaUModelOptions, VilaUTrainingConfig
 from diffusers_sana.training.state_files import copy_with_weights, sub_state
@@ -76,7 +76,7 @@ def train(
             layer.compile()
     trained = MaskedImageTokens(model, config.cell_dropout).train()
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    optimizer = make_adamw(parameters, config.learning_rate, config.betas, config.weight_decay)
+    optimizer = optimizer_of(config, parameters)
     trained, optimizer = accelerator.prepare(trained, optimizer)
 
     def sample(path: Path) -> None:

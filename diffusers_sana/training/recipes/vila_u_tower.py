@@ -22,8 +22,8 @@ from diffusers_sana.training.data.batches import Batches, make_loader
 from diffusers_sana.training.data.images import load_images
 from diffusers_sana.training.data.sources import Captions
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
-from diffusers_sana.training.objectives.perceptual import PerceptualLoss
-from diffusers_sana.training.optimizers import make_adamw
+from diffusers_sana.training.objectives.perceptual import make_perceptual
+from diffusers_sana.training.optimizers import optimizer_of
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.recipes.options import (
     VilaUTowerDataOptions,
@@ -64,7 +64,7 @@ def train(
             for the contrastive loss, `text`, a list of B strings.
         model: with semantic head and text tower, unless `config.contrastive_weight` is 0.
         tokenizer: of the text tower.
-        perceptual_network: module from images to a list of feature maps; default: seeded random features.
+        perceptual_network: module from images to a list of feature maps; default: as `config.perceptual` says.
         options: groups of options for data and models, that checkpoints record; see `TrainingLoop`.
 
     Raises:
@@ -77,11 +77,9 @@ def train(
     if config.compile:
         model.decoder.compile()
     trained = TowerWithText(model).train()
-    optimizer = make_adamw(
-        [p for p in trained.parameters() if p.requires_grad], config.learning_rate, config.betas, config.weight_decay
-    )
+    optimizer = optimizer_of(config, [p for p in trained.parameters() if p.requires_grad])
     trained, optimizer = accelerator.prepare(trained, optimizer)
-    perceptual = PerceptualLoss(perceptual_network).to(accelerator.device)
+    perceptual = make_perceptual(config.perceptual, perceptual_network).to(accelerator.device)
     shown: list[Tensor] = []  # the first batch of the run, for the sample grids
 
     def sample(path: Path) -> None:

@@ -1,12 +1,17 @@
 """Training adapters on a quantized base: gradients as through dense weights, which are not kept in memory."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffusers_sana
 from diffusers_sana.quantizers.svdquant.api import set_compute_mode
+from diffusers_sana.quantizers.svdquant.layers.linear import forward_mode_products
 from tests.models.sana_transformers import tiny_inputs, tiny_model
 from tests.numerics import assert_close_fp32
 from tests.quantizers import tiny_models
@@ -117,3 +122,23 @@ def test_what_was_trained_is_an_ordinary_lora(case, tmp_path):
     assert not torch.equal(run(model, inputs), trained)
     model.load_lora_adapter(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     assert torch.equal(run(model, inputs), trained)
+
+
+def test_forward_mode_goes_through_quantized_layers():
+    """A quantized Sana's derivative along a direction is its dense twin's; afterwards all is as before."""
+    model, inputs = sana()
+    model = quantized(model)
+    twin = dense_twin(model)
+    generator = torch.Generator().manual_seed(0)
+    latents = inputs.pop("hidden_states")
+    direction = torch.randn(latents.shape, generator=generator)
+    before = run(model, {"hidden_states": latents, **inputs})
+    derivatives = []
+    for each, products in ((model, forward_mode_products(model)), (twin, nullcontext())):
+        with torch.no_grad(), products, sdpa_kernel(SDPBackend.MATH):
+            predict = partial(lambda each, x: each(hidden_states=x, **inputs).sample, each)
+            derivatives.append(torch.func.jvp(predict, (latents,), (direction,))[1])
+    assert derivatives[1].abs().max() > 1e-3
+    assert_close_fp32(derivatives[0], derivatives[1], tolerance=1e-4)
+    assert torch.equal(run(model, {"hidden_states": latents, **inputs}), before)
+    assert not any("matmul" in vars(module) for module in model.modules())

@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffusers_sana.pipelines.resolution import ASPECT_RATIO_BINS
 from diffusers_sana.training.data.batches import bucket_batches, bucket_sizes, collate, make_loader, nearest_size
-from diffusers_sana.training.data.images import ImageFolder, load_pixels
+from diffusers_sana.training.data.images import ImageFolder, Images, load_pixels
 from diffusers_sana.training.data.latent_cache import fill_cache, model_digest
 from tests.training.tiny import tiny_autoencoder, write_image_folder
 
@@ -31,6 +31,33 @@ def test_bucket_sizes_of_a_small_resolution():
     assert all(side % 32 == 0 and side > 0 for size in sizes for side in size)
     with pytest.raises(ValueError, match="`resolution` must be at least 32, got 16"):
         bucket_sizes(16)
+
+
+def test_bucket_sizes_of_the_authors():
+    """The first and some others of their tables at 512 and 1024, and 40 at each resolution."""
+    tables = {side: bucket_sizes(side, shapes="authors") for side in (512, 1024, 2048, 4096)}
+    assert [len(sizes) for sizes in tables.values()] == [40] * 4
+    assert tables[1024][:4] == [(512, 2048), (512, 1984), (512, 1920), (512, 1856)]
+    assert {(576, 1728), (832, 1216), (1024, 1024), (1856, 512)} < set(tables[1024])
+    assert {(256, 1024), (288, 864), (416, 608), (512, 512)} < set(tables[512])
+    assert set(bucket_sizes(1024)) < set(tables[1024])
+
+
+def test_images_at_several_resolutions(tmp_path):
+    """Every image once at each; a batch has one size; the cache has a file for each."""
+    write_image_folder(tmp_path / "data", [(40, 40), (40, 80)])
+    images = ImageFolder(tmp_path / "data", [(32, 32), (32, 64)])
+    several = Images(images.source, [(32, 32), (32, 64)], [(16, 16)])
+    assert several.sizes_of_items == [(32, 32), (32, 64), (16, 16), (16, 16)]
+    assert several.captions == images.captions * 2
+    assert [tuple(several[index]["pixel_values"].shape[1:]) for index in range(4)] == several.sizes_of_items
+    assert torch.equal(several[1]["pixel_values"], images[1]["pixel_values"])
+    assert several[3]["text"] == images[1]["text"]
+    made_from = [json.dumps(several.made_from(index), default=str) for index in range(4)]
+    assert len(set(made_from)) == 4
+    assert made_from[:2] == [json.dumps(images.made_from(index), default=str) for index in range(2)]
+    cached = fill_cache(several, tmp_path / "cache", lambda item: {"latents": item["pixel_values"]}, {})
+    assert [tuple(cached[index]["latents"].shape[1:]) for index in range(4)] == several.sizes_of_items
 
 
 def test_nearest_size_treats_both_orientations_alike():

@@ -1,5 +1,8 @@
 """Flow matching, the perceptual loss, the discriminator and structured latents."""
 
+import sys
+import types
+
 import pytest
 import torch
 from diffusers import AutoencoderDC as DiffusersAutoencoderDC
@@ -9,13 +12,15 @@ from torch import nn
 from diffusers_sana.training.objectives.adversarial import PatchDiscriminator, discriminator_loss, generator_loss
 from diffusers_sana.training.objectives.flow_matching import (
     interpolate,
+    level_weights,
     sample_euler,
     sample_sigmas,
     shift_sigmas,
     timesteps_of,
+    velocity_errors,
     velocity_target,
 )
-from diffusers_sana.training.objectives.perceptual import PerceptualLoss, RandomFeatures
+from diffusers_sana.training.objectives.perceptual import PerceptualLoss, RandomFeatures, make_perceptual
 from diffusers_sana.training.recipes.dc_ae import mask_latents, sample_latent_prefix
 from tests.numerics import assert_close_fp32
 
@@ -70,6 +75,63 @@ def test_the_target_is_the_velocity_of_the_interpolation():
     step = 1e-3
     moved = interpolate(latents, noise, sigmas + step) - interpolate(latents, noise, sigmas)
     assert torch.allclose(moved / step, velocity_target(latents, noise), atol=1e-9)
+
+
+def test_min_snr_is_that_of_the_error_of_the_clean_latents():
+    """Its definition (arXiv 2303.09556) in float64, with x_0 computed from the velocity."""
+    generator = torch.Generator().manual_seed(0)
+    latents, noise, error = torch.randn(3, 5, 2, 3, 3, dtype=torch.float64, generator=generator)
+    sigmas = torch.tensor([0.02, 0.2, 0.31, 0.5, 0.99], dtype=torch.float64)
+    target = velocity_target(latents, noise)
+    noisy = interpolate(latents, noise, sigmas)
+    predicted = noisy - sigmas.view(-1, 1, 1, 1) * (target + error)
+    ratio = ((1 - sigmas) / sigmas).square()
+    expected = ratio.clamp_max(5.0) * (predicted - latents).square().mean((1, 2, 3))
+    errors = velocity_errors((target + error).float(), target.float(), sigmas.float(), "min_snr", 5.0)
+    assert_close_fp32(errors, expected.float())
+    assert level_weights(torch.zeros(1), "min_snr").item() == 0, "finite where there is no noise"
+
+
+def test_cosmap_is_the_ratio_of_two_densities():
+    """The density of sigma = tan / (1 + tan) at evenly spread angles; it integrates to 1."""
+    sigmas = torch.linspace(0, 1, 10_001, dtype=torch.float64)
+    weights = level_weights(sigmas, "cosmap")
+    assert torch.trapezoid(weights, sigmas).item() == pytest.approx(1, abs=1e-6)
+    angles = torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * torch.pi / 2
+    share = (angles.tan() / (1 + angles.tan()) < 0.25).double().mean().item()
+    assert torch.trapezoid(weights[:2501], sigmas[:2501]).item() == pytest.approx(share, abs=5e-3)
+
+
+def test_errors_without_weights_are_the_mean_squared_error():
+    velocity, target = torch.randn(2, 3, 4, 2, 2)
+    errors = velocity_errors(velocity, target, torch.rand(3))
+    assert_close_fp32(errors.mean(), nn.functional.mse_loss(velocity, target))
+
+
+def test_lpips_is_asked_for_whole_or_cut_images(monkeypatch):
+    class Lpips(nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+            assert (net, verbose) == ("vgg", False)
+            self.scale = nn.Parameter(torch.tensor(3.0))
+
+        def forward(self, images, targets):
+            self.side = images.shape[-1]
+            return self.scale * (images - targets).abs().mean((1, 2, 3), keepdim=True)
+
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=Lpips))
+    loss = make_perceptual("lpips", crop_size=4)
+    images = torch.full((2, 3, 8, 8), 0.5, requires_grad=True)
+    value = loss(images, torch.zeros(2, 3, 8, 8))
+    assert value.item() == pytest.approx(1.5)
+    value.backward()
+    assert images.grad.count_nonzero() == 2 * 3 * 4 * 4
+    assert loss.distance.side == 4
+    assert not loss.distance.scale.requires_grad
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ValueError, match=r"`perceptual` 'lpips' needs packages .*`pip install lpips torchvision`"):
+        make_perceptual("lpips")
+    assert isinstance(make_perceptual("lpips", RandomFeatures()).network, RandomFeatures)
 
 
 def test_sample_euler_follows_a_straight_line_to_the_latents():

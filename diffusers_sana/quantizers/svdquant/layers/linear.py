@@ -21,7 +21,9 @@ Legend: B batch, M tokens, K input features, Kp = K padded, N output features, r
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -202,6 +204,28 @@ class SVDQuantLayer(LowRankBranch):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         int8_linear.forget(self.qweight)
         super()._load_from_state_dict(*args, **kwargs)
+
+
+@contextmanager
+def forward_mode_products(model: nn.Module) -> Iterator[None]:
+    """Inside, forward-mode differentiation (`torch.func.jvp`) goes through the quantized layers of a model.
+
+    They compute as plain products with the matrices that they represent, as in w4a16: the other modes and the fast
+    products on a CPU have no derivative.
+    """
+    layers = list(quantized_layers(model))
+
+    def product(layer: SVDQuantLayer, hidden_states: Tensor) -> Tensor:
+        hidden_states = hidden_states.to(layer.proj_up.dtype)
+        return nn.functional.linear(hidden_states, layer.dequantize(hidden_states.dtype), layer.bias)
+
+    for layer in layers:
+        layer.matmul = partial(product, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.matmul
 
 
 class _FrozenLinear(torch.autograd.Function):
