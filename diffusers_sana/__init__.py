@@ -24,13 +24,16 @@ _EXPORTS = {
     "SANA_EMOJI_SPRINT": "diffusers_sana.checkpoints",
     "SVDQuantConfig": "diffusers_sana.quantizers.svdquant.config",
     "SanaControlNetImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_controlnet_img2img",
+    "SanaControlNetInpaintPipeline": "diffusers_sana.pipelines.pipeline_sana_controlnet_inpaint",
     "SanaControlNetModel": "diffusers_sana.models.controlnets.controlnet_sana",
     "SanaControlNetPipeline": "diffusers_sana.pipelines.pipeline_sana_controlnet",
     "SanaImageToVideoPipeline": "diffusers_sana.pipelines.pipeline_sana_video_i2v",
     "SanaImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_img2img",
     "SanaInpaintPipeline": "diffusers_sana.pipelines.pipeline_sana_inpaint",
+    "SanaMultiControlNetModel": "diffusers_sana.models.controlnets.multicontrolnet_sana",
     "SanaPAGPipeline": "diffusers_sana.pipelines.pipeline_sana_pag",
     "SanaPipeline": "diffusers_sana.pipelines.pipeline_sana",
+    "SanaSprintControlNetPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint_controlnet",
     "SanaSprintImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint_img2img",
     "SanaSprintPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint",
     "SanaTransformer2DModel": "diffusers_sana.models.transformers.transformer_sana",
@@ -107,6 +110,9 @@ if TYPE_CHECKING:
     from diffusers_sana.loading import find_pipeline_class as find_pipeline_class
     from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC as AutoencoderDC
     from diffusers_sana.models.controlnets.controlnet_sana import SanaControlNetModel as SanaControlNetModel
+    from diffusers_sana.models.controlnets.multicontrolnet_sana import (
+        SanaMultiControlNetModel as SanaMultiControlNetModel,
+    )
     from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel as SanaTransformer2DModel
     from diffusers_sana.models.transformers.transformer_sana_video import (
         SanaVideoTransformer3DModel as SanaVideoTransformer3DModel,
@@ -125,10 +131,16 @@ if TYPE_CHECKING:
     from diffusers_sana.pipelines.pipeline_sana_controlnet_img2img import (
         SanaControlNetImg2ImgPipeline as SanaControlNetImg2ImgPipeline,
     )
+    from diffusers_sana.pipelines.pipeline_sana_controlnet_inpaint import (
+        SanaControlNetInpaintPipeline as SanaControlNetInpaintPipeline,
+    )
     from diffusers_sana.pipelines.pipeline_sana_img2img import SanaImg2ImgPipeline as SanaImg2ImgPipeline
     from diffusers_sana.pipelines.pipeline_sana_inpaint import SanaInpaintPipeline as SanaInpaintPipeline
     from diffusers_sana.pipelines.pipeline_sana_pag import SanaPAGPipeline as SanaPAGPipeline
     from diffusers_sana.pipelines.pipeline_sana_sprint import SanaSprintPipeline as SanaSprintPipeline
+    from diffusers_sana.pipelines.pipeline_sana_sprint_controlnet import (
+        SanaSprintControlNetPipeline as SanaSprintControlNetPipeline,
+    )
     from diffusers_sana.pipelines.pipeline_sana_sprint_img2img import (
         SanaSprintImg2ImgPipeline as SanaSprintImg2ImgPipeline,
     )

@@ -168,7 +168,14 @@ ENTRIES = (
             key=_always(name),
             value=_always(PACKAGE),
         )
-        for name in ("SanaControlNetImg2ImgPipeline", "SanaImg2ImgPipeline", "SanaInpaintPipeline", "VilaUPipeline")
+        for name in (
+            "SanaControlNetImg2ImgPipeline",
+            "SanaControlNetInpaintPipeline",
+            "SanaImg2ImgPipeline",
+            "SanaInpaintPipeline",
+            "SanaSprintControlNetPipeline",
+            "VilaUPipeline",
+        )
     ),
     # If diffusers has a pipeline of the name in the index, there is no table to add ours to. It calls
     # `_get_pipeline_class`, only for `DiffusionPipeline.from_pretrained` and `download`. It then loads the components
@@ -211,7 +218,9 @@ ENTRIES = (
             ("INPAINT", "", "sana_inpaint", "SanaInpaintPipeline"),
             ("TEXT2IMAGE", "-controlnet", "sana_controlnet", "SanaControlNetPipeline"),
             ("IMAGE2IMAGE", "-controlnet", "sana_controlnet_img2img", "SanaControlNetImg2ImgPipeline"),
+            ("INPAINT", "-controlnet", "sana_controlnet_inpaint", "SanaControlNetInpaintPipeline"),
             ("TEXT2IMAGE", "-sprint", "sana_sprint", "SanaSprintPipeline"),
+            ("TEXT2IMAGE", "-sprint-controlnet", "sana_sprint_controlnet", "SanaSprintControlNetPipeline"),
             ("IMAGE2IMAGE", "-sprint", "sana_sprint_img2img", "SanaSprintImg2ImgPipeline"),
         )
     ),

@@ -103,15 +103,16 @@ def cover_images(images: Tensor, size: tuple[int, int]) -> Tensor:
     ratio = max(size[0] / images.shape[-2], size[1] / images.shape[-1])
     height, width = (round(side * ratio) for side in images.shape[-2:])
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
-    return _resize(images, (height, width))[..., top : top + size[0], left : left + size[1]]
+    return resize_images(images, (height, width))[..., top : top + size[0], left : left + size[1]]
 
 
 def fit_images(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Images `[N, c, H, W]` in [0, 1] at `size`, height and width; `resize_and_crop` is the way back."""
-    return _resize(pad_to_ratio(images, size), size)
+    return resize_images(pad_to_ratio(images, size), size)
 
 
-def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images `[N, c, H, W]` in [0, 1] stretched to `size`, height and width."""
     if images.shape[-2:] == size:
         return images
     low, high = images.aminmax()  # the interpolation overshoots at edges; what was out of [0, 1] before may stay so

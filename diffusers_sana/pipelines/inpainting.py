@@ -3,15 +3,115 @@
 Legend: N masks, H W height and width in pixels, h w those in latent cells.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffusers_sana.images import MASK_THRESHOLD, check_masks
-from diffusers_sana.pipelines.conditioning import cover_images, pad_to_ratio, read_images
+from diffusers_sana.pipelines.conditioning import (
+    StartImage,
+    cover_images,
+    for_each_output,
+    mix_noise,
+    pad_to_ratio,
+    read_images,
+)
+from diffusers_sana.pipelines.resolution import resize_and_crop
+
+
+@dataclass(frozen=True)
+class Repainting:
+    """The images of a call that repaints them, and the part of them that is generated.
+
+    Attributes:
+        start: the images or latents.
+        masks: `[N, 1, H, W]` at their size.
+        rows, columns: of the part that is generated.
+    """
+
+    start: StartImage
+    masks: Tensor
+    rows: slice
+    columns: slice
+
+    @classmethod
+    def read(
+        cls, start: StartImage, mask_image: Any, padding_mask_crop: int | None, image_size: tuple[int, int]
+    ) -> Self:
+        """The arguments of `SanaInpaintPipeline`, checked.
+
+        Args:
+            start: the argument `image`, cut to the size asked for.
+            mask_image, padding_mask_crop: as in `SanaInpaintPipeline`.
+            image_size: height and width of the images before they were cut.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        masks = read_masks(mask_image, start.size, image_size)
+        return cls(start, masks, *cropped_region(masks, padding_mask_crop, start.is_latents))
+
+    @property
+    def part(self) -> StartImage:
+        """What is generated; of latents it is always all."""
+        if self.start.is_latents:
+            return self.start
+        return replace(self.start, values=self.start.values[..., self.rows, self.columns])
+
+    @property
+    def num_images(self) -> int:
+        """Images or masks, whichever are more."""
+        return max(len(self.start.values), len(self.masks))
+
+    def cells(self, size: tuple[int, int], cells: tuple[int, int], counts: Sequence[int], device: Any) -> Tensor:
+        """Which latent cells are generated, `[B, 1, h, w]`.
+
+        Args:
+            size: height and width that are generated, in pixels.
+            cells: h and w.
+            counts: prompts, and images per prompt; B is their product.
+            device: of the result.
+        """
+        masks = self.masks[..., self.rows, self.columns].to(device)
+        return mask_cells(for_each_output("mask_image", masks, *counts), size, cells)
+
+    def put_into_images(self, generated: Tensor, counts: Sequence[int], preserve_unmasked: bool) -> Tensor:
+        """The images `[B, 3, H, W]` in [0, 1] with the generated part in them.
+
+        Args:
+            generated: decoded images `[B, 3, height, width]` in [-1, 1], of the part, at the size that was generated.
+            counts: prompts, and images per prompt; B is their product.
+            preserve_unmasked: as in `SanaInpaintPipeline`.
+        """
+        generated = (resize_and_crop(generated.float(), *self.part.size) / 2 + 0.5).clamp(0, 1)
+        whole = for_each_output("image", self.start.values.to(generated.device), *counts).clone()
+        if preserve_unmasked:
+            masks = for_each_output("mask_image", self.masks.to(generated.device), *counts)
+            generated = put_back(generated, whole[..., self.rows, self.columns], masks[..., self.rows, self.columns])
+        whole[..., self.rows, self.columns] = generated
+        return whole
+
+
+def keep_the_rest(
+    repainted: Tensor, image_latents: Tensor, noise: Tensor, levels: Sequence[float]
+) -> Callable[[int, Tensor], Tensor]:
+    """An `after_step` for `denoise`: what is not repainted is the image at the noise level of the step.
+
+    Args:
+        repainted: from `Repainting.cells`.
+        image_latents, noise: `[B, C, h, w]`.
+        levels: from `lay_out_steps`.
+    """
+
+    def after_step(step: int, latents: Tensor) -> Tensor:
+        return torch.where(repainted, latents, mix_noise(image_latents, noise, levels[step + 1]))
+
+    return after_step
 
 
 def read_masks(mask_image: Any, size: tuple[int, int], image_size: tuple[int, int]) -> Tensor:

@@ -19,34 +19,28 @@ from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.controlnets.controlnet_sana import SanaControlNetModel
+from diffusers_sana.models.controlnets.multicontrolnet_sana import SanaMultiControlNetModel
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
 from diffusers_sana.pipelines.controlnet_conditioning import (
     Control,
+    as_one,
     check_control_image,
     check_no_graphs,
     encode_control,
+    size_of_tensors,
     warn_of_unused_outputs,
 )
-from diffusers_sana.pipelines.pipeline_sana_base import GuidedSanaPipeline
+from diffusers_sana.pipelines.pipeline_sana_base import GuidedSanaPipeline, SanaPipelineBase, Size
 from diffusers_sana.pipelines.request import Request
 from diffusers_sana.pipelines.sampling import denoise
 from diffusers_sana.prompts.encoding import encode_prompts
 from diffusers_sana.prompts.tokenization import COMPLEX_HUMAN_INSTRUCTION
 
 
-class SanaControlNetPipeline(GuidedSanaPipeline):
-    """Text to image with Sana (arXiv 2410.10629) and a ControlNet (arXiv 2302.05543) that sees a control image.
+class ControlledSanaPipeline(SanaPipelineBase):
+    """Base of the pipelines with ControlNets.
 
-    A drop-in for `diffusers.SanaControlNetPipeline`: the same components, arguments, seeds and folders. Beyond it,
-    ControlNets may have `wiring="nvlabs"`, may be compiled, and may steer only some of the steps.
-
-    Args:
-        tokenizer: Gemma's.
-        text_encoder: language model without a head, in bf16 or fp32: Gemma overflows fp16.
-        vae: deep compression autoencoder in bf16 or fp32; encodes the control image too.
-        transformer: denoiser.
-        controlnet: trained for this transformer.
-        scheduler: solver of the flow; any diffusers scheduler for flow prediction.
+    Args: the components, see `SanaControlNetPipeline`.
     """
 
     model_cpu_offload_seq = "text_encoder->controlnet->transformer->vae"  # type: ignore[assignment]
@@ -58,12 +52,57 @@ class SanaControlNetPipeline(GuidedSanaPipeline):
         text_encoder: Gemma2PreTrainedModel,
         vae: AutoencoderDC | UpstreamAutoencoderDC,
         transformer: SanaTransformer2DModel | UpstreamTransformer,
-        controlnet: SanaControlNetModel | UpstreamControlNet,
+        controlnet: SanaControlNetModel
+        | UpstreamControlNet
+        | SanaMultiControlNetModel
+        | list[SanaControlNetModel]
+        | tuple[SanaControlNetModel],
         scheduler: SchedulerMixin,
     ) -> None:
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
+        controlnet = as_one(controlnet)
         self.register_modules(controlnet=controlnet)
         warn_of_unused_outputs(controlnet, transformer)
+
+    def _control(self, control_image: Any, scale: Any, start: Any, end: Any) -> Control:
+        """The arguments that concern the ControlNets, checked."""
+        multiple = self.vae_scale_factor * self.transformer.config.patch_size
+        check_control_image(control_image, self.controlnet, multiple, has_vae=self.vae is not None)
+        check_no_graphs(self.controlnet, self._cuda_graphs)
+        return Control.of(self.controlnet, self.transformer, scale, start, end)
+
+    def _encode_control(
+        self, control_image: Any, size: Size, num_prompts: int, num_images_per_prompt: int
+    ) -> Tensor | list[Tensor]:
+        """Control latents `[B, C, h, w]` in fp32; of several ControlNets a list of them."""
+        components = self.vae, self.image_processor, self.controlnet
+        return encode_control(
+            *components, control_image, size, num_prompts, num_images_per_prompt, self._execution_device
+        )
+
+    def _controlled_sizes(self, control_image: Any, request: Request) -> tuple[Size, Size]:
+        """The size asked for and the size to generate at, which is that of a control image that is a tensor."""
+        size = size_of_tensors(control_image, self.controlnet)
+        if size is None:
+            return self._sizes(request)
+        asked = request.height or size[0], request.width or size[1]
+        return asked if request.use_resolution_binning else size, size
+
+
+class SanaControlNetPipeline(ControlledSanaPipeline, GuidedSanaPipeline):
+    """Text to image with Sana (arXiv 2410.10629) and a ControlNet (arXiv 2302.05543) that sees a control image.
+
+    A drop-in for `diffusers.SanaControlNetPipeline`: the same components, arguments, seeds and folders. Beyond it,
+    ControlNets may have `wiring="nvlabs"`, may be compiled, may steer only some of the steps, and may be several.
+
+    Args:
+        tokenizer: Gemma's.
+        text_encoder: language model without a head, in bf16 or fp32: Gemma overflows fp16.
+        vae: deep compression autoencoder in bf16 or fp32; encodes the control image too.
+        transformer: denoiser.
+        controlnet: trained for this transformer; or a list of several, which steer together.
+        scheduler: solver of the flow; any diffusers scheduler for flow prediction.
+    """
 
     @torch.no_grad()
     def __call__(
@@ -75,7 +114,7 @@ class SanaControlNetPipeline(GuidedSanaPipeline):
         sigmas: list[float] | None = None,
         guidance_scale: float = 4.5,
         control_image: PipelineImageInput | None = None,
-        controlnet_conditioning_scale: float = 1.0,
+        controlnet_conditioning_scale: float | list[float] = 1.0,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -95,8 +134,8 @@ class SanaControlNetPipeline(GuidedSanaPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 300,
         complex_human_instruction: str | Sequence[str] | None = COMPLEX_HUMAN_INSTRUCTION,
-        control_guidance_start: float = 0.0,
-        control_guidance_end: float = 1.0,
+        control_guidance_start: float | list[float] = 0.0,
+        control_guidance_end: float | list[float] = 1.0,
         *,
         guider: Any = None,
         share_prompt_mask: bool = False,
@@ -106,12 +145,13 @@ class SanaControlNetPipeline(GuidedSanaPipeline):
         Args:
             control_image: what the ControlNet was trained to follow, such as edges: one for all prompts, or one each.
                 PIL images and arrays are resized to the size of generation. A tensor `[images, 3, height, width]` in
-                [-1, 1] is used as it is, and images of its size are generated.
-            controlnet_conditioning_scale: strength of the control.
+                [-1, 1] is used as it is, and images of its size are generated. For several ControlNets, a list with
+                such an entry for each.
+            controlnet_conditioning_scale: strength of the control; for several ControlNets of all, or a list.
             control_guidance_start, control_guidance_end: the fractions of the steps after which the control begins
-                and ends.
+                and ends; for several ControlNets of all, or lists.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as in `SanaPipeline`, and `control_image`, the
-                latents `[B, C, h, w]` of the control image.
+                latents `[B, C, h, w]` of the control image; for several ControlNets a list.
             the others: as in `SanaPipeline`; `attention_kwargs` also reach the ControlNet.
 
         Returns:
@@ -125,11 +165,7 @@ class SanaControlNetPipeline(GuidedSanaPipeline):
         control = self._control(
             control_image, controlnet_conditioning_scale, control_guidance_start, control_guidance_end
         )
-        if isinstance(control_image, Tensor):
-            size = control_image.shape[-2], control_image.shape[-1]
-            requested_size = (height or size[0], width or size[1]) if use_resolution_binning else size
-        else:
-            requested_size, size = self._sizes(request)
+        requested_size, size = self._controlled_sizes(control_image, request)
         self._check(request, size)
 
         device = self._execution_device
@@ -138,9 +174,7 @@ class SanaControlNetPipeline(GuidedSanaPipeline):
             texts = encode_prompts(self.tokenizer, self.text_encoder, request, is_guided=call.is_guided, device=device)
             num_images = len(texts["prompt_embeds"])
             counts = num_images // num_images_per_prompt, num_images_per_prompt
-            texts["control_image"] = encode_control(
-                self.vae, self.image_processor, control_image, size, *counts, device
-            )
+            texts["control_image"] = self._encode_control(control_image, size, *counts)
 
             # 3. Schedule and noise, [B, C, h, w] in fp32
             steps = request.lay_out(call.scheduler, device)
@@ -152,10 +186,3 @@ class SanaControlNetPipeline(GuidedSanaPipeline):
 
             # 5. Images
             return self._output(latents, requested_size, request)
-
-    def _control(self, control_image: Any, scale: float, start: float, end: float) -> Control:
-        """The arguments that concern the ControlNet, checked."""
-        multiple = self.vae_scale_factor * self.transformer.config.patch_size
-        check_control_image(control_image, multiple, has_vae=self.vae is not None)
-        check_no_graphs(self.controlnet, self._cuda_graphs)
-        return Control(self.controlnet, self.transformer, scale, start, end)

@@ -13,7 +13,6 @@ from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from torch import Tensor
 
 from diffusers_sana.pipelines.conditioning import check_strength_of_steps, lay_out_steps, mix_noise
-from diffusers_sana.pipelines.controlnet_conditioning import encode_control
 from diffusers_sana.pipelines.pipeline_sana_controlnet import SanaControlNetPipeline
 from diffusers_sana.pipelines.pipeline_sana_img2img import SanaImg2ImgPipeline
 from diffusers_sana.pipelines.request import Request
@@ -26,7 +25,7 @@ class SanaControlNetImg2ImgPipeline(SanaControlNetPipeline, SanaImg2ImgPipeline)
     """An image, a prompt and a control image to an image: `SanaImg2ImgPipeline` steered by a ControlNet.
 
     Args:
-        controlnet: trained for this transformer (arXiv 2302.05543).
+        controlnet: trained for this transformer (arXiv 2302.05543); or a list of several, which steer together.
         the others: as in `SanaImg2ImgPipeline`.
     """
 
@@ -38,9 +37,9 @@ class SanaControlNetImg2ImgPipeline(SanaControlNetPipeline, SanaImg2ImgPipeline)
         control_image: PipelineImageInput | None = None,
         strength: float = 0.6,
         *,
-        controlnet_conditioning_scale: float = 1.0,
-        control_guidance_start: float = 0.0,
-        control_guidance_end: float = 1.0,
+        controlnet_conditioning_scale: float | list[float] = 1.0,
+        control_guidance_start: float | list[float] = 0.0,
+        control_guidance_end: float | list[float] = 1.0,
         num_images_per_prompt: int = 1,
         negative_prompt: str | list[str] | None = "",
         num_inference_steps: int = 20,
@@ -100,9 +99,7 @@ class SanaControlNetImg2ImgPipeline(SanaControlNetPipeline, SanaImg2ImgPipeline)
             texts = encode_prompts(self.tokenizer, self.text_encoder, request, is_guided=call.is_guided, device=device)
             num_images = len(texts["prompt_embeds"])
             counts = num_images // num_images_per_prompt, num_images_per_prompt
-            texts["control_image"] = encode_control(
-                self.vae, self.image_processor, control_image, size, *counts, device
-            )
+            texts["control_image"] = self._encode_control(control_image, size, *counts)
 
             # 3. Schedule, noise and image, [B, C, h, w] in fp32
             steps, levels = lay_out_steps(call.scheduler, strength, num_inference_steps, timesteps, sigmas, device)

@@ -13,16 +13,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from torch import Tensor
 
-from diffusers_sana.pipelines.conditioning import (
-    check_strength_of_steps,
-    for_each_output,
-    lay_out_steps,
-    mix_noise,
-)
-from diffusers_sana.pipelines.inpainting import cropped_region, mask_cells, put_back, read_masks
+from diffusers_sana.pipelines.conditioning import check_strength_of_steps, lay_out_steps, mix_noise
+from diffusers_sana.pipelines.inpainting import Repainting, keep_the_rest
 from diffusers_sana.pipelines.pipeline_sana_base import ImageSanaPipeline
 from diffusers_sana.pipelines.request import Request
-from diffusers_sana.pipelines.resolution import resize_and_crop
 from diffusers_sana.pipelines.sampling import denoise
 from diffusers_sana.prompts.encoding import encode_prompts
 from diffusers_sana.prompts.tokenization import COMPLEX_HUMAN_INSTRUCTION
@@ -108,13 +102,9 @@ class SanaInpaintPipeline(ImageSanaPipeline):
         # 1. The request, images and masks, checked; the part that is generated, and its size
         request = Request.collect(locals(), has_vae=self.vae is not None)
         check_strength_of_steps(strength, num_inference_steps, timesteps, sigmas)
-        start = self._read_start(image, request)
-        uncut = self._read_start(image, replace(request, height=None, width=None)) if request.is_sized else start
-        masks = read_masks(mask_image, start.size, uncut.size)
-        rows, columns = cropped_region(masks, padding_mask_crop, start.is_latents)
-        part = start if start.is_latents else replace(start, values=start.values[..., rows, columns])
-        size = self._generated_size(part, request, is_chosen=request.is_sized and padding_mask_crop is None)
-        request = request.for_images(max(len(start.values), len(masks)))
+        repainting = self._read_repainting(image, mask_image, padding_mask_crop, request)
+        size = self._generated_size(repainting.part, request, is_chosen=request.is_sized and padding_mask_crop is None)
+        request = request.for_images(repainting.num_images)
         self._check(request, size)
 
         device = self._execution_device
@@ -127,26 +117,37 @@ class SanaInpaintPipeline(ImageSanaPipeline):
             steps, levels = lay_out_steps(call.scheduler, strength, num_inference_steps, timesteps, sigmas, device)
             noise = self._noise(request, num_images, size)
             counts = num_images // num_images_per_prompt, num_images_per_prompt
-            image_latents = part.encode(self.vae, size, *counts, device)
-            masks = for_each_output("mask_image", masks.to(device), *counts)
-            repainted = mask_cells(masks[..., rows, columns], size, (noise.shape[-2], noise.shape[-1]))
+            image_latents = repainting.part.encode(self.vae, size, *counts, device)
+            repainted = repainting.cells(size, (noise.shape[-2], noise.shape[-1]), counts, device)
 
             # 4. Denoising; after each step, what is not repainted is the image at the noise level of the step
-            def keep_the_rest(step: int, latents: Tensor) -> Tensor:
-                return torch.where(repainted, latents, mix_noise(image_latents, noise, levels[step + 1]))
-
+            rest = keep_the_rest(repainted, image_latents, noise, levels)
             latents = mix_noise(image_latents, noise, levels[0])
-            latents = denoise(self.transformer, latents, steps, texts, call, after_step=keep_the_rest)
+            latents = denoise(self.transformer, latents, steps, texts, call, after_step=rest)
 
             # 5. Images: the generated part, put into the images as they were
-            if output_type == "latent" or start.is_latents:
-                return self._output(latents, start.size, request)
-            generated = resize_and_crop(self._decode(latents).float(), *part.size)
-            generated = (generated / 2 + 0.5).clamp(0, 1)
-            whole = for_each_output("image", start.values.to(device), *counts).clone()
-            if preserve_unmasked:
-                generated = put_back(generated, whole[..., rows, columns], masks[..., rows, columns])
-            whole[..., rows, columns] = generated
-            result = self.image_processor.postprocess(whole, output_type, do_denormalize=[False] * len(whole))
-            self.maybe_free_model_hooks()
-            return SanaPipelineOutput(images=result) if return_dict else (result,)
+            return self._repainted(latents, repainting, counts, preserve_unmasked, request)
+
+    def _read_repainting(
+        self, image: Any, mask_image: Any, padding_mask_crop: int | None, request: Request
+    ) -> Repainting:
+        """The images and masks of a call, checked."""
+        start = self._read_start(image, request)
+        uncut = self._read_start(image, replace(request, height=None, width=None)) if request.is_sized else start
+        return Repainting.read(start, mask_image, padding_mask_crop, uncut.size)
+
+    def _repainted(
+        self,
+        latents: Tensor,
+        repainting: Repainting,
+        counts: tuple[int, int],
+        preserve_unmasked: bool,
+        request: Request,
+    ) -> Any:
+        """What `__call__` returns for the latents of the generated part."""
+        if request.output_type == "latent" or repainting.start.is_latents:
+            return self._output(latents, repainting.start.size, request)
+        whole = repainting.put_into_images(self._decode(latents), counts, preserve_unmasked)
+        result = self.image_processor.postprocess(whole, request.output_type, do_denormalize=[False] * len(whole))
+        self.maybe_free_model_hooks()
+        return SanaPipelineOutput(images=result) if request.return_dict else (result,)

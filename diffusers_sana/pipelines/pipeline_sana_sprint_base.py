@@ -15,8 +15,9 @@ from diffusers.schedulers.scheduling_scm import SCMScheduler
 from torch import Tensor
 
 from diffusers_sana.checks import check_number
-from diffusers_sana.models.transformers.sprint_student import load_student
+from diffusers_sana.models.transformers.sprint_student import TRAIN_TIMESTEPS, load_student
 from diffusers_sana.pipelines.call import Call
+from diffusers_sana.pipelines.controlnet_conditioning import Residuals
 from diffusers_sana.pipelines.pipeline_sana_base import SanaPipelineBase
 from diffusers_sana.pipelines.request import check_numbers
 from diffusers_sana.pipelines.sampling import Denoiser, TextInputs, denoise
@@ -119,10 +120,19 @@ def lay_out_angles(
     return scheduler.timesteps[begin:-1]
 
 
-def predict_trigflow(model: Denoiser, latents: Tensor, t: Tensor, text: TextInputs, dtype: torch.dtype) -> Tensor:
+def predict_trigflow(
+    model: Denoiser,
+    latents: Tensor,
+    t: Tensor,
+    text: TextInputs,
+    dtype: torch.dtype,
+    residuals: Residuals | None = None,
+) -> Tensor:
     """The prediction of TrigFlow `[B, C, h, w]`, in fp32, from the transformer's.
 
     Args:
+        model, latents, t, text: of a step.
+        residuals: of the ControlNets, or None.
         dtype: that the guidance scale is rounded to. It is that of the text, as in diffusers; the authors' code keeps
             fp32.
     """
@@ -130,6 +140,7 @@ def predict_trigflow(model: Denoiser, latents: Tensor, t: Tensor, text: TextInpu
     guidance = torch.full([len(latents)], model.call.guidance_scale, device=latents.device).to(dtype)
 
     def velocity(scaled: Tensor, times: Tensor) -> Tensor:
+        more = {} if residuals is None else residuals(model, scaled, times * TRAIN_TIMESTEPS, text)
         return model(
             hidden_states=scaled.to(transformer.dtype),
             timestep=times,
@@ -137,22 +148,30 @@ def predict_trigflow(model: Denoiser, latents: Tensor, t: Tensor, text: TextInpu
             attention_kwargs=model.call.attention_kwargs,
             return_dict=False,
             **text.arguments,
+            **more,
         )
 
     return flow_to_trigflow(velocity, latents / sigma, t.expand(len(latents))).float() * sigma
 
 
-def denoise_trigflow(transformer: Any, latents: Tensor, angles: Tensor, tensors: dict[str, Any], call: Call) -> Tensor:
+def denoise_trigflow(
+    transformer: Any,
+    latents: Tensor,
+    angles: Tensor,
+    tensors: dict[str, Any],
+    call: Call,
+    residuals: Residuals | None = None,
+) -> Tensor:
     """`denoise` in TrigFlow: from latents of standard deviation `sigma_data` to latents of 1, both `[B, C, h, w]`.
 
     After each step the scheduler adds new noise up to the next angle. The result is the image in the last latents,
-    also after an interruption; or what a callback has made of the last latents.
+    also after an interruption; or what a callback has made of the last latents. `residuals` are those of ControlNets.
     """
     stepped, denoised = latents, latents
     text_dtype = tensors["prompt_embeds"].dtype
 
     def predict(model: Denoiser, latents: Tensor, t: Tensor, text: TextInputs) -> Tensor:
-        return predict_trigflow(model, latents, t, text, text_dtype)
+        return predict_trigflow(model, latents, t, text, text_dtype, residuals)
 
     def step(
         call: Call, prediction: Tensor, t: Tensor, latents: Tensor, is_guided: bool, options: dict[str, Any]

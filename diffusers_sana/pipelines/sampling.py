@@ -208,11 +208,12 @@ def _project(
 def _check_replaced(replaced: dict[str, Any], seen: dict[str, Any]) -> None:
     """Raises where a callback has returned tensors for another number of images than there are."""
     count = len(seen["latents"])
-    for name, tensor in replaced.items():
-        # The control image may come back as both halves of a guided batch, as diffusers has it.
-        is_right = len(tensor) == count or (name == "control_image" and len(tensor) > 0 == len(tensor) % count)
-        if name in seen and not is_right:
-            raise ValueError(
-                f"`callback_on_step_end` must return a row of `{name}` for each of {count} images, but returned"
-                f" {len(tensor)}. Every image must stay in the batch to the end."
-            )
+    for name, value in replaced.items():
+        for tensor in value if isinstance(value, list | tuple) else [value]:  # several control images are a list
+            # The control image may come back as both halves of a guided batch, as diffusers has it.
+            is_right = len(tensor) == count or (name == "control_image" and len(tensor) > 0 == len(tensor) % count)
+            if name in seen and not is_right:
+                raise ValueError(
+                    f"`callback_on_step_end` must return a row of `{name}` for each of {count} images, but returned"
+                    f" {len(tensor)}. Every image must stay in the batch to the end."
+                )

@@ -46,7 +46,7 @@ def test_released_configurations(config, num_parameters):
 
 
 def test_signatures_extend_those_of_diffusers():
-    for method, more in (("__init__", ["qk_norm", "wiring"]), ("forward", ["text_context"])):
+    for method, more in (("__init__", ["qk_norm", "wiring", "timestep_scale"]), ("forward", ["text_context"])):
         ours, theirs = (
             [(name, p.default) for name, p in inspect.signature(getattr(cls, method)).parameters.items()]
             for cls in (SanaControlNetModel, diffusers.SanaControlNetModel)
@@ -187,7 +187,7 @@ def test_exchange_with_diffusers(writer, tmp_path):
     saved.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["_class_name"] == "SanaControlNetModel"
-    assert not config.keys() & {"qk_norm", "wiring"}  # of which diffusers would warn
+    assert not config.keys() & {"qk_norm", "wiring", "timestep_scale"}  # of which diffusers would warn
     for reader in (SanaControlNetModel, diffusers.SanaControlNetModel):
         loaded, info = reader.from_pretrained(tmp_path, output_loading_info=True)
         assert not any(info.values())
@@ -195,10 +195,11 @@ def test_exchange_with_diffusers(writer, tmp_path):
 
 
 def test_own_fields_are_saved(tmp_path):
-    model = tiny_controlnet(wiring="nvlabs", qk_norm="rms_norm_across_heads")
+    own = {"wiring": "nvlabs", "qk_norm": "rms_norm_across_heads", "timestep_scale": 0.001}
+    model = tiny_controlnet(**own)
     model.save_pretrained(tmp_path)
     loaded = SanaControlNetModel.from_pretrained(tmp_path)
-    assert (loaded.config["wiring"], loaded.config["qk_norm"]) == ("nvlabs", "rms_norm_across_heads")
+    assert {name: loaded.config[name] for name in own} == own
     assert loaded.state_dict().keys() == model.state_dict().keys()
 
 

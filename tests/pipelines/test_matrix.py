@@ -35,8 +35,10 @@ PIPELINES = {
     "SanaInpaintPipeline": {"image": IMAGE, "mask_image": MASK},
     "SanaControlNetPipeline": {"control_image": EDGES, **WEAKLY},
     "SanaControlNetImg2ImgPipeline": {"image": IMAGE, "control_image": EDGES, "strength": 0.7, **WEAKLY},
+    "SanaControlNetInpaintPipeline": {"image": IMAGE, "mask_image": MASK, "control_image": EDGES, **WEAKLY},
     "SanaSprintPipeline": {},
     "SanaSprintImg2ImgPipeline": {"image": IMAGE, "strength": 0.6},
+    "SanaSprintControlNetPipeline": {"control_image": EDGES, **WEAKLY},
 }
 
 

@@ -8,17 +8,19 @@ import torch
 from tests.pipelines.test_matrix import PIPELINES, generate, make
 
 
+CONTROLLED = [name for name in PIPELINES if "ControlNet" in name]
+SPRINT = [name for name in PIPELINES if "Sprint" in name]
 NUMBERS = {
     "guidance_scale": PIPELINES,
     "eta": PIPELINES,
     "strength": [name for name in PIPELINES if "Img2Img" in name or "Inpaint" in name],
     "pag_scale": ["SanaPAGPipeline"],
     "pag_adaptive_scale": ["SanaPAGPipeline"],
-    "controlnet_conditioning_scale": ["SanaControlNetPipeline", "SanaControlNetImg2ImgPipeline"],
-    "control_guidance_start": ["SanaControlNetPipeline", "SanaControlNetImg2ImgPipeline"],
-    "control_guidance_end": ["SanaControlNetPipeline", "SanaControlNetImg2ImgPipeline"],
-    "max_timesteps": ["SanaSprintPipeline", "SanaSprintImg2ImgPipeline"],
-    "intermediate_timesteps": ["SanaSprintPipeline", "SanaSprintImg2ImgPipeline"],
+    "controlnet_conditioning_scale": CONTROLLED,
+    "control_guidance_start": CONTROLLED,
+    "control_guidance_end": CONTROLLED,
+    "max_timesteps": SPRINT,
+    "intermediate_timesteps": SPRINT,
 }
 NOT_SPRINT = [name for name in PIPELINES if "Sprint" not in name]
 
@@ -66,7 +68,7 @@ def test_schedules(refuses, name, argument):
     refuses(name, TypeError, f"`{argument}` must be a list of numbers", **{argument: ["one"]})
 
 
-@pytest.mark.parametrize("name", ["SanaSprintPipeline", "SanaSprintImg2ImgPipeline"])
+@pytest.mark.parametrize("name", SPRINT)
 def test_schedules_of_sprint(refuses, name):
     for values in ([1.5, math.nan, 0], [math.inf, 1.0, 0]):
         refuses(name, ValueError, "`timesteps` must be a list of finite numbers", timesteps=values)

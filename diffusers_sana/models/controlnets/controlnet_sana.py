@@ -33,7 +33,7 @@ from diffusers_sana.models.transformers.transformer_sana import (
 
 WIRINGS = ("diffusers", "nvlabs")
 # Config fields that diffusers does not have, and the values for which diffusers builds the same model.
-EXTENSIONS = {"qk_norm": None, "wiring": "diffusers"}
+EXTENSIONS = {"qk_norm": None, "wiring": "diffusers", "timestep_scale": 1.0}
 
 
 class SanaControlNetModel(
@@ -42,7 +42,8 @@ class SanaControlNetModel(
     """The ControlNet of Sana: its outputs are added to the residual stream of a `SanaTransformer2DModel`.
 
     State-dict keys, `forward` and outputs are those of the diffusers class of the same name, and so is the
-    configuration except for `qk_norm` and `wiring`, which are saved only if they differ from diffusers' behavior.
+    configuration except for `qk_norm`, `wiring` and `timestep_scale`, which are saved only if they differ from
+    diffusers' behavior.
 
     The same weights can be connected in two ways (architecture variants). With `wiring="diffusers"` the ControlNet
     starts from the latents, and its output i is added after block i + 1 of the transformer. With `wiring="nvlabs"`, as
@@ -55,6 +56,8 @@ class SanaControlNetModel(
         num_layers: blocks, and outputs; fewer than the transformer has.
         qk_norm: None, or "rms_norm_across_heads" for transformers that have it (SANA-1.5).
         wiring: "diffusers" or "nvlabs".
+        timestep_scale: applied by the pipelines to the timesteps 0 to 1000 that it gets; that of the transformer with
+            which it was trained.
         the others: as in `SanaTransformer2DModel`.
 
     Raises:
@@ -90,6 +93,7 @@ class SanaControlNetModel(
         interpolation_scale: int | None = None,
         qk_norm: str | None = None,
         wiring: str = "diffusers",
+        timestep_scale: float = 1.0,
     ) -> None:
         super().__init__()
         check_transformer_config(self.config)
@@ -137,8 +141,8 @@ class SanaControlNetModel(
             )
         if config["guidance_embeds"]:
             raise ValueError(
-                "`transformer` must not have `guidance_embeds`: a ControlNet has no guidance input. Use a "
-                "Sana or SANA-1.5 transformer."
+                "`transformer` must not have `guidance_embeds`: a ControlNet has no guidance input. Take the teacher,"
+                " a Sana or SANA-1.5 transformer. SanaSprintControlNetPipeline runs its ControlNet with the student."
             )
         shared = [name for name in inspect.signature(cls.__init__).parameters if name in config]
         model = cls(**{name: config[name] for name in shared} | {"num_layers": num_layers, "wiring": wiring})

@@ -67,14 +67,17 @@ def train(
     def predict(latents: Tensor, sigmas: Tensor, dropped: Tensor, prompt: Prompt, control: Tensor) -> Tensor:
         """The velocity `[B, C, h, w]`; the ControlNet's gradients flow through the frozen transformer."""
         text = {"encoder_hidden_states": prompt[0], "encoder_attention_mask": drop_prompts(prompt[1], dropped)}
-        text["timestep"] = timesteps_of(sigmas) * transformer.config.timestep_scale
+        timesteps = timesteps_of(sigmas)
 
         def branch(stream: Tensor) -> tuple[Tensor, ...]:
-            return model(stream, **text, controlnet_cond=control, return_dict=False)[0]
+            scaled = timesteps * controlnet.config.get("timestep_scale", 1.0)
+            return model(stream, **text, timestep=scaled, controlnet_cond=control, return_dict=False)[0]
 
         samples = branch if wiring_of(controlnet) == "nvlabs" else branch(latents)
+        times = timesteps * transformer.config.timestep_scale
         with accelerator.autocast():
-            return transformer(latents, **text, controlnet_block_samples=samples, return_dict=False)[0].float()
+            options = {"timestep": times, "controlnet_block_samples": samples, "return_dict": False}
+            return transformer(latents, **text, **options)[0].float()
 
     shown: dict[str, Any] = {}  # what the sample grids show: prompts, control latents and noise, of the first batch
 
