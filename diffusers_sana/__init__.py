@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 # Public name -> module. The one list of what the package exports; type checkers read the same names below.
 _EXPORTS = {
     "AutoencoderDC": "diffusers_sana.models.autoencoders.autoencoder_dc",
+    "ControlPreprocessor": "diffusers_sana.preprocessors",
     "FlowDPMSolverScheduler": "diffusers_sana.schedulers.scheduling_flow_dpm_solver",
     "SANA_EMOJI": "diffusers_sana.checkpoints",
     "SANA_EMOJI_EDGES": "diffusers_sana.checkpoints",
@@ -147,6 +148,7 @@ if TYPE_CHECKING:
     from diffusers_sana.pipelines.pipeline_sana_video import SanaVideoPipeline as SanaVideoPipeline
     from diffusers_sana.pipelines.pipeline_sana_video_i2v import SanaImageToVideoPipeline as SanaImageToVideoPipeline
     from diffusers_sana.pipelines.pipeline_vila_u import VilaUPipeline as VilaUPipeline
+    from diffusers_sana.preprocessors import ControlPreprocessor as ControlPreprocessor
     from diffusers_sana.quantizers.svdquant.api import quantize as quantize
     from diffusers_sana.quantizers.svdquant.api import set_compute_mode as set_compute_mode
     from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig as SVDQuantConfig

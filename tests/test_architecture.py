@@ -15,7 +15,18 @@ FILES = sorted(ROOT.rglob("*.py"))
 TEXTS = (".ipynb", ".md", ".py")
 
 # Modules of the package's root that everything may import: they import nothing of ours but each other.
-COMMON = {"_compat", "arguments", "cards", "checkpoint_files", "checks", "files", "images", "locks", "saving"}
+COMMON = {
+    "_compat",
+    "arguments",
+    "cards",
+    "checkpoint_files",
+    "checks",
+    "files",
+    "images",
+    "locks",
+    "preprocessors",
+    "saving",
+}
 # Folder -> what else its files may import from this package. A folder's own files are always allowed. For a file in
 # several of these folders the innermost counts. Only recipes may import recipes.
 MAY_IMPORT = {

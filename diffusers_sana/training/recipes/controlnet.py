@@ -9,9 +9,9 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffusers_sana.images import sobel_edges
 from diffusers_sana.models.controlnets.controlnet_sana import SanaControlNetModel, wiring_of
 from diffusers_sana.pipelines.pipeline_sana import SanaPipeline
+from diffusers_sana.preprocessors import ControlPreprocessor
 from diffusers_sana.prompts.encoding import drop_prompts
 from diffusers_sana.training.data.batches import Batches, make_loader
 from diffusers_sana.training.data.images import Images, load_pixels
@@ -113,13 +113,19 @@ class ControlledImages(Dataset):
 
     Args:
         images: the images.
-        folder: has a control image of the same name for each, in the same subfolders or in none; "" for their edges.
+        folder: has a control image of the same name for each, in the same subfolders or in none; "" for what
+            `preprocessor` makes of the images.
+        preprocessor: one of `PREPROCESSORS`.
+
+    Raises:
+        ValueError: a control image is missing, or the package of the preprocessor.
     """
 
-    def __init__(self, images: Images, folder: str = ""):
+    def __init__(self, images: Images, folder: str = "", preprocessor: str = "sobel"):
         self.images, self.sizes_of_items = images, images.sizes_of_items
-        self.paths = [_path_of(Path(folder), Path(name)) for name in images.names] if folder else None
-        missing = [path for path in self.paths or () if not path.is_file()]
+        self.preprocess = None if folder else ControlPreprocessor(preprocessor)
+        self.paths = [_path_of(Path(folder), Path(name)) for name in images.names] if folder else []
+        missing = [path for path in self.paths if not path.is_file()]
         if missing:
             raise ValueError(
                 f"`control_data` must have a control image for each of `data`, but lacks {missing[0]} and "
@@ -131,8 +137,8 @@ class ControlledImages(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.images[index]
-        if self.paths is None:
-            return item | {"control_image": sobel_edges(item["pixel_values"][None])[0]}
+        if self.preprocess is not None:
+            return item | {"control_image": self.preprocess(item["pixel_values"][None])[0]}
         return item | {"control_image": load_pixels(self.paths[index], *self.sizes_of_items[index])}
 
 
@@ -146,6 +152,6 @@ def run(config: ControlNetTrainingConfig, data: ControlNetDataOptions, model: Co
     set_seed(config.seed)
     pipeline = SanaPipeline.from_pretrained(model.pretrained)
     controlnet = SanaControlNetModel.from_transformer(pipeline.transformer, model.num_layers, wiring=model.wiring)
-    dataset = ControlledImages(bucketed_images(data), data.control_data)
+    dataset = ControlledImages(bucketed_images(data), data.control_data, data.preprocessor)
     batches = make_loader(dataset, data.batch_size, config.seed, data.num_workers)
     train(config, batches, controlnet, pipeline.transformer, Encoders.of(pipeline), options=(data, model))

@@ -30,6 +30,10 @@ WIRINGS = ("diffusers", "nvlabs")
 LOSS_WEIGHTINGS = ("none", "min_snr", "cosmap")
 BUCKETS = ("pipelines", "authors")
 PERCEPTUAL = ("random", "lpips")
+PREPROCESSORS = (
+    *("sobel", "hed", "hed_scribble", "pidinet", "canny", "lineart", "lineart_anime", "mlsd"),
+    *("depth_midas", "depth_zoe", "normal", "openpose"),
+)
 QUANTIZED = ("no", "int4", "nvfp4", "int8")
 
 
@@ -185,7 +189,12 @@ class ControlNetDataOptions(CaptionedDataOptions):
     """Images with captions and control images."""
 
     control_data: str = option(
-        "", "folder with a control image of the same name for each image; default: edges", changeable=True
+        "",
+        "folder with a control image of the same name for each image; default: what `preprocessor` makes",
+        changeable=True,
+    )
+    preprocessor: str = option(
+        "sobel", "what makes the control images: `sobel` edges, or a detector of controlnet_aux", choices=PREPROCESSORS
     )
 
 
