@@ -169,7 +169,7 @@ def _check_together(args: argparse.Namespace) -> None:
     ):
         if getattr(args, name) is not None and getattr(args, needed) is None:
             raise UsageError(f"{option(name)} needs {option(needed)} FILE")
-    for name, other in (("mask", "control_image"), ("sigmas", "steps"), ("prompts", "prompt")):
+    for name, other in (("sigmas", "steps"), ("prompts", "prompt")):
         if getattr(args, name) is not None and getattr(args, other) is not None:
             raise UsageError(
                 f"{option(name)} and {'PROMPT' if other == 'prompt' else option(other)} exclude each other"

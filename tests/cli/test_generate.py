@@ -70,7 +70,7 @@ def test_each_image_has_its_seed(pipe, tmp_path):
     assert record["versions"]["torch"] == torch.__version__.partition("+")[0] or "+" in record["versions"]["torch"]
 
 
-@pytest.mark.parametrize("given", ["image", "mask", "control", "control and image"])
+@pytest.mark.parametrize("given", ["image", "mask", "control", "control and image", "control and mask"])
 def test_images_to_begin_with(pipe, tmp_path, cat, mask, given):
     image = Image.open(cat)
     arguments = {"num_inference_steps": 2}
@@ -82,6 +82,9 @@ def test_images_to_begin_with(pipe, tmp_path, cat, mask, given):
         if given != "control":
             options, name = [*options, "--image", cat], "SanaControlNetImg2ImgPipeline"
             arguments |= {"image": image}
+        if given == "control and mask":
+            arguments |= {"mask_image": Image.open(mask)}
+            options, name = [*options, "--mask", mask], "SanaControlNetInpaintPipeline"
     else:
         arguments |= {"image": image, "strength": 0.5}
         options, components, name = ["--image", cat, "--strength", "0.5"], {}, "SanaImg2ImgPipeline"
