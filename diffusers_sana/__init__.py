@@ -67,6 +67,7 @@ _EXPORTS = {
     "load_quantized": "diffusers_sana.loaders.quantized.hub",
     "lora_to_comfyui": "diffusers_sana.loaders.lora.comfyui",
     "measure_input_scales": "diffusers_sana.loaders.quantized.modelopt",
+    "modular_pipeline": "diffusers_sana.modular.blocks",
     "plan_conversion": "diffusers_sana.loaders.nvlabs.convert",
     "plan_vila_u": "diffusers_sana.loaders.vila_u.convert",
     "quantize": "diffusers_sana.quantizers.svdquant.api",
@@ -126,6 +127,7 @@ if TYPE_CHECKING:
     from diffusers_sana.models.vila_u.modeling_vila_u import VilaUModel as VilaUModel
     from diffusers_sana.models.vila_u.processing_vila_u import VilaUProcessor as VilaUProcessor
     from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModel as VilaUVisionModel
+    from diffusers_sana.modular.blocks import modular_pipeline as modular_pipeline
     from diffusers_sana.pipelines.acceleration.cfg_parallel import cfg_parallel as cfg_parallel
     from diffusers_sana.pipelines.pipeline_sana import SanaPipeline as SanaPipeline
     from diffusers_sana.pipelines.pipeline_sana_controlnet import SanaControlNetPipeline as SanaControlNetPipeline

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "checkpoints": set(),
 }
 # Nothing in the package but these and recipes may import a pipeline: data flows from pipelines down.
-TOP_LEVEL = {"__init__.py", "_entries.py", "_registration.py", "loading.py", "cli", "demo"}
+TOP_LEVEL = {"__init__.py", "_entries.py", "_registration.py", "loading.py", "cli", "demo", "modular"}
 # `from_single_file` of the models is one call of the loaders, imported inside the method.
 DELEGATIONS = {"models/loading.py": {"diffusers_sana.loaders.nvlabs.load"}}
 MAY_IMPORT |= {f"{name}.py": set() for name in COMMON}

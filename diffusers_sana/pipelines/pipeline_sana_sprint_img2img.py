@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusers_sana.images import to_rgb
-from diffusers_sana.pipelines.conditioning import for_each_output, read_images
+from diffusers_sana.pipelines.conditioning import StartImage, for_each_output, read_images
 from diffusers_sana.pipelines.decoding import encode_images
+from diffusers_sana.pipelines.pipeline_sana_base import Size
 from diffusers_sana.pipelines.pipeline_sana_sprint_base import (
     SanaSprintPipelineBase,
     count_steps,
@@ -95,12 +96,9 @@ class SanaSprintImg2ImgPipeline(SanaSprintPipelineBase):
         request = Request.collect(locals(), has_vae=self.vae is not None)
         angles = timesteps, max_timesteps, intermediate_timesteps
         num_steps = count_steps(self.transformer, self.scheduler, num_inference_steps, *angles)
-        begin = _first_step(strength, num_steps)
+        begin = first_step(strength, num_steps)
         start = self._read_start(image, request, cover=False)
-        if start.is_latents or not request.is_sized:
-            is_binned = use_resolution_binning and not start.is_latents
-            request = replace(request, height=start.size[0], width=start.size[1], use_resolution_binning=is_binned)
-        requested_size, size = self._sizes(request)
+        requested_size, size = self._sizes_with_image(request, start)
         request = request.for_images(len(start.values))
         self._check(request, size)
 
@@ -114,11 +112,8 @@ class SanaSprintImg2ImgPipeline(SanaSprintPipelineBase):
             steps = lay_out_angles(call.scheduler, num_steps, *angles, device, begin)
             initial = self._noise(request, num_images, size)
             if latents is None:
-                clean = start.values.to(device)
-                if not start.is_latents:
-                    clean = encode_images(self.vae, stretch(image, size, self.image_processor).to(device) * 2 - 1)
                 counts = num_images // num_images_per_prompt, num_images_per_prompt
-                clean = for_each_output("image", clean * sigma, *counts)
+                clean = for_each_output("image", self._encode_start(start, image, size) * sigma, *counts)
                 initial = mix(clean, initial * sigma, steps[:1])
 
             # 4. Denoising: the transformer predicts, the scheduler steps to the image and back into noise
@@ -126,6 +121,20 @@ class SanaSprintImg2ImgPipeline(SanaSprintPipelineBase):
 
             # 5. Images
             return self._output(latents, requested_size, request)
+
+    def _sizes_with_image(self, request: Request, start: StartImage) -> tuple[Size, Size]:
+        """The size asked for, by default that of the image, and the size to generate at."""
+        if start.is_latents or not request.is_sized:
+            is_binned = request.use_resolution_binning and not start.is_latents
+            request = replace(request, height=start.size[0], width=start.size[1], use_resolution_binning=is_binned)
+        return self._sizes(request)
+
+    def _encode_start(self, start: StartImage, image: Any, size: Size) -> Tensor:
+        """The latents `[N, C, h, w]` of the images, of standard deviation 1."""
+        device = self._execution_device
+        if start.is_latents:
+            return start.values.to(device)
+        return encode_images(self.vae, stretch(image, size, self.image_processor).to(device) * 2 - 1)
 
 
 def stretch(image: Any, size: tuple[int, int], image_processor: VaeImageProcessor) -> Tensor:
@@ -143,7 +152,7 @@ def stretch(image: Any, size: tuple[int, int], image_processor: VaeImageProcesso
     return images if images.shape[-2:] == size else F.interpolate(images, size=size, mode="bilinear")
 
 
-def _first_step(strength: float, num_steps: int) -> int:
+def first_step(strength: float, num_steps: int) -> int:
     """How many steps `strength` leaves out."""
     check_strength(strength)
     return int(num_steps - num_steps * strength)
