@@ -26,6 +26,7 @@ PAGES = (
     DOCS / "quantization_models.md",
     DOCS / "first_minutes.md",
     DOCS / "quantization_lora.md",
+    DOCS / "video.md",
 )
 
 
@@ -428,6 +429,17 @@ def first_minutes() -> str:
     return f"{render(['result', 'command', 'after'], rows)}\n\n{provenance(report)}"
 
 
+def long_video() -> str:
+    """The largest memory of a stream by its length, and the state of the released model."""
+    result = results("cpu/long_video")
+    rows = [
+        [f"tiny model, {seconds} seconds", f"{peak / 1e3:.1f} kB"]
+        for seconds, peak in result["peak_bytes_by_seconds"].items()
+    ]
+    rows.append(["state alone of the 2B model, 480 x 832, bf16", f"{result['state_bytes_2b_480p'] / 1e6:.1f} MB"])
+    return render(["video at 16 frames per second", "memory"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "published_models": published_models,
     "headline": headline,
@@ -448,6 +460,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "adapters": adapters,
     "adapter_parts": adapter_parts,
     "first_minutes": first_minutes,
+    "long_video": long_video,
 }
 
 

@@ -19,6 +19,7 @@ _EXPORTS = {
     "AutoencoderDC": "diffusers_sana.models.autoencoders.autoencoder_dc",
     "ControlPreprocessor": "diffusers_sana.preprocessors",
     "FlowDPMSolverScheduler": "diffusers_sana.schedulers.scheduling_flow_dpm_solver",
+    "LongSanaVideoPipeline": "diffusers_sana.pipelines.pipeline_sana_video_long",
     "SANA_EMOJI": "diffusers_sana.checkpoints",
     "SANA_EMOJI_EDGES": "diffusers_sana.checkpoints",
     "SANA_EMOJI_PIXEL_ART": "diffusers_sana.checkpoints",
@@ -39,6 +40,7 @@ _EXPORTS = {
     "SanaSprintPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint",
     "SanaTransformer2DModel": "diffusers_sana.models.transformers.transformer_sana",
     "SanaVideoPipeline": "diffusers_sana.pipelines.pipeline_sana_video",
+    "SanaVideoState": "diffusers_sana.models.transformers.stream_sana_video",
     "SanaVideoTransformer3DModel": "diffusers_sana.models.transformers.transformer_sana_video",
     "VILA_U_EMOJI": "diffusers_sana.checkpoints",
     "VilaUConfig": "diffusers_sana.models.vila_u.configuration_vila_u",
@@ -115,6 +117,7 @@ if TYPE_CHECKING:
     from diffusers_sana.models.controlnets.multicontrolnet_sana import (
         SanaMultiControlNetModel as SanaMultiControlNetModel,
     )
+    from diffusers_sana.models.transformers.stream_sana_video import SanaVideoState as SanaVideoState
     from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel as SanaTransformer2DModel
     from diffusers_sana.models.transformers.transformer_sana_video import (
         SanaVideoTransformer3DModel as SanaVideoTransformer3DModel,
@@ -149,6 +152,7 @@ if TYPE_CHECKING:
     )
     from diffusers_sana.pipelines.pipeline_sana_video import SanaVideoPipeline as SanaVideoPipeline
     from diffusers_sana.pipelines.pipeline_sana_video_i2v import SanaImageToVideoPipeline as SanaImageToVideoPipeline
+    from diffusers_sana.pipelines.pipeline_sana_video_long import LongSanaVideoPipeline as LongSanaVideoPipeline
     from diffusers_sana.pipelines.pipeline_vila_u import VilaUPipeline as VilaUPipeline
     from diffusers_sana.preprocessors import ControlPreprocessor as ControlPreprocessor
     from diffusers_sana.quantizers.svdquant.api import quantize as quantize

@@ -169,6 +169,7 @@ ENTRIES = (
             value=_always(PACKAGE),
         )
         for name in (
+            "LongSanaVideoPipeline",
             "SanaControlNetImg2ImgPipeline",
             "SanaControlNetInpaintPipeline",
             "SanaImg2ImgPipeline",

@@ -35,7 +35,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "file",
         metavar="FILE",
         type=file_path,
-        help=".pth or .safetensors of a Sana, ControlNet or DC-AE; with --to a quantized file, folder or Hub id",
+        help=".pth or .safetensors of Sana, SANA-Video, a ControlNet or DC-AE; with --to a quantized file, folder or "
+        "Hub id",
     )
     command.add_argument(
         "-o", "--out", type=file_path, required=True, metavar="DIR", help="new or empty folder to write"
@@ -77,7 +78,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Converts an original (NVlabs) checkpoint of Sana, its ControlNet or DC-AE to a diffusers folder.
+    """Converts an original (NVlabs) checkpoint of Sana, SANA-Video, a ControlNet or DC-AE to a diffusers folder.
 
     With --to, converts a quantized checkpoint of any runtime to the format of another.
     """

@@ -10,6 +10,9 @@ With rotary positions (SANA-Video, arXiv 2509.24695; RoPE, arXiv 2104.09864) the
 R_j relu(k_j) . R_i relu(q_i), where R turns each pair of adjacent channels by an angle of the token. The denominator
 is not rotated, so it stays positive; weights may be negative, and those of a query do not add up to 1.
 
+A state is a sum over tokens. So blocks of tokens that follow each other, each of which attends to itself and to all
+before it (LongSANA, arXiv 2509.24695), need nothing of the past but its state: `block_causal_linear_attention`.
+
 Legend: B batch, N tokens, H heads, D head_dim.
 """
 
@@ -44,8 +47,9 @@ def relu_linear_attention(
     Args:
         query, key, value: `[B, N, H, D]`, any strides and floating dtype; `key` and `value` may have another N.
         eps: added to the denominator, in fp32 (1e-15 is zero in fp16).
-        reduce_state: for keys and values that are distributed over processes: takes the states `[B, H, D + 1, D]` of
-            this process, in fp32, which it may overwrite, and returns those of all. Has no gradient.
+        reduce_state: for keys and values of which these are a part: takes their states `[B, H, D + 1, D]` in fp32,
+            which it may overwrite, and returns those of all. Rows are channels of the keys, columns of the values,
+            and the last row is the sum of the keys. Has no gradient.
         rotary: cosines and sines `[N, D/2]` of the angles, in fp32, one for each pair of channels (2c, 2c + 1) of
             queries and keys. Has no gradient.
 
@@ -61,6 +65,34 @@ def relu_linear_attention(
         state = reduce_state(_relu_linear_attention_state_triton(key, value))
         return _relu_linear_attention_apply_triton(query, state, value.dtype, eps)
     return relu_linear_attention_reference(query, key, value, eps=eps, reduce_state=reduce_state, rotary=rotary)
+
+
+def block_causal_linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past: Tensor | None,
+    *,
+    eps: float = 1e-15,
+    rotary: Rotary | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`relu_linear_attention` of a block of tokens to itself and to all blocks before it.
+
+    Args:
+        query, key, value, eps, rotary: of the block, as there; the angles of `rotary` go on from block to block.
+        past: the state of all tokens before, `[B, H, D + 1, D]` in fp32; None for the first block.
+
+    Returns:
+        The output, as there, and the state of all tokens so far, for the next block. Neither has a gradient.
+    """
+    states = []
+
+    def with_past(own: Tensor) -> Tensor:
+        states.append(own if past is None else own + past)
+        return states[0]
+
+    out = relu_linear_attention(query, key, value, eps=eps, reduce_state=with_past, rotary=rotary)
+    return out, states[0]
 
 
 def _unsupported_reason(query: Tensor, key: Tensor, value: Tensor, rotary: Rotary | None) -> str | None:
@@ -93,7 +125,8 @@ def relu_linear_attention_reference(
         state = torch.matmul(value.to(dtype).permute(0, 2, 3, 1), turned_key)  # [B, H, D, D]: sum_j v_j k_j^T
         key_sum = key.sum(dim=-2, keepdim=True)  # [B, H, 1, D]
         if reduce_state is not None:
-            state, key_sum = reduce_state(torch.cat([state, key_sum], dim=-2)).tensor_split([-1], dim=-2)
+            state, key_sum = reduce_state(torch.cat([state.mT, key_sum], dim=-2)).tensor_split([-1], dim=-2)
+            state = state.mT
         numerator = torch.matmul(turned_query, state.transpose(-1, -2))
         denominator = torch.matmul(query, key_sum.transpose(-1, -2))
     # Contiguous as [B, N, H, D], so that the caller merges heads without a copy.

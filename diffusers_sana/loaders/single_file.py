@@ -24,12 +24,13 @@ from diffusers_sana.checkpoint_files import HUB_ARGUMENTS, check_hub_options
 
 # Keys under which a checkpoint may store its weights and their EMA.
 WRAPPERS = {
-    "model": ("state_dict", "model_state_dict", "model", "module"),
-    "ema": ("state_dict_ema", "ema", "ema_state_dict", "model_ema"),
+    "model": ("generator", "state_dict", "model_state_dict", "model", "module"),  # the first is beside a critic
+    "ema": ("generator_ema", "state_dict_ema", "ema", "ema_state_dict", "model_ema"),
 }
 MAX_DEPTH = 8  # of nested wrappers
-PREFIXES = ("module.", "_orig_mod.", "0.")  # of all keys, added by DDP, torch.compile or a list around the model
 COMFY_PREFIX = "model.diffusion_model."
+# Of all keys, added by DDP, torch.compile, a list or a module around the model.
+PREFIXES = ("module.", "_orig_mod.", "0.", COMFY_PREFIX, "model.")
 HUB_ADDRESS = re.compile(
     r"(?:https://)?(?:huggingface\.co/|hf\.co/)?(\w[\w.-]*/\w[\w.-]*)/(?:(?:blob|resolve)/([^/]+)/)?(.+)"
 )

@@ -73,7 +73,7 @@ class StrictModelMixin(ModelMixin):
 
 
 class SingleFileMixin(FromOriginalModelMixin):
-    """`from_single_file` of Sana, its ControlNets and DC-AE."""
+    """`from_single_file` of Sana, SANA-Video, ControlNets and DC-AE."""
 
     @classmethod
     def from_single_file(

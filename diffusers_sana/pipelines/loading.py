@@ -17,6 +17,9 @@ from diffusers_sana.saving import check_components
 
 
 _OURS = {("diffusers", theirs): (PACKAGE, ours) for ours, theirs in UPSTREAM_NAMES.items()}
+# LongSANA's folders on the Hub name a class that no released diffusers has. Its weights and config are those of ours.
+CAUSAL_TRANSFORMER = "SanaVideoCausalTransformer3DModel"
+_OURS["diffusers", CAUSAL_TRANSFORMER] = _OURS["diffusers", "SanaVideoTransformer3DModel"]
 
 # Activations of these exceed float16: the language model's hidden states, and up to 2.7e6 in the decoder of DC-AE.
 # bfloat16 has the range of float32; processors without it compute in float32 (`kernels/precision.py`).

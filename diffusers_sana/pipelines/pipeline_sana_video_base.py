@@ -24,6 +24,7 @@ from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 from diffusers_sana._compat import upstream_instruction
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
+from diffusers_sana.pipelines.loading import CAUSAL_TRANSFORMER
 from diffusers_sana.pipelines.pipeline_sana_base import GuidedSanaPipeline, Size, given_or_sampled
 from diffusers_sana.pipelines.request import Request, VideoRequest
 from diffusers_sana.pipelines.resolution import bin_video_size, native_video_size, resize_and_crop
@@ -45,6 +46,7 @@ class SanaVideoPipelineBase(GuidedSanaPipeline):
     """
 
     _output_class = SanaVideoPipelineOutput
+    _is_for_whole_videos = True  # False for the pipeline of LongSANA
 
     def __init__(
         self,
@@ -57,6 +59,16 @@ class SanaVideoPipelineBase(GuidedSanaPipeline):
         super().__init__(tokenizer, text_encoder, cast(Any, vae), cast(Any, transformer), scheduler)
         self.vae_scale_factor_temporal, self.vae_scale_factor_spatial = compression(vae)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """As in all pipelines; tells of a LongSANA transformer, which this pipeline would run as a whole."""
+        if CAUSAL_TRANSFORMER in (config_dict.get("transformer") or ()) and cls._is_for_whole_videos:
+            logger.warning(
+                "The folder has LongSANA's transformer, which was trained to generate chunk by chunk, but"
+                f" {cls.__name__} generates a video as a whole. Use `LongSanaVideoPipeline.from_pretrained`."
+            )
+        return super().extract_init_dict(config_dict, **kwargs)
 
     @staticmethod
     def _pixels_per_latent(vae: Any) -> int:

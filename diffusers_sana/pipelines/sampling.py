@@ -8,11 +8,12 @@ rows of the batch per image, 2 with guidance and else 1, unless a pipeline adds 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffusers_sana.checks import check_computed
@@ -166,7 +167,7 @@ def denoise(
             model.step_index, call.current_timestep = i, times[i]
             is_guided = call.is_guided
             if text is None or text.is_guided != is_guided:
-                text = _project(transformer, *arrange(tensors, is_guided), is_guided, call.attention_kwargs)
+                text = project_texts(transformer, *arrange(tensors, is_guided), is_guided, call.attention_kwargs)
                 cache.restart(len(text.mask) // len(latents))
             prediction = predict(model, latents, t, text)
             has_halves = is_guided and call.guidance is None
@@ -191,7 +192,35 @@ def denoise(
     return latents
 
 
-def _project(
+def sample_by_renoising(
+    predict: Callable[[Tensor, float], Tensor],
+    latents: Tensor,
+    timesteps: Sequence[float],
+    levels: Sequence[float],
+    generator: torch.Generator | list[torch.Generator] | None,
+) -> Tensor:
+    """Few steps of a distilled model: each predicts the result, which gets fresh noise of the next level.
+
+    `x0 = x - σ v`, then `x = (1 - σ') x0 + σ' ε`, for velocities `v = ε - x0` (DMD2, arXiv 2405.14867).
+
+    Args:
+        predict: the velocity in fp32, from latents and a timestep.
+        latents: noise, fp32.
+        timesteps, levels: what the model is told, and the noise levels σ, descending from 1.
+        generator: source of the fresh noise, one or one per row.
+
+    Returns:
+        The last `x0`.
+    """
+    for index, (time, level) in enumerate(zip(timesteps, levels, strict=True)):
+        if index:
+            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+            latents = (1 - level) * latents + level * noise
+        latents = latents - level * predict(latents, time)
+    return latents
+
+
+def project_texts(
     transformer: Any, embeds: Tensor, mask: Tensor, is_guided: bool, attention_kwargs: dict[str, Any] | None
 ) -> TextInputs:
     """The texts as the transformer takes them."""

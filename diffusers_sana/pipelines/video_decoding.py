@@ -3,15 +3,18 @@
 Legend: B videos, C latent channels, F frames, T latent frames, h w latent height and width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC as UpstreamAutoencoderDC
 from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, unpatchify
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from diffusers_sana.checks import check_computed
+from diffusers_sana.locks import exclusive
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.pipelines.decoding import as_memory_allows, decode_latents, encode_images
 
@@ -77,6 +80,64 @@ def decode_videos(
     videos = as_memory_allows(vae, 0, lambda: vae.decode(latents, return_dict=False)[0], advice)
     check_computed("vae", "frames", videos, vae.dtype)
     return videos
+
+
+def check_streaming(vae: Any) -> None:
+    """Raises where an autoencoder cannot decode a latent frame before the next one is there.
+
+    Raises:
+        ValueError: LTX-2's decoder, for one, looks ahead.
+    """
+    if not _is_of_images(vae) and not isinstance(vae, AutoencoderKLWan):
+        raise ValueError(
+            f"`vae` must be AutoencoderKLWan or AutoencoderDC to decode a stream, got {type(vae).__name__}. Take the"
+            " latents (`output_type='latent'`) and decode them as a whole."
+        )
+
+
+def decode_stream(vae: Any, latents: Iterable[Tensor], scale_factor: int) -> Iterator[Tensor]:
+    """Decodes latent frames one by one, with the same result as `decode_videos` of all of them.
+
+    Args:
+        vae: one that passes `check_streaming`. It is not changed: the decoder's memory of earlier frames is kept here.
+            Its settings for tiling and slicing have no effect.
+        latents: frames `[B, C, h, w]`, as the denoiser has them.
+        scale_factor: pixels per side of a latent cell.
+
+    Returns:
+        For each of them, `[B, 3, f, scale_factor * h, scale_factor * w]` in [-1, 1], with one frame for the first and
+        as many as the autoencoder compresses into one for the others.
+
+    Raises:
+        ValueError: a frame is not finite.
+    """
+    memory: list[Any] = []
+    for frame in latents:
+        if _is_of_images(vae):
+            yield decode_latents(vae, frame, scale_factor, iter).unsqueeze(2)
+            continue
+        mean, std = _statistics(vae, frame)
+        with exclusive(vae):
+            videos = _decode_next(vae, (frame.unsqueeze(2).float() * std + mean).to(vae.dtype), memory)
+        check_computed("vae", "frames", videos, vae.dtype)
+        yield videos
+
+
+@apply_forward_hook
+def _decode_next(vae: AutoencoderKLWan, latents: Tensor, memory: list[Any]) -> Tensor:
+    """The step of `AutoencoderKLWan.decode` for one latent frame, `[B, C, 1, h, w]` to `[B, 3, f, H, W]`.
+
+    Args:
+        vae, latents: see `decode_stream`; normalized as the autoencoder has them.
+        memory: what its convolutions have seen of earlier frames, empty at the beginning; changed in place.
+    """
+    is_first = not memory
+    if is_first:
+        memory += [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
+    videos = vae.decoder(vae.post_quant_conv(latents), feat_cache=memory, feat_idx=[0], first_chunk=is_first)
+    if vae.config["patch_size"] is not None:
+        videos = unpatchify(videos, patch_size=vae.config["patch_size"])
+    return videos.clamp(-1, 1)
 
 
 def encode_first_frames(vae: Any, images: Tensor) -> Tensor:

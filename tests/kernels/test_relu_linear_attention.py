@@ -7,6 +7,7 @@ import triton.language as tl
 
 from diffusers_sana.kernels.dispatch import kernel_mode
 from diffusers_sana.kernels.relu_linear_attention import (
+    block_causal_linear_attention,
     relu_linear_attention,
     relu_linear_attention_reference,
     rotate_pairs,
@@ -366,6 +367,52 @@ def test_rotary_states_of_parts_add_up(mode):
     with kernel_mode(mode):
         expected = relu_linear_attention(**given, rotary=rotary)
         assert_close_fp32(rotary_in_two_parts(*given.values(), *rotary), expected[:, :40])
+
+
+def block_causal_quadratic(query, key, value, rotary, ends):
+    """Each block against all tokens up to its end."""
+    outputs, start = [], 0
+    for end in ends:
+        seen = (x[:, :end] for x in (query, key, value))
+        outputs.append(rotary_quadratic(*seen, tuple(table[:end] for table in rotary))[:, start:])
+        start = end
+    return torch.cat(outputs, dim=1)
+
+
+def in_blocks(query, key, value, rotary, ends):
+    """Outputs of all blocks, and the last state."""
+    outputs, past, start = [], None, 0
+    for end in ends:
+        own = slice(start, end)
+        angles_of_block = None if rotary is None else tuple(table[own] for table in rotary)
+        block = (x[:, own] for x in (query, key, value))
+        out, past = block_causal_linear_attention(*block, past, rotary=angles_of_block)
+        outputs.append(out)
+        start = end
+    return torch.cat(outputs, dim=1), past
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("head_dim", [16, 112])
+def test_blocks_attend_to_themselves_and_to_all_before(head_dim, mode):
+    given, rotary = tensors((1, 80, 2, head_dim)), angles(80, head_dim)
+    ends = (32, 48, 80)
+    with kernel_mode(mode):
+        out, state = in_blocks(*given.values(), rotary, ends)
+    assert_close_fp32(out, block_causal_quadratic(*given.values(), rotary, ends).float())
+    assert state.shape == (1, 2, head_dim + 1, head_dim)
+    assert state.dtype == torch.float32
+    keys, values = given["key"].relu(), given["value"]
+    turned = rotate_pairs(keys.transpose(1, 2), *rotary)
+    expected = torch.cat([turned.mT @ values.transpose(1, 2), keys.sum(dim=1)[:, :, None]], dim=2)
+    assert_close_fp32(state, expected)  # rows of keys in both, so a state can go from one to the other
+
+
+def test_blocks_without_positions_are_a_part_of_the_whole():
+    given = qkv((2, 24, 2, 16))
+    out, _ = in_blocks(*given, None, (16, 24))
+    assert_close_fp32(out[:, 16:], relu_linear_attention(*given)[:, 16:])
+    assert_close_fp32(out[:, :16], relu_linear_attention(*(x[:, :16] for x in given)))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from diffusers_sana import AutoencoderDC, SanaControlNetModel, SanaTransformer2DModel
+from diffusers_sana import (
+    AutoencoderDC,
+    LongSanaVideoPipeline,
+    SanaControlNetModel,
+    SanaTransformer2DModel,
+    SanaVideoTransformer3DModel,
+)
 from diffusers_sana.models.controlnets.controlnet_sana import control
 from tests.recorded import Recording, numbers, relative_error, weights
 
@@ -70,6 +76,53 @@ def test_controlnet(wiring):
         out = transformer(LATENTS, controlnet_block_samples=samples, **text).sample
     error = relative_error(out, SANA.outputs["controlnet"])
     assert error < 1e-6 if wiring == "nvlabs" else error > 0.1
+
+
+VIDEO = Recording("sana_video")
+VIDEO_FIELDS = {"attention_head_dim": 24, "num_cross_attention_heads": 4, "sample_size": 8}
+VIDEO_TEXT = {"encoder_hidden_states": numbers((3, 20, 24), 3002) * 3, "encoder_attention_mask": MASK}
+
+
+def video_model():
+    return SanaVideoTransformer3DModel.from_single_file(weights(VIDEO.shapes), **VIDEO_FIELDS)
+
+
+def test_sana_video():
+    with torch.no_grad():
+        out = video_model()(numbers((3, 4, 5, 6, 4), 3001) * 1.5, timestep=TIMES, **VIDEO_TEXT).sample
+    assert relative_error(out, VIDEO.outputs["sana_video"]) < 5e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "timesteps", "most"),
+    [
+        # Noise levels that are in the authors' table of a thousand.
+        ("longsana", [1000, 875, 700, 500], 2e-5),
+        # LongSANA's own are up to 0.001 from those in the table, which the authors' code takes instead.
+        ("longsana_default", [1000, 960, 889, 727, 0], 5e-3),
+    ],
+)
+def test_longsana(name, timesteps, most, monkeypatch):
+    """Three chunks of a video with four steps each, from the authors' noise."""
+    drawn = []
+
+    def noise(shape, **_):
+        drawn.append(shape)
+        return numbers(tuple(shape), 4000 + len(drawn))
+
+    monkeypatch.setattr("diffusers_sana.pipelines.sampling.randn_tensor", noise)
+    pipe = LongSanaVideoPipeline(None, None, None, video_model(), None)
+    pipe.set_progress_bar_config(disable=True)
+    video = pipe(
+        timesteps=timesteps,
+        latents=numbers((1, 4, 11, 6, 4), 3003) * 1.5,
+        prompt_embeds=VIDEO_TEXT["encoder_hidden_states"][:1],
+        prompt_attention_mask=MASK[:1],
+        base_chunk_frames=3,
+        output_type="latent",
+    ).frames
+    assert [shape[2] for shape in drawn] == [5] * 3 + [3] * 6
+    assert relative_error(video, VIDEO.outputs[name]) < most
 
 
 DC_AE = {

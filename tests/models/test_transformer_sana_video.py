@@ -48,7 +48,7 @@ def test_released_configurations(name):
 
 
 def test_signatures_extend_those_of_diffusers():
-    for method, more in (("__init__", []), ("forward", [("text_context", None)])):
+    for method, more in (("__init__", []), ("forward", [("text_context", None), ("state", None)])):
         ours, theirs = (
             [(name, p.default) for name, p in inspect.signature(getattr(cls, method)).parameters.items()]
             for cls in (SanaVideoTransformer3DModel, diffusers.SanaVideoTransformer3DModel)

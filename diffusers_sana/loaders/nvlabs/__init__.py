@@ -1,1 +1,1 @@
-"""Original (NVlabs) files of Sana, its ControlNets and DC-AE."""
+"""Original (NVlabs) files of Sana, SANA-Video, ControlNets and DC-AE."""

@@ -1,4 +1,4 @@
-"""Converts original files of Sana, its ControlNets and DC-AE to diffusers folders: a model or a whole pipeline.
+"""Converts original files of Sana, SANA-Video, ControlNets and DC-AE to diffusers folders of a model or a pipeline.
 
 To load such a file without writing anything, use `from_single_file` of the model; see
 `docs/third_party_checkpoints.md`.
@@ -22,6 +22,7 @@ from diffusers_sana.loaders.nvlabs.sana import (
     is_official_sana,
     read_official_sana,
 )
+from diffusers_sana.loaders.nvlabs.sana_video import VIDEO, is_official_video, read_official_video
 from diffusers_sana.loaders.single_file import (
     OfficialWeights,
     check_config_fields,
@@ -31,7 +32,8 @@ from diffusers_sana.loaders.single_file import (
 )
 
 
-COMPONENTS = {TRANSFORMER: "transformer", CONTROLNET: "controlnet", AUTOENCODER: "vae"}
+COMPONENTS = {TRANSFORMER: "transformer", CONTROLNET: "controlnet", AUTOENCODER: "vae", VIDEO: "transformer"}
+IN_SANA_FILES = {"transformer": TRANSFORMER, "controlnet": CONTROLNET}
 # What the other components of a pipeline rely on.
 MUST_FIT = ("in_channels", "caption_channels", "latent_channels", "guidance_embeds")
 MAX_SHARD_SIZE = "5GB"  # in memory at a time
@@ -83,8 +85,8 @@ def plan_conversion(
     """Checks a file and returns what `convert` would do: a dry run.
 
     Args:
-        path: `.pth` or `.safetensors` of Sana, SANA-1.5, SANA-Sprint, a ControlNet or DC-AE, with the original tensor
-            names.
+        path: `.pth` or `.safetensors` of Sana, SANA-1.5, SANA-Sprint, SANA-Video, LongSANA, a ControlNet or DC-AE,
+            with the original tensor names.
         component: "transformer" or "controlnet", for a file that has both; by default the ControlNet.
         dtype: of the weights; by default the file's, in which case no weight is read.
         weights: "model", or "ema" for the EMA weights that the original trainers store next to them.
@@ -98,9 +100,10 @@ def plan_conversion(
     content = read_content(path)
     checkpoint = select_weights(content, weights)
     other_weights = tuple(name for name in weight_sets(content) if name != weights)
-    if is_official_sana(checkpoint):
-        class_names = {name: class_name for class_name, name in COMPONENTS.items()}
-        official = read_official_sana(checkpoint, class_names[component] if component else None, **fields)
+    if is_official_video(checkpoint):
+        official = read_official_video(checkpoint, **fields)
+    elif is_official_sana(checkpoint):
+        official = read_official_sana(checkpoint, IN_SANA_FILES[component] if component else None, **fields)
     elif is_official_dc(checkpoint):
         official = read_official_dc(checkpoint, **fields)
     else:

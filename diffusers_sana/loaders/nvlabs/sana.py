@@ -1,4 +1,4 @@
-"""Tensor names of NVlabs/Sana for Sana, SANA-1.5, SANA-Sprint and their ControlNets.
+"""Tensor names of NVlabs/Sana for Sana, SANA-1.5, SANA-Sprint and their ControlNets; `sana_video` adds SANA-Video's.
 
 Source of the names: the original `.pth` files as the original code and diffusers' converters read them.
 """
@@ -45,6 +45,7 @@ BLOCK = {
     "mlp.inverted_conv.conv": ("ff.conv_inverted",),
     "mlp.depth_conv.conv": ("ff.conv_depth",),
     "mlp.point_conv.conv": ("ff.conv_point",),
+    "mlp.t_conv": ("ff.conv_temp",),
 }
 
 
@@ -75,12 +76,13 @@ def read_official_sana(
         if key in LEFT_OUT or key.startswith(other):
             official.left_out.append(key)
         else:
-            official.names[key] = _transformer_names(key, guidance="cfg_embedder.mlp.0.weight" in checkpoint)
+            official.names[key] = names_in_sana(key, guidance="cfg_embedder.mlp.0.weight" in checkpoint)
     official.config = _config(checkpoint, class_name, fields)
     return official
 
 
-def _transformer_names(key: str, guidance: bool) -> tuple[str, ...]:
+def names_in_sana(key: str, guidance: bool) -> tuple[str, ...]:
+    """Our names of the equal parts of a tensor; `guidance` says whether the guidance scale is an input."""
     stem, _, part = key.rpartition(".")
     if part not in ("weight", "bias"):
         stem, part = key, ""

@@ -12,10 +12,11 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from diffusers_sana.kernels.relu_linear_attention import relu_linear_attention
+from diffusers_sana.kernels.relu_linear_attention import block_causal_linear_attention, relu_linear_attention
 from diffusers_sana.kernels.rms_norm import rms_norm
 from diffusers_sana.models.layers import Linear
 from diffusers_sana.models.transformers.sequence_parallel import all_reduced
+from diffusers_sana.models.transformers.stream_sana_video import SanaVideoBlockState
 
 
 class SanaRMSNorm(nn.Module):
@@ -44,23 +45,31 @@ def _saturated(out: Tensor) -> Tensor:
 class SanaLinearAttnProcessor:
     """ReLU linear self-attention, in fp32 inside (Sana, arXiv 2410.10629, section 2.2).
 
-    There is no softmax and hence no attention backend to choose. `rotary_emb` are the rotary positions of videos.
+    There is no softmax and hence no attention backend to choose. `rotary_emb` are the rotary positions of videos. With
+    the state of earlier frames, tokens attend to these as well, and `attention` of the new state is returned too.
     """
 
     _parallel_config = None  # set by `enable_parallelism`: other processes have other tokens
 
     def __call__(
-        self, attn: "SanaAttention", hidden_states: Tensor, rotary_emb: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+        self,
+        attn: "SanaAttention",
+        hidden_states: Tensor,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+        state: SanaVideoBlockState | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         if attn.norm_q is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
-        config = self._parallel_config
-        reduce_state = None if config is None else partial(all_reduced, config=config)
-        out = relu_linear_attention(query, key, value, reduce_state=reduce_state, rotary=rotary_emb)
-        out = attn.to_out[1](attn.to_out[0](out.flatten(-2)))  # [B, N, H, d] -> [B, N, D]
-        return _saturated(out)
+        if state is not None:
+            out, attention = block_causal_linear_attention(query, key, value, state.attention, rotary=rotary_emb)
+        else:
+            config = self._parallel_config
+            reduce_state = None if config is None else partial(all_reduced, config=config)
+            out = relu_linear_attention(query, key, value, reduce_state=reduce_state, rotary=rotary_emb)
+        out = _saturated(attn.to_out[1](attn.to_out[0](out.flatten(-2))))  # [B, N, H, d] -> [B, N, D]
+        return out if state is None else (out, attention)
 
 
 def attend_to_self(attn: Any, hidden_states: Tensor) -> Tensor:

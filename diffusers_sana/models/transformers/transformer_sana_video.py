@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffusers_sana.kernels.gated_residual import gated_residual
 from diffusers_sana.models.layers import Conv2d, Linear, PatchConv3d, scaled_adapters, split_scale
-from diffusers_sana.models.loading import StrictModelMixin
+from diffusers_sana.models.loading import SingleFileMixin, StrictModelMixin
 from diffusers_sana.models.transformers.attention_sana import SanaRMSNorm, SanaTextState
 from diffusers_sana.models.transformers.cache_sana import SanaCacheMixin
 from diffusers_sana.models.transformers.config_sana import check_video_transformer_config
@@ -27,6 +27,11 @@ from diffusers_sana.models.transformers.sequence_parallel import (
     Rows,
     SequenceParallelMixin,
     split_plan,
+)
+from diffusers_sana.models.transformers.stream_sana_video import (
+    SanaVideoBlockState,
+    SanaVideoState,
+    SanaVideoTransformerOutput,
 )
 from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTextMixin
 from diffusers_sana.models.transformers.transformer_sana import (
@@ -89,14 +94,24 @@ class SanaVideoMixFeedForward(SanaMixFeedForward):
         self.conv_temp = Conv2d(dim, dim, (3, 1), padding=(1, 0), bias=False)
         nn.init.zeros_(self.conv_temp.weight)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Maps `[B, t, h, w, D]` to the same shape."""
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, state: SanaVideoBlockState | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Maps `[B, t, h, w, D]` to the same shape.
+
+        With the state of earlier frames, the convolution also sees the last of them, and `frame` of the new state is
+        returned too.
+        """
         _, frames, height, width, _ = hidden_states.shape
         images = super().forward(hidden_states.flatten(0, 1).movedim(-1, 1)).movedim(1, -1)  # [B * t, h, w, D]
+        video = images.unflatten(0, (-1, frames))
+        before = None if state is None else state.frame
+        seen = video if before is None else torch.cat([before[:, None], video], dim=1)
         # With frames as rows it is a convolution of an image, whose channels are last in memory.
-        video = images.unflatten(0, (-1, frames)).flatten(2, 3).movedim(-1, 1)  # [B, D, t, h * w]
-        video = video + self.conv_temp(video)
-        return video.movedim(1, -1).unflatten(2, (height, width))
+        change = self.conv_temp(seen.flatten(2, 3).movedim(-1, 1))[:, :, -frames:]  # [B, D, t, h * w]
+        out = video + change.movedim(1, -1).unflatten(2, (height, width))
+        # A copy, because a slice would keep all frames in memory.
+        return out if state is None else (out, video[:, -1].clone())
 
 
 class SanaVideoTransformerBlock(SanaTransformerBlock):
@@ -116,7 +131,8 @@ class SanaVideoTransformerBlock(SanaTransformerBlock):
         height: int,
         width: int,
         rotary_emb: tuple[Tensor, Tensor],
-    ) -> Tensor:
+        state: SanaVideoBlockState | None = None,
+    ) -> Tensor | tuple[Tensor, SanaVideoBlockState]:
         """One block.
 
         Args:
@@ -125,10 +141,12 @@ class SanaVideoTransformerBlock(SanaTransformerBlock):
             timestep: modulation `[B or 1, G, 6 * D]`.
             height, width: token grid of a frame.
             rotary_emb: from `rotary_tables`.
+            state: of the frames before these; None for a whole video.
 
         Returns:
-            `[B, N, D]`.
+            `[B, N, D]`, and with `state` that of all frames so far.
         """
+        stream: dict[str, Any] = {} if state is None else {"state": state}
         modulation = self.scale_shift_table + timestep.unflatten(-1, (6, -1))  # [B or 1, G, 6, D]
         groups = hidden_states.shape[0] * modulation.shape[1]
         # Tokens of a time together, [B * G, N / G, D], with modulations [B * G or 1, 1, D].
@@ -138,7 +156,9 @@ class SanaVideoTransformerBlock(SanaTransformerBlock):
             return x.reshape(groups, -1, x.shape[-1])
 
         normed = self.norm1(grouped(hidden_states), shift_msa, scale_msa).view_as(hidden_states)
-        attn_output = self.attn1(normed, rotary_emb=rotary_emb)
+        attn_output = self.attn1(normed, rotary_emb=rotary_emb, **stream)
+        if state is not None:
+            attn_output, attention = attn_output
         hidden_states = gated_residual(grouped(hidden_states), grouped(attn_output), gate_msa).view_as(hidden_states)
 
         hidden_states = hidden_states + self.attn2(
@@ -147,8 +167,12 @@ class SanaVideoTransformerBlock(SanaTransformerBlock):
 
         normed = self.norm2(grouped(hidden_states), shift_mlp, scale_mlp).view_as(hidden_states)
         # With sequence parallelism, each process has some of the frames.
-        ff_output = self.ff(normed.unflatten(1, (-1, height, width))).flatten(1, 3)
-        return gated_residual(grouped(hidden_states), grouped(ff_output), gate_mlp).view_as(hidden_states)
+        ff_output = self.ff(normed.unflatten(1, (-1, height, width)), **stream)
+        if state is not None:
+            ff_output, frame = ff_output
+        ff_output = grouped(ff_output.flatten(1, 3))
+        hidden_states = gated_residual(grouped(hidden_states), ff_output, gate_mlp).view_as(hidden_states)
+        return hidden_states if state is None else (hidden_states, SanaVideoBlockState(attention, frame))
 
 
 class SanaVideoTransformer3DModel(
@@ -159,12 +183,13 @@ class SanaVideoTransformer3DModel(
     ConfigMixin,
     PeftAdapterMixin,
     SanaCacheMixin,
+    SingleFileMixin,
 ):
     """The denoiser of SANA-Video (arXiv 2509.24695), for text and for a first image.
 
     Configuration, state-dict keys, `forward` and outputs are those of the diffusers class of the same name. In
-    addition, `encode_text` does the text-dependent work once per prompt instead of once per step, and each frame may
-    have its own time.
+    addition, `encode_text` does the text-dependent work once per prompt instead of once per step, each frame may have
+    its own time, and `state` makes it LongSANA's block-causal model, whose checkpoints have the same keys.
 
     Args:
         in_channels, out_channels: latent channels; `out_channels` None means as many as in.
@@ -252,7 +277,8 @@ class SanaVideoTransformer3DModel(
         controlnet_block_samples: Sequence[Tensor] | None = None,
         return_dict: bool = True,
         text_context: SanaTextContext | None = None,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        state: SanaVideoState | None = None,
+    ) -> Transformer2DModelOutput | tuple[Tensor] | tuple[Tensor, SanaVideoState]:
         """Predicts the model output (flow velocity, unless the scheduler says otherwise) for noisy latents.
 
         Args:
@@ -267,9 +293,13 @@ class SanaVideoTransformer3DModel(
             controlnet_block_samples: `[B, N, D]` each; sample i is added to the output of block i + 1.
             return_dict: return a `Transformer2DModelOutput` instead of a tuple.
             text_context: from `encode_text`, instead of `encoder_hidden_states` and `encoder_attention_mask`.
+            state: of the frames before these, which they attend to; `SanaVideoState()` where these are the first of a
+                stream, and None for a whole video. It is not changed. Not with step caches, several devices and
+                ControlNets.
 
         Returns:
-            `sample`, `[B, out_channels, T, H, W]`.
+            `sample`, `[B, out_channels, T, H, W]`. With `state`, a `SanaVideoTransformerOutput` that also has the
+            state of all frames so far.
 
         Raises:
             ValueError: shapes that do not match the config, or arguments that this model does not use.
@@ -279,17 +309,22 @@ class SanaVideoTransformer3DModel(
             inputs = hidden_states, encoder_hidden_states, timestep, guidance
             options = encoder_attention_mask, attention_mask, attention_kwargs, controlnet_block_samples
             with scaled_adapters(self, scale):
-                return SanaVideoTransformer3DModel.forward(self, *inputs, *options, return_dict, text_context)
-        grid = frames, height, width = self._check_inputs(hidden_states, attention_mask, guidance)
+                return SanaVideoTransformer3DModel.forward(self, *inputs, *options, return_dict, text_context, state)
+        first = 0 if state is None else state.frames
+        grid = frames, height, width = self._check_inputs(hidden_states, attention_mask, guidance, first)
         if controlnet_block_samples is not None:
             self._check_controlled_cache()
         batch_size = hidden_states.shape[0]
+        past: Sequence[SanaVideoBlockState | None] = [None] * len(self.transformer_blocks)
+        if state is not None:
+            self._check_streaming(controlnet_block_samples)
+            past = state.of_blocks(len(past), batch_size, (height, width))
         text_context = self._resolve_text(
             batch_size, encoder_hidden_states, encoder_attention_mask, attention_kwargs, text_context
         )
 
         own_frames = self.frame_numbers(torch.arange(frames, device=hidden_states.device))
-        rotary_emb = rotary_tables(own_frames, height, width, self.config["attention_head_dim"])
+        rotary_emb = rotary_tables(first + own_frames, height, width, self.config["attention_head_dim"])
         hidden_states = self.flatten(self.patch_embedding(hidden_states).movedim(1, -1))  # [B, N, D]
         times = _grouped_times(timestep, batch_size, frames, height * width, own_frames)  # [B or 1, G]
         conditions = {}
@@ -301,12 +336,27 @@ class SanaVideoTransformer3DModel(
             for value in self.time_embed(times.flatten(), hidden_dtype=hidden_states.dtype, **conditions)
         )
 
-        for index, (block, text) in enumerate(zip(self.transformer_blocks, text_context.states, strict=True)):
-            arguments = (hidden_states, text, text_context.attention_mask, modulation, height, width, rotary_emb)
+        seen = []
+        blocks = zip(self.transformer_blocks, text_context.states, past, strict=True)
+        for index, (block, text, before) in enumerate(blocks):
+            stream = () if before is None else (before,)
+            arguments = (
+                hidden_states,
+                text,
+                text_context.attention_mask,
+                modulation,
+                height,
+                width,
+                rotary_emb,
+                *stream,
+            )
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_states = self._gradient_checkpointing_func(block, *arguments)
             else:
                 hidden_states = block(*arguments)
+            if before is not None:
+                hidden_states, now = hidden_states
+                seen.append(now)
             if controlnet_block_samples is not None and 0 < index <= len(controlnet_block_samples):
                 hidden_states = hidden_states + controlnet_block_samples[index - 1]
 
@@ -318,12 +368,15 @@ class SanaVideoTransformer3DModel(
         hidden_states = self.proj_out(self.norm_out(groups, shift, scale).view_as(hidden_states))
         patches = hidden_states.unflatten(1, grid).unflatten(-1, (*self.config["patch_size"], -1))
         sample = patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        if state is None:
+            return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        state = SanaVideoState(tuple(seen), first + frames)
+        return SanaVideoTransformerOutput(sample=sample, state=state) if return_dict else (sample, state)
 
     def _check_inputs(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, guidance: Tensor | None
+        self, hidden_states: Tensor, attention_mask: Tensor | None, guidance: Tensor | None, first: int
     ) -> tuple[int, int, int]:
-        """The token grid."""
+        """The token grid; `first` is the number of frames before it."""
         channels, patch_size, most = (self.config[name] for name in ("in_channels", "patch_size", "rope_max_seq_len"))
         shape = tuple(hidden_states.shape)
         is_right = len(shape) == 5 and shape[1] == channels
@@ -333,14 +386,24 @@ class SanaVideoTransformer3DModel(
                 f"`patch_size` {tuple(patch_size)}, got {shape}. Check the VAE, the size and the number of frames."
             )
         frames, height, width = (size // p for size, p in zip(shape[2:], patch_size, strict=True))
-        if max(frames, height, width) > most:
+        if max(first + frames, height, width) > most:
             raise ValueError(
-                f"`hidden_states` must have at most {most} tokens along each axis (`rope_max_seq_len`), got "
-                f"{(frames, height, width)}. Generate a shorter or smaller video."
+                f"`hidden_states` must have at most {most} tokens along each axis (`rope_max_seq_len`), earlier frames"
+                f" included, got {(first + frames, height, width)}. Generate a shorter or smaller video."
             )
         check_guidance(self.config["guidance_embeds"], guidance)
         check_conditions(shape[0], attention_mask, guidance=guidance)
         return frames, height, width
+
+    def _check_streaming(self, controlnet_block_samples: Sequence[Tensor] | None) -> None:
+        """Raises where the model cannot run with a state."""
+        reasons = {
+            "a step cache, which skips blocks. Call `disable_cache()`": self._cache_config is not None,
+            "`enable_parallelism`. Load the model again": self._parallel_config is not None,
+            "`controlnet_block_samples`. Leave one of the two out": controlnet_block_samples is not None,
+        }
+        if reason := next((reason for reason, applies in reasons.items() if applies), None):
+            raise ValueError(f"`state` cannot be used together with {reason}.")
 
     def _split_parts(self) -> tuple[Rows, nn.Module, int, list[nn.Module]]:
         convolutions: list[Any] = [block.ff.conv_temp for block in self.transformer_blocks]
@@ -357,9 +420,10 @@ def _grouped_times(timestep: Tensor, batch_size: int, frames: int, tokens: int, 
         tokens: of a frame.
         own_frames: numbers of the frames of this process.
     """
-    if timestep.numel() in (1, batch_size):
+    number = timestep.numel()
+    if number == 1 or number == batch_size:  # compiled code takes sizes that vary for no members
         return timestep.reshape(-1, 1)
-    if timestep.numel() not in (batch_size * frames, batch_size * frames * tokens):
+    if number != batch_size * frames and number != batch_size * frames * tokens:
         raise ValueError(
             f"`timestep` must have one entry, or for each of the {batch_size} videos one, or one for each of the "
             f"{frames} frames, or for each of the {frames * tokens} tokens, got {tuple(timestep.shape)}."

@@ -44,6 +44,8 @@ SANA_NAMES = {
     "ff.conv_inverted": "mlp.inverted_conv.conv",
     "ff.conv_depth": "mlp.depth_conv.conv",
     "ff.conv_point": "mlp.point_conv.conv",
+    "ff.conv_temp": "mlp.t_conv",
+    "patch_embedding": "x_embedder.proj",
 }
 FUSED = {"attn1.to_{}": ("attn.qkv", "qkv"), "attn2.to_{}": ("cross_attn.kv_linear", "kv")}
 
@@ -80,6 +82,8 @@ def official_sana(model: nn.Module, scale: float | None = None, block: str = "bl
             key = f"{SANA_NAMES[stem]}.{part}"
         out[prefix + key] = value
     out["y_embedder.y_embedding"] = torch.randn(300, model.config.caption_channels)
+    if "patch_embedding.weight" in state:  # of videos
+        return out | {"pos_embed": torch.zeros(1, 16, WIDTH), "logvar_linear.weight": torch.zeros(1, WIDTH)}
     out["pos_embed"] = position_table(model.config.sample_size, WIDTH, scale)
     return out
 

@@ -10,7 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffusers_sana import AutoencoderDC, SanaControlNetModel, SanaTransformer2DModel, cli
+from diffusers_sana import (
+    AutoencoderDC,
+    SanaControlNetModel,
+    SanaTransformer2DModel,
+    SanaVideoTransformer3DModel,
+    cli,
+)
 from diffusers_sana.loaders.nvlabs.convert import convert, plan_conversion
 from diffusers_sana.loaders.nvlabs.load import read_official
 from tests import tiny
@@ -67,6 +73,55 @@ def test_official_widths_need_no_help():
     checkpoint["pos_embed"] = torch.zeros(1, 32 * 32, 2240)
     config = read_official(SanaTransformer2DModel, checkpoint).config
     assert config == {name: value for name, value in model.config.items() if name in config}
+
+
+VIDEO = {name: value for name, value in SANA.items() if name != "sample_size"} | {
+    "mlp_ratio": 3.0,
+    "patch_size": (1, 2, 2),
+    "qk_norm": "rms_norm_across_heads",
+    "sample_size": 30,
+}
+VIDEO_HEADS = HEADS | {"attention_head_dim": 32, "sample_size": 30}
+
+
+@pytest.mark.parametrize("container", ["state_dict", "generator", "generator_ema"])
+def test_videos(container, tmp_path):
+    """SANA-Video's files, and LongSANA's with the same names, as released and as its trainer writes them."""
+    torch.manual_seed(0)
+    model = SanaVideoTransformer3DModel(**VIDEO)
+    torch.nn.init.normal_(model.transformer_blocks[0].ff.conv_temp.weight)
+    checkpoint, file = official_sana(model), tmp_path / "video.pth"
+    if container == "state_dict":
+        torch.save({"state_dict": checkpoint, "epoch": 3}, file)
+    else:
+        wrapped = {f"model.{key}": value for key, value in checkpoint.items()}
+        critic = {"critic": {"x": torch.zeros(1)}, "step": 100}
+        torch.save(critic | {"generator": {k: v * 2 for k, v in wrapped.items()}} | {container: wrapped}, file)
+    weights = "ema" if container == "generator_ema" else "model"
+    loaded = SanaVideoTransformer3DModel.from_single_file(file, weights=weights, **VIDEO_HEADS)
+    assert_equal_weights(loaded, model.state_dict())
+    assert {name: loaded.config[name] for name in VIDEO} == VIDEO | {"patch_size": (1, 2, 2)}
+    plan = convert(file, tmp_path / "folder", weights=weights, **VIDEO_HEADS)
+    assert len(plan.official.left_out) == 3
+    assert plan.component == "transformer"
+    for cls in (SanaVideoTransformer3DModel, diffusers.SanaVideoTransformer3DModel):
+        assert_equal_weights(cls.from_pretrained(tmp_path / "folder"), model.state_dict())
+
+
+def test_released_videos_need_no_help():
+    for config, channels in (({"patch_size": (1, 2, 2)}, 16), ({"patch_size": (1, 1, 1), "sample_size": 22}, 128)):
+        with torch.device("meta"):
+            sides = {"in_channels": channels, "out_channels": channels}
+            model = SanaVideoTransformer3DModel(**config | sides, mlp_ratio=3.0, num_layers=1)
+            checkpoint = official_sana(model)
+        official = read_official(SanaVideoTransformer3DModel, checkpoint)
+        expected = {name: value for name, value in model.config.items() if name in official.config}
+        assert official.config == expected | {"patch_size": config["patch_size"]}
+    for field in ("attention_head_dim", "num_cross_attention_heads", "sample_size"):
+        model = SanaVideoTransformer3DModel(**VIDEO)
+        given = {name: value for name, value in VIDEO_HEADS.items() if name != field}
+        with pytest.raises(ValueError, match=f"`{field}` must be given"):
+            read_official(SanaVideoTransformer3DModel, official_sana(model), **given)
 
 
 def test_a_file_without_positions_must_be_told_its_size():
