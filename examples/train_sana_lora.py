@@ -4,9 +4,9 @@
 
 Captions come from `metadata.jsonl` (lines `{"file_name": ..., "text": ...}`) or from `NAME.txt` beside `NAME.png`;
 images without one have `--instance-prompt`. `--data` may also be WebDataset tars or a dataset of the Hub.
-`--quantize int4` trains on a base with 4-bit weights (QLoRA, arXiv 2305.14314). Latents and text vectors are computed
-once. The result, `OUTPUT_DIR/model/pytorch_lora_weights.safetensors`, is for `pipe.load_lora_weights`, here and in
-diffusers.
+`--quantize int4` trains on a base with 4-bit weights (QLoRA, arXiv 2305.14314). `--pretrained` may be a SANA-Sprint.
+Latents and text vectors are computed once. The result, `OUTPUT_DIR/model/pytorch_lora_weights.safetensors`, is for
+`pipe.load_lora_weights`, here and in diffusers.
 
 Python: `diffusers_sana.training.recipes.lora.train(config, batches, transformer, ...)` takes any iterable of batches.
 """

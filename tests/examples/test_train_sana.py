@@ -222,3 +222,29 @@ def test_the_optimizer_is_that_of_its_name(tmp_path):
     train(make_config(tmp_path / "run", **settings), [batch], tiny_transformer())
     with pytest.raises(ValueError, match="`optimizer` must be one of"):
         train(make_config(tmp_path / "other", optimizer="sgd"), [latent_batch()], tiny_transformer())
+
+
+def test_main_grows_on_several_resolutions_and_resumes(tmp_path):
+    """With the options that recipes share: the resumed run is the uninterrupted one, bit for bit."""
+    write_image_folder(tmp_path / "data", [(70, 70), (70, 140), (70, 70)])
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    options = ["--num_layers", "4", "--kept_layers", "2", "--optimizer", "schedulefree", "--learning_rate", "1e-3"]
+    options += [
+        "--resolution",
+        "64",
+        "--more_resolutions",
+        "32",
+        "--buckets",
+        "authors",
+        "--loss_weighting",
+        "min_snr",
+    ]
+    whole = folder_arguments(tmp_path, "whole", *options, "--cache_dir", str(tmp_path / "cache"), "--max_steps", "4")
+    parts = folder_arguments(tmp_path, "parts", *options, "--cache_dir", str(tmp_path / "cache"))
+    main(whole)
+    main(parts)
+    main([*parts, "--max_steps", "4", "--resume"])
+    results = [load_file(tmp_path / name / "model" / "transformer" / WEIGHTS) for name in ("whole", "parts")]
+    assert all(torch.equal(results[1][name], value) for name, value in results[0].items())
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 6, "three images at two resolutions"
+    assert SanaPipeline.from_pretrained(tmp_path / "whole" / "model").transformer.config.num_layers == 4

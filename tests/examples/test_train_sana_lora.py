@@ -201,6 +201,16 @@ def test_bf16_base_has_an_adapter_in_fp32(tmp_path):
     assert transformer.proj_out.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("another_precision")
+def test_bf16_sprint_has_an_adapter_in_fp32(tmp_path):
+    transformer = nn.Module.to(sprint_student(), torch.bfloat16)
+    train(make_config(tmp_path, mixed_precision="bf16"), [latent_batch()], transformer)
+    saved = load_file(tmp_path / "model" / WEIGHTS)
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    assert all(value.any() and value.isfinite().all() for value in saved.values())
+    assert transformer.proj_out.weight.dtype == torch.bfloat16
+
+
 def test_loss_weight(tmp_path):
     """Weight 0 leaves the adapter as if the image were not there."""
     start, results = tiny_transformer(), []
@@ -287,6 +297,27 @@ def test_on_sprint(tmp_path, base):
     pipe = SanaSprintPipeline(**parts)
     pipe.load_lora_weights(tmp_path / "whole" / "model")
     assert not torch.allclose(generate(pipe.transformer), untrained, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sana", "sprint"])
+def test_dora_on_4_bits(tmp_path, kind):
+    """What was trained beside a 4-bit base is what is loaded beside it, lengths included."""
+    start = tiny_transformer() if kind == "sana" else sprint_student()
+    outputs = []
+    for folder in ("dora", "lora"):
+        transformer = deepcopy(start)
+        quantize(transformer, SVDQuantConfig(rank=2), progress=False)
+        config = make_config(tmp_path / folder, use_dora=folder == "dora", use_rslora=True)
+        train(config, [latent_batch()], transformer)
+        outputs.append(generate(transformer) if kind == "sprint" else predict(transformer))
+    assert not torch.equal(*outputs)
+    saved = load_file(tmp_path / "dora" / "model" / WEIGHTS)
+    assert any("lora_magnitude_vector" in name for name in saved)
+    transformer = deepcopy(start)
+    quantize(transformer, SVDQuantConfig(rank=2), progress=False)
+    transformer.load_lora_adapter(tmp_path / "dora" / "model", weight_name=WEIGHTS)
+    loaded = generate(transformer) if kind == "sprint" else predict(transformer)
+    assert torch.allclose(loaded, outputs[0], atol=1e-5)
 
 
 class Ideal(nn.Module):

@@ -142,8 +142,9 @@ def test_main_makes_a_pipeline(tmp_path):
     arguments = ["--data", str(tmp_path / "data"), "--pretrained", str(tmp_path / "pipeline"), "--batch_size", "2"]
     arguments += ["--cache_dir", str(tmp_path / "cache"), "--num_workers", "0", "--resolution", "32"]
     arguments += ["--max_steps", "2", "--log_every", "1", "--max_sequence_length", "32", "--sigma_data", "0.4"]
-    arguments += ["--output_dir", str(tmp_path / "out")]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--sample_prompts", "a red cat", "two dogs"]
     main(arguments)
+    assert Image.open(tmp_path / "out" / "samples" / "step_0000002.png").size == (2 * 32, 3 * 32)
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3
     pipe = SanaSprintPipeline.from_pretrained(tmp_path / "out" / "model")
     assert pipe.scheduler.config.sigma_data == 0.4

@@ -130,7 +130,7 @@ def train(
         keep_frozen=False,  # the base does not change, and may be large
         options=options,
     )
-    loss_of = partial(consistency_loss if is_sprint else flow_loss, config, accelerator, model)
+    loss_of = partial(consistency_loss, config, accelerator, model) if is_sprint else partial(flow_loss, config, model)
     for batch in loop.run(batches):
         latents, prompt = inputs.latents(batch), inputs.prompts(batch)
         shown = shown or first_samples(config, latents, prompt, inputs.prompts(samples) if samples else None)
@@ -154,7 +154,6 @@ def check_objective(config: LoraTrainingConfig, is_sprint: bool) -> None:
 
 def flow_loss(
     config: LoraTrainingConfig,
-    accelerator: Accelerator,
     model: nn.Module,
     latents: Tensor,
     prompt: Prompt,
