@@ -4,7 +4,7 @@ diffusers does this with hooks (`diffusers.hooks.layer_skip`), which leave Sana'
 alone: they look for classes of other models and for calls of `scaled_dot_product_attention`. Here the `forward` of a
 module is replaced, so all of it works, for our transformer and for diffusers', and nothing remains afterwards.
 
-Legend: B images, N image tokens of a grid of h x w, D inner width.
+Legend: B images or videos, N tokens of a grid of h x w, or of several such frames, D inner width.
 """
 
 import math
@@ -132,11 +132,12 @@ def _blurred_queries(block: Any, grid: tuple[int, int], sigma: float, infinite: 
 def blurred(tokens: Tensor, grid: tuple[int, int], sigma: float) -> Tensor:
     """Gaussian blur of `[B, N, D]` over the grid, in fp32, mirrored at its border; the mean where sigma is infinite.
 
-    The kernel ends at 3 sigma, or at the width of the grid, as in the code of smoothed energy guidance.
+    Each frame of a video is blurred alone. The kernel ends at 3 sigma, or at the width of the grid, as in the code of
+    smoothed energy guidance.
     """
-    image = tokens.float().unflatten(1, grid)  # [B, h, w, D]
+    image = tokens.float().unflatten(1, (-1, *grid)).flatten(0, 1)  # [B, or B * frames, h, w, D]
     if math.isinf(sigma):
-        return image.mean(dim=(1, 2), keepdim=True).expand_as(image).flatten(1, 2).to(tokens.dtype)
+        return image.mean(dim=(1, 2), keepdim=True).expand_as(image).reshape(tokens.shape).to(tokens.dtype)
     for axis in (1, 2):
         lines = image.movedim(axis, -1)
         length = lines.shape[-1]
@@ -146,4 +147,4 @@ def blurred(tokens: Tensor, grid: tuple[int, int], sigma: float) -> Tensor:
         padded = F.pad(lines.reshape(-1, 1, length), (size // 2, size // 2), mode="reflect")
         smooth = F.conv1d(padded, (kernel / kernel.sum())[None, None])
         image = smooth.reshape(lines.shape).movedim(-1, axis)
-    return image.flatten(1, 2).to(tokens.dtype)
+    return image.reshape(tokens.shape).to(tokens.dtype)

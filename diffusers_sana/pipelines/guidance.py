@@ -3,7 +3,7 @@
 At each step a guider says which predictions it needs: of the prompts, of the negative prompts, and of a transformer
 with some layers changed. It makes one prediction of them. Those of the unchanged transformer are one batch.
 
-Legend: B images, C latent channels, h w latent height and width.
+Legend: B images or videos, C latent channels, T latent frames (of videos only), h w latent height and width.
 """
 
 import copy
@@ -22,13 +22,15 @@ from diffusers_sana.pipelines.changed_layers import changed_layers
 from diffusers_sana.pipelines.sampling import Denoiser, Predict, TextInputs
 
 
-DEFAULT_GUIDANCE_SCALE = 4.5  # of the pipelines that take a guider
-
 NEGATIVE, POSITIVE = 0, 1  # halves of the batch, in its order
 
 
-def check_guider(guider: Any, guidance_scale: float) -> None:
-    """Raises where the argument `guider` of a pipeline cannot be used, or contradicts `guidance_scale`."""
+def check_guider(guider: Any, guidance_scale: float, default: float) -> None:
+    """Raises where the argument `guider` of a pipeline cannot be used, or contradicts `guidance_scale`.
+
+    Args:
+        default: of `guidance_scale`.
+    """
     # Not at the top: where kornia is installed, this import takes seconds.
     from diffusers.guiders import BaseGuidance, LTX2Guidance
 
@@ -39,10 +41,10 @@ def check_guider(guider: Any, guidance_scale: float) -> None:
         )
     if isinstance(guider, LTX2Guidance):
         raise ValueError(
-            "`guider` must be for image models, got a LTX2Guidance, whose predictions are clean latents of LTX-2 and"
-            " need arguments of its transformer. Take a ClassifierFreeGuidance or a SkipLayerGuidance."
+            "`guider` must not be a LTX2Guidance, whose predictions are clean latents of LTX-2 and need arguments of"
+            " its transformer. Take a ClassifierFreeGuidance or a SkipLayerGuidance."
         )
-    if guidance_scale != DEFAULT_GUIDANCE_SCALE:
+    if guidance_scale != default:
         raise ValueError(
             f"`guidance_scale` must not be given with `guider`, which has its own scale, got {guidance_scale}. Set the"
             f" scale of the {type(guider).__name__}."
@@ -74,7 +76,7 @@ class Guidance:
             self._check_changeable(graphs)
 
     def around(self, predict: Predict, num_steps: int) -> Predict:
-        """A `predict` for the denoising loop that returns the guided prediction `[B, C, h, w]` in fp32.
+        """A `predict` for the denoising loop that returns the guided prediction `[B, C, (T,) h, w]` in fp32.
 
         Args:
             predict: the transformer's prediction for a batch.
@@ -117,15 +119,23 @@ class Guidance:
 
     def _guided(self, conditions: list[Any]) -> Tensor:
         """What the guider makes of the predictions of its conditions."""
-        from diffusers.guiders import MagnitudeAwareGuidance
+        from diffusers.guiders import FrequencyDecoupledGuidance, MagnitudeAwareGuidance
 
-        height, width = conditions[0].noise_pred.shape[-2:]
-        if not isinstance(self._guider, MagnitudeAwareGuidance):
-            # FDG returns what kornia has padded on the right and at the bottom for its pyramid.
-            return self._guider(conditions).pred[..., :height, :width]
-        for condition in conditions:  # it asks `torch.norm` for a norm over all axes, of which that takes two
-            condition.noise_pred = condition.noise_pred.flatten(2)
-        return self._guider(conditions).pred.unflatten(2, (height, width))
+        shape = conditions[0].noise_pred.shape
+        for condition in conditions:
+            prediction = condition.noise_pred
+            if isinstance(self._guider, MagnitudeAwareGuidance):
+                # It asks `torch.norm` for a norm over all axes, of which that takes two.
+                condition.noise_pred = prediction.flatten(2)
+            elif isinstance(self._guider, FrequencyDecoupledGuidance):
+                # The pyramid of kornia is of images, which for videos are the frames.
+                images = prediction.reshape(*shape[:2], -1, *shape[-2:]).transpose(1, 2)
+                condition.noise_pred = images.flatten(0, 1)
+        pred = self._guider(conditions).pred
+        if isinstance(self._guider, FrequencyDecoupledGuidance):
+            # It returns what kornia has padded on the right and at the bottom.
+            pred = pred.unflatten(0, (shape[0], -1)).transpose(1, 2)[..., : shape[-2], : shape[-1]]
+        return pred.reshape(shape)
 
     def _predict_changed(
         self, predict: Predict, model: Denoiser, latents: Tensor, t: Tensor, text: TextInputs
@@ -138,7 +148,8 @@ class Guidance:
                 finally:
                     self._guider.cleanup_models(self.transformer)
             patch_size = self.transformer.config.patch_size
-            grid = latents.shape[-2] // patch_size, latents.shape[-1] // patch_size
+            rows, columns = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size[1:]
+            grid = latents.shape[-2] // rows, latents.shape[-1] // columns
             with changed_layers(self.transformer, self._configs, grid, self._blur):
                 return predict(model, latents, t, text)
 

@@ -63,6 +63,7 @@ class SanaVideoPipeline(SanaVideoPipelineBase):
         max_sequence_length: int = 300,
         complex_human_instruction: str | Sequence[str] | None = VIDEO_INSTRUCTION,
         motion_score: int | None = None,
+        guider: Any = None,
     ) -> SanaVideoPipelineOutput | tuple:
         """Generates videos.
 
@@ -94,6 +95,7 @@ class SanaVideoPipeline(SanaVideoPipelineBase):
             complex_human_instruction: text, or its lines, put before each prompt; None for none.
             motion_score: how much moves: the text " motion score: 30." after each prompt, which the model was trained
                 with. More is more; the authors' code uses 10 by default and recommends 30.
+            guider: a guider of diffusers (`diffusers.guiders`) in place of `guidance_scale`, as in `SanaPipeline`.
 
         Returns:
             `SanaVideoPipelineOutput` with `frames`, or a tuple with them.

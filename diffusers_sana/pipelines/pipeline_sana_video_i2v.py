@@ -73,6 +73,7 @@ class SanaImageToVideoPipeline(SanaVideoPipelineBase):
         complex_human_instruction: str | Sequence[str] | None = VIDEO_INSTRUCTION,
         motion_score: int | None = None,
         image_fit: str = "stretch",
+        guider: Any = None,
     ) -> SanaVideoPipelineOutput | tuple:
         """Generates videos that begin with images.
 
@@ -158,17 +159,21 @@ class SanaImageToVideoPipeline(SanaVideoPipelineBase):
 
 
 def predict_after_first(model: Denoiser, latents: Tensor, t: Tensor, text: TextInputs) -> Tensor:
-    """`predict_flow` with time 0 for the first frame of tokens. diffusers' transformer takes times of tokens alone."""
+    """`predict_flow` with time 0 for the first frame of tokens: of the other latent frames.
+
+    diffusers' transformer takes times of tokens alone.
+    """
     grid = [size // p for size, p in zip(latents.shape[2:], model.transformer.config.patch_size, strict=True)]
     times = t.float() * (torch.arange(grid[0], device=t.device) > 0)
     if isinstance(model.transformer, UpstreamTransformer):
         times = times[:, None, None].expand(1, *grid)
-    return predict_flow(model, latents, t, text, times=times.expand(len(text.mask), *times.shape))
+    prediction = predict_flow(model, latents, t, text, times=times.expand(len(text.mask), *times.shape))
+    return prediction[:, :, 1:]
 
 
 def step_after_first(
     call: Call, prediction: Tensor, t: Tensor, latents: Tensor, is_guided: bool, options: dict[str, Any]
 ) -> Tensor:
     """`guided_step` of all latent frames but the first."""
-    prediction, others = prediction[:, :, 1:].contiguous(), latents[:, :, 1:].contiguous()
+    prediction, others = prediction.contiguous(), latents[:, :, 1:].contiguous()
     return torch.cat([latents[:, :, :1], guided_step(call, prediction, t, others, is_guided, options)], dim=2)

@@ -42,9 +42,10 @@ class Request(Prompts):
     callback_on_step_end_tensor_inputs: Sequence[str]
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None  # not for SANA-Sprint
-    guider: Any = None  # not for SANA-Sprint, SANA-Video and `SanaPAGPipeline`
+    guider: Any = None  # not for SANA-Sprint, LongSANA and `SanaPAGPipeline`
 
     _latent_axes: ClassVar[tuple[str, ...]] = IMAGES
+    _default_guidance_scale: ClassVar[float] = 4.5  # of the pipelines that take a guider
 
     @classmethod
     def collect(cls, arguments: Mapping[str, Any], *, has_vae: bool) -> Self:
@@ -84,7 +85,7 @@ class Request(Prompts):
         check_number("guidance_scale", self.guidance_scale)
         check_number("eta", self.eta)
         if self.guider is not None:
-            check_guider(self.guider, self.guidance_scale)
+            check_guider(self.guider, self.guidance_scale, self._default_guidance_scale)
         options = self.attention_kwargs
         if not isinstance(options, dict | None):
             raise TypeError(f"`attention_kwargs` must be a dict such as {{'scale': 0.5}}, got {options!r}.")
@@ -111,6 +112,7 @@ class VideoRequest(Request):
     motion_score: int | None
 
     _latent_axes = VIDEOS
+    _default_guidance_scale = 6.0
 
     @classmethod
     def collect(cls, arguments: Mapping[str, Any], *, has_vae: bool) -> Self:

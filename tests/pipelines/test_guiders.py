@@ -555,7 +555,7 @@ class TestErrors:
             generate(ours, guider=guider)
 
     def test_for_another_model(self, ours):
-        with pytest.raises(ValueError, match="`guider` must be for image models, got a LTX2Guidance"):
+        with pytest.raises(ValueError, match="`guider` must not be a LTX2Guidance"):
             generate(ours, guider=LTX2Guidance(4.5))
 
     def test_with_guidance_scale(self, ours):

@@ -51,8 +51,8 @@ def test_equals_diffusers(ours, upstream, kwargs):
 
 def test_signature_is_that_of_diffusers_and_more():
     for name, more in (
-        ("SanaVideoPipeline", {"motion_score"}),
-        ("SanaImageToVideoPipeline", {"motion_score", "image_fit"}),
+        ("SanaVideoPipeline", {"motion_score", "guider"}),
+        ("SanaImageToVideoPipeline", {"motion_score", "image_fit", "guider"}),
     ):
         ours, theirs = (
             inspect.signature(getattr(library, name).__call__).parameters for library in (diffusers_sana, diffusers)
