@@ -1,5 +1,7 @@
 """Several ControlNets in one pipeline: their outputs are summed, each with its own image, scale and interval."""
 
+from copy import deepcopy
+
 import diffusers
 import pytest
 import torch
@@ -158,12 +160,14 @@ def test_says_which_controlnets_cannot_be_combined(parts):
         SanaMultiControlNetModel([net(wiring="nvlabs")])(None, [0], [0], [1.0], [0])
 
 
-def test_saved_and_loaded(parts, tmp_path):
+@pytest.mark.parametrize("variant", [None, "fp32"])
+def test_saved_and_loaded(parts, tmp_path, variant):
     pipe = multi(parts, net(1), net(2, wiring="nvlabs", num_layers=2))
-    pipe.save_pretrained(tmp_path)
+    pipe.save_pretrained(tmp_path, variant=variant)
+    assert len(list(tmp_path.glob("controlnet/[01].*/config.json"))) == 2
     expected = generate(pipe, control_image=[EDGES, BLURRED])
     for loader in (diffusers_sana.SanaControlNetPipeline, diffusers.DiffusionPipeline):
-        loaded = loader.from_pretrained(tmp_path)
+        loaded = loader.from_pretrained(tmp_path, variant=variant)
         loaded.set_progress_bar_config(disable=True)
         assert [each.config.wiring for each in loaded.controlnet.nets] == ["diffusers", "nvlabs"]
         assert_close_fp32(generate(loaded, control_image=[EDGES, BLURRED]), expected)
@@ -184,7 +188,7 @@ def test_callbacks_get_a_list(parts):
     assert relative_error(found, generate(pipe, control_image=[EDGES, BLURRED])) > 1e-3
 
 
-def test_with_a_guider_offloading_and_four_bits(parts):
+def test_with_a_guider_and_offloading(parts):
     pipe = multi(parts, net(1), net(2, wiring="nvlabs"))
     images = {"control_image": [EDGES, BLURRED]}
     plain = generate(pipe, **images)
@@ -192,10 +196,28 @@ def test_with_a_guider_offloading_and_four_bits(parts):
     assert_close_fp32(generate(pipe, **images, guider=guider), plain)
     pipe.enable_model_cpu_offload(device="cpu")
     assert_close_fp32(generate(pipe, **images), plain)
-    pipe.remove_all_hooks()
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_four_bits(parts, tmp_path, calibrated):
+    """Each is quantized as it would be alone: its projections stay in 16 bits, and its own folder says so."""
+    images = {"control_image": [EDGES, BLURRED]}
+    pipe = multi(deepcopy(parts), net(1), net(2, wiring="nvlabs"))
+    plain = generate(pipe, **images)
+    data = {"prompts": ["a cat"], "num_inference_steps": 1, **images, "height": 32, "width": 32} if calibrated else {}
+    report = quantize(pipe, SVDQuantConfig(rank=4), components=("transformer", "controlnet"), progress=False, **data)
+    alone = net(1)
+    quantize(alone, SVDQuantConfig(rank=4), progress=False)
+    names = {name for name, module in alone.named_modules() if hasattr(module, "qweight")}
     for each in pipe.controlnet.nets:
-        quantize(each, SVDQuantConfig(rank=4), progress=False)
-    assert 0 < relative_error(generate(pipe, **images), plain) < 0.5
+        assert {name for name, module in each.named_modules() if hasattr(module, "qweight")} == names
+    assert {f"controlnet.nets.1.{name}" for name in names} <= {each.layer for each in report.layers}
+    quantized = generate(pipe, **images)
+    assert 0 < relative_error(quantized, plain) < 0.5
+    pipe.save_pretrained(tmp_path)
+    loaded = diffusers_sana.SanaControlNetPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert relative_error(generate(loaded, **images), quantized) < 0.05
 
 
 def test_of_sana_1_5(tmp_path):

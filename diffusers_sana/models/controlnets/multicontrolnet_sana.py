@@ -5,6 +5,7 @@ Legend: B batch, C latent channels, H W latent height and width, N image tokens,
 
 import os
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, Self
 
 import torch
@@ -25,7 +26,8 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 class SanaMultiControlNetModel(ModelMixin, ConfigMixin):
     """Several `SanaControlNetModel` that steer one transformer together.
 
-    A folder has each of them in a subfolder, "0", "1" and so on, and says how many there are.
+    A folder has each of them in a subfolder, "0.net", "1.net" and so on, or "0.fp16" of a variant, and says how many
+    there are. A pipeline looks for the variant behind the point.
 
     Args:
         controlnets: one or more of this package, of either `wiring`; they may be compiled.
@@ -54,6 +56,11 @@ class SanaMultiControlNetModel(ModelMixin, ConfigMixin):
     def has_inner(self) -> bool:
         """Whether one of them starts from the output of the transformer's first block."""
         return any(wiring_of(net) == "nvlabs" for net in self.nets)
+
+    @property
+    def saved_parts(self) -> dict[str, nn.Module]:
+        """The models that are saved, and so quantized, one by one."""
+        return {f"nets.{index}": net for index, net in enumerate(self.nets)}
 
     @apply_forward_hook
     def encode_text(
@@ -134,11 +141,13 @@ class SanaMultiControlNetModel(ModelMixin, ConfigMixin):
         outputs: Any = tuple(sums.get(index, blank) for index in range(max(sums) + 1))
         return SanaControlNetOutput(controlnet_block_samples=outputs) if return_dict else (outputs,)
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look at the signature for what they may pass
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Writes a folder with each ControlNet in a subfolder; the arguments are those of `ModelMixin`."""
         self.save_config(save_directory)
         for index, net in enumerate(self.nets):
-            net.save_pretrained(os.path.join(save_directory, str(index)), *args, **kwargs)
+            folder = os.path.join(save_directory, _subfolder(index, kwargs.get("variant")))
+            net.save_pretrained(folder, *args, **kwargs)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -153,8 +162,14 @@ class SanaMultiControlNetModel(ModelMixin, ConfigMixin):
         place = str(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         config: Any = cls.load_config(place, subfolder=subfolder or None, **hub)
-        folders = ("/".join(filter(None, (subfolder, str(index)))) for index in range(config["num_controlnets"]))
+        names = (_subfolder(index, kwargs.get("variant")) for index in range(config["num_controlnets"]))
+        folders = ("/".join(filter(None, (subfolder, name))) for name in names)
         return cls([SanaControlNetModel.from_pretrained(place, subfolder=folder, **kwargs) for folder in folders])
+
+
+def _subfolder(index: int, variant: str | None) -> str:
+    """Where a ControlNet is saved."""
+    return f"{index}.{variant or 'net'}"
 
 
 def controlnets_of(controlnet: Any) -> list[Any]:

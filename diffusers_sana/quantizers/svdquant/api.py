@@ -170,16 +170,22 @@ def mark_quantized(model: nn.Module, config: SVDQuantConfig) -> None:
 
 
 def _models(pipe_or_model: Any, components: str | Sequence[str]) -> dict[str, nn.Module]:
-    """The models to quantize, by component name."""
+    """The models to quantize, by component name; of a component that is several models, each by itself."""
     if not isinstance(pipe_or_model, DiffusionPipeline):
         if not isinstance(pipe_or_model, nn.Module):
             raise TypeError(f"`pipe_or_model` must be a pipeline or a model, got {type(pipe_or_model).__name__}.")
-        return {MODEL: pipe_or_model}
+        return _parts(MODEL, pipe_or_model)
     available = _modules(pipe_or_model)
     names = [components] if isinstance(components, str) else list(components)
     if not names or not all(name in available for name in names):
         raise ValueError(f"`components` must name models of the pipeline, some of {sorted(available)}, got {names}.")
-    return {name: available[name] for name in names}
+    return {name: model for component in names for name, model in _parts(component, available[component]).items()}
+
+
+def _parts(name: str, model: nn.Module) -> dict[str, nn.Module]:
+    """A model by its name; or those that it consists of, which it saves one by one."""
+    parts: dict[str, nn.Module] | None = getattr(model, "saved_parts", None)
+    return {name: model} if parts is None else {f"{name}.{key}": part for key, part in parts.items()}
 
 
 def _modules(pipe: Any) -> dict[str, nn.Module]:
