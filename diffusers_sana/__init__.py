@@ -75,6 +75,7 @@ _EXPORTS = {
     "quantize": "diffusers_sana.quantizers.svdquant.api",
     "set_compute_mode": "diffusers_sana.quantizers.svdquant.api",
     "sobel_edges": "diffusers_sana.images",
+    "vae_parallel": "diffusers_sana.pipelines.acceleration.vae_parallel",
 }
 # diffusers and transformers look for the base classes of a class in its package. They are not part of our API.
 _BASE_CLASSES = {
@@ -132,6 +133,7 @@ if TYPE_CHECKING:
     from diffusers_sana.models.vila_u.vision_vila_u import VilaUVisionModel as VilaUVisionModel
     from diffusers_sana.modular.blocks import modular_pipeline as modular_pipeline
     from diffusers_sana.pipelines.acceleration.cfg_parallel import cfg_parallel as cfg_parallel
+    from diffusers_sana.pipelines.acceleration.vae_parallel import vae_parallel as vae_parallel
     from diffusers_sana.pipelines.pipeline_sana import SanaPipeline as SanaPipeline
     from diffusers_sana.pipelines.pipeline_sana_controlnet import SanaControlNetPipeline as SanaControlNetPipeline
     from diffusers_sana.pipelines.pipeline_sana_controlnet_img2img import (

@@ -295,14 +295,14 @@ class Encoder(nn.Module):
 
         `tile` is the height and width, in units of `shallow_end`, of the tiles to run the shallow stages in.
         """
+        return self.deep_stages(self.tiled_shallow_stages(hidden_states, tile))
+
+    def tiled_shallow_stages(self, hidden_states: Tensor, tile: tuple[int, int] | None) -> Tensor:
+        """`shallow_stages`, in tiles of that size if one is given."""
         if tile is None:
-            hidden_states = self.shallow_stages(hidden_states)
-        else:
-            end = self.shallow_end
-            hidden_states = map_tiles(
-                self.shallow_stages, hidden_states, core=tile, halo=end.halo, unit_in=end.unit, unit_out=1
-            )
-        return self.deep_stages(hidden_states)
+            return self.shallow_stages(hidden_states)
+        end = self.shallow_end
+        return map_tiles(self.shallow_stages, hidden_states, core=tile, halo=end.halo, unit_in=end.unit, unit_out=1)
 
     def shallow_stages(self, hidden_states: Tensor) -> Tensor:
         """Image to features; a pixel of the result depends on its neighborhood only."""
@@ -357,7 +357,10 @@ class Decoder(nn.Module):
 
         `tile` is the height and width, in units of `shallow_end`, of the tiles to run the shallow stages in.
         """
-        hidden_states = self.deep_stages(hidden_states)
+        return self.tiled_shallow_stages(self.deep_stages(hidden_states), tile)
+
+    def tiled_shallow_stages(self, hidden_states: Tensor, tile: tuple[int, int] | None) -> Tensor:
+        """`shallow_stages`, in tiles of that size if one is given."""
         if tile is None:
             return self.shallow_stages(hidden_states)
         end = self.shallow_end

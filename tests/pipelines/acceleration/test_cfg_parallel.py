@@ -1,4 +1,4 @@
-"""Guidance, and batches, on two processes against one."""
+"""Guidance, batches, and the rows of images in the autoencoder, on two processes against one."""
 
 import sys
 from contextlib import nullcontext
@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 
 import diffusers_sana
 from diffusers_sana.pipelines.acceleration.cfg_parallel import cfg_parallel
+from diffusers_sana.pipelines.acceleration.vae_parallel import map_rows, vae_parallel
 from tests import tiny
+from tests.models.autoencoder_dc_cases import image, small_model
 from tests.models.sana_transformers import tiny_inputs, tiny_model
-from tests.numerics import assert_close_fp32
+from tests.numerics import assert_close_fp32, relative_error
 from tests.pipelines import controlnet_cases
 from tests.two_processes import join, run_in_two
 
@@ -58,27 +60,97 @@ def generate_all(run_parallel):
     return results
 
 
+@torch.no_grad()
+def run_autoencoders(run_parallel):
+    """Both halves, whole, in tiles and image by image, and the heights at which the last layer worked."""
+    results, heights = {}, []
+    for name in ("sana", "in"):
+        torch.manual_seed(0)
+        model = small_model(name).double()
+        model.decoder.conv_out.register_forward_hook(lambda *call: heights.append(call[-1].shape[-2]))
+        pixels = image(2, 144, 64).double()
+        for way in ("whole", "tiled", "sliced"):
+            if way == "tiled":
+                model.enable_tiling(128, 112)  # stays for the last
+            model.use_slicing = way == "sliced"
+            with run_parallel(model):
+                latent = model.encode(pixels).latent
+                results[f"{name}_{way}"] = model.decode(latent).sample.contiguous()
+                results[f"{name}_{way}_latent"] = latent.contiguous()
+    pipe = tiny.pipeline(diffusers_sana)
+    with run_parallel(pipe.vae):
+        results["pipeline"] = generate(pipe, "a cat", None)
+    return results, heights
+
+
+def blur(rows):
+    """Sees one row up and down."""
+    return torch.nn.functional.conv2d(rows, torch.ones(1, 1, 3, 3, dtype=rows.dtype), padding=1)
+
+
+def some_rows(height):
+    return torch.arange(2 * height * 4, dtype=torch.float64).view(2, 1, height, 4)
+
+
 def main(folder):
     rank = join()
     save_file(generate_all(cfg_parallel), folder / f"{rank}.safetensors")
+    of_vae, heights = run_autoencoders(vae_parallel)
+    assert max(heights) < 144  # of 144 rows of pixels
+    for height in (1, 2, 7):
+        of_vae[f"rows_{height}"] = map_rows(blur, some_rows(height), 1, 1, 1, None).contiguous()
+    save_file(of_vae, folder / f"vae-{rank}.safetensors")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     run_in_two(__file__, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
     return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
 
 
-def test_both_processes_have_the_same_bits(results):
-    assert results[0].keys() == results[1].keys()
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+@pytest.fixture(scope="module")
+def results_of_vae(folder):
+    return [load_file(folder / f"vae-{rank}.safetensors") for rank in (0, 1)]
+
+
+def test_both_processes_have_the_same_bits(results, results_of_vae):
+    for ours, others in (results, results_of_vae):
+        assert ours.keys() == others.keys()
+        assert all(torch.equal(ours[name], others[name]) for name in ours)
+
+
+def test_the_rows_of_two_processes_are_the_image_of_one(results_of_vae):
+    expected, heights = run_autoencoders(lambda vae: nullcontext())
+    assert max(heights) == 144
+    for height in (1, 2, 7):
+        expected[f"rows_{height}"] = blur(some_rows(height))
+    assert expected.keys() == results_of_vae[0].keys()
+    for name, tensor in expected.items():
+        tolerance = 1e-6 if name == "pipeline" else 1e-12
+        assert relative_error(results_of_vae[0][name], tensor) < tolerance, name
+
+
+def test_an_autoencoder_in_rows_has_no_gradients_and_is_ours():
+    model = small_model("sana")
+    pixels = image(1, 32, 32)
+    expected = model(pixels).sample
+    with vae_parallel(model), pytest.raises(RuntimeError, match="`vae_parallel` has no gradients"):
+        model(pixels)
+    assert torch.equal(model(pixels).sample, expected)  # nothing is left behind
+    with pytest.raises(TypeError, match=r"`vae` must be a `diffusers_sana\.AutoencoderDC`, got Linear"):
+        vae_parallel(torch.nn.Linear(1, 1)).__enter__()
 
 
 def test_two_processes_equal_one(results):
     expected = generate_all(lambda *models: nullcontext())
-    for name, image in expected.items():
-        assert_close_fp32(results[0][name], image)
+    for name, expected_image in expected.items():
+        assert_close_fp32(results[0][name], expected_image)
 
 
 @torch.no_grad()
