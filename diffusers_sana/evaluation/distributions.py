@@ -56,7 +56,14 @@ def frechet_inception_distance(features: Tensor, others: Tensor) -> float:
     """
     _check_features(features, others)
     features, others = features.double(), others.double()
-    return frechet_distance(features.mean(0), torch.cov(features.T), others.mean(0), torch.cov(others.T))
+    if min(len(features), len(others)) >= features.shape[1]:
+        return frechet_distance(features.mean(0), torch.cov(features.T), others.mean(0), torch.cov(others.T))
+    # With A = x.T x and B = y.T y, the trace of (A B)^½ is the sum of the singular values of x y.T, which is smaller.
+    mean, other_mean = features.mean(0), others.mean(0)
+    x, y = (features - mean) / (len(features) - 1) ** 0.5, (others - other_mean) / (len(others) - 1) ** 0.5
+    shared = torch.linalg.svdvals(x @ y.T).sum()
+    distance = (mean - other_mean).square().sum() + x.square().sum() + y.square().sum() - 2 * shared
+    return max(float(distance), 0.0)
 
 
 def kernel_inception_distance(

@@ -67,7 +67,7 @@ def generate_missing(
     rows = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
     paths = [folder / f"{i:05d}.png" for i in range(len(rows))]
     folder.mkdir(parents=True, exist_ok=True)
-    _check_settings(folder, settings | {"batch_size": batch_size, "pictures": rows})
+    _check_settings(folder, settings | {"batch_size": batch_size, "images": rows})
     batches = [range(i, min(i + batch_size, len(rows))) for i in range(0, len(rows), batch_size)]
     with tqdm(total=len(rows), desc=description, unit="image") as progress:
         for batch in batches:

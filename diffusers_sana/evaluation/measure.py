@@ -17,6 +17,12 @@ from diffusers_sana.evaluation.distributions import frechet_inception_distance, 
 from diffusers_sana.evaluation.features import Features
 from diffusers_sana.evaluation.images import to_tensor
 from diffusers_sana.evaluation.observations import Observation
+from diffusers_sana.evaluation.significance import (
+    interval_of_mean,
+    interval_of_parts,
+    interval_of_sets,
+    interval_of_share,
+)
 from diffusers_sana.images import read_image
 
 
@@ -49,7 +55,7 @@ def check_scenes(paths: Sequence[Path], checks: Sequence[Check], observe: Observ
     Returns:
         `correct`: the fraction of images that are right in every property; `by_tag`: the same per kind of prompt;
         `by_property`: the fraction right in this property, of the images whose check asks for it; each with `of`,
-        the number of images; `verdicts`: the result per image.
+        the number of images, and `interval`, where it is with 95 % confidence; `verdicts`: the result per image.
     """
     verdicts: list[dict[str, bool]] = []
     for images in batches(paths):
@@ -72,18 +78,19 @@ def check_scenes(paths: Sequence[Path], checks: Sequence[Check], observe: Observ
     }
 
 
-def _fraction(rights: list[bool]) -> dict[str, float]:
-    return {"share": sum(rights) / len(rights), "of": len(rights)}
+def _fraction(rights: list[bool]) -> dict[str, Any]:
+    right, of = sum(rights), len(rights)
+    return {"share": right / of, "of": of, "interval": list(interval_of_share(right, of))}
 
 
-def mean_clip_score(
+def clip_scores(
     paths: Sequence[Path], texts: Sequence[str], scores: Callable[[Tensor, list[str]], Tensor]
-) -> float:
-    """Mean of `Clip.scores` over images and their texts."""
+) -> dict[str, Any]:
+    """`clip_score`, the mean of `Clip.scores` over images and their texts, and `clip_score_interval`."""
     found: list[float] = []
     for images in batches(paths):
         found += scores(images, list(texts[len(found) : len(found) + len(images)])).tolist()
-    return sum(found) / len(found)
+    return {"clip_score": sum(found) / len(found), "clip_score_interval": list(interval_of_mean(found))}
 
 
 def compare_pairs(
@@ -92,8 +99,8 @@ def compare_pairs(
     """Mean of each measure over pairs of images.
 
     Returns:
-        The mean of each measure; `pairs`; `equal_pairs`, which have no finite PSNR and are left out of its mean: None
-        if all pairs are equal.
+        The mean of each measure, and its interval of 95 % as `..._interval`; `pairs`; `equal_pairs`, which have no
+        finite PSNR and are left out of its mean: None if all pairs are equal.
     """
     columns: dict[str, list[float]] = {name: [] for name in measures}
     equal = 0
@@ -102,18 +109,29 @@ def compare_pairs(
         for name, measure in measures.items():
             columns[name].append(float(measure(image, other)))
     finite = {name: [value for value in column if value != float("inf")] for name, column in columns.items()}
-    means = {name: sum(column) / len(column) if column else None for name, column in finite.items()}
-    return means | {"pairs": len(paths), "equal_pairs": equal}
+    figures: dict[str, Any] = {}
+    for name, column in finite.items():
+        figures[name] = sum(column) / len(column) if column else None
+        figures[f"{name}_interval"] = list(interval_of_mean(column)) if column else None
+    return figures | {"pairs": len(paths), "equal_pairs": equal}
 
 
-def compare_sets(features: Tensor, others: Tensor, measures: Collection[str], seed: int = 0) -> dict[str, float]:
-    """FID and KID of two sets of features `[N, F]`, those of `measures` ("fid", "kid"), and the sizes of the sets."""
-    result: dict[str, float] = {"pictures": len(features), "others": len(others), "features": features.shape[1]}
+def compare_sets(features: Tensor, others: Tensor, measures: Collection[str], seed: int = 0) -> dict[str, Any]:
+    """FID and KID of two sets of features `[N, F]`, those of `measures` ("fid", "kid"), and the sizes of the sets.
+
+    Returns:
+        `images`, `others`, `features`: the sizes; `fid`, `kid`; `fid_interval`, `kid_interval`: their intervals of
+        95 %, or None where there are too few images; `kid_deviation`: of the subsets whose mean `kid` is.
+    """
+    result: dict[str, Any] = {"images": len(features), "others": len(others), "features": features.shape[1]}
     if "fid" in measures:
         result["fid"] = frechet_inception_distance(features, others)
+        result["fid_interval"] = interval_of_sets(frechet_inception_distance, features, others, seed=seed)
     if "kid" in measures:
         size = max(2, min(1000, min(len(features), len(others)) // 2))  # subsets of all images would all be equal
         result["kid"], result["kid_deviation"] = kernel_inception_distance(
             features, others, subset_size=size, seed=seed
         )
+        least = min(len(features), len(others))
+        result["kid_interval"] = interval_of_parts(result["kid"], result["kid_deviation"], size, least)
     return result

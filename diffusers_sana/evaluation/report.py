@@ -1,6 +1,7 @@
 """The report of an evaluation as a JSON file and a Markdown page."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def markdown(report: dict[str, Any]) -> str:
             table(["measure", "figure"], [list(row) for row in _measures(figures).items()]),
         ]
     settings = "\n".join(f"- {key}: {value}" for key, value in report["settings"].items() if value is not None)
+    parts += ["In parentheses: intervals of 95 % confidence."]
     parts += ["## Settings", settings, "- versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items())]
     return "\n\n".join(parts) + "\n"
 
@@ -41,14 +43,19 @@ def _alone(figures: dict[str, Any]) -> dict[str, str]:
         cells |= {f"prompts of {tag}": _percent(fraction) for tag, fraction in scenes["by_tag"].items()}
         cells |= {f"right {name}": _percent(fraction) for name, fraction in scenes["by_property"].items()}
     if "clip_score" in figures:
-        cells["CLIP score"] = f"{figures['clip_score']:.2f}"
-    if true := figures.get("true_pictures"):
+        cells["CLIP score"] = f"{figures['clip_score']:.2f}{_bounds(figures['clip_score_interval'], 2)}"
+    if true := figures.get("true_images"):
         cells |= {f"{label}, to true images": cell for label, cell in _measures(true).items()}
     return cells
 
 
-def _percent(fraction: dict[str, float]) -> str:
-    return f"{100 * fraction['share']:.0f} % of {fraction['of']}"
+def _percent(fraction: dict[str, Any]) -> str:
+    low, high = (100 * bound for bound in fraction["interval"])
+    return f"{100 * fraction['share']:.0f} % of {fraction['of']} ({low:.0f} to {high:.0f})"
+
+
+def _bounds(interval: Sequence[float] | None, digits: int) -> str:
+    return "" if interval is None else f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
 
 
 def _measures(figures: dict[str, Any]) -> dict[str, str]:
@@ -56,13 +63,13 @@ def _measures(figures: dict[str, Any]) -> dict[str, str]:
     for name, label, digits in (("psnr_db", "PSNR, dB", 2), ("ssim", "SSIM", 4), ("lpips", "LPIPS", 4)):
         if name in figures:
             value = figures[name]
+            bounds = _bounds(figures[f"{name}_interval"], digits)
             cells[label] = (
-                "all pairs are equal" if value is None else f"{value:.{digits}f} of {figures['pairs']} pairs"
+                "all pairs are equal" if value is None else f"{value:.{digits}f} of {figures['pairs']} pairs{bounds}"
             )
-    if "fid" in figures:
-        cells["FID"] = f"{figures['fid']:.3f}"
-    if "kid" in figures:
-        cells["KID"] = f"{figures['kid']:.5f} ± {figures['kid_deviation']:.5f}"
+    for name, label, digits in (("fid", "FID", 3), ("kid", "KID", 5)):
+        if name in figures:
+            cells[label] = f"{figures[name]:.{digits}f}{_bounds(figures[f'{name}_interval'], digits)}"
     return cells
 
 

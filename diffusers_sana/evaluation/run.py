@@ -69,7 +69,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     networks = load_networks(config)  # whatever can be missing is missed before anything is generated
     name = f"{config.model}, {config.quantize}" if config.quantize else config.model
     hub = {"revision": config.revision, "variant": config.variant}
-    paths = generate(config, config.model, config.quantize, config.out / "pictures", hub)
+    paths = generate(config, config.model, config.quantize, config.out / "images", hub)
     generated, against = {name: paths}, {}
     if config.reference_model:
         reference = config.reference_model + (", reference" if config.reference_model == name else "")
@@ -173,10 +173,10 @@ def measure_alone(config: EvaluationConfig, networks: Networks, paths: list[Path
         figures["scenes"] = measure.check_scenes(paths, config.tasks, networks.observe)
     if networks.clip and "clip" in config.measures:
         prompts = [task.prompt for task in config.tasks]
-        figures["clip_score"] = measure.mean_clip_score(paths, prompts, networks.clip.scores)
+        figures |= measure.clip_scores(paths, prompts, networks.clip.scores)
     if networks.features and networks.true_features is not None:
         features = measure.collect_features(paths, networks.features)
-        figures["true_pictures"] = measure.compare_sets(features, networks.true_features, config.measures)
+        figures["true_images"] = measure.compare_sets(features, networks.true_features, config.measures)
     return figures
 
 

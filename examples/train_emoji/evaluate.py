@@ -60,7 +60,7 @@ def reconstruction(vae, art: EmojiArt, scenes: EmojiScenes) -> tuple[dict, Tenso
     pairs = [(a.numpy(), b.numpy()) for a, b in zip(originals, decoded, strict=True)]
     psnr = [peak_signal_noise_ratio(a, b, data_range=2) for a, b in pairs]
     ssim = [structural_similarity(a, b, data_range=2, channel_axis=0) for a, b in pairs]
-    figures = {"pictures": len(pairs), "psnr_db": float(np.mean(psnr)), "ssim": float(np.mean(ssim))}
+    figures = {"images": len(pairs), "psnr_db": float(np.mean(psnr)), "ssim": float(np.mean(ssim))}
     shown = slice(None, None, max(1, len(pairs) // 16))
     return figures, torch.cat([originals[shown][:16], decoded[shown][:16]])
 

@@ -127,7 +127,7 @@ def judge(probe: EmojiProbe, data: ProbeScenes, scenes: list[Scene]) -> dict[str
     true = data.scenes.render(scenes)
     decoded = torch.cat([data.through_autoencoder(part) for part in true.split(64)])
     return {
-        "true_pictures": accuracy(probe, (true + 1) / 2, scenes),
+        "true_images": accuracy(probe, (true + 1) / 2, scenes),
         "through_autoencoder": accuracy(probe, (decoded + 1) / 2, scenes),
     }
 
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         true = probe.features((data.scenes.render(wanted) + 1) / 2)
     scenes = judged_scenes(labels)
     report = environment() | {"training": json.loads(log.read_text(encoding="utf-8")), "scenes": len(scenes)}
-    report["true_pictures_of_checks"] = compare_sets(true, reference, ("fid", "kid"))  # as good as it gets
+    report["true_images_of_checks"] = compare_sets(true, reference, ("fid", "kid"))  # as good as it gets
     report |= judge(probe, data, scenes)
     write_results("emoji_probe", report, args.results)
     print(json.dumps(report, indent=1))

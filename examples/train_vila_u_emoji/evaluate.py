@@ -50,7 +50,7 @@ def similarity(originals: Tensor, others: Tensor) -> dict[str, float]:
     pairs = [(a.numpy(), b.numpy()) for a, b in zip(originals, others, strict=True)]
     psnr = [peak_signal_noise_ratio(a, b, data_range=2) for a, b in pairs]
     ssim = [structural_similarity(a, b, data_range=2, channel_axis=0) for a, b in pairs]
-    return {"pictures": len(pairs), "psnr_db": float(np.mean(psnr)), "ssim": float(np.mean(ssim))}
+    return {"images": len(pairs), "psnr_db": float(np.mean(psnr)), "ssim": float(np.mean(ssim))}
 
 
 def generate(
@@ -136,7 +136,7 @@ def evaluate(
         "tower_on_held_out_triples": similarity(truth, through_codes),
         "answers_on_held_out_triples": answers,
         "drawn": prompt_following(
-            {"generated_from_held_out_prompts": images, "ceiling_true_pictures_through_codes": through_codes},
+            {"generated_from_held_out_prompts": images, "ceiling_true_images_through_codes": through_codes},
             scenes,
             renderer,
         ),

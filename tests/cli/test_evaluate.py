@@ -36,9 +36,9 @@ def test_with_nothing_else(evaluated):
     figures = report["models"]["sana-emoji"]
     assert figures["scenes"]["correct"]["of"] == 4
     assert {"object", "count", "background", "style"} <= figures["scenes"]["by_property"].keys()
-    assert figures["true_pictures"].keys() >= {"fid", "kid"}
+    assert figures["true_images"].keys() >= {"fid", "kid"}
     assert report["against"] == {}
-    assert sorted(path.name for path in (out / "pictures").glob("*.png")) == [f"0000{i}.png" for i in range(4)]
+    assert sorted(path.name for path in (out / "images").glob("*.png")) == [f"0000{i}.png" for i in range(4)]
     page = (out / "report.md").read_text()
     assert "| right background |" in page
     assert "FID, to true images" in page
@@ -79,7 +79,7 @@ def test_against_a_folder(evaluated, tmp_path, monkeypatch):
     out, _ = evaluated
     monkeypatch.setattr("diffusers_sana.evaluation.run.load_pipeline", None)
     checks = ["--checks", "psnr", "ssim", "fid"]
-    report = evaluate(out, "--against", str(out / "pictures"), *checks)
+    report = evaluate(out, "--against", str(out / "images"), *checks)
     (figures,) = report["against"].values()
     assert figures["equal_pairs"] == figures["pairs"] == 4
     assert figures["ssim"] == pytest.approx(1)
@@ -110,10 +110,10 @@ def test_other_prompts(folder, evaluated, tmp_path):
     checks = tmp_path / "checks.jsonl"
     rows = [{"tag": "any", "prompt": f"a {label}", "include": [{"class": label}]} for label in ("cat", "dog")]
     checks.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--prompts", str(checks), "--features", "probe", "--against", str(evaluated[0] / "pictures")]
+    options = ["--prompts", str(checks), "--features", "probe", "--against", str(evaluated[0] / "images")]
     report = evaluate(tmp_path / "out", *options, model=folder)
     (figures,) = report["against"].values()
-    assert figures["pictures"] == 2
+    assert figures["images"] == 2
     assert figures["others"] == 4
     assert figures["fid"] > 0
     assert report["models"][folder] == {}

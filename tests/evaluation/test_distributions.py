@@ -47,6 +47,14 @@ def test_fid_with_fewer_images_than_features():
     )
 
 
+@pytest.mark.parametrize("sizes", [(10, 40), (40, 10), (7, 7), (30, 40)], ids=str)
+def test_fid_is_the_distance_of_the_moments(sizes):
+    """Of few images it is computed without the covariances; in float64 both ways agree."""
+    x, y = (torch.randn(size, 20, dtype=torch.float64) + size for size in sizes)
+    moments = (x.mean(0), torch.cov(x.T), y.mean(0), torch.cov(y.T))
+    assert frechet_inception_distance(x, y) == pytest.approx(frechet_distance(*moments), rel=1e-6)
+
+
 def test_kid_is_the_formula():
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64) + 1
 

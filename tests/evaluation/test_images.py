@@ -9,6 +9,7 @@ from diffusers_sana.evaluation.checks import Check, Wanted
 from diffusers_sana.evaluation.config import images_in
 from diffusers_sana.evaluation.images import generate_missing, to_images, to_tensor
 from diffusers_sana.evaluation.observations import Detection, Observation
+from diffusers_sana.evaluation.significance import interval_of_share
 from diffusers_sana.evaluation.similarity import psnr
 
 
@@ -67,7 +68,7 @@ def test_half_an_image_is_none(tmp_path):
 
 def test_images_of_other_settings(tmp_path):
     generate_missing(Artist(), PROMPTS, SEEDS, tmp_path / "a", {"model": "m"})
-    with pytest.raises(ValueError, match="model, pictures differ; choose another folder"):
+    with pytest.raises(ValueError, match="images, model differ; choose another folder"):
         generate_missing(Artist(), PROMPTS[:3], SEEDS[:3], tmp_path / "a", {"model": "other"})
     Image.new("RGB", (4, 4)).save(tmp_path / "holiday.png")
     with pytest.raises(ValueError, match=r"has holiday\.png"):
@@ -111,9 +112,13 @@ def test_checked_scenes(paths):
         return [Observation((Detection(label, 1.0, (0, 0, 1, 1)),), style="1") for label in labels]
 
     report = measure.check_scenes(paths, checks, observe)
-    assert report["by_property"] == {"object": {"share": 0.6, "of": 5}, "style": {"share": 0.4, "of": 5}}
-    assert report["correct"] == {"share": 0.2, "of": 5}
-    assert report["by_tag"] == {"easy": {"share": 0.0, "of": 3}, "hard": {"share": 0.5, "of": 2}}
+
+    def share(right, of):
+        return {"share": right / of, "of": of, "interval": list(interval_of_share(right, of))}
+
+    assert report["by_property"] == {"object": share(3, 5), "style": share(2, 5)}
+    assert report["correct"] == share(1, 5)
+    assert report["by_tag"] == {"easy": share(0, 3), "hard": share(1, 2)}
     assert report["verdicts"][3] == {"prompt": "p3", "seed": 3, "object": True, "style": True}
 
 
@@ -123,12 +128,14 @@ def test_clip_scores_keep_to_their_texts(paths):
     def scores(images, lines):
         return (images[:, 0, 0, 0] * 255 - torch.tensor([float(line) for line in lines])).abs()
 
-    assert measure.mean_clip_score(paths, texts, scores) == pytest.approx(0, abs=1e-3)
+    figures = measure.clip_scores(paths, texts, scores)
+    assert figures["clip_score"] == pytest.approx(0, abs=1e-3)
+    assert figures["clip_score_interval"] == pytest.approx([0, 0], abs=1e-3)
 
 
 def test_pairs(paths):
     same = measure.compare_pairs(paths[:2], paths[:2], {"psnr_db": psnr})
-    assert same == {"psnr_db": None, "pairs": 2, "equal_pairs": 2}
+    assert same == {"psnr_db": None, "psnr_db_interval": None, "pairs": 2, "equal_pairs": 2}
     mixed = measure.compare_pairs([paths[0], paths[0]], [paths[0], paths[1]], {"psnr_db": psnr})
     assert mixed["equal_pairs"] == 1
     assert mixed["psnr_db"] == pytest.approx(float(-10 * torch.tensor((40 / 255) ** 2 / 3).log10()), abs=1e-3)
@@ -140,7 +147,7 @@ def test_sets(paths):
     report = measure.compare_sets(features, features, ("fid", "kid"))
     assert report["fid"] == pytest.approx(0, abs=1e-9)
     assert measure.compare_sets(features, features + 1, ("fid",))["fid"] == pytest.approx(3)
-    assert {"kid", "kid_deviation", "pictures", "others"} <= report.keys()
+    assert {"kid", "kid_deviation", "kid_interval", "images", "others"} <= report.keys()
 
 
 def test_an_image_whose_writing_is_cut_off_is_generated_again(tmp_path):
