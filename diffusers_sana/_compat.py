@@ -80,6 +80,7 @@ QUANTIZED = "loading SVDQuant models"
 QUANTIZED_LORA = "LoRA on SVDQuant models"
 TEXT_LORA = "adapters of the text encoder"
 CONTEXT_PARALLEL = "context parallelism (`enable_parallelism`)"
+TENSOR_PARALLEL = "tensor parallelism (`enable_parallelism`)"
 KERNELS = "the Triton kernels"
 COMPILED_BLOCKS = "`compile_repeated_blocks`"
 PROMPT_PREFIX = "keeping what the text encoder makes of the instruction"
@@ -91,6 +92,9 @@ DEVICE_MAPS = "device maps and offloading"
 IMPORTS = {
     "ContextParallelInput": HostName("diffusers.models._modeling_parallel:ContextParallelInput", CONTEXT_PARALLEL),
     "ContextParallelOutput": HostName("diffusers.models._modeling_parallel:ContextParallelOutput", CONTEXT_PARALLEL),
+    "PackedColwiseParallel": HostName("diffusers.hooks.tensor_parallel:PackedColwiseParallel", TENSOR_PARALLEL),
+    "check_tp_supported": HostName("diffusers.hooks.tensor_parallel:_check_tp_supported", TENSOR_PARALLEL),
+    "resolve_tp_shard_specs": HostName("diffusers.hooks.tensor_parallel:resolve_tp_shard_specs", TENSOR_PARALLEL),
     "TransformerBlockMetadata": HostName("diffusers.hooks._helpers:TransformerBlockMetadata", STEP_CACHES),
     "reapply_group_offloading": HostName(
         "diffusers.hooks.group_offloading:_maybe_remove_and_reapply_group_offloading", TEXT_LORA
@@ -159,6 +163,7 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
     "_make_wrapper_subclass": (HostName("torch:Tensor", QUANTIZED_LORA),),
     "_merge_kwargs": (HostName("transformers.processing_utils:ProcessorMixin", VILA_U),),
     "_modules": (HostName(_MODULE, PROMPT_PREFIX, in_source=True),),
+    "_mesh": (HostName("diffusers.models._modeling_parallel:TensorParallelConfig", TENSOR_PARALLEL, in_source=True),),
     "_mixed_precision": (HostName(_ACCELERATOR, SEVERAL_RUNS, in_source=True),),
     "_name_or_path": (HostName(_CONFIG, "the report of `quantize`", in_source=True),),
     "_optionally_disable_offloading": (HostName("diffusers.loaders.lora_base:LoraBaseMixin", TEXT_LORA),),
@@ -167,6 +172,7 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
     "_progress_bar_config": (HostName(_PIPELINE, "progress bars", in_source=True),),
     "_register_state_dict_hook": (HostName(_MODULE, QUANTIZED_LORA),),
     "_registry": (HostName("diffusers.hooks._helpers:TransformerBlockRegistry", STEP_CACHES),),
+    "_resolve_parallel_config": (HostName(_DIFFUSERS_MODEL, TENSOR_PARALLEL),),
     "_reverse_config_mapping": (HostName("transformers.models.auto.modeling_auto:MODEL_MAPPING", VILA_U),),
     "_reset_state": (HostName(_ACCELERATOR, SEVERAL_RUNS),),
     "_schema": (HostName("torch._ops:OpOverload", QUANTIZED_LORA, in_source=True),),
@@ -203,7 +209,7 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
     "_supports_qkv_fusion": (HostName("diffusers.models.attention:AttentionModuleMixin", "`fuse_qkv_projections`"),),
     "_supports_sdpa": (HostName(_PRETRAINED, VILA_U),),
     "_tied_weights_keys": (HostName(_PRETRAINED, VILA_U),),
-    "_tp_plan": (HostName(_PRETRAINED, VILA_U),),
+    "_tp_plan": (HostName(_PRETRAINED, VILA_U), HostName(_DIFFUSERS_MODEL, TENSOR_PARALLEL)),
     "_validate_preprocess_kwargs": (HostName(_IMAGE_PROCESSOR, VILA_U),),
 }
 

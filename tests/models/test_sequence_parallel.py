@@ -1,4 +1,4 @@
-"""The transformer with its tokens on two processes, against one process that has them all."""
+"""The transformer with its tokens, or its weights, on two processes, against one process that has them all."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from diffusers import ContextParallelConfig
+from diffusers import ContextParallelConfig, TensorParallelConfig
 from safetensors.torch import load_file, save_file
 
 import diffusers_sana
@@ -32,6 +32,7 @@ CASES = {
     "odd_video": (VIDEO, 3, False),
 }
 ODD = ("odd", "odd_video")
+SHARDED = ("sana", "sana_1.5", "sprint")
 
 
 def new_model(family, with_lora):
@@ -79,6 +80,28 @@ def errors_of(config):
     return messages
 
 
+def errors_of_shards():
+    """What a model says that has other heads, adapters, gradients, or a second call."""
+    plain, config = new_model("sana", False), TensorParallelConfig(tp_degree=2)
+    plain.enable_parallelism(config=config)
+    calls = {
+        "heads": lambda: tiny_model(num_cross_attention_heads=1, cross_attention_head_dim=32).enable_parallelism(
+            config=config
+        ),
+        "adapter": lambda: new_model("sana", True).enable_parallelism(config=config),
+        "shards_grad": lambda: plain(**tiny_inputs(plain)),
+        "twice": lambda: plain.enable_parallelism(config=config),
+        "saved": lambda: plain.save_pretrained("unused"),
+    }
+    messages = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except (ValueError, RuntimeError) as error:
+            messages[name] = f"{type(error).__name__}: {error}"
+    return messages
+
+
 def all_gather(pieces, piece, group):
     """Of unlike sizes too, which NCCL can do and gloo cannot."""
     for rank, other in enumerate(pieces):
@@ -94,7 +117,15 @@ def main(folder):
         model = new_model(family, with_lora)
         model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2, ulysses_anything=name in ODD))
         save_file(outputs(model, height), folder / f"{name}-{rank}.safetensors")
-    (folder / f"errors-{rank}.json").write_text(json.dumps(errors_of(ContextParallelConfig(ring_degree=2))))
+    for family in SHARDED:
+        model = new_model(family, False)
+        before = sum(parameter.numel() for parameter in model.transformer_blocks.parameters())
+        model.enable_parallelism(config=TensorParallelConfig(tp_degree=2))
+        after = sum(parameter.numel() for parameter in model.transformer_blocks.parameters())
+        assert after < 0.6 * before  # all but the modulation, and the biases of the outputs
+        save_file(outputs(model, 8), folder / f"sharded_{family}-{rank}.safetensors")
+    messages = errors_of(ContextParallelConfig(ring_degree=2)) | errors_of_shards()
+    (folder / f"errors-{rank}.json").write_text(json.dumps(messages))
     pipe = tiny.pipeline(diffusers_sana)
     pipe.transformer.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
     save_file(generate(pipe), folder / f"pipeline-{rank}.safetensors")
@@ -122,6 +153,13 @@ def test_two_processes_equal_one(results, case):
         assert_close_fp32(actual[name], expected[name])
 
 
+@pytest.mark.parametrize("family", SHARDED)
+def test_weights_on_two_processes_equal_those_on_one(results, family):
+    expected, actual = outputs(new_model(family, False), 8), of_both(results, f"sharded_{family}")
+    for name in expected:
+        assert_close_fp32(actual[name], expected[name])
+
+
 def test_both_processes_generate_the_image_of_one(results):
     expected = generate(tiny.pipeline(diffusers_sana))["image"]
     assert (of_both(results, "pipeline")["image"] - expected).abs().max() < 1e-5
@@ -133,6 +171,11 @@ def test_errors(results):
     assert "`hidden_states` must have rows of tokens divisible by the 2 processes, got 7" in messages["odd"]
     assert "at least one row of tokens per process (2), got 1" in messages["too_low"]
     assert "has no gradients" in messages["grad"]
+    assert "`tp_degree` must divide `num_cross_attention_heads`, 1, got 2" in messages["heads"]
+    assert "adapter" in messages["adapter"]
+    assert "has no gradients" in messages["shards_grad"]
+    assert "already applied" in messages["twice"]
+    assert "sharded with tensor parallelism" in messages["saved"]
 
 
 if __name__ == "__main__":

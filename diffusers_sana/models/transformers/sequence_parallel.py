@@ -18,6 +18,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from diffusers_sana._compat import MissingHostName, private
+from diffusers_sana.models.transformers.tensor_parallel import check_shards, shard, tensor_config_of
 
 
 def group_of(config: Any) -> dist.ProcessGroup:
@@ -153,16 +154,23 @@ class SequenceParallelMixin:
     transformer_blocks: nn.ModuleList
 
     def enable_parallelism(self, *, config: Any, cp_plan: dict[str, Any] | None = None) -> None:
-        """Splits the tokens of each image between processes, which all get the same result.
+        """Splits the tokens of each image, or the weights, between processes, which all get the same result.
 
         Call it in each process after initializing `torch.distributed`. Ring and Ulysses are equivalent here: only the
         product of their degrees matters.
 
         Args:
-            config: a `ContextParallelConfig` of diffusers. With `ulysses_anything=True` or `ring_anything=True` the
-                number of token rows is arbitrary; otherwise it must be divisible by the number of processes.
+            config: a `ContextParallelConfig` of diffusers for the tokens, or a `TensorParallelConfig` for the weights,
+                which must be equal in all processes (see `tensor_parallel`). With `ulysses_anything=True` or
+                `ring_anything=True` the number of token rows is arbitrary; otherwise it must be divisible by the
+                number of processes.
             cp_plan: where to split and gather, instead of the model's own plan.
         """
+        if (tensor_config := tensor_config_of(config)) is not None and getattr(self, "_parallel_config", None) is None:
+            specs = check_shards(self, tensor_config)
+            private(self, "_resolve_parallel_config")(config)
+            shard(self, specs, private(tensor_config, "_mesh").get_group())
+            return
         super().enable_parallelism(config=config, cp_plan=cp_plan)  # type: ignore[misc]
         resolved = self._parallel_config.context_parallel_config  # type: ignore[attr-defined]
         group = group_of(self._parallel_config)  # type: ignore[attr-defined]

@@ -45,6 +45,7 @@ from diffusers_sana.models.transformers.attention_sana import (
 from diffusers_sana.models.transformers.cache_sana import SanaCacheMixin
 from diffusers_sana.models.transformers.config_sana import check_transformer_config
 from diffusers_sana.models.transformers.sequence_parallel import SequenceParallelMixin, split_plan
+from diffusers_sana.models.transformers.tensor_parallel import tensor_plan
 from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTextMixin
 
 
@@ -336,6 +337,7 @@ class SanaTransformer2DModel(
     _group_offload_block_modules = ["caption_projection", "caption_norm"]
     # Rows of tokens are split between processes; the outputs are gathered at the end.
     _cp_plan = split_plan({"patch_embed.flatten": (1, 4)})  # type: ignore[assignment]
+    _tp_plan = tensor_plan()  # type: ignore[assignment]
 
     @register_to_config
     def __init__(
