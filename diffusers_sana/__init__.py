@@ -51,6 +51,7 @@ _EXPORTS = {
     "VilaUProcessor": "diffusers_sana.models.vila_u.processing_vila_u",
     "VilaUVisionModel": "diffusers_sana.models.vila_u.vision_vila_u",
     "add_remote_code": "diffusers_sana.loaders.vila_u.hub",
+    "best_of": "diffusers_sana.evaluation.best_of",
     "cfg_parallel": "diffusers_sana.pipelines.acceleration.cfg_parallel",
     "checkpoint_path": "diffusers_sana.loading",
     "convert": "diffusers_sana.loaders.nvlabs.convert",
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
     from diffusers_sana.checkpoints import SANA_EMOJI_PIXEL_ART as SANA_EMOJI_PIXEL_ART
     from diffusers_sana.checkpoints import SANA_EMOJI_SPRINT as SANA_EMOJI_SPRINT
     from diffusers_sana.checkpoints import VILA_U_EMOJI as VILA_U_EMOJI
+    from diffusers_sana.evaluation.best_of import best_of as best_of
     from diffusers_sana.images import sobel_edges as sobel_edges
     from diffusers_sana.kernels.dispatch import kernel_mode as kernel_mode
     from diffusers_sana.loaders.lora.any_model import load_adapter as load_adapter

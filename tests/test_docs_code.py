@@ -13,7 +13,15 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    ("page", "least"), [("from_diffusers", 2), ("modular", 2), ("recipes", 9), ("training_options", 9), ("video", 1)]
+    ("page", "least"),
+    [
+        ("from_diffusers", 2),
+        ("modular", 2),
+        ("recipes", 9),
+        ("training_options", 9),
+        ("video", 1),
+        ("post_training", 3),
+    ],
 )
 def test_the_blocks_of_a_page_run(page, least, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)

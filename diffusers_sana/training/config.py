@@ -20,6 +20,7 @@ from diffusers_sana.training.run_folder import check_run_folder
 
 
 OPTIMIZERS = ("adamw", "adamw8bit", "came", "lion", "lion8bit", "muon", "prodigy", "schedulefree")
+PERCEPTUAL = ("random", "lpips")
 
 
 # Trackers of Accelerate -> the packages of which one is needed.

@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ from diffusers_sana.training.state_files import (
     laid_out_like,
     load_module,
     load_optimizer,
+    load_tensors,
     module_state,
     random_state,
     read_state,
@@ -106,6 +107,7 @@ class TrainingLoop:
         keep_frozen: whether checkpoints hold what does not train, too. False for a large base beside an adapter, which
             must then be the same at `resume`.
         options: further groups of options, for data and models, that checkpoints record and a resumed run compares.
+        tensors: further tensors that the recipe changes in place and checkpoints hold.
 
     A step whose gradients are not finite changes nothing. After SIGTERM or Ctrl-C the current step is finished, a
     checkpoint is written, and `run` ends normally; a second Ctrl-C interrupts at once.
@@ -136,6 +138,7 @@ class TrainingLoop:
         ema_modules: Sequence[nn.Module] | None = None,
         keep_frozen: bool = True,
         options: Sequence[Any] = (),
+        tensors: Mapping[str, Tensor] | None = None,
     ):
         self.config, self.accelerator, self.optimizers = config, accelerator, optimizers
         self.save, self.sample = save, sample
@@ -147,6 +150,7 @@ class TrainingLoop:
         self._groups = (config, *options)
         self._ema_modules = modules if ema_modules is None else ema_modules
         self._keep_frozen = keep_frozen
+        self._tensors = dict(tensors or {})
         self._peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         decay = config.ema_decay
         self._ema = EMAModel(self._parameters(), decay=decay, foreach=True) if decay else None
@@ -528,6 +532,8 @@ class TrainingLoop:
                 for shadow, own in zip(self._ema.shadow_params, self._trained(), strict=True)
             ]
             states["ema.safetensors"] = {"steps": self._ema.optimization_step, "weights": shadows}
+        if self._tensors:
+            states["tensors.safetensors"] = self._tensors
         return states
 
     def _load(self, folder: Path) -> None:
@@ -552,6 +558,8 @@ class TrainingLoop:
             load_optimizer(optimizer, read_state(path), path)
         if self._ema is not None:
             self._load_ema(folder / "ema.safetensors", was_kept=bool(about["settings"]["ema_decay"]))
+        if self._tensors:
+            load_tensors(self._tensors, read_state(path := folder / "tensors.safetensors"), path)
         if self.accelerator.scaler is not None and about["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(about["scaler"])
         self.step, self.batches_used, self._minutes = about["step"], about["batches_used"], about["minutes"]

@@ -145,14 +145,18 @@ def module_state(module: nn.Module, with_frozen: bool) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-@torch.no_grad()
 def load_module(module: nn.Module, with_frozen: bool, stored: Mapping[str, Tensor], path: Path) -> None:
-    """Copy stored tensors into a module.
+    """Copy stored tensors into a module; errors as in `load_tensors`."""
+    load_tensors(module_state(module, with_frozen), stored, path)
+
+
+@torch.no_grad()
+def load_tensors(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], path: Path) -> None:
+    """Copy stored tensors into those of the same names.
 
     Raises:
-        ValueError: names or shapes are not those of the module.
+        ValueError: names or shapes are not the same.
     """
-    own = module_state(module, with_frozen)
     wrong = sorted(own.keys() ^ stored.keys())
     wrong = wrong or [name for name, tensor in own.items() if tensor.shape != stored[name].shape]
     if wrong:

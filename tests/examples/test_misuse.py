@@ -47,9 +47,15 @@ def place(tmp_path):
 
 def test_misuse_is_reported_before_anything_heavy_is_imported(place):
     data, there = ["--data", str(place / "data")], ["--pretrained", str(place)]
+    prompts = ["--prompts", str(place / "data" / "chats.jsonl")]
     new, used = ["--output-dir", str(place / "new")], ["--output-dir", str(place / "run")]
     cases = {
-        **{(script,): "`data` must be a folder" for script in SCRIPTS},
+        **{(script,): "`data` must be a folder" for script in SCRIPTS if script != "train_sana_nft"},
+        ("train_sana_nft",): "`prompts` must be a file of prompts",
+        ("train_sana_nft", *prompts): "`pretrained` must be a SanaPipeline folder",
+        ("train_sana_nft", *prompts, *there, "--reward", "beauty"): "`reward` must be of ['clip',",
+        ("train_sana_nft", *prompts, *there, "--kept-per-group", "3"): "`kept_per_group` must be even",
+        ("train_sana_nft", *prompts, *there, "--group-size", "1"): "`group_size` must be at least 2",
         **{(script, "--lerning-rate", "1"): "unrecognized arguments: --lerning-rate" for script in SCRIPTS},
         **{(script, "--max-steps", "0"): "`max_steps` must be at least 1" for script in SCRIPTS},
         **{(script, "--max-steps", "many"): "argument --max-steps: invalid int value: 'many'" for script in SCRIPTS},

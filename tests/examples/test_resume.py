@@ -34,6 +34,11 @@ SETTINGS = {
     "sana_lora": {**CAPTIONED, "sample_steps": 1, "lora_dropout": 0.5, "instance_prompt": "a red cat"},
     "sana_controlnet": {**CAPTIONED, "sample_steps": 1, "num_layers": 1, "caption_dropout": 0.5},
     "sana_sprint": CAPTIONED,
+    "sana_nft": {
+        **{"max_sequence_length": 32, "resolution": 16, "group_size": 4, "kept_per_group": 2, "rollout_steps": 2},
+        **{"sample_steps": 1, "rollout_quantize": "int4", "quantize_rank": 2, "rank": 2, "chunk_size": 5},
+        **{"lora_dropout": 0.5, "old_decay_rate": 0.2, "reward": "tests.training.tiny:redness"},
+    },
 }
 
 
@@ -52,6 +57,11 @@ def command_line(folder, case):
         write_classes(data)
         tiny_autoencoder().save_pretrained(start)
         settings["vae"] = start
+    elif case == "sana_nft":
+        del settings["data"]
+        tiny_pipeline().save_pretrained(start)
+        (folder / "prompts.txt").write_text("a red cat\ntwo dogs\na green house\n")
+        settings |= {"pretrained": start, "prompts": folder / "prompts.txt"}
     else:
         write_image_folder(data, [(40, 40), (40, 40), (40, 90), (40, 40), (40, 40)])
         if case.startswith("dc_ae"):

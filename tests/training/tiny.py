@@ -85,6 +85,12 @@ def smooth_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
     return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear", align_corners=True)
 
 
+def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """A reward: how much redder than green or blue images `[B, 3, H, W]` are."""
+    assert len(images) == len(prompts)
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
 def image_batches(start: int) -> Iterator[dict[str, Any]]:
     """Endless batches of four images with captions, the same whenever begun at the same number."""
     while True:

@@ -38,6 +38,7 @@ from diffusers_sana.training.objectives.trigflow_distillation import TrigFlowStu
 from diffusers_sana.training.optimizers import optimizer_of
 from diffusers_sana.training.recipes.consistency import guidance_scales, save_consistency_samples, tangent_of
 from diffusers_sana.training.recipes.options import (
+    AdapterTrainingConfig,
     LoraDataOptions,
     LoraModelOptions,
     LoraTrainingConfig,
@@ -86,16 +87,7 @@ def train(
     check_objective(config, is_sprint)
     accelerator = make_accelerator(config)
     set_seed(config.seed)
-    add_adapter(
-        transformer,
-        target_modules=[*config.target_modules, *(MIX_FFN if config.mix_ffn else ())],
-        r=config.rank,
-        lora_alpha=config.lora_alpha or config.rank,
-        lora_dropout=config.lora_dropout,
-        use_dora=config.use_dora,
-        use_rslora=config.use_rslora,
-        **patterns_of(config),
-    )
+    add_adapter_of(config, transformer)
     set_seed(config.seed, device_specific=True)
     inputs = SanaInputs(config, accelerator.device, Encoders(vae=vae))
     prepare_blocks(config, transformer)
@@ -114,11 +106,7 @@ def train(
 
     def save(folder: Path) -> None:
         if accelerator.is_main_process:
-            SanaPipeline.save_lora_weights(
-                folder,
-                transformer_lora_layers=get_peft_model_state_dict(transformer),
-                transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
-            )
+            save_adapter(folder, transformer)
 
     loop = TrainingLoop(
         config,
@@ -322,7 +310,21 @@ def with_prompt(images: Images, prompt: str) -> Images:
     return images
 
 
-def patterns_of(config: LoraTrainingConfig) -> dict[str, dict[str, int]]:
+def add_adapter_of(config: AdapterTrainingConfig, transformer: ModelMixin) -> None:
+    """`add_adapter` with the settings of a training."""
+    add_adapter(
+        transformer,
+        target_modules=[*config.target_modules, *(MIX_FFN if config.mix_ffn else ())],
+        r=config.rank,
+        lora_alpha=config.lora_alpha or config.rank,
+        lora_dropout=config.lora_dropout,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        **patterns_of(config),
+    )
+
+
+def patterns_of(config: AdapterTrainingConfig) -> dict[str, dict[str, int]]:
     """`rank_pattern` and `alpha_pattern` of PEFT's `LoraConfig`.
 
     Without `lora_alpha` a layer of another rank has that for its alpha, so that all layers have the scale 1.
@@ -330,6 +332,15 @@ def patterns_of(config: LoraTrainingConfig) -> dict[str, dict[str, int]]:
     ranks = parse_pattern("rank_pattern", config.rank_pattern)
     alphas = parse_pattern("alpha_pattern", config.alpha_pattern)
     return {"rank_pattern": ranks, "alpha_pattern": ({} if config.lora_alpha else ranks) | alphas}
+
+
+def save_adapter(folder: Path, transformer: Any) -> None:
+    """Write the adapter of a transformer as diffusers loads it, with its rank and alpha."""
+    SanaPipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+    )
 
 
 def add_adapter(transformer: ModelMixin, target_modules: Sequence[str], **lora_config: Any) -> None:

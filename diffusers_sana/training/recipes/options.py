@@ -9,9 +9,9 @@ Nothing here imports torch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 
 from diffusers_sana.training.config import (
+    PERCEPTUAL,
     ImageDataOptions,
     Options,
     TrainingConfig,
@@ -23,18 +23,26 @@ from diffusers_sana.training.config import (
     option,
     parse_options,
 )
+from diffusers_sana.training.recipes.vila_u_options import (
+    VilaUDataOptions,
+    VilaUModelOptions,
+    VilaUTowerDataOptions,
+    VilaUTowerModelOptions,
+    VilaUTowerTrainingConfig,
+    VilaUTrainingConfig,
+)
 
 
 CAPTION_WEIGHTINGS = ("power", "softmax")
 WIRINGS = ("diffusers", "nvlabs")
 LOSS_WEIGHTINGS = ("none", "min_snr", "cosmap")
 BUCKETS = ("pipelines", "authors")
-PERCEPTUAL = ("random", "lpips")
 PREPROCESSORS = (
     *("sobel", "hed", "hed_scribble", "pidinet", "canny", "lineart", "lineart_anime", "mlsd"),
     *("depth_midas", "depth_zoe", "normal", "openpose"),
 )
 QUANTIZED = ("no", "int4", "nvfp4", "int8")
+JUDGES = ("clip", "hpsv2", "imagereward", "pickscore", "scenes")
 
 
 @dataclass(kw_only=True)
@@ -280,10 +288,9 @@ class QuantizableOptions(PretrainedOptions):
 
 
 @dataclass(kw_only=True)
-class LoraTrainingConfig(PromptFlowTrainingConfig, ConsistencyTrainingConfig):
-    """Training of a LoRA; rank, layers and optimizer are those of diffusers' DreamBooth script for Sana."""
+class AdapterTrainingConfig(TransformerTrainingConfig):
+    """Settings of the training of an adapter; its defaults are those of diffusers' DreamBooth script for Sana."""
 
-    output_dir: str = option("outputs/sana-lora", "folder for checkpoints, samples, log and result", changeable=True)
     rank: int = option(4, "rank of the adapter's matrices")
     lora_alpha: int | None = option(None, "the adapter is scaled by lora_alpha / rank; default: the rank")
     lora_dropout: float = option(0.0, "fraction of the adapter's inputs that is dropped", changeable=True)
@@ -299,6 +306,20 @@ class LoraTrainingConfig(PromptFlowTrainingConfig, ConsistencyTrainingConfig):
     alpha_pattern: tuple[str, ...] = option(
         (), "other alphas of some layers; default: that of all, or with it also left out their rank"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"`rank` must be at least 1, got {self.rank}. 4 to 32 are usual.")
+        for name in ("rank_pattern", "alpha_pattern"):
+            parse_pattern(name, getattr(self, name))
+
+
+@dataclass(kw_only=True)
+class LoraTrainingConfig(PromptFlowTrainingConfig, ConsistencyTrainingConfig, AdapterTrainingConfig):
+    """Training of a LoRA; rank, layers and optimizer are those of diffusers' DreamBooth script for Sana."""
+
+    output_dir: str = option("outputs/sana-lora", "folder for checkpoints, samples, log and result", changeable=True)
     max_steps: int = option(500, "optimizer steps", changeable=True)
     weight_decay: float = option(1e-4, "weight decay", changeable=True)
     flow_shift: float | None = option(  # type: ignore[assignment]
@@ -308,13 +329,6 @@ class LoraTrainingConfig(PromptFlowTrainingConfig, ConsistencyTrainingConfig):
     sample_prompts: tuple[str, ...] = option(
         (), "prompts of the sample grids; default: those of the first batch", changeable=True
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"`rank` must be at least 1, got {self.rank}. 4 to 32 are usual.")
-        for name in ("rank_pattern", "alpha_pattern"):
-            parse_pattern(name, getattr(self, name))
 
 
 def parse_pattern(argument: str, items: Sequence[str]) -> dict[str, int]:
@@ -351,6 +365,107 @@ class LoraModelOptions(QuantizableOptions):
     """The pipeline to adapt."""
 
     pretrained: str = option("", "SanaPipeline or SanaSprintPipeline folder or repository, also a quantized one")
+
+
+# Post-training
+
+
+@dataclass(kw_only=True)
+class NftTrainingConfig(FlowTrainingConfig, PromptTrainingConfig, AdapterTrainingConfig):
+    """Training of a LoRA by rewards, with DiffusionNFT; defaults are its authors' where they give any."""
+
+    output_dir: str = option("outputs/sana-nft", "folder for checkpoints, samples, log and result", changeable=True)
+    max_steps: int = option(1000, "optimizer steps", changeable=True)
+    learning_rate: float = option(3e-4, "peak learning rate", changeable=True)
+    weight_decay: float = option(1e-4, "weight decay", changeable=True)
+    rank: int = option(32, "rank of the adapter's matrices")
+    lora_alpha: int | None = option(64, "the adapter is scaled by lora_alpha / rank")
+    flow_shift: float | None = option(  # type: ignore[assignment]
+        None, "timestep shift; default: that of the pipeline's scheduler", changeable=True
+    )
+    group_size: int = option(24, "images per prompt that are generated and compared", changeable=True)
+    kept_per_group: int | None = option(
+        None, "train on this many of a group, half of them the best, half the worst; default: all", changeable=True
+    )
+    rollout_steps: int = option(10, "Euler steps of the images that are compared", changeable=True)
+    rollout_guidance: float = option(1.0, "guidance scale of these images; 1 is without", changeable=True)
+    levels_per_image: int = option(4, "noise levels at which an image is trained on per step", changeable=True)
+    chunk_size: int = option(8, "images that pass through the models at a time", changeable=True)
+    nft_beta: float = option(
+        1.0, "how far the implicit policies are from the old one; smaller: stronger", changeable=True
+    )
+    kl_weight: float = option(1e-4, "weight of the squared distance from the base's velocity", changeable=True)
+    advantage_clip: float = option(5.0, "standard deviations at which rewards are clipped", changeable=True)
+    advantage_std: str = option(
+        "batch", "rewards are divided by the deviation of a `batch` or `group`", True, ("batch", "group")
+    )
+    old_decay_rate: float = option(0.001, "growth per step of the decay of the sampling policy's EMA", changeable=True)
+    old_decay_max: float = option(0.5, "largest decay of it", changeable=True)
+    sample_guidance: float = option(1.0, "guidance scale of the sample grids", changeable=True)
+    sample_prompts: tuple[str, ...] = option(
+        (), "prompts of the sample grids; default: those of the first batch", changeable=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "rollout_steps", "levels_per_image", "chunk_size")
+        if self.group_size < 2:
+            raise ValueError(f"`group_size` must be at least 2, to compare images, got {self.group_size}.")
+        kept = self.kept_per_group
+        if kept is not None and (kept < 2 or kept % 2 or kept > self.group_size):
+            raise ValueError(f"`kept_per_group` must be even, from 2 to `group_size` {self.group_size}, got {kept}.")
+        for name in ("nft_beta", "advantage_clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+        if not 0 <= self.old_decay_max < 1 or self.old_decay_rate < 0:
+            raise ValueError(
+                f"`old_decay_max` must be in [0, 1) and `old_decay_rate` at least 0, got {self.old_decay_max} and "
+                f"{self.old_decay_rate}."
+            )
+        if self.loss_weighting != "none":
+            raise ValueError(
+                f"`loss_weighting` must be 'none' for NFT, which has its own, got {self.loss_weighting!r}."
+            )
+
+
+@dataclass(kw_only=True)
+class NftDataOptions(Options):
+    """Prompts to generate images of."""
+
+    prompts: str = option("", "file of prompts, one a line, or of checks (.jsonl, see docs/evaluation.md)")
+    resolution: int = option(512, "side of the square images, in pixels")
+    batch_size: int = option(4, "prompts per batch and process")
+    num_workers: int = option(0, "processes that load prompts", changeable=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.prompts:
+            raise ValueError("`prompts` must be a file of prompts, got ''. Pass --prompts.")
+        check_file("prompts", self.prompts)
+        check_positive(self, "batch_size", "resolution")
+
+
+@dataclass(kw_only=True)
+class NftModelOptions(QuantizableOptions):
+    """The pipeline to adapt, what generates its images, and what judges them."""
+
+    rollout_quantize: str = option("no", "generate images with a copy of these bits", choices=QUANTIZED)
+    reward: tuple[str, ...] = option(
+        ("pickscore",), "judges: `scenes` (emoji), `clip`, `hpsv2`, `imagereward`, `pickscore` or `module:function`"
+    )
+    reward_weights: tuple[float, ...] = option((), "weights of the judges; default: 1 each")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.reward or ("",):
+            if name not in JUDGES and ":" not in name:
+                raise ValueError(f"`reward` must be of {list(JUDGES)} or 'module:function', got {name!r}.")
+        if self.reward_weights and len(self.reward_weights) != len(self.reward):
+            raise ValueError(f"`reward_weights` must be {len(self.reward)} numbers, got {self.reward_weights}.")
+        if self.rollout_quantize != "no" and self.quantize != "no":
+            raise ValueError(
+                "`rollout_quantize` must be 'no' where `quantize` is given: the base has those bits already."
+            )
 
 
 # Class-conditional DiT on latents
@@ -481,120 +596,13 @@ class DCAEModelOptions:
         check_exists("pretrained", self.pretrained)
 
 
-# VILA-U
-
-
-@dataclass(kw_only=True)
-class VilaUTowerTrainingConfig(TrainingConfig):
-    """Training of a vision tower. The paper gives the sum of the losses only; the rest is RQ-VAE's recipe."""
-
-    output_dir: str = option(
-        "outputs/vila_u_tower", "folder for checkpoints, samples, log and result", changeable=True
-    )
-    learning_rate: float = option(4e-5, "peak learning rate", changeable=True)
-    betas: tuple[float, float] = option((0.5, 0.9), "the optimizer's betas", changeable=True)
-    reconstruction_weight: float = option(1.0, "weight of L1 and perceptual loss together", changeable=True)
-    perceptual_weight: float = option(1.0, "weight of the perceptual loss beside L1; 0 leaves it out", changeable=True)
-    perceptual_every: int = option(
-        1, "steps between uses of the perceptual loss, its weight raised to match", changeable=True
-    )
-    perceptual: str = option(
-        "random",
-        "`random`: seeded features without a download, or `lpips`: that package's VGG",
-        choices=PERCEPTUAL,
-    )
-    contrastive_weight: float = option(
-        1.0, "weight of the contrastive loss; 0 leaves it out, and needs no text tower", changeable=True
-    )
-    decoder_only: bool = option(
-        False, "train the pixel decoder alone; token ids do not change, so it can be done at any time"
-    )
-    train_text_tower: bool = option(False, "train the text tower too: for towers that begin from nothing")
-    initial_count: float = option(0.0, "use counts the codebook begins with: 0 if new, 100 if trained")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.contrastive_weight and self.decoder_only:
-            raise ValueError(
-                "`contrastive_weight` must be 0 with `decoder_only`, which trains nothing that the loss could reach."
-            )
-
-
-@dataclass(kw_only=True)
-class VilaUTowerDataOptions(ImageDataOptions):
-    """Images with captions."""
-
-    batch_size: int = option(64, "images per batch and process")
-
-
-@dataclass(kw_only=True)
-class VilaUTowerModelOptions:
-    """The tower to start from: SigLIP, a trained tower, or a new one."""
-
-    siglip: str = option("", "SiglipModel to begin from, a folder or repository")
-    pretrained: str = option("", "VilaUVisionModel to continue from")
-    model_config: str = option("", "config.json of a new VilaUVisionModel")
-    tokenizer: str = option("", "of the text tower; default: that of the SiglipModel")
-
-    def __post_init__(self) -> None:
-        check_one_of(self, "siglip", "pretrained", "model_config")
-        check_file("model_config", self.model_config)
-        for name in ("siglip", "pretrained", "tokenizer"):
-            check_exists(name, getattr(self, name))
-
-
-@dataclass(kw_only=True)
-class VilaUTrainingConfig(TrainingConfig):
-    """Training of language model, projector and depth transformer; defaults are the paper's."""
-
-    output_dir: str = option("outputs/vila_u", "folder for checkpoints, samples, log and result", changeable=True)
-    learning_rate: float = option(5e-5, "peak learning rate; the paper's fine-tuning has 1e-4", changeable=True)
-    lr_schedule: str = option("cosine", "`constant` or `cosine`, after the warm-up", changeable=True)
-    caption_dropout: float = option(
-        0.1, "fraction of the prompts of images that are emptied, for guidance", changeable=True
-    )
-    cell_dropout: float = option(
-        0.0, "hide up to this fraction of an image's tokens from the language model; see docs", changeable=True
-    )
-    gradient_checkpointing: bool = option(
-        False, "recompute activations in the backward pass to save memory", changeable=True
-    )
-    sample_prompts: tuple[str, ...] = option((), "prompts of the sample grids; none: no grids", changeable=True)
-    sample_guidance: float = option(3.0, "guidance scale of the sample grids", changeable=True)
-
-
-@dataclass(kw_only=True)
-class VilaUDataOptions:
-    """Chats to train on."""
-
-    data: str = option("", "folder of images with chats.jsonl", changeable=True)
-    allow_outside: bool = option(False, "read images outside of the data folder that its chats name", changeable=True)
-    cache_codes: bool = option(True, "encode every image once, before the training", changeable=True)
-    batch_size: int = option(64, "chats per batch and process")
-    num_workers: int = option(4, "processes that load chats", changeable=True)
-
-    def __post_init__(self) -> None:
-        if not Path(self.data, "chats.jsonl").exists():
-            raise ValueError(f"`data` must be a folder with chats.jsonl, got {self.data!r}. Check the path.")
-        check_positive(self, "batch_size")
-
-
-@dataclass(kw_only=True)
-class VilaUModelOptions:
-    """The model to start from."""
-
-    pretrained: str = option("", "folder or repository of model and processor")
-
-    def __post_init__(self) -> None:
-        check_pretrained(self.pretrained, "a folder or repository of a VILA-U")
-
-
 # Recipe -> its groups of options.
 RECIPES: dict[str, tuple[type, ...]] = {
     "controlnet": (ControlNetTrainingConfig, ControlNetDataOptions, ControlNetModelOptions),
     "dc_ae": (DCAETrainingConfig, DCAEDataOptions, DCAEModelOptions),
     "dc_ae_dit": (DiTTrainingConfig, DiTDataOptions, DiTModelOptions),
     "lora": (LoraTrainingConfig, LoraDataOptions, LoraModelOptions),
+    "nft": (NftTrainingConfig, NftDataOptions, NftModelOptions),
     "sana": (SanaTrainingConfig, SanaDataOptions, SanaModelOptions),
     "sprint": (SprintTrainingConfig, SprintDataOptions, QuantizableOptions),
     "vila_u": (VilaUTrainingConfig, VilaUDataOptions, VilaUModelOptions),

@@ -23,7 +23,7 @@ from diffusers_sana.training.data.chats import ChatCollator, ChatFolder, encode_
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.optimizers import optimizer_of
 from diffusers_sana.training.plots import save_image_grid
-from diffusers_sana.training.recipes.options import VilaUDataOptions, VilaUModelOptions, VilaUTrainingConfig
+from diffusers_sana.training.recipes.vila_u_options import VilaUDataOptions, VilaUModelOptions, VilaUTrainingConfig
 from diffusers_sana.training.state_files import copy_with_weights, sub_state
 
 

@@ -25,7 +25,7 @@ from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.objectives.perceptual import make_perceptual
 from diffusers_sana.training.optimizers import optimizer_of
 from diffusers_sana.training.plots import save_image_grid
-from diffusers_sana.training.recipes.options import (
+from diffusers_sana.training.recipes.vila_u_options import (
     VilaUTowerDataOptions,
     VilaUTowerModelOptions,
     VilaUTowerTrainingConfig,

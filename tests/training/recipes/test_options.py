@@ -19,7 +19,9 @@ NAMES = {"controlnet": "sana_controlnet", "lora": "sana_lora", "sprint": "sana_s
 def required(tmp_path):
     """What has no default, as options and as settings."""
     (tmp_path / "chats.jsonl").write_text("")
-    return {"data": str(tmp_path), "pretrained": "owner/name", "vae": "owner/name"}
+    (tmp_path / "prompts.txt").write_text("a cat")
+    data = {"data": str(tmp_path), "prompts": str(tmp_path / "prompts.txt")}
+    return data | {"pretrained": "owner/name", "vae": "owner/name"}
 
 
 def groups_of(recipe, required):
