@@ -39,6 +39,7 @@ _EXPORTS = {
     "SanaSprintImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint_img2img",
     "SanaSprintPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint",
     "SanaTransformer2DModel": "diffusers_sana.models.transformers.transformer_sana",
+    "SanaVideo2Transformer3DModel": "diffusers_sana.models.transformers.transformer_sana_video2",
     "SanaVideoPipeline": "diffusers_sana.pipelines.pipeline_sana_video",
     "SanaVideoState": "diffusers_sana.models.transformers.stream_sana_video",
     "SanaVideoTransformer3DModel": "diffusers_sana.models.transformers.transformer_sana_video",
@@ -124,6 +125,9 @@ if TYPE_CHECKING:
     from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel as SanaTransformer2DModel
     from diffusers_sana.models.transformers.transformer_sana_video import (
         SanaVideoTransformer3DModel as SanaVideoTransformer3DModel,
+    )
+    from diffusers_sana.models.transformers.transformer_sana_video2 import (
+        SanaVideo2Transformer3DModel as SanaVideo2Transformer3DModel,
     )
     from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig as VilaUConfig
     from diffusers_sana.models.vila_u.image_processing_vila_u import VilaUImageProcessor as VilaUImageProcessor

@@ -8,6 +8,7 @@ from diffusers_sana import (
     LongSanaVideoPipeline,
     SanaControlNetModel,
     SanaTransformer2DModel,
+    SanaVideo2Transformer3DModel,
     SanaVideoTransformer3DModel,
 )
 from diffusers_sana.models.controlnets.controlnet_sana import control
@@ -123,6 +124,28 @@ def test_longsana(name, timesteps, most, monkeypatch):
     ).frames
     assert [shape[2] for shape in drawn] == [5] * 3 + [3] * 6
     assert relative_error(video, VIDEO.outputs[name]) < most
+
+
+VIDEO2 = Recording("sana_video2")
+VIDEO2_FIELDS = {"softmax_head_dim": 24, "num_cross_attention_heads": 4, "attn_res_block_size": 4, "sample_size": 4}
+VIDEO2_TIMES = torch.tensor([999.8, 500.0, 20.5])  # their fractions are cut off
+
+
+def test_sana_video2():
+    """With the divisor of the linear attention, also with a time per frame, and without; the other way is off."""
+    checkpoint, latents = weights(VIDEO2.shapes), numbers((3, 4, 3, 4, 5), 5001) * 1.5
+    text = {"encoder_hidden_states": numbers((3, 20, 24), 5002) * 3, "encoder_attention_mask": MASK}
+    divided, undivided = (
+        SanaVideo2Transformer3DModel.from_single_file(checkpoint, **VIDEO2_FIELDS, relu_divisor=divisor)
+        for divisor in (True, False)
+    )
+    of_frames = VIDEO2_TIMES[:, None] * torch.tensor([0.0, 1.0, 1.0])
+    cases = (("divided", divided, VIDEO2_TIMES), ("divided_frames", divided, of_frames))
+    with torch.no_grad():
+        for name, model, times in (*cases, ("undivided", undivided, VIDEO2_TIMES)):
+            out = model(latents, timestep=times, **text).sample
+            assert relative_error(out, VIDEO2.outputs[name]) < 5e-6
+    assert relative_error(out, VIDEO2.outputs["divided"]) > 1e-4
 
 
 DC_AE = {

@@ -23,6 +23,7 @@ from diffusers_sana.loaders.nvlabs.sana import (
     read_official_sana,
 )
 from diffusers_sana.loaders.nvlabs.sana_video import VIDEO, is_official_video, read_official_video
+from diffusers_sana.loaders.nvlabs.sana_video2 import VIDEO2, is_official_video2, read_official_video2
 from diffusers_sana.loaders.single_file import (
     OfficialWeights,
     check_config_fields,
@@ -32,7 +33,13 @@ from diffusers_sana.loaders.single_file import (
 )
 
 
-COMPONENTS = {TRANSFORMER: "transformer", CONTROLNET: "controlnet", AUTOENCODER: "vae", VIDEO: "transformer"}
+COMPONENTS = {
+    TRANSFORMER: "transformer",
+    CONTROLNET: "controlnet",
+    AUTOENCODER: "vae",
+    VIDEO: "transformer",
+    VIDEO2: "transformer",
+}
 IN_SANA_FILES = {"transformer": TRANSFORMER, "controlnet": CONTROLNET}
 # What the other components of a pipeline rely on.
 MUST_FIT = ("in_channels", "caption_channels", "latent_channels", "guidance_embeds")
@@ -85,8 +92,8 @@ def plan_conversion(
     """Checks a file and returns what `convert` would do: a dry run.
 
     Args:
-        path: `.pth` or `.safetensors` of Sana, SANA-1.5, SANA-Sprint, SANA-Video, LongSANA, a ControlNet or DC-AE,
-            with the original tensor names.
+        path: `.pth` or `.safetensors` of Sana, SANA-1.5, SANA-Sprint, SANA-Video, SANA-Video 2.0, LongSANA, a
+            ControlNet or DC-AE, with the original tensor names.
         component: "transformer" or "controlnet", for a file that has both; by default the ControlNet.
         dtype: of the weights; by default the file's, in which case no weight is read.
         weights: "model", or "ema" for the EMA weights that the original trainers store next to them.
@@ -100,7 +107,9 @@ def plan_conversion(
     content = read_content(path)
     checkpoint = select_weights(content, weights)
     other_weights = tuple(name for name in weight_sets(content) if name != weights)
-    if is_official_video(checkpoint):
+    if is_official_video2(checkpoint):
+        official = read_official_video2(checkpoint, **fields)
+    elif is_official_video(checkpoint):
         official = read_official_video(checkpoint, **fields)
     elif is_official_sana(checkpoint):
         official = read_official_sana(checkpoint, IN_SANA_FILES[component] if component else None, **fields)

@@ -12,6 +12,7 @@ from diffusers_sana.loaders.nvlabs.dc_ae import CLASS_NAME as AUTOENCODER
 from diffusers_sana.loaders.nvlabs.dc_ae import read_official_dc
 from diffusers_sana.loaders.nvlabs.sana import CONTROLNET, TRANSFORMER, read_official_sana
 from diffusers_sana.loaders.nvlabs.sana_video import VIDEO, read_official_video
+from diffusers_sana.loaders.nvlabs.sana_video2 import VIDEO2, read_official_video2
 from diffusers_sana.loaders.single_file import (
     SINGLE_FILE_HUB_ARGUMENTS,
     OfficialWeights,
@@ -22,6 +23,7 @@ from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.controlnets.controlnet_sana import SanaControlNetModel
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
 from diffusers_sana.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
+from diffusers_sana.models.transformers.transformer_sana_video2 import SanaVideo2Transformer3DModel
 
 
 MODELS: dict[str, type[Any]] = {
@@ -29,6 +31,7 @@ MODELS: dict[str, type[Any]] = {
     CONTROLNET: SanaControlNetModel,
     AUTOENCODER: AutoencoderDC,
     VIDEO: SanaVideoTransformer3DModel,
+    VIDEO2: SanaVideo2Transformer3DModel,
 }
 
 
@@ -60,13 +63,15 @@ def read_official(model_cls: type[Any], checkpoint: Mapping[str, Tensor], **fiel
     """Maps the tensors of an original checkpoint to a `model_cls`, one of `MODELS` or a subclass of one.
 
     Raises:
-        ValueError: see `read_official_sana`, `read_official_video` and `read_official_dc`.
+        ValueError: see `read_official_sana`, `read_official_video`, `read_official_video2` and `read_official_dc`.
     """
     class_name = next(name for name, known in MODELS.items() if issubclass(model_cls, known))
     if class_name == AUTOENCODER:
         return read_official_dc(checkpoint, **fields)
     if class_name == VIDEO:
         return read_official_video(checkpoint, **fields)
+    if class_name == VIDEO2:
+        return read_official_video2(checkpoint, **fields)
     return read_official_sana(checkpoint, class_name, **fields)
 
 

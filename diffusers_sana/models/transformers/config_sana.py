@@ -19,6 +19,17 @@ COUNTS = (
     "sample_size",
     "patch_size",
 )
+VIDEO2_COUNTS = (
+    "in_channels",
+    "num_attention_heads",
+    "attention_head_dim",
+    "softmax_head_dim",
+    "attn_res_block_size",
+    "num_cross_attention_heads",
+    "caption_channels",
+    "sample_size",
+    "rope_max_seq_len",
+)
 MAY_BE_NONE = ("out_channels", "num_cross_attention_heads", "cross_attention_head_dim", "cross_attention_dim")
 FLAGS = ("attention_bias", "norm_elementwise_affine", "guidance_embeds")
 
@@ -58,11 +69,7 @@ def check_transformer_config(config: Mapping[str, Any]) -> None:
 
 def check_video_transformer_config(config: Mapping[str, Any]) -> None:
     """`check_transformer_config` for the config of `SanaVideoTransformer3DModel`."""
-    patch_size = config["patch_size"]
-    if not isinstance(patch_size, list | tuple) or len(patch_size) != 3:
-        raise TypeError(f"`patch_size` must be three integers (frames, height, width), got {patch_size!r}.")
-    for side in patch_size:
-        check_integer("patch_size", side)
+    _check_video_patches(config["patch_size"])
     check_integer("rope_max_seq_len", config["rope_max_seq_len"])
     # It has no table of positions, and its `sample_size` names the table of trained sizes.
     check_transformer_config({**config, "patch_size": 1, "interpolation_scale": None})
@@ -71,6 +78,47 @@ def check_video_transformer_config(config: Mapping[str, Any]) -> None:
             f"`attention_head_dim` must be even, since rotary positions turn pairs of channels, got "
             f"{config['attention_head_dim']}."
         )
+
+
+def check_video2_transformer_config(config: Mapping[str, Any]) -> None:
+    """Raises if a field of `SanaVideo2Transformer3DModel` has an invalid type or value, or if widths do not fit.
+
+    Raises:
+        TypeError, ValueError: naming the field.
+    """
+    _check_video_patches(config["patch_size"])
+    for name in VIDEO2_COUNTS:
+        check_integer(name, config[name])
+    if config["out_channels"] is not None:
+        check_integer("out_channels", config["out_channels"])
+    number = config["num_layers"]
+    check_integer("num_layers", number, at_most=MOST_LAYERS)
+    check_number("mlp_ratio", config["mlp_ratio"], above=0)
+    check_flag("relu_divisor", config["relu_divisor"])
+    for layer in config["softmax_layers"] or ():
+        check_integer("softmax_layers", layer, at_least=0, at_most=number - 1)
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    for name, size in (
+        ("softmax_head_dim", config["softmax_head_dim"]),
+        ("num_cross_attention_heads", config["num_cross_attention_heads"]),
+    ):
+        if dim % size:
+            raise ValueError(
+                f"`{name}` must divide `num_attention_heads * attention_head_dim` = {dim}, got {size}. Change one of"
+                " the two."
+            )
+    for name in ("attention_head_dim", "softmax_head_dim"):
+        if config[name] % 2:
+            raise ValueError(
+                f"`{name}` must be even, since rotary positions turn pairs of channels, got {config[name]}."
+            )
+
+
+def _check_video_patches(patch_size: Any) -> None:
+    if not isinstance(patch_size, list | tuple) or len(patch_size) != 3:
+        raise TypeError(f"`patch_size` must be three integers (frames, height, width), got {patch_size!r}.")
+    for side in patch_size:
+        check_integer("patch_size", side)
 
 
 def _check_widths(config: Mapping[str, Any]) -> None:

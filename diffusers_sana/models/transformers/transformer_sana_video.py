@@ -326,7 +326,7 @@ class SanaVideoTransformer3DModel(
         own_frames = self.frame_numbers(torch.arange(frames, device=hidden_states.device))
         rotary_emb = rotary_tables(first + own_frames, height, width, self.config["attention_head_dim"])
         hidden_states = self.flatten(self.patch_embedding(hidden_states).movedim(1, -1))  # [B, N, D]
-        times = _grouped_times(timestep, batch_size, frames, height * width, own_frames)  # [B or 1, G]
+        times = grouped_times(timestep, batch_size, frames, height * width, own_frames)  # [B or 1, G]
         conditions = {}
         if guidance is not None:
             times = times.expand(max(len(times), len(guidance)), -1)
@@ -410,7 +410,7 @@ class SanaVideoTransformer3DModel(
         return FRAMES_OF_VIDEO, self.patch_embedding, self.config["patch_size"][0], convolutions
 
 
-def _grouped_times(timestep: Tensor, batch_size: int, frames: int, tokens: int, own_frames: Tensor) -> Tensor:
+def grouped_times(timestep: Tensor, batch_size: int, frames: int, tokens: int, own_frames: Tensor) -> Tensor:
     """Times `[B or 1, G]` of the tokens of this process.
 
     Args:
