@@ -39,6 +39,8 @@ _EXPORTS = {
     "SanaSprintImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint_img2img",
     "SanaSprintPipeline": "diffusers_sana.pipelines.pipeline_sana_sprint",
     "SanaTransformer2DModel": "diffusers_sana.models.transformers.transformer_sana",
+    "SanaVideo2Pipeline": "diffusers_sana.pipelines.pipeline_sana_video2",
+    "SanaVideo2PreviewPipeline": "diffusers_sana.pipelines.pipeline_sana_video2",
     "SanaVideo2Transformer3DModel": "diffusers_sana.models.transformers.transformer_sana_video2",
     "SanaVideoPipeline": "diffusers_sana.pipelines.pipeline_sana_video",
     "SanaVideoState": "diffusers_sana.models.transformers.stream_sana_video",
@@ -159,6 +161,8 @@ if TYPE_CHECKING:
         SanaSprintImg2ImgPipeline as SanaSprintImg2ImgPipeline,
     )
     from diffusers_sana.pipelines.pipeline_sana_video import SanaVideoPipeline as SanaVideoPipeline
+    from diffusers_sana.pipelines.pipeline_sana_video2 import SanaVideo2Pipeline as SanaVideo2Pipeline
+    from diffusers_sana.pipelines.pipeline_sana_video2 import SanaVideo2PreviewPipeline as SanaVideo2PreviewPipeline
     from diffusers_sana.pipelines.pipeline_sana_video_i2v import SanaImageToVideoPipeline as SanaImageToVideoPipeline
     from diffusers_sana.pipelines.pipeline_sana_video_long import LongSanaVideoPipeline as LongSanaVideoPipeline
     from diffusers_sana.pipelines.pipeline_vila_u import VilaUPipeline as VilaUPipeline

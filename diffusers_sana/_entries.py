@@ -175,6 +175,8 @@ ENTRIES = (
             "SanaImg2ImgPipeline",
             "SanaInpaintPipeline",
             "SanaSprintControlNetPipeline",
+            "SanaVideo2Pipeline",
+            "SanaVideo2PreviewPipeline",
             "VilaUPipeline",
         )
     ),

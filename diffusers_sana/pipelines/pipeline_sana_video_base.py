@@ -33,8 +33,6 @@ from diffusers_sana.pipelines.video_decoding import compression, decode_videos
 
 logger = logging.get_logger(__name__)
 
-FRAMES = 81  # five seconds at 16 frames per second, of the released models
-
 # The lines of the default instruction before a prompt, as the installed diffusers has them.
 VIDEO_INSTRUCTION = upstream_instruction("diffusers.pipelines.sana_video.pipeline_sana_video:SanaVideoPipeline")
 
@@ -46,6 +44,7 @@ class SanaVideoPipelineBase(GuidedSanaPipeline):
     """
 
     _output_class = SanaVideoPipelineOutput
+    _default_frames = 81  # five seconds at 16 frames per second, of the released models
     _is_for_whole_videos = True  # False for the pipeline of LongSANA
 
     def __init__(
@@ -157,7 +156,7 @@ class SanaVideoPipelineBase(GuidedSanaPipeline):
         step, patch = self.vae_scale_factor_temporal, self.transformer.config.patch_size[0]
         frames = request.frames
         if frames is None:
-            frames = FRAMES if request.latents is None else (request.latents.shape[2] - 1) * step + 1
+            frames = self._default_frames if request.latents is None else (request.latents.shape[2] - 1) * step + 1
         before, rest = divmod(frames - 1, step)
         if rest:
             below = before * step + 1

@@ -5,7 +5,6 @@ chunk, h w latent height and width, L text tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +19,7 @@ from diffusers_sana.models.transformers.stream_sana_video import SanaVideoState
 from diffusers_sana.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
 from diffusers_sana.pipelines.pipeline_sana_base import Size, given_or_sampled
 from diffusers_sana.pipelines.pipeline_sana_video_base import SanaVideoPipelineBase
-from diffusers_sana.pipelines.request import VideoRequest, check_numbers
+from diffusers_sana.pipelines.request import VideoRequest, check_descending
 from diffusers_sana.pipelines.sampling import TextInputs, both_texts, project_texts, sample_by_renoising
 from diffusers_sana.pipelines.video_decoding import check_streaming, decode_stream
 from diffusers_sana.prompts.encoding import encode_prompts
@@ -158,7 +157,7 @@ class LongSanaVideoPipeline(SanaVideoPipelineBase):
         requested_size, size = self._sizes(request)
         self._check(request, size)
         self._check_parts(output_type)
-        times = _check_times(timesteps)
+        times = check_descending("timesteps", timesteps, LONGEST_TIME, TIMESTEPS)
         length = (cast(int, request.frames) - 1) // self.vae_scale_factor_temporal + 1
         chunks = self._cut(length, base_chunk_frames)
         made = self._latents(request, size, times, chunks)
@@ -261,16 +260,3 @@ class LongSanaVideoPipeline(SanaVideoPipelineBase):
             shown = self._postprocess(videos.float(), size, output_type)
             for index in range(videos.shape[2]):
                 yield [video[index] for video in shown] if output_type == "pil" else shown[:, index]
-
-
-def _check_times(timesteps: Sequence[float]) -> list[float]:
-    """The argument `timesteps`, without a 0 at its end."""
-    times = check_numbers("timesteps", timesteps).tolist()
-    times = times[:-1] if times and times[-1] == 0 else times
-    is_descending = all(later < earlier for earlier, later in pairwise(times))
-    if not times or not is_descending or not 0 < times[-1] <= times[0] <= LONGEST_TIME:
-        raise ValueError(
-            f"`timesteps` must descend, be above 0 and at most {LONGEST_TIME}, as in {list(TIMESTEPS)}, got"
-            f" {list(timesteps)}."
-        )
-    return times

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from numbers import Real
 from typing import Any, ClassVar, Self, cast
 
@@ -133,6 +134,33 @@ class VideoRequest(Request):
             return replace(request, prompt=prompt + ending)
         check_texts("prompt", prompt, prompt)
         return replace(request, prompt=[text + ending for text in prompt])
+
+
+class Video2Request(VideoRequest):
+    """The arguments that pipelines of SANA-Video 2.0 share."""
+
+    _default_guidance_scale = 8.0
+
+
+def check_descending(name: str, values: Sequence[float], most: float, default: Sequence[float]) -> list[float]:
+    """The argument `name` of few-step sampling, without a 0 at its end.
+
+    Args:
+        name, values: numbers that descend.
+        most: the largest allowed.
+        default: an example, for the message.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    numbers = check_numbers(name, values).tolist()
+    numbers = numbers[:-1] if numbers and numbers[-1] == 0 else numbers
+    is_descending = all(later < earlier for earlier, later in pairwise(numbers))
+    if not numbers or not is_descending or not 0 < numbers[-1] <= numbers[0] <= most:
+        raise ValueError(
+            f"`{name}` must descend, be above 0 and at most {most}, as in {list(default)}, got {list(values)}."
+        )
+    return numbers
 
 
 def check_numbers(name: str, values: Sequence[float] | Tensor) -> Tensor:
