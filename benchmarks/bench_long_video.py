@@ -99,7 +99,7 @@ def main() -> None:
         "peak_bytes_by_seconds": {str(seconds): peak_of_a_video(seconds) for seconds in args.seconds},
     }
     with atomic_write(args.out) as file:
-        file.write_text(json.dumps(report, indent=1) + "\n")
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
 
 

@@ -16,6 +16,7 @@ EXTRAS = {
     "demo": "the web page of `diffusers-sana demo`",
     "data": "training data from the Hub and from Parquet files",
     "bits8": "training with 8-bit optimizers",
+    "optimizers": "training with CAME, Lion, Prodigy or a schedule-free optimizer",
     "caption": "`clean_caption=True`",
     "ray": "prompt lists and serving on several machines, by Ray",
     "notebooks": "the notebooks in examples/",
