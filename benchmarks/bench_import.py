@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_import [--rounds 5]
 
-Each round is a process of its own, after one that leaves the compiled bytecode. Seconds are of processor time.
+Each round is a separate process, after one that leaves the compiled bytecode. Seconds are of processor time.
 Python's garbage collector is off while our modules are imported: a collection of all that diffusers has imported
 takes longer than they do, and would fall into one of them or into what comes next.
 """
