@@ -105,11 +105,11 @@ def test_sana_video():
 )
 def test_longsana(name, timesteps, most, monkeypatch):
     """Three chunks of a video with four steps each, from the authors' noise."""
-    drawn = []
+    shapes = []
 
     def noise(shape, **_):
-        drawn.append(shape)
-        return numbers(tuple(shape), 4000 + len(drawn))
+        shapes.append(shape)
+        return numbers(tuple(shape), 4000 + len(shapes))
 
     monkeypatch.setattr("diffusers_sana.pipelines.sampling.randn_tensor", noise)
     pipe = LongSanaVideoPipeline(None, None, None, video_model(), None)
@@ -122,7 +122,7 @@ def test_longsana(name, timesteps, most, monkeypatch):
         base_chunk_frames=3,
         output_type="latent",
     ).frames
-    assert [shape[2] for shape in drawn] == [5] * 3 + [3] * 6
+    assert [shape[2] for shape in shapes] == [5] * 3 + [3] * 6
     assert relative_error(video, VIDEO.outputs[name]) < most
 
 
