@@ -115,6 +115,7 @@ _KLEIN = {
 MODELS: dict[str, Published] = {
     "Sana 1.6B": Published(diffusers_sana.SanaTransformer2DModel),
     "SANA-Video 2B": Published("SanaVideoTransformer3DModel"),
+    "SANA-Video 2.0 5B": Published(diffusers_sana.SanaVideo2Transformer3DModel),
     "SANA-WM 2.6B": Published("SanaWMTransformer3DModel"),
     "PixArt-Sigma": Published("PixArtTransformer2DModel", {"sample_size": 128}),
     "SDXL": Published("UNet2DConditionModel", _SDXL),

@@ -24,6 +24,7 @@ class LoraLoading(SanaLoraLoaderMixin):
 
     _lora_loadable_modules = ["transformer", "text_encoder"]
     text_encoder_name = "text_encoder"
+    _convert_lora = staticmethod(convert_sana_lora)
     transformer: Any
     text_encoder: Any
 
@@ -60,7 +61,7 @@ class LoraLoading(SanaLoraLoaderMixin):
         with named(source, weight_name, kwargs.get("subfolder")):
             state_dict, metadata = read_lora(source, weight_name, use_safetensors, **kwargs)
             if any("." in key for key in state_dict):  # else it is nothing of a model: diffusers warns of it
-                state_dict, metadata = convert_sana_lora(state_dict, metadata)
+                state_dict, metadata = cls._convert_lora(state_dict, metadata)
         return (state_dict, metadata) if return_lora_metadata else state_dict
 
     def load_lora_weights(

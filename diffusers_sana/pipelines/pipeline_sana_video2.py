@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
 from diffusers_sana.checks import check_computed
+from diffusers_sana.loaders.lora.formats import convert_sana_video2_lora
 from diffusers_sana.locks import exclusive
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.transformers.transformer_sana_video2 import SanaVideo2Transformer3DModel
@@ -58,6 +59,7 @@ class SanaVideo2Pipeline(SanaImageToVideoPipeline):
     """
 
     _default_frames = 193  # eight seconds at 24 frames per second
+    _convert_lora = staticmethod(convert_sana_video2_lora)
 
     def __init__(
         self,
@@ -221,6 +223,11 @@ class SanaVideo2PreviewPipeline(SanaVideo2Pipeline):
         self._check(request, size)
         if self._cuda_graphs is not None:
             raise ValueError("CUDA graphs are not used by this pipeline. Call `disable_cuda_graphs()`.")
+        if getattr(self.transformer, "is_cache_enabled", False):
+            raise ValueError(
+                "A step cache cannot be used with so few steps, each from new noise. Call"
+                " `transformer.disable_cache()`."
+            )
 
         # 2. Text features, projected once for all steps
         device = self._execution_device

@@ -220,6 +220,29 @@ def sana_video() -> tuple[nn.Module, dict[str, Any]]:
     return model, video()
 
 
+def sana_video2() -> tuple[nn.Module, dict[str, Any]]:
+    """A layer with each kind of attention; as in the released model, beta's layer is a gate."""
+    torch.manual_seed(0)
+    model = diffusers_sana.SanaVideo2Transformer3DModel(
+        in_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        softmax_head_dim=64,
+        num_layers=2,
+        softmax_layers=[1],
+        attn_res_block_size=1,
+        num_cross_attention_heads=2,
+        caption_channels=16,
+        mlp_ratio=2.0,
+        rope_max_seq_len=16,
+    ).eval()
+    for layer in model.attn_res.children():  # which begin at zero
+        nn.init.normal_(layer.weight, std=0.1)
+    nn.init.ones_(model.attention_y_norm.weight)
+    inputs = video() | {"hidden_states": torch.randn(2, 4, 2, 4, 4)}
+    return model, inputs
+
+
 def sana_wm() -> tuple[nn.Module, dict[str, Any]]:
     """With a camera; one block of each kind of attention."""
     model = make(
@@ -376,6 +399,7 @@ FAMILIES = {
     "qwen_image": qwen_image,
     "z_image": z_image,
     "sana_video": sana_video,
+    "sana_video2": sana_video2,
     "sana_wm": sana_wm,
     "wan": wan,
     "hunyuan_video": hunyuan_video,

@@ -81,7 +81,7 @@ TEXT_LAYER = re.compile(
 )
 ANY_PREFIX = re.compile(
     r"lora_(?:unet|transformer)[._]|lycoris[._]"
-    r"|(?:base_model\.model\.)?(?:(?:model\.)?diffusion_model[._]|transformer[._](?!blocks))?"
+    r"|(?:base_model\.model\.)?(?:(?:model\.)?diffusion_model[._]|transformer(?:\.|_(?!blocks)))?"
 )
 CONVOLUTIONS = (
     "patch_embed.proj",
@@ -90,6 +90,7 @@ CONVOLUTIONS = (
     "ff.conv_depth",
     "ff.conv_point",
     "ff.conv_temp",
+    "x_embedder.proj",
 )
 VIDEO_BLOCK = {"mlp.t_conv": ("ff.conv_temp",)}  # of SANA-Video; its patch embedding has diffusers' name only
 DEPTHWISE = "ff.conv_depth"
@@ -97,6 +98,18 @@ OF_TENSOR = r"(\.lora_.+)?"  # PEFT matches patterns with layer names, but with 
 IN_BLOCK = re.compile(r"(?:transformer_)?blocks_(\d+)_(.+)")
 TIME = {"t_embedder.mlp.0": "timestep_embedder.linear_1", "t_embedder.mlp.2": "timestep_embedder.linear_2"}
 GUIDED_TIME, UNGUIDED_TIME = "time_embed.", "time_embed.emb."  # with and without a guidance embedding
+
+# Of SANA-Video 2.0, whose layers have the authors' names only.
+VIDEO2_BLOCK = (
+    *(f"attn.{name}" for name in ("qkv", "proj", "output_gate", "beta_proj")),
+    *(f"cross_attn.{name}" for name in ("q_linear", "kv_linear", "proj")),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+VIDEO2_TOP = (
+    *("x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "t_block.1", "final_layer.linear"),
+    *("y_embedder.y_proj.fc1", "y_embedder.y_proj.fc2"),
+    *(f"attn_res.{name}_proj" for name in ("attn", "mlp", "final")),
+)
 
 
 def _flat(name: str) -> str:
@@ -113,6 +126,9 @@ BLOCK_LAYERS = _by_flat_name(BLOCK | VIDEO_BLOCK)
 TOP_LAYERS = _by_flat_name(
     {"patch_embedding": ("patch_embedding",), **{theirs: (ours,) for theirs, ours in TOP.items()}}
 ) | {_flat(prefix + name): (prefix + name,) for prefix in (GUIDED_TIME, UNGUIDED_TIME) for name in TIME.values()}
+
+VIDEO2_BLOCK_LAYERS = {_flat(name): name for name in VIDEO2_BLOCK}
+VIDEO2_TOP_LAYERS = {_flat(name): name for name in VIDEO2_TOP}
 
 
 def convert_sana_lora(
@@ -143,6 +159,13 @@ def convert_sana_lora(
     layers = layers_of(state_dict)
     has_guidance = any("cfg_embedder" in layer for layer in layers)
     return convert_layers(state_dict, metadata, layers, lambda layer, key: _place_in_sana(layer, key, has_guidance))
+
+
+def convert_sana_video2_lora(
+    state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """`convert_sana_lora` for SANA-Video 2.0."""
+    return convert_layers(state_dict, metadata, layers_of(state_dict), _place_in_video2)
 
 
 class Place(NamedTuple):
@@ -373,6 +396,22 @@ def _place_in_sana(layer: str, key: str, has_guidance: bool) -> Place:
         return Place(("layers.{}.{}.{}".format(*text.groups()),), prefix=TEXT_PREFIX)
     names = _layer_names(layer, key, has_guidance)
     return Place(names, (1,) * len(names), names[0].endswith(CONVOLUTIONS), names[0].endswith(DEPTHWISE))
+
+
+def _place_in_video2(layer: str, key: str) -> Place:
+    if text := TEXT_LAYER.fullmatch(layer):
+        return Place(("layers.{}.{}.{}".format(*text.groups()),), prefix=TEXT_PREFIX)
+    flat = _flat(ANY_PREFIX.sub("", layer, 1))
+    block = IN_BLOCK.fullmatch(flat)
+    if block and block[2] in VIDEO2_BLOCK_LAYERS:
+        return Place((f"blocks.{block[1]}.{VIDEO2_BLOCK_LAYERS[block[2]]}",))
+    if flat not in VIDEO2_TOP_LAYERS:
+        raise ValueError(
+            f"{key!r} is not a layer of SANA-Video 2.0. The LoRA is for a different architecture, or in an unknown"
+            " format."
+        )
+    name = VIDEO2_TOP_LAYERS[flat]
+    return Place((name,), is_conv=name.endswith(CONVOLUTIONS))
 
 
 def _layer_names(layer: str, key: str, has_guidance: bool) -> tuple[str, ...]:

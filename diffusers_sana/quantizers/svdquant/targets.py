@@ -37,7 +37,7 @@ SHARED_ADALN = re.compile(
     r"|(double|single)_stream_modulation\w*\.linear"  # FLUX.2
     r"|condition_embedder\.time_proj"  # Wan
     r"|distilled_guidance_layer\.layers\.\d+\.linear_\d"  # Chroma
-    r"|t_block\.1"  # SANA-WM
+    r"|t_block\.1"  # SANA-WM and SANA-Video 2.0
     r"|caption_projection\.\d+\.linear)$"  # of HiDream, for text, as the following
 )
 CROSS_ATTENTION_TEXT = re.compile(r"(^|\.)((audio_)?attn2\.(to_k|to_v|add_k_proj|add_v_proj)|cross_attn\.kv_linear)$")

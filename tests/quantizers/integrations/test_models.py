@@ -18,6 +18,10 @@ from tests.quantizers import tiny_models
 from tests.quantizers.tiny_models import output
 
 
+# Relative errors. SANA-Video 2.0 has no residual stream, which carries most of the output past the layers elsewhere.
+MOST = dict.fromkeys(tiny_models.FAMILIES, 0.1) | {"sana_video2": 0.2}
+
+
 @pytest.mark.parametrize(
     ("family", "precision", "dtype"),
     [
@@ -40,7 +44,7 @@ def test_round_trip(family, precision, dtype, tmp_path):
     assert {layer.precision for layer in quantized_layers(first)} >= {precision}
     result = output(first, inputs, dtype)
     assert result.dtype == dtype
-    assert relative_error(result, expected) < 0.1
+    assert relative_error(result, expected) < MOST[family]
 
     first.save_pretrained(folder)
     again = load(folder, dtype=dtype)
