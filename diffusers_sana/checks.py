@@ -47,6 +47,33 @@ def check_size(name: str, size: int, multiple: int) -> None:
     raise ValueError(f"`{name}` must be a multiple of {multiple}, got {size}. Use {choices}.")
 
 
+def check_frames(frames: int, step: int, patch: int, most: int, reason: str) -> None:
+    """Raises where a video cannot have so many frames.
+
+    Args:
+        frames: the argument of that name.
+        step: frames that the autoencoder makes of a latent frame, but for the first one.
+        patch: latent frames of a token.
+        most: latent frames at most.
+        reason: of that limit.
+    """
+    before, rest = divmod(frames - 1, step)
+    if rest:
+        below = before * step + 1
+        raise ValueError(
+            f"`frames` must be one more than a multiple of {step}, because the autoencoder makes {step} frames of"
+            f" a latent frame and one of the first, got {frames}. Use {below} or {below + step}."
+        )
+    if (before + 1) % patch:
+        raise ValueError(
+            f"`frames` must give a number of latent frames divisible by {patch} (`patch_size` of the"
+            f" transformer), got {frames} frames, which are {before + 1} latent ones. Use"
+            f" {(before // patch * patch + patch - 1) * step + 1}."
+        )
+    if before + 1 > most:
+        raise ValueError(f"`frames` must be at most {(most - 1) * step + 1} ({reason}), got {frames}.")
+
+
 def check_flag(name: str, value: Any) -> None:
     """Raises TypeError where `value` is neither True nor False."""
     if not isinstance(value, bool):

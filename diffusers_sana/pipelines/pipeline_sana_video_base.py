@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
 from diffusers_sana._compat import upstream_instruction
+from diffusers_sana.checks import check_frames
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
 from diffusers_sana.pipelines.loading import CAUSAL_TRANSFORMER
@@ -147,8 +148,13 @@ class SanaVideoPipelineBase(GuidedSanaPipeline):
         shape = (batch_size, num_channels_latents, *grid)
         return given_or_sampled(latents, shape, meaning, generator, device, dtype)
 
-    def _with_frames(self, request: VideoRequest) -> VideoRequest:
+    def _with_frames(self, request: VideoRequest, most: int | None = None, advice: str = "") -> VideoRequest:
         """The request with its number of frames, by default that of `latents`.
+
+        Args:
+            request: of a call.
+            most: latent frames; None for as many as the transformer was made for.
+            advice: of what to do if there are more.
 
         Raises:
             ValueError: a number that the autoencoder or the transformer cannot have.
@@ -157,25 +163,10 @@ class SanaVideoPipelineBase(GuidedSanaPipeline):
         frames = request.frames
         if frames is None:
             frames = self._default_frames if request.latents is None else (request.latents.shape[2] - 1) * step + 1
-        before, rest = divmod(frames - 1, step)
-        if rest:
-            below = before * step + 1
-            raise ValueError(
-                f"`frames` must be one more than a multiple of {step}, because the autoencoder makes {step} frames of"
-                f" a latent frame and one of the first, got {frames}. Use {below} or {below + step}."
-            )
-        if (before + 1) % patch:
-            raise ValueError(
-                f"`frames` must give a number of latent frames divisible by {patch} (`patch_size` of the"
-                f" transformer), got {frames} frames, which are {before + 1} latent ones. Use"
-                f" {(before // patch * patch + patch - 1) * step + 1}."
-            )
-        most = self.transformer.config.rope_max_seq_len * patch
-        if before + 1 > most:
-            raise ValueError(
-                f"`frames` must be at most {(most - 1) * step + 1} (`rope_max_seq_len` of the transformer), got"
-                f" {frames}."
-            )
+        trained = self.transformer.config.rope_max_seq_len * patch
+        limit = trained if most is None else most
+        reason = "`rope_max_seq_len` of the transformer" if most is None else f"{most} latent"
+        check_frames(frames, step, patch, limit, reason + advice)
         return replace(request, frames=frames)
 
     def _sizes(self, request: Request) -> tuple[Size, Size]:

@@ -4,7 +4,7 @@ Legend: B videos (prompts times videos per prompt), C latent channels, F frames,
 chunk, h w latent height and width, L text tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -37,6 +37,9 @@ NOT_ASKED = {
     "callback_on_step_end": None,
     "callback_on_step_end_tensor_inputs": ("latents",),
 }
+Text = str | list[str]  # for all videos, or one for each prompt
+ChunkPrompts = Sequence[Text] | Mapping[int, Text] | Callable[[int], Text | None]
+BEYOND = "; the model was not trained for positions beyond, which `max_latent_frames` allows"
 
 
 class LongSanaVideoPipeline(SanaVideoPipelineBase):
@@ -76,6 +79,8 @@ class LongSanaVideoPipeline(SanaVideoPipelineBase):
         max_sequence_length: int = 300,
         complex_human_instruction: str | Sequence[str] | None = COMPLEX_HUMAN_INSTRUCTION,
         motion_score: int | None = None,
+        chunk_prompts: ChunkPrompts | None = None,
+        max_latent_frames: int | None = None,
     ) -> SanaVideoPipelineOutput | tuple:
         """Generates whole videos: all frames of `stream`, with the same arguments.
 
@@ -120,6 +125,8 @@ class LongSanaVideoPipeline(SanaVideoPipelineBase):
         max_sequence_length: int = 300,
         complex_human_instruction: str | Sequence[str] | None = COMPLEX_HUMAN_INSTRUCTION,
         motion_score: int | None = None,
+        chunk_prompts: ChunkPrompts | None = None,
+        max_latent_frames: int | None = None,
     ) -> Iterator[Any]:
         """Generates videos frame by frame, in memory that does not depend on their length.
 
@@ -144,6 +151,14 @@ class LongSanaVideoPipeline(SanaVideoPipelineBase):
                 of `SanaPipeline`, as in the authors' code.
             motion_score: as in `SanaVideoPipeline`; the authors' code uses 10.
             attention_kwargs: `{"scale": s}` sets the strength of LoRA adapters.
+            chunk_prompts: prompts that change within the videos: a list with that of each chunk, in place of
+                `prompt`, as in the authors' code, where the last one holds to the end; a dictionary of chunks,
+                counted from 0, and the prompts from there on; or a function, which is called with the number of each
+                chunk but the first when it begins, and returns a prompt, or None to leave it as it is. A prompt is a
+                text for all videos, or a list with one for each of `prompt`.
+            max_latent_frames: most latent frames of the videos; by default `rope_max_seq_len` of the transformer, as
+                in the authors' code, 1024 for the released model. With more, positions go on as before, but the model
+                was not trained for them.
 
         Returns:
             An iterator over frames. A frame is what is seen at that time in all videos: a list of B images, an array
@@ -152,15 +167,37 @@ class LongSanaVideoPipeline(SanaVideoPipelineBase):
         Raises:
             TypeError, ValueError: naming the argument, before anything is computed wherever possible.
         """
-        request = VideoRequest.collect(NOT_ASKED | locals(), has_vae=self.vae is not None)
-        request = self._with_frames(request)
+        arguments = NOT_ASKED | locals()
+        if isinstance(chunk_prompts, Sequence) and not isinstance(chunk_prompts, str):
+            arguments["prompt"] = first_of(chunk_prompts, prompt, prompt_embeds)
+            chunk_prompts = dict(enumerate(chunk_prompts[1:], start=1))
+        request = VideoRequest.collect(arguments, has_vae=self.vae is not None)
+        if max_latent_frames is not None:
+            check_integer("max_latent_frames", max_latent_frames)
+        request = self._with_frames(request, max_latent_frames, BEYOND)
         requested_size, size = self._sizes(request)
         self._check(request, size)
         self._check_parts(output_type)
         times = check_descending("timesteps", timesteps, LONGEST_TIME, TIMESTEPS)
         length = (cast(int, request.frames) - 1) // self.vae_scale_factor_temporal + 1
         chunks = self._cut(length, base_chunk_frames)
-        made = self._latents(request, size, times, chunks)
+
+        def later(prompt: Text) -> VideoRequest:
+            """The request with another prompt."""
+            number = count(request)
+            same = {"prompt": [prompt] * number if isinstance(prompt, str) else prompt, "latents": None}
+            none = {"prompt_embeds": None, "prompt_attention_mask": None}
+            made = VideoRequest.collect(arguments | same | none, has_vae=self.vae is not None)
+            self._check(made, size)
+            if count(made) != number:
+                raise ValueError(
+                    f"`chunk_prompts` must have one text for all videos, or one for each of the {number} prompts, got"
+                    f" {prompt!r}."
+                )
+            return made
+
+        requests = later_requests(chunk_prompts, later, len(chunks))
+        made = self._latents(request, requests, size, times, chunks, max_latent_frames)
         return made if output_type == "latent" else self._frames(made, requested_size, output_type)
 
     def _check_parts(self, output_type: str) -> None:
@@ -190,22 +227,38 @@ class LongSanaVideoPipeline(SanaVideoPipelineBase):
 
     @torch.no_grad()
     def _latents(
-        self, request: VideoRequest, size: Size, times: Sequence[float], chunks: list[int]
+        self,
+        request: VideoRequest,
+        later: Callable[[int], VideoRequest | None],
+        size: Size,
+        times: Sequence[float],
+        chunks: list[int],
+        most: int | None,
     ) -> Iterator[Tensor]:
-        """Denoised latent frames, `[B, C, h, w]` in fp32."""
+        """Denoised latent frames, `[B, C, h, w]` in fp32.
+
+        Args:
+            request: of the first chunk.
+            later: that of another chunk, if its prompts are others.
+            size: in pixels.
+            times: of the steps.
+            chunks: latent frames of each.
+            most: see `max_latent_frames`.
+        """
         device, frames = self._execution_device, cast(int, request.frames)
-        texts = encode_prompts(self.tokenizer, self.text_encoder, request, is_guided=False, device=device)
-        with exclusive(self.transformer):
-            text = project_texts(self.transformer, *both_texts(texts, False), False, request.attention_kwargs)
+        text = self._text(request, device)
         channels, number = self.transformer.config.in_channels, len(text.mask)
         given = request.latents
         if given is not None:
             given = self.prepare_latents(number, channels, *size, frames, torch.float32, device, None, given)
         grid = [side // self.vae_scale_factor for side in size]
-        state, begin = SanaVideoState(), 0
+        most = None if most is None else most // self.transformer.config.patch_size[0]
+        state, begin = SanaVideoState(most=most), 0
         try:
             with self.progress_bar(total=len(chunks) * len(times)) as bar:
-                for length in chunks:
+                for index, length in enumerate(chunks):
+                    if index and (changed := later(index)) is not None:
+                        text = self._text(changed, device)
                     noise = None if given is None else given[:, :, begin : begin + length]
                     shape = (number, channels, length, *grid)
                     noise = given_or_sampled(noise, shape, "of a chunk", request.generator, device, torch.float32)
@@ -216,6 +269,11 @@ class LongSanaVideoPipeline(SanaVideoPipelineBase):
                         _, state = self._run(latents, 0.0, text, state, request)
         finally:  # also where nobody asks for the rest
             self.maybe_free_model_hooks()
+
+    def _text(self, request: VideoRequest, device: torch.device) -> TextInputs:
+        """The prompts of some chunks, projected once for all steps."""
+        texts = encode_prompts(self.tokenizer, self.text_encoder, request, is_guided=False, device=device)
+        return project_texts(self.transformer, *both_texts(texts, False), False, request.attention_kwargs)
 
     def _denoise(
         self,
@@ -260,3 +318,63 @@ class LongSanaVideoPipeline(SanaVideoPipelineBase):
             shown = self._postprocess(videos.float(), size, output_type)
             for index in range(videos.shape[2]):
                 yield [video[index] for video in shown] if output_type == "pil" else shown[:, index]
+
+
+def count(request: VideoRequest) -> int:
+    """The number of prompts."""
+    if request.prompt_embeds is not None:
+        return len(request.prompt_embeds)
+    return len(request.prompt) if isinstance(request.prompt, list) else 1
+
+
+def first_of(chunk_prompts: Sequence[Text], prompt: Text | None, prompt_embeds: Tensor | None) -> Text:
+    """The prompt of the first chunk, of a list that has those of all.
+
+    Raises:
+        ValueError: there is none, or another.
+    """
+    if prompt is not None or prompt_embeds is not None:
+        raise ValueError(
+            "`prompt` must be left out where `chunk_prompts` is a list, which has the first one. For changes of"
+            ' `prompt`, give a dictionary such as {3: "at night"}.'
+        )
+    if not chunk_prompts:
+        raise ValueError("`chunk_prompts` must have a prompt for each chunk, got an empty list.")
+    return chunk_prompts[0]
+
+
+def later_requests(
+    chunk_prompts: Any, make: Callable[[Text], VideoRequest], chunks: int
+) -> Callable[[int], VideoRequest | None]:
+    """The request of a chunk, by its number, if it is another than that of the chunk before.
+
+    Args:
+        chunk_prompts: a dictionary, a function or None.
+        make: the request with a prompt.
+        chunks: how many there are.
+
+    Raises:
+        TypeError, ValueError: naming `chunk_prompts`.
+    """
+    if chunk_prompts is None:
+        return lambda index: None
+    if callable(chunk_prompts):
+
+        def ask(index: int) -> VideoRequest | None:
+            prompt = chunk_prompts(index)
+            return None if prompt is None else make(prompt)
+
+        return ask
+    if not isinstance(chunk_prompts, Mapping):
+        raise TypeError(
+            "`chunk_prompts` must be a list of prompts, a dictionary of chunks and prompts, or a function, got"
+            f" {chunk_prompts!r}."
+        )
+    for index in chunk_prompts:
+        check_integer("chunk_prompts", index)
+        if index >= chunks:
+            raise ValueError(
+                f"`chunk_prompts` must be for the {chunks} chunks of these videos, 0 to {chunks - 1}, but has one for"
+                f" chunk {index}. `base_chunk_frames` is the length of a chunk in latent frames."
+            )
+    return {index: make(prompt) for index, prompt in chunk_prompts.items()}.get

@@ -156,6 +156,10 @@ def test_wrong_states():
         tiny_model(num_layers=1)(**inputs, state=state)
     with pytest.raises(ValueError, match=r"at most 32 tokens.*earlier frames included, got \(33, 3, 2\)"):
         model(**inputs, state=state._replace(frames=25))
+    with pytest.raises(ValueError, match=r"and 40 frames .`most` of the state.*got \(41, 3, 2\)"):
+        model(**inputs, state=state._replace(frames=33, most=40))
+    output = model(**inputs, state=state._replace(frames=25, most=40))
+    assert (output.state.frames, output.state.most) == (33, 40)
     with pytest.raises(ValueError, match="`state` cannot be used together with `controlnet_block_samples`"):
         model(**inputs, state=state, controlnet_block_samples=tuple(torch.randn(1, 2, 48, 32)))
     model.enable_cache(FirstBlockCacheConfig(threshold=0.1))

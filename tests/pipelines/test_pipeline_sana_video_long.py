@@ -31,7 +31,7 @@ def arguments(frames=17, base_chunk_frames=2, seed=3, **changes):
 
 
 def latents_of(pipe, **changes):
-    return pipe("a cat", **arguments(output_type="latent") | changes).frames
+    return pipe(**{"prompt": "a cat"} | arguments(output_type="latent") | changes).frames
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
@@ -116,6 +116,58 @@ def test_later_chunks_depend_on_earlier_ones_only(pipe):
     assert relative_error(first[:, :, 3:], third[:, :, 3:]) > 1e-4  # 1e-7 would be rounding
 
 
+@torch.no_grad()
+def test_prompts_of_chunks(pipe):
+    """Against the loop written out; the state of a chunk is made with its own prompt."""
+    noise = torch.randn(1, 16, 7, 2, 2, generator=torch.Generator().manual_seed(0))
+    state, expected = diffusers_sana.SanaVideoState(), []
+    for prompt, chunk in zip(("a cat", "a dog", "a dog"), noise.split([3, 2, 2], dim=2), strict=True):
+        embeds, mask, _, _ = pipe.encode_prompt(prompt, False)
+        text = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+        time = torch.tensor([1000.0])
+        expected.append(chunk - pipe.transformer(chunk, timestep=time, **text, state=state).sample)
+        state = pipe.transformer(expected[-1], timestep=0 * time, **text, state=state).state
+    expected = torch.cat(expected, dim=2)
+
+    asked = []
+
+    def ask(index):
+        asked.append(index)
+        return "a dog" if index == 1 else None
+
+    same = arguments(latents=noise, frames=None, timesteps=[1000], output_type="latent")
+    assert_close_fp32(pipe("a cat", **same, chunk_prompts={1: "a dog"}).frames, expected)
+    assert_close_fp32(pipe(**same, chunk_prompts=["a cat", "a dog"]).frames, expected)
+    stream = pipe.stream("a cat", **same, chunk_prompts=ask)
+    frames = [next(stream) for _ in range(3)]
+    assert asked == []  # the second chunk has not begun
+    assert_close_fp32(torch.stack([*frames, *stream], dim=2), expected)
+    assert asked == [1, 2]
+    assert relative_error(pipe("a cat", **same).frames[:, :, 3:], expected[:, :, 3:]) > 1e-3
+
+
+def test_prompts_of_chunks_are_for_one_or_for_all_videos(pipe):
+    same = {"timesteps": [1000], "motion_score": 10}
+    noise = torch.randn(2, 16, 5, 2, 2, generator=torch.Generator().manual_seed(0))
+    both = latents_of(pipe, prompt=["a cat", "a fox"], latents=noise, frames=None, chunk_prompts={1: "a dog"}, **same)
+    for prompt, own, video in zip(("a cat", "a fox"), noise.split(1), both, strict=True):
+        alone = latents_of(pipe, prompt=prompt, latents=own, frames=None, chunk_prompts={1: ["a dog"]}, **same)
+        assert_close_fp32(video[None], alone)
+
+
+def test_longer_than_the_model_was_made_for(pipe):
+    """Positions go on: as in the same model with a larger limit."""
+    longer = tiny_video.pipeline(diffusers_sana, "LongSanaVideoPipeline", rope_max_seq_len=80)
+    few = {"frames": 4 * 69 + 1, "base_chunk_frames": 35, "timesteps": [1000]}
+    with pytest.raises(ValueError, match=r"`frames` must be at most 253 .*which `max_latent_frames` allows"):
+        latents_of(pipe, **few)
+    with pytest.raises(ValueError, match=r"`frames` must be at most 273 \(69 latent.*, got 277"):
+        latents_of(pipe, **few, max_latent_frames=69)
+    made = latents_of(pipe, **few, max_latent_frames=70)
+    assert made.shape[2] == 70
+    assert torch.equal(made, latents_of(longer, **few))
+
+
 def test_sampler_is_the_scalar_loop(monkeypatch):
     noises = iter([0.5, -2.0])
     monkeypatch.setattr("diffusers_sana.pipelines.sampling.randn_tensor", lambda *_, **__: torch.tensor(next(noises)))
@@ -188,12 +240,18 @@ def test_folders(pipe, tmp_path, caplog):
         ({"latents": torch.zeros(1, 16, 4, 2, 2)}, r"`latents` must have the shape \[1, 16, 5, 2, 2\]"),
         ({"output_type": "mp4"}, "`output_type` must be one of"),
         ({"generator": [torch.Generator()] * 3}, "`generator` must be one generator or a list of 1"),
+        ({"chunk_prompts": ["a cat", "a dog"]}, "`prompt` must be left out where `chunk_prompts` is a list"),
+        ({"prompt": None, "chunk_prompts": []}, "`chunk_prompts` must have a prompt for each chunk"),
+        ({"prompt": None, "chunk_prompts": ["a", "b", "c"]}, "`chunk_prompts` must be for the 2 chunks"),
+        ({"chunk_prompts": {0: "a dog"}}, "`chunk_prompts` must be at least 1"),
+        ({"chunk_prompts": {1: ["a dog", "a fox"]}}, "or one for each of the 1 prompts"),
+        ({"chunk_prompts": {1: ""}, "max_latent_frames": 0}, "`max_latent_frames` must be at least 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_wrong_inputs(pipe, changes, message):
     with pytest.raises(ValueError, match=message):
-        next(pipe.stream("a cat", **arguments(**changes)))
+        next(pipe.stream(**{"prompt": "a cat"} | arguments(**changes)))
 
 
 def test_errors_come_before_the_first_frame_is_asked_for(pipe):

@@ -32,10 +32,13 @@ class SanaVideoState(NamedTuple):
     Attributes:
         blocks: one for each block of the model, or none at the beginning.
         frames: how many frames of tokens they have seen. Positions of the next chunk go on from there.
+        most: how many there may be; None for the model's `rope_max_seq_len`. Positions have no end: their angles are
+            computed. But those beyond are outside of what the model was trained for.
     """
 
     blocks: tuple[SanaVideoBlockState, ...] = ()
     frames: int = 0
+    most: int | None = None
 
     def of_blocks(self, number: int, batch_size: int, grid: tuple[int, int]) -> tuple[SanaVideoBlockState, ...]:
         """The states of all blocks, checked.

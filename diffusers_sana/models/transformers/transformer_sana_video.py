@@ -311,7 +311,8 @@ class SanaVideoTransformer3DModel(
             with scaled_adapters(self, scale):
                 return SanaVideoTransformer3DModel.forward(self, *inputs, *options, return_dict, text_context, state)
         first = 0 if state is None else state.frames
-        grid = frames, height, width = self._check_inputs(hidden_states, attention_mask, guidance, first)
+        most = None if state is None else state.most
+        grid = frames, height, width = self._check_inputs(hidden_states, attention_mask, guidance, first, most)
         if controlnet_block_samples is not None:
             self._check_controlled_cache()
         batch_size = hidden_states.shape[0]
@@ -370,13 +371,18 @@ class SanaVideoTransformer3DModel(
         sample = patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
         if state is None:
             return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-        state = SanaVideoState(tuple(seen), first + frames)
+        state = SanaVideoState(tuple(seen), first + frames, most)
         return SanaVideoTransformerOutput(sample=sample, state=state) if return_dict else (sample, state)
 
     def _check_inputs(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, guidance: Tensor | None, first: int
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        guidance: Tensor | None,
+        first: int,
+        most_frames: int | None,
     ) -> tuple[int, int, int]:
-        """The token grid; `first` is the number of frames before it."""
+        """The token grid; `first` is the number of frames before it, and `most_frames` how many there may be."""
         channels, patch_size, most = (self.config[name] for name in ("in_channels", "patch_size", "rope_max_seq_len"))
         shape = tuple(hidden_states.shape)
         is_right = len(shape) == 5 and shape[1] == channels
@@ -386,10 +392,13 @@ class SanaVideoTransformer3DModel(
                 f"`patch_size` {tuple(patch_size)}, got {shape}. Check the VAE, the size and the number of frames."
             )
         frames, height, width = (size // p for size, p in zip(shape[2:], patch_size, strict=True))
-        if max(first + frames, height, width) > most:
+        most_frames = most if most_frames is None else most_frames
+        if first + frames > most_frames or max(height, width) > most:
+            longer = "" if most_frames == most else f" and {most_frames} frames (`most` of the state)"
             raise ValueError(
-                f"`hidden_states` must have at most {most} tokens along each axis (`rope_max_seq_len`), earlier frames"
-                f" included, got {(first + frames, height, width)}. Generate a shorter or smaller video."
+                f"`hidden_states` must have at most {most} tokens along each axis (`rope_max_seq_len`){longer},"
+                f" earlier frames included, got {(first + frames, height, width)}. Generate a shorter or smaller"
+                " video. In a stream, `SanaVideoState(most=...)` allows more frames than the model was made for."
             )
         check_guidance(self.config["guidance_embeds"], guidance)
         check_conditions(shape[0], attention_mask, guidance=guidance)
