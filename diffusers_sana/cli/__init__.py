@@ -19,8 +19,8 @@ from diffusers_sana.cli.quiet import quiet
 
 
 COMMANDS = {
-    "generate": (generate, "generate images from a prompt"),
-    "again": (again, "generate an image again from what it says of itself"),
+    "generate": (generate, "generate images or videos from a prompt"),
+    "again": (again, "generate an image or a video again from what it says of itself"),
     "chat": (chat, "answer a question about an image"),
     "quantize": (quantize, "save a pipeline in 4 or 8 bits"),
     "evaluate": (evaluate, "measure the quality of a model's images"),

@@ -1,4 +1,4 @@
-"""`diffusers-sana again`: generate an image again from what its file says of itself."""
+"""`diffusers-sana again`: generate an image or a video again from what its file says of itself."""
 
 import argparse
 import logging
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    command.add_argument("image", metavar="IMAGE", type=file_path, help="a PNG that `generate` wrote")
+    command.add_argument("image", metavar="IMAGE", type=file_path, help="a PNG or a video that `generate` wrote")
     command.add_argument(
         "--out", type=file_path, default=Path("outputs"), metavar="FILE|DIR", help="as in generate; default: outputs"
     )
@@ -24,7 +24,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generates an image again from what its PNG file says of itself, if the files that it was made from are the same.
+    """Generates an image or a video again from what its file says, if the files that it was made from are the same.
 
     Paths in it are those of the command that made it, so run it in the same folder.
     """
@@ -37,5 +37,5 @@ def run(args: argparse.Namespace) -> None:
     if changed := differences(record["inputs"], hash_inputs(again)):
         raise UsageError(f"IMAGE was made from other files than are here now: {'; '.join(changed)}")
     if changed := differences(record["versions"], versions()):
-        logger.warning(f"The image may differ a little, because versions do: {'; '.join(changed)}.")
+        logger.warning(f"The result may differ a little, because versions do: {'; '.join(changed)}.")
     generate.run(again)

@@ -13,6 +13,7 @@ from importlib import metadata
 EXTRAS = {
     "train": "LoRA in all pipelines; training",
     "eval": "SSIM and plots of evaluations",
+    "video": "videos as .mp4 (`diffusers-sana generate --video`)",
     "demo": "the web page of `diffusers-sana demo`",
     "data": "training data from the Hub and from Parquet files",
     "bits8": "training with 8-bit optimizers",

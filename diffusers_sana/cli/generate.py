@@ -1,4 +1,4 @@
-"""`diffusers-sana generate`: generate images from a prompt, and perhaps from other images."""
+"""`diffusers-sana generate`: generate images or videos from a prompt, and perhaps from other images."""
 
 import argparse
 import logging
@@ -7,6 +7,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from diffusers_sana.arguments import (
     UsageError,
@@ -22,17 +23,19 @@ from diffusers_sana.arguments import (
     seed,
 )
 from diffusers_sana.checkpoints import BUNDLED_CONTROLNETS, BUNDLED_LORAS, SANA_EMOJI, SANA_EMOJI_EDGES
-from diffusers_sana.checks import check_size, check_texts
+from diffusers_sana.checks import check_frames, check_size, check_texts
 from diffusers_sana.cli.output import Task, name_files, save
 from diffusers_sana.cli.pipelines import (
+    FPS,
     IMAGES,
-    KINDS,
     LEFT_OUT,
     SANA,
     SCHEDULERS,
     SPRINT,
+    VIDEO,
     VILA_U,
     generate,
+    kind_of,
     load,
     option,
     read_images,
@@ -40,7 +43,7 @@ from diffusers_sana.cli.pipelines import (
 from diffusers_sana.cli.record import LoRA, make_record
 from diffusers_sana.cli.words import unknown_words
 from diffusers_sana.files import safetensors_header
-from diffusers_sana.loading import checkpoint_path, pipeline_class_name, read_config
+from diffusers_sana.loading import checkpoint_path, read_config
 
 
 logger = logging.getLogger(__name__)
@@ -65,6 +68,14 @@ def strength(text: str) -> float:
     return value
 
 
+def fps(text: str) -> float:
+    """The `type` of `--fps`."""
+    value = number(at_most=240)(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 240, got {text}")
+    return value
+
+
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add = command.add_argument
@@ -75,6 +86,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_hub(command)
     add("--lora", type=LoRA.parse, action="append", default=[], metavar="FILE[:SCALE]", help="may be repeated")
     add("--image", type=file_path, metavar="FILE", help="image to change")
+    add("--video", action="store_true", help="generate a video, with a SANA-Video as --model")
+    add("--frames", type=integer(at_most=2**16), help="of the video; default: the model's, 81 or 193")
+    add("--fps", type=fps, help="frames per second of the file; default: the model's, 16 or 24")
+    add("--motion-score", type=integer(0, 1000), metavar="N", help="how much is to move, as the model was taught it")
     add("--strength", type=strength, help="how far to go from --image, above 0 to 1; default: 0.6, or 1 with --mask")
     add("--mask", type=file_path, metavar="FILE", help="repaint --image only where this one is white")
     add("--control-image", type=file_path, metavar="FILE", help="image to follow, such as white edges on black")
@@ -86,23 +101,24 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--guidance-scale", type=number(), metavar="SCALE", help="weight of the prompt; default: the model's")
     add("--scheduler", choices=SCHEDULERS, help="solver; default: the checkpoint's")
     add("--sigmas", type=sigmas, metavar="S,S,...", help="noise levels before the shift, in place of --steps")
-    add("--num-images", type=integer(at_most=10_000), default=1, help="images of each prompt; default: 1")
+    add("--num-images", type=integer(at_most=10_000), default=1, help="images or videos of each prompt; default: 1")
     add("--seed", type=seed, default=0, help="of the first image; the next ones have the next seeds; default: 0")
     add(
         "--out",
         type=file_path,
         default=Path("outputs"),
         metavar="FILE|DIR",
-        help="image file, or folder of files named by prompt and seed; default: outputs. A PNG says how it was made",
+        help="image or video file, or folder of files named by prompt and seed; default: outputs. A PNG and a video"
+        " say how they were made",
     )
     add("--overwrite", action="store_true", help="replace the files that are there")
     add_device(command, dtype=None)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generates images from a prompt, and perhaps from other images, and prints the paths of their files.
+    """Generates images or videos from a prompt, and perhaps from other images, and prints the paths of their files.
 
-    Images do not depend on how many are generated at once: each has its own seed.
+    They do not depend on how many are generated at once: each has its own seed.
     """
     started = time.perf_counter()
     kind, tasks = check(args)
@@ -118,15 +134,15 @@ def run(args: argparse.Namespace) -> None:
                 f"{Path(args.model).name} was not taught: {', '.join(words)}. It knows the words on its card,"
                 f" {Path(args.model, 'README.md')}."
             )
-        image = generate(pipe, args, task, images)
-        save(image, task, record(task, pipe))
+        made = generate(pipe, args, task, images)
+        save(made, task, record(task, pipe), args.fps)
         print(task.path.resolve(), flush=True)
     generated = time.perf_counter()
     print(f"loaded in {loaded - started:.1f} s, generated in {generated - loaded:.1f} s on {device}", file=sys.stderr)
 
 
 def check(args: argparse.Namespace) -> tuple[str, list[Task]]:
-    """What is to be done: the kind of pipeline, and each image with its file. Loads nothing.
+    """What is to be done: the kind of pipeline, and each image or video with its file. Loads nothing.
 
     Bundled ControlNets and LoRAs that are named as the model are put where they belong.
 
@@ -137,7 +153,8 @@ def check(args: argparse.Namespace) -> tuple[str, list[Task]]:
     prompts = _prompts(args)
     if args.seed + args.num_images > 2**63:
         raise UsageError(f"--seed must leave room for --num-images, {args.num_images}, below 2**63, got {args.seed}")
-    tasks = name_files(args.out, prompts, range(args.seed, args.seed + args.num_images), args.overwrite)
+    seeds = range(args.seed, args.seed + args.num_images)
+    tasks = name_files(args.out, prompts, seeds, args.overwrite, args.video, args.fps)
     for name in IMAGES:
         if getattr(args, name) is not None:
             check_file(option(name), getattr(args, name))
@@ -146,7 +163,10 @@ def check(args: argparse.Namespace) -> tuple[str, list[Task]]:
     for lora in args.lora:
         _check_lora(lora)
     kind = _check_model(args)
-    if kind != VILA_U:
+    if args.video:
+        args.fps = FPS[kind] if args.fps is None else args.fps
+        _check_video(args)
+    elif kind != VILA_U:
         _check_sizes(args)
     return kind, tasks
 
@@ -169,6 +189,10 @@ def _check_together(args: argparse.Namespace) -> None:
     ):
         if getattr(args, name) is not None and getattr(args, needed) is None:
             raise UsageError(f"{option(name)} needs {option(needed)} FILE")
+    if not args.video and (
+        wrong := [option(name) for name in ("frames", "fps", "motion_score") if getattr(args, name) is not None]
+    ):
+        raise UsageError(f"{', '.join(wrong)} must be given with --video, or left out")
     for name, other in (("sigmas", "steps"), ("prompts", "prompt")):
         if getattr(args, name) is not None and getattr(args, other) is not None:
             raise UsageError(
@@ -212,12 +236,17 @@ def _check_lora(lora: LoRA) -> None:
 def _check_model(args: argparse.Namespace) -> str:
     """The kind of the model, which the other options must fit."""
     try:
-        name = pipeline_class_name(args.model, args.revision)
+        name, kind = kind_of(args.model, args.revision)
     except FileNotFoundError as error:
         raise UsageError(f"--model: {error}") from None
-    if name not in KINDS:
-        raise UsageError(f"--model must be a {SANA}, {SPRINT} or {VILA_U}, but {args.model} is a {name}")
-    kind = KINDS[name]
+    if kind is None:
+        raise UsageError(
+            f"--model must be a {SANA}, {SPRINT} or {VILA_U}, or with --video a {VIDEO}, but {args.model} is a {name}"
+        )
+    if args.video and kind not in FPS:
+        raise UsageError(f"--video needs --model, the folder or Hub id of a {VIDEO}, but {args.model} is a {kind}")
+    if not args.video and kind in FPS:
+        raise UsageError(f"--video must be given for {args.model}, which is a {kind}")
     if wrong := [option(given) for given in LEFT_OUT[kind] if getattr(args, given) not in (None, [])]:
         raise UsageError(f"{', '.join(wrong)} must be left out for {kind}, which {args.model} is")
     has_controlnet = "ControlNet" in name
@@ -233,6 +262,34 @@ def _check_model(args: argparse.Namespace) -> str:
         if found != "SanaControlNetModel":
             raise UsageError(f"--controlnet must be the folder of a ControlNet, but {args.controlnet} has {found}")
     return kind
+
+
+def _check_video(args: argparse.Namespace) -> None:
+    """Frames and sizes that the model cannot generate."""
+    vae = read_config(args.model, "vae/config.json", args.revision)
+    transformer = read_config(args.model, "transformer/config.json", args.revision) or {}
+    if vae is None:
+        raise UsageError(f"--model must have an autoencoder in its folder `vae`, which {args.model} lacks")
+    step, cell = _compression(vae)
+    patch, longest = transformer.get("patch_size", (1, 2, 2)), transformer.get("rope_max_seq_len", 1024)
+    sides = (step, cell, longest, *patch) if isinstance(patch, list | tuple) and len(patch) == 3 else (None,)
+    if not all(isinstance(side, int) and side > 0 for side in sides):
+        return  # the models say what is wrong with their configs
+    if args.frames is not None:
+        reason = "`rope_max_seq_len` of the transformer"
+        check_frames(args.frames, step, patch[0], longest * patch[0], reason)
+    for name in ("height", "width"):
+        if getattr(args, name) is not None:
+            check_size(name, getattr(args, name), cell * max(patch[1:]))
+
+
+def _compression(vae: dict[str, Any]) -> tuple[Any, Any]:
+    """Frames and pixels of a latent by the config of an autoencoder, see `video_decoding.compression`."""
+    if isinstance(channels := vae.get("encoder_block_out_channels"), list):
+        return 1, 2 ** (len(channels) - 1)
+    if vae.get("_class_name") == "AutoencoderKLLTX2Video":
+        return vae.get("temporal_compression_ratio"), vae.get("spatial_compression_ratio")
+    return vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
 
 
 def _check_sizes(args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
-"""Image files: their names, which are checked before anything is loaded, and how they are written."""
+"""Files of images and videos: their names, which are checked before anything is loaded, and how they are written."""
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 from diffusers_sana.arguments import UsageError, check_writable, one_line
 from diffusers_sana.cli.record import png_text
+from diffusers_sana.cli.video_files import check_video_file, write_video
 from diffusers_sana.files import IMAGE_SUFFIXES, atomic_write
 
 
@@ -16,26 +18,36 @@ LONGEST = 48  # characters of the prompt in a file name, of at most 4 bytes each
 
 @dataclass(frozen=True)
 class Task:
-    """One image to generate, and its file."""
+    """One image or video to generate, and its file."""
 
     prompt: str
     seed: int
     path: Path
 
 
-def name_files(out: Path, prompts: list[str], seeds: Iterable[int], overwrite: bool) -> list[Task]:
-    """The images to generate, each with a file that can be written.
+def name_files(
+    out: Path,
+    prompts: list[str],
+    seeds: Iterable[int],
+    overwrite: bool,
+    is_video: bool = False,
+    fps: float | None = None,
+) -> list[Task]:
+    """The images or videos to generate, each with a file that can be written.
 
     Args:
-        out: an image file, or a folder. The file of several images gets their seeds into its name. In a folder the
-            name is made of prompt and seed, with the number of the prompt if there are several, and a number behind
-            it where the file is there already.
+        out: the file of an image or a video, or a folder. The file of several gets their seeds into its name. In a
+            folder the name is made of prompt and seed, with the number of the prompt if there are several, and a
+            number behind it where the file is there already.
         prompts: each is for images of all `seeds`.
         seeds: consecutive.
         overwrite: whether files may be replaced.
+        is_video: whether these are videos.
+        fps: their frames per second, if given.
 
     Raises:
-        UsageError: `out` cannot be written, is no image format, or is there already.
+        UsageError: `out` cannot be written, has another format, or is there already.
+        ModuleNotFoundError: the writer of the format is not installed.
     """
     pairs = [(number, prompt, seed) for number, prompt in enumerate(prompts, 1) for seed in seeds]
     try:
@@ -44,14 +56,21 @@ def name_files(out: Path, prompts: list[str], seeds: Iterable[int], overwrite: b
         raise UsageError(f"--out cannot be {one_line(str(out), 200)}: {error.strerror}") from None
     if is_folder:
         check_writable("--out", out)
+        suffix = ".mp4" if is_video else ".png"
+        if is_video:
+            check_video_file(out / f"x{suffix}", fps)
         width = len(str(len(prompts)))
         front = [f"{number:0{width}}-" if len(prompts) > 1 else "" for number, _, _ in pairs]
         names = [
-            f"{start}{slug(prompt)}-seed{seed}.png" for start, (_, prompt, seed) in zip(front, pairs, strict=True)
+            f"{start}{slug(prompt)}-seed{seed}{suffix}" for start, (_, prompt, seed) in zip(front, pairs, strict=True)
         ]
         paths = [out / name if overwrite else free(out / name) for name in names]
     else:
-        _check_file(out)
+        if is_video:
+            check_video_file(out, fps)
+            check_writable("--out", out.parent)
+        else:
+            _check_file(out)
         if len(prompts) > 1:
             raise UsageError(f"--out must be a folder for --prompts, got {out}")
         paths = [out] if len(pairs) == 1 else [out.with_stem(f"{out.stem}-seed{seed}") for _, _, seed in pairs]
@@ -76,8 +95,14 @@ def free(path: Path) -> Path:
     return candidate
 
 
-def save(image: Any, task: Task, record: dict[str, Any]) -> None:
-    """Writes an image whole or not at all; a PNG with `record` in it.
+def save(made: Any, task: Task, record: dict[str, Any], fps: float | None = None) -> None:
+    """Writes an image or a video whole or not at all; a PNG and a video with `record` in it.
+
+    Args:
+        made: the image, or with `fps` the frames.
+        task: whose file it is.
+        record: how it was made.
+        fps: frames per second of a video.
 
     Raises:
         OSError: naming the file.
@@ -86,7 +111,10 @@ def save(image: Any, task: Task, record: dict[str, Any]) -> None:
     try:
         task.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(task.path) as path:
-            image.save(path, **options)
+            if fps is None:
+                made.save(path, **options)
+            else:
+                write_video(path, made, fps, json.dumps(record))
     except OSError as error:
         raise OSError(f"{task.path} cannot be written: {error.strerror or error}") from error
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from diffusers_sana.arguments import open_input
 from diffusers_sana.cli.output import Task
-from diffusers_sana.loading import checkpoint_path, load_on
+from diffusers_sana.loading import checkpoint_path, load_on, pipeline_class_name, read_config
 
 
 # Class that a checkpoint names -> kind of model -> options that must be left out; the pipeline for what else is given.
 SANA, SPRINT, VILA_U = "Sana", "SANA-Sprint", "VILA-U"
+VIDEO, LONG, VIDEO2, PREVIEW = "SANA-Video", "LongSANA", "SANA-Video 2.0", "preview of SANA-Video 2.0"
 OF_SANA = ("negative_prompt", "mask", "control_image", "controlnet", "control_scale", "scheduler", "sigmas")
 KINDS = {
     "SanaPipeline": SANA,
@@ -24,9 +25,22 @@ KINDS = {
     "SanaSprintPipeline": SPRINT,
     "SanaSprintImg2ImgPipeline": SPRINT,
     "VilaUPipeline": VILA_U,
+    "SanaVideoPipeline": VIDEO,
+    "SanaImageToVideoPipeline": VIDEO,
+    "LongSanaVideoPipeline": LONG,
+    "SanaVideo2Pipeline": VIDEO2,
+    "SanaVideo2PreviewPipeline": PREVIEW,
 }
+CAUSAL = "SanaVideoCausalTransformer3DModel"
+FPS = {VIDEO: 16.0, LONG: 16.0, VIDEO2: 24.0, PREVIEW: 24.0}  # at which the authors play the videos
+OF_IMAGES = ("mask", "control_image", "controlnet", "control_scale", "strength")
+FEW_STEPS = (*OF_IMAGES, "image", "negative_prompt", "guidance_scale", "steps", "scheduler")
 LEFT_OUT = {
     SANA: (),
+    VIDEO: OF_IMAGES,
+    VIDEO2: OF_IMAGES,
+    LONG: (*FEW_STEPS, "sigmas"),
+    PREVIEW: FEW_STEPS,
     SPRINT: OF_SANA,
     VILA_U: (*OF_SANA[1:], "height", "width", "steps", "image", "strength", "lora"),
 }
@@ -40,6 +54,12 @@ PIPELINES = {
     (SPRINT,): "SanaSprintPipeline",
     (SPRINT, "image"): "SanaSprintImg2ImgPipeline",
     (VILA_U,): "VilaUPipeline",
+    (VIDEO,): "SanaVideoPipeline",
+    (VIDEO, "image"): "SanaImageToVideoPipeline",
+    (LONG,): "LongSanaVideoPipeline",
+    (VIDEO2,): "SanaVideo2Pipeline",
+    (VIDEO2, "image"): "SanaVideo2Pipeline",
+    (PREVIEW,): "SanaVideo2PreviewPipeline",
 }
 # Option -> argument of the pipelines.
 ARGUMENTS = {
@@ -51,6 +71,8 @@ ARGUMENTS = {
     "strength": "strength",
     "sigmas": "sigmas",
     "control_scale": "controlnet_conditioning_scale",
+    "frames": "frames",
+    "motion_score": "motion_score",
 }
 IMAGES = {"image": "image", "mask": "mask_image", "control_image": "control_image"}
 # Name -> class of diffusers (ours for the first), and whether it takes sigmas.
@@ -86,6 +108,8 @@ def load(args: argparse.Namespace, kind: str, device: str) -> Any:
         place = checkpoint_path(args.controlnet)
         components["controlnet"] = diffusers_sana.SanaControlNetModel.from_pretrained(place)
     hub = {"revision": args.revision, "variant": args.variant}
+    if kind in FPS:
+        components |= video_components(args.model, args.revision)
     pipe = load_on(device, pipeline_class, args.model, args.dtype, **hub, **components)
     if "controlnet" in components:
         pipe.controlnet.to(pipe.transformer.dtype)
@@ -98,6 +122,23 @@ def load(args: argparse.Namespace, kind: str, device: str) -> Any:
     if not sys.stderr.isatty():
         pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def kind_of(model: str, revision: str | None = None) -> tuple[str, str | None]:
+    """The class that a checkpoint names, and the kind of model, if it is one of these."""
+    name = pipeline_class_name(model, revision)
+    index = read_config(model, "model_index.json", revision) or {}
+    is_causal = CAUSAL in (index.get("transformer") or ())  # as LongSANA's folder on the Hub has it
+    return name, LONG if is_causal else KINDS.get(name)
+
+
+def video_components(model: str, revision: str | None = None) -> dict[str, Any]:
+    """The autoencoder, if it is Wan's: the authors run it in fp32, whatever the dtype of the others."""
+    if (read_config(model, "vae/config.json", revision) or {}).get("_class_name") != "AutoencoderKLWan":
+        return {}
+    from diffusers import AutoencoderKLWan
+
+    return {"vae": AutoencoderKLWan.from_pretrained(model, subfolder="vae", revision=revision)}
 
 
 def make_scheduler(name: str, config: Any) -> Any:
@@ -117,9 +158,11 @@ def make_scheduler(name: str, config: Any) -> Any:
 
 
 def generate(pipe: Any, args: argparse.Namespace, task: Task, images: dict[str, Any]) -> Any:
-    """One image. Its noise comes from the CPU, and so is the same on every device."""
+    """One image, or the frames of a video. The noise comes from the CPU, and so is the same on every device."""
     import torch
 
     given = {ARGUMENTS[name]: getattr(args, name) for name in ARGUMENTS if getattr(args, name) is not None}
     generator = torch.Generator("cpu").manual_seed(task.seed)
+    if hasattr(pipe, "stream"):  # LongSANA, of which a frame is written before the next chunk is made
+        return (frame for (frame,) in pipe.stream(task.prompt, generator=generator, **given))
     return pipe(task.prompt, generator=generator, return_dict=False, **images, **given)[0][0]

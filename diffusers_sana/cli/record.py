@@ -1,4 +1,4 @@
-"""What a PNG says of how it was made: the command, the inputs it depends on, and the versions."""
+"""What a PNG or a video says of how it was made: the command, the inputs it depends on, and the versions."""
 
 import argparse
 import json
@@ -10,8 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
-from diffusers_sana.arguments import UsageError, open_input
+from diffusers_sana.arguments import UsageError, check_file, open_input
 from diffusers_sana.checkpoints import BUNDLED, BUNDLED_CONTROLNETS, BUNDLED_LORAS
+from diffusers_sana.cli.video_files import SUFFIXES, read_video_record
 from diffusers_sana.files import digest
 from diffusers_sana.loading import checkpoint_path, identity
 
@@ -106,12 +107,15 @@ def png_text(record: dict[str, Any]) -> Any:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record in a PNG.
+    """The record in a PNG or a video.
 
     Raises:
         UsageError: there is none.
     """
-    found = open_input("IMAGE", path).info.get(KEY)
+    is_video = path.suffix.lower() in SUFFIXES
+    if is_video:
+        check_file("IMAGE", path)
+    found: Any = read_video_record(path) if is_video else open_input("IMAGE", path).info.get(KEY)
     try:
         record = json.loads(found)
         if not isinstance(record["command"], list) or not all(isinstance(word, str) for word in record["command"]):
@@ -119,7 +123,8 @@ def read_record(path: Path) -> dict[str, Any]:
         return {"inputs": dict(record["inputs"]), "versions": dict(record["versions"])} | record
     except (ValueError, LookupError, TypeError):
         raise UsageError(
-            f"IMAGE must be a PNG that `diffusers-sana generate` wrote, but {path} does not say how it was made"
+            f"IMAGE must be a {'video' if is_video else 'PNG'} that `diffusers-sana generate` wrote, but {path} does"
+            " not say how it was made"
         ) from None
 
 
@@ -127,7 +132,10 @@ def _command(args: argparse.Namespace, task: Any, dtype: str) -> list[str]:
     """The arguments of `diffusers-sana generate` that make one image."""
     words = [f"--seed={task.seed}", f"--dtype={dtype}"]
     for name, value in sorted(vars(args).items()):
-        if name in (*NOT_OF_THE_IMAGE, "dtype") or value in (None, []):
+        if name in (*NOT_OF_THE_IMAGE, "dtype") or value in (None, [], False):
+            continue
+        if value is True:
+            words.append(f"--{name.replace('_', '-')}")
             continue
         text = ",".join(map(repr, value)) if name == "sigmas" else _name(value)
         values = [str(lora) for lora in value] if name == "lora" else [text]

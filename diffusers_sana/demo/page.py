@@ -1,7 +1,8 @@
-"""The page: a tab that generates images and a tab that answers questions. It loads nothing from other servers."""
+"""The page: a tab that generates images or videos and one that answers questions. It loads nothing from elsewhere."""
 
 import random
 from collections.abc import Callable
+from html import escape
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from diffusers_sana.demo.comparison import Comparison, Generated
+from diffusers_sana.demo.videos import Videos
 from diffusers_sana.images import image_size, read_image, to_rgb
 
 
 THEME = gr.themes.Soft(primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=("system-ui", "sans-serif"))
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1060px !important; margin: 0 auto; }
+#video img { width: 100%; }
 #images img, #image img { width: 100%; height: 100%; object-fit: contain; }
 .figures { display: flex; justify-content: space-between; font-size: 0.95rem; }
 .figures div { line-height: 1.5; }
@@ -45,6 +48,14 @@ MOST_PIXELS = 25_000_000  # of an uploaded image; a small file can contain a ver
 MOST_LAYERS = 8  # of an editor
 MOST_KEPT = 24  # images of a visitor's gallery
 CANVAS = (512, 512)  # of an editor
+# As a path, so that nothing is decoded before its size is checked.
+UPLOAD: dict[str, Any] = {
+    "type": "filepath",
+    "image_mode": None,
+    "label": "Image",
+    "sources": ["upload", "clipboard"],
+}
+TURNS = {"concurrency_id": "device", "concurrency_limit": 1}  # one call at a time: all need the whole device
 FILES_KEPT = (3600, 4 * 3600)  # seconds between deletions of visitors' files, and their age
 
 
@@ -61,11 +72,7 @@ def build_page(comparison: Comparison, answerer: Any, title: str) -> gr.Blocks:
         progress: Any, prompt: str, seed: int, steps: int, guidance: float, size: int, kept: list | None, **inputs: Any
     ) -> tuple:
         """An image in both precisions, their figures, and the gallery with the first of them."""
-        _check_text("prompt", prompt)
-        if seed is None or not 0 <= seed <= LARGEST_SEED:
-            raise _message(f"The seed must be a number from 0 to {LARGEST_SEED}, but is {seed}.")
-        if steps is None or not 1 <= steps <= MOST_STEPS:
-            raise _message(f"Steps must be from 1 to {MOST_STEPS}, but are {steps}.")
+        _check_call(prompt, seed, steps)
         if size is None:
             raise _message("No size is chosen. Choose one.")
 
@@ -144,25 +151,9 @@ def build_page(comparison: Comparison, answerer: Any, title: str) -> gr.Blocks:
             raise _message("There is no image yet. Generate one first.")
         return images[0], gr.Tabs(selected="ask")
 
-    def ask(path: str | None, question: str) -> str:
-        """Answers a question about an image."""
-        image = _read(path)
-        _check_text("question", question)
-        try:
-            return answerer.chat(image, question)
-        except (TypeError, ValueError) as error:
-            raise _message(str(error)) from error
-
     sizes = [(f"{width} x {height}", i) for i, (height, width) in enumerate(comparison.sizes)]
     starts = next(iter(comparison.pipes.values()))
     buttons: dict[str, tuple[gr.Button, Callable[..., tuple], list[Any]]] = {}
-    # As a path, so that nothing is decoded before its size is checked.
-    upload: dict[str, Any] = {
-        "type": "filepath",
-        "image_mode": None,
-        "label": "Image",
-        "sources": ["upload", "clipboard"],
-    }
     with gr.Blocks(title="diffusers_sana", analytics_enabled=False, delete_cache=FILES_KEPT) as page:
         gr.Markdown(f"# diffusers_sana\nThe same seed in two precisions: **{title}** as it is and in 4 bits.")
         with gr.Tabs() as tabs:
@@ -184,7 +175,7 @@ def build_page(comparison: Comparison, answerer: Any, title: str) -> gr.Blocks:
                             gr.Examples([[text] for text in PROMPTS], prompt, label="Prompts to try")
                         if "image" in starts:
                             with gr.Tab("Image"):
-                                image = gr.Image(**upload, height=240, elem_id="start-image")
+                                image = gr.Image(**UPLOAD, height=240, elem_id="start-image")
                                 strength = gr.Slider(
                                     0.05, 1, 0.6, step=0.05, label="Strength", info="How much of it may change."
                                 )
@@ -219,26 +210,114 @@ def build_page(comparison: Comparison, answerer: Any, title: str) -> gr.Blocks:
                     gallery = gr.Gallery(
                         format="png", label="Yours so far", columns=6, height=180, interactive=False, elem_id="gallery"
                     )
-            with gr.Tab("Ask", id="ask"), gr.Row():
-                with gr.Column(scale=5):
-                    asked = gr.Image(**upload, height=380, elem_id="image")
-                with gr.Column(scale=6):
-                    question = gr.Textbox(QUESTIONS[0], label="Question", elem_id="question")
-                    ask_button = gr.Button("Ask", variant="primary", elem_id="ask")
-                    answer = gr.Textbox(label="Answer", interactive=False, elem_id="answer")
-                    gr.Examples([[text] for text in QUESTIONS], question, label="Questions to try")
+            asked = _ask_tab(answerer)
 
-        # One at a time: all need the whole device.
-        turns = {"concurrency_id": "device", "concurrency_limit": 1}
         page.queue(max_size=MOST_WAITING)
         for start, (button, function, inputs) in buttons.items():
             triggers = [button.click, prompt.submit] if start == "text" else [button.click]
             shared = [prompt, seed, steps, guidance, size, gallery]
-            gr.on(triggers, function, shared + inputs, [slider, figures, gallery], show_progress_on=slider, **turns)
+            gr.on(triggers, function, shared + inputs, [slider, figures, gallery], show_progress_on=slider, **TURNS)
         random_button.click(lambda: random.randint(0, LARGEST_SEED), None, seed, api_visibility="private")
         pass_button.click(pass_on, slider, [asked, tabs])
-        gr.on([ask_button.click, question.submit], ask, [asked, question], answer, **turns)
     return page
+
+
+def build_video_page(videos: Videos, answerer: Any, title: str) -> gr.Blocks:
+    """`build_page` for a model of videos.
+
+    Args:
+        videos: generates them.
+        answerer: a `VilaUPipeline`.
+        title: name of the generating model.
+    """
+
+    def generate(
+        prompt: str,
+        seed: int,
+        steps: int,
+        guidance: float,
+        frames: int,
+        path: str | None,
+        progress: Any = PROGRESS,
+    ) -> tuple[str, str]:
+        """Generates a video."""
+        _check_call(prompt, seed, steps)
+        if frames is None or not 1 <= frames <= videos.default_frames:
+            raise _message(f"Frames must be from 1 to {videos.default_frames}, but are {frames}.")
+        image = None if path is None else _read(path)
+
+        def on_step(done: int, total: int) -> None:
+            progress((done, total), desc="Video", unit="steps")
+
+        try:
+            made = videos.generate(prompt, seed, steps, guidance, frames, on_step, image)
+        except (TypeError, ValueError) as error:
+            raise _message(str(error)) from error
+        shown = f'<img alt="{escape(prompt)}" src="{made.url}">'
+        return shown, f"<div>{made.frames} frames at {videos.fps:g} per second, made in {made.seconds:.1f} s</div>"
+
+    with gr.Blocks(title="diffusers_sana", analytics_enabled=False, delete_cache=FILES_KEPT) as page:
+        gr.Markdown(f"# diffusers_sana\nVideos by **{title}**.")
+        with gr.Tabs():
+            with gr.Tab("Video", id="video"), gr.Row():
+                with gr.Column(scale=5):
+                    prompt = gr.Textbox(PROMPTS[0], label="Prompt", lines=1, elem_id="prompt")
+                    seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
+                    steps = gr.Number(
+                        videos.default_steps or 1,
+                        label="Steps",
+                        precision=0,
+                        visible=videos.default_steps is not None,
+                        elem_id="steps",
+                    )
+                    guidance = gr.Slider(
+                        1,
+                        10,
+                        videos.default_guidance or 1,
+                        step=0.1,
+                        label="Guidance",
+                        visible=videos.default_guidance is not None,
+                    )
+                    frames = gr.Slider(
+                        1, videos.default_frames, videos.default_frames, step=videos.step, label="Frames"
+                    )
+                    first = gr.Image(
+                        **UPLOAD | {"label": "First frame, or none"}, height=240, visible=videos.takes_image
+                    )
+                    button = gr.Button("Generate", variant="primary", elem_id="generate")
+                with gr.Column(scale=6):
+                    video = gr.HTML(min_height=240, elem_id="video")
+                    figures = gr.HTML(elem_id="figures")
+            _ask_tab(answerer)
+        page.queue(max_size=MOST_WAITING)
+        given = [prompt, seed, steps, guidance, frames, first]
+        triggers = [button.click, prompt.submit]
+        gr.on(triggers, generate, given, [video, figures], show_progress_on=video, **TURNS)
+    return page
+
+
+def _ask_tab(answerer: Any) -> gr.Image:
+    """The tab that answers questions about an image, which it returns."""
+
+    def ask(path: str | None, question: str) -> str:
+        """Answers a question about an image."""
+        image = _read(path)
+        _check_text("question", question)
+        try:
+            return answerer.chat(image, question)
+        except (TypeError, ValueError) as error:
+            raise _message(str(error)) from error
+
+    with gr.Tab("Ask", id="ask"), gr.Row():
+        with gr.Column(scale=5):
+            asked = gr.Image(**UPLOAD, height=380, elem_id="image")
+        with gr.Column(scale=6):
+            question = gr.Textbox(QUESTIONS[0], label="Question", elem_id="question")
+            button = gr.Button("Ask", variant="primary", elem_id="ask")
+            answer = gr.Textbox(label="Answer", interactive=False, elem_id="answer")
+            gr.Examples([[text] for text in QUESTIONS], question, label="Questions to try")
+    gr.on([button.click, question.submit], ask, [asked, question], answer, **TURNS)
+    return asked
 
 
 def serve(page: gr.Blocks, port: int | None = None, share: bool = False) -> None:
@@ -351,6 +430,14 @@ def _read(path: str | None) -> Image.Image:
         return read_image(path)
     except (OSError, TypeError, ValueError) as error:
         raise _message(str(error).replace(path, Path(path).name)) from error  # without the server's folders
+
+
+def _check_call(prompt: Any, seed: Any, steps: Any) -> None:
+    _check_text("prompt", prompt)
+    if seed is None or not 0 <= seed <= LARGEST_SEED:
+        raise _message(f"The seed must be a number from 0 to {LARGEST_SEED}, but is {seed}.")
+    if steps is None or not 1 <= steps <= MOST_STEPS:
+        raise _message(f"Steps must be from 1 to {MOST_STEPS}, but are {steps}.")
 
 
 def _check_text(name: str, text: Any) -> None:

@@ -66,17 +66,27 @@ def folder(tmp_path_factory):
         "full",
         "flux",
         "video",
+        "wan_video/vae",
+        "wan_video/transformer",
+        "causal",
         "plain",
         "with_controlnet",
         "cut_index",
         "list_index",
         "component",
     ):
-        (folder / name).mkdir()
+        (folder / name).mkdir(parents=True)
     (folder / "full" / "file.txt").write_text("here")
     indices = {"flux": "FluxPipeline", "video": "SanaVideoPipeline", "plain": "SanaPipeline"}
     for name, index in (indices | {"with_controlnet": "SanaControlNetPipeline"}).items():
         (folder / name / "model_index.json").write_text(json.dumps({"_class_name": index}))
+    index = {"_class_name": "SanaVideoPipeline"}
+    parts = {"vae": {"_class_name": "AutoencoderKLWan"}, "transformer": {"patch_size": [1, 2, 2]}}
+    for name, config in parts.items():
+        (folder / "wan_video" / name / "config.json").write_text(json.dumps(config))
+    (folder / "wan_video" / "model_index.json").write_text(json.dumps(index))
+    causal = {"transformer": ["diffusers", "SanaVideoCausalTransformer3DModel"]}
+    (folder / "causal" / "model_index.json").write_text(json.dumps(index | causal))
     (folder / "cut_index" / "model_index.json").write_text("{")
     (folder / "list_index" / "model_index.json").write_text("[]")
     (folder / "component" / "config.json").write_text(json.dumps({"_class_name": "SanaTransformer2DModel"}))

@@ -6,6 +6,8 @@ import http.client
 import shutil
 import socket
 import threading
+from base64 import b64decode
+from io import BytesIO
 from types import SimpleNamespace
 from urllib.parse import urlparse
 
@@ -15,7 +17,7 @@ from PIL import Image
 
 from diffusers_sana.checkpoints import VILA_U_EMOJI
 from diffusers_sana.cli import demo
-from tests import tiny
+from tests import tiny, tiny_video
 from tests.pipelines.controlnet_cases import controlnet
 from tests.pipelines.sprint_cases import sprint_pipeline
 
@@ -320,6 +322,45 @@ def test_the_queue_is_bounded(monkeypatch):
 
     comparison = SimpleNamespace(sizes=[(8, 8)], default_steps=1, default_guidance=1.0, pipes={"16 bit": {}})
     assert page.build_page(comparison, None, "a model")._queue.max_size == page.MOST_WAITING
+
+
+def test_a_model_of_videos_has_a_tab_of_its_own():
+    """And only that one: what it generates is what the pipeline generates."""
+    import diffusers_sana
+    from diffusers_sana.demo import page
+    from diffusers_sana.demo.videos import Videos
+
+    def tabs(blocks):
+        return [block["props"]["label"] for block in blocks.config["components"] if block["type"] == "tabitem"]
+
+    comparison = SimpleNamespace(sizes=[(8, 8)], default_steps=1, default_guidance=1.0, pipes={"16 bit": {}})
+    assert tabs(page.build_page(comparison, None, "a model")) == ["Generate", "Text", "Ask"]
+
+    pipe, seen = tiny_video.pipeline(diffusers_sana), []
+    videos = Videos(pipe, 10)
+    assert (videos.default_steps, videos.default_guidance, videos.default_frames, videos.step) == (50, 6.0, 81, 4)
+    shown = page.build_video_page(videos, None, "a model")
+    assert tabs(shown) == ["Video", "Ask"]
+    assert shown._queue.max_size == page.MOST_WAITING
+    generate = next(function.fn for function in shown.fns.values() if function.fn.__name__ == "generate")
+    html, figures = generate("a <cat>", 3, 2, 6.0, 5, None, lambda *step, **_: seen.append(step))
+    assert "5 frames at 10 per second" in figures
+    assert seen == [((1, 2),), ((2, 2),)]
+    assert '<img alt="a &lt;cat&gt;" src="data:image/webp;base64,' in html
+    file = BytesIO(b64decode(html.rpartition(",")[2].partition('"')[0]))
+    wanted = pipe("a <cat>", frames=5, num_inference_steps=2, generator=torch.Generator().manual_seed(3)).frames[0]
+    with Image.open(file) as made:
+        assert (made.n_frames, made.size) == (5, wanted[0].size)
+    with pytest.raises(gr.Error, match="Frames must be from 1 to 81, but are 85"):
+        generate("a cat", 3, 2, 6.0, 85, None)
+    with pytest.raises(gr.Error, match="one more than a multiple of 4"):
+        generate("a cat", 3, 2, 6.0, 6, None)
+    first = Image.new("RGB", (64, 32), "red")
+    assert videos.generate("a cat", 3, 2, 6.0, 5, lambda *step: None, first).frames == 5
+
+    long = Videos(tiny_video.pipeline(diffusers_sana, "LongSanaVideoPipeline"), 16)
+    assert (long.default_steps, long.default_guidance, long.takes_image) == (None, None, False)
+    assert long.generate("a cat", 3, None, None, 5, lambda *step: None).frames == 5
 
 
 def test_other_models():
