@@ -9,6 +9,11 @@ after the operation fixes the scale of the output; the divisor, of the first pub
 As in `relu_linear_attention`, the sums over j do not depend on i, so the cost is linear in the number of tokens, and
 everything is fp32 whatever the dtype of the inputs.
 
+The Triton kernels are those of `relu_linear_attention` with `rotary`. Since x = relu(x) - relu(-x), two passes over
+the keys give the state, and two over the queries the output. A gate of a key may as well be one of its value. With a
+sum of keys of zero and an eps of one, the kernels divide by one. They read queries and keys as they are, where PyTorch
+makes rotated copies in fp32. They have no backward pass: where a gradient is needed, PyTorch's operations run.
+
 Legend: B batch, N tokens, H heads, D head_dim.
 """
 
@@ -16,8 +21,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffusers_sana.kernels.dispatch import use_triton
 from diffusers_sana.kernels.precision import without_autocast
-from diffusers_sana.kernels.relu_linear_attention import Rotary, rotate_pairs
+from diffusers_sana.kernels.relu_linear_attention import (
+    Rotary,
+    rotary_apply_triton,
+    rotary_state_triton,
+    rotate_pairs,
+    unsupported_reason,
+)
 
 
 def gated_linear_attention(
@@ -43,6 +55,45 @@ def gated_linear_attention(
         `[B, N, H, D]` in fp32 (float64 for float64 inputs), contiguous: sums over many tokens, which would overflow
         fp16 before they are normed.
     """
+    inputs = query, key, value, beta
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        reason: str | None = "a gradient is needed"
+    else:
+        reason = unsupported_reason(query, key, value, rotary)
+    if use_triton("gated_linear_attention", *inputs, *rotary, unsupported=reason):
+        return _by_kernels(*inputs, rotary, divisor, eps)
+    return gated_linear_attention_reference(*inputs, rotary, divisor=divisor, eps=eps)
+
+
+def _by_kernels(
+    query: Tensor, key: Tensor, value: Tensor, beta: Tensor, rotary: Rotary, divisor: bool, eps: float
+) -> Tensor:
+    """As `gated_linear_attention`."""
+    gated = value.float() * beta.float().unsqueeze(-1)
+    state = rotary_state_triton(key, gated, *rotary)  # [B, H, D + 1, D]; the last row is the sum of relu(k)
+    products, key_sum = state[:, :, :-1], state[:, :, -1:].clone()
+    products -= rotary_state_triton(-key, gated, *rotary)[:, :, :-1]
+    state[:, :, -1:] = 0
+    out = rotary_apply_triton(query, state, *rotary, torch.float32, 1.0)
+    out -= rotary_apply_triton(-query, state, *rotary, torch.float32, 1.0)
+    if divisor:
+        with without_autocast(query.device.type):
+            total = torch.matmul(F.relu(query).float().transpose(1, 2), key_sum.mT)  # [B, H, N, 1]
+        out = out / (total.transpose(1, 2) + eps)
+    return out
+
+
+def gated_linear_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    rotary: Rotary,
+    *,
+    divisor: bool = False,
+    eps: float = 1e-8,
+) -> Tensor:
+    """The formula in PyTorch; float64 inputs give the reference result."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, key, value = (x.to(dtype).transpose(1, 2) for x in (query, key, value))  # [B, H, N, D]
     gates = beta.to(dtype).mT.unsqueeze(-1)  # [B, H, N, 1]

@@ -56,7 +56,7 @@ def relu_linear_attention(
     Returns:
         `[B, N, H, D]` in the dtype of `value`, contiguous. Zero where no key and query share a positive entry.
     """
-    reason = _unsupported_reason(query, key, value, rotary)
+    reason = unsupported_reason(query, key, value, rotary)
     if use_triton("relu_linear_attention", query, key, value, *(rotary or ()), unsupported=reason):
         if rotary is not None:
             return _rotary(query, key, value, *rotary, eps, reduce_state)
@@ -95,7 +95,7 @@ def block_causal_linear_attention(
     return out, states[0]
 
 
-def _unsupported_reason(query: Tensor, key: Tensor, value: Tensor, rotary: Rotary | None) -> str | None:
+def unsupported_reason(query: Tensor, key: Tensor, value: Tensor, rotary: Rotary | None) -> str | None:
     """Why the kernel does not support these shapes, or None if it does."""
     batch, _, heads, head_dim = query.shape
     if key.shape != value.shape or (key.shape[0], *key.shape[2:]) != (batch, heads, head_dim):
@@ -188,8 +188,8 @@ def _rotary(
     """The kernels with rotary positions."""
     if reduce_state is None:
         return _rotary_triton(query, key, value, cos, sin, eps)[0]
-    state = reduce_state(_rotary_state_triton(key, value, cos, sin))
-    return _rotary_apply_triton(query, state, cos, sin, value.dtype, eps)
+    state = reduce_state(rotary_state_triton(key, value, cos, sin))
+    return rotary_apply_triton(query, state, cos, sin, value.dtype, eps)
 
 
 def _setup_rotary_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -231,7 +231,8 @@ def _rotary_triton(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[
 
 
 @triton_operator("relu_linear_attention_rotary_state(Tensor key, Tensor value, Tensor cos, Tensor sin) -> Tensor")
-def _rotary_state_triton(key: Tensor, *_: Any) -> Tensor:
+def rotary_state_triton(key: Tensor, *_: Any) -> Tensor:
+    """The state of keys, values and their angles, by the kernel."""
     return _empty_state(key)
 
 
@@ -239,7 +240,8 @@ def _rotary_state_triton(key: Tensor, *_: Any) -> Tensor:
     "relu_linear_attention_rotary_apply(Tensor query, Tensor state, Tensor cos, Tensor sin, ScalarType dtype,"
     " float eps) -> Tensor"
 )
-def _rotary_apply_triton(
+def rotary_apply_triton(
     query: Tensor, state: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, eps: float
 ) -> Tensor:
+    """The output of queries and their angles, of a dtype, for a state."""
     return query.new_empty(query.shape, dtype=dtype)

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from diffusers_sana.kernels.dispatch import kernel_mode
 from diffusers_sana.kernels.gated_linear_attention import gated_linear_attention
+from diffusers_sana.kernels.relu_linear_attention import rotate_pairs
+from tests.kernels.kernel_checks import DEVICE, check_kernel, to_device
 from tests.numerics import relative_error
 
 
@@ -31,3 +34,45 @@ def test_sums_that_exceed_half_precision():
     out = gated_linear_attention(ones * 4, ones * 4, ones * 4, ones[..., 0] / 2, rotary)
     assert out.dtype == torch.float32
     assert torch.equal(out, torch.full_like(out, 1000 * 4 * 4 * 4 * 8 / 2))
+
+
+def tensors(shape, dtype=torch.float32):
+    given = to_device({name: torch.randn(shape) for name in ("query", "key", "value")}, dtype)
+    return given | to_device({"beta": torch.rand(shape[:-1])}, dtype)
+
+
+def angles(tokens, head_dim):
+    table = torch.rand(tokens, head_dim // 2, device=DEVICE) * 3
+    return table.cos(), table.sin()
+
+
+@pytest.mark.parametrize("divisor", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((2, 33, 2, 16), torch.float32), ((1, 40, 1, 112), torch.float16), ((1, 24, 1, 128), torch.float32)],
+    ids=str,
+)
+def test_kernels(shape, dtype, divisor):
+    """Of one block of the values and of two."""
+    given, rotary = tensors(shape, dtype), angles(shape[1], shape[-1])
+    check_kernel(gated_linear_attention, given, backward=False, rotary=rotary, divisor=divisor)
+
+
+def test_gradients_are_those_of_the_sum_over_tokens():
+    """In mode "auto" they are PyTorch's; the kernels have none."""
+    given, rotary = tensors((1, 9, 2, 8)), angles(9, 8)
+
+    def quadratic(query, key, value, beta, rotary):
+        query, key = (rotate_pairs(x.transpose(1, 2), *rotary) for x in (query, key))
+        return ((query @ key.mT * beta.mT[:, :, None]) @ value.transpose(1, 2)).transpose(1, 2)
+
+    gradients = []
+    for function in (gated_linear_attention, quadratic):
+        leaves = [x.double().requires_grad_() for x in given.values()]
+        function(*leaves, rotary=rotary).sin().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for actual, expected in zip(*gradients, strict=True):
+        assert relative_error(actual, expected) < 1e-10
+    given["beta"].requires_grad_()
+    with kernel_mode("triton"), pytest.raises(RuntimeError, match="a gradient is needed"):
+        gated_linear_attention(**given, rotary=rotary)

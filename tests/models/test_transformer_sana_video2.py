@@ -2,10 +2,18 @@
 
 import pytest
 import torch
+from diffusers import (
+    ContextParallelConfig,
+    FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+    TextKVCacheConfig,
+)
 from peft import LoraConfig
 
 from diffusers_sana import SanaVideo2Transformer3DModel, cli
 from diffusers_sana.loaders.nvlabs.load import read_official
+from diffusers_sana.models.transformers import attention_sana_video2
 from diffusers_sana.models.transformers.transformer_sana_video2 import SanaVideo2DepthAttention, default_softmax_layers
 from tests.models.sana_transformers import excite
 from tests.numerics import assert_close_fp32, relative_error
@@ -136,6 +144,55 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert all(gradient is not None and gradient.any() for gradient in gradients[0].values())
     for name, gradient in gradients[0].items():
         assert relative_error(gradients[1][name], gradient) < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, cross_attention_block_skip_range=2),
+        TaylorSeerCacheConfig(taylor_factors_dtype=torch.float32),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+@torch.no_grad()
+def test_step_caches_skip_attention(config, monkeypatch):
+    """Where the inputs stay the same, what is reused is right."""
+    model, inputs, computed = tiny_model(), tiny_inputs(), []
+    expected = model(**inputs).sample
+    for name in ("SanaVideo2LinearAttnProcessor", "SanaVideo2SoftmaxAttnProcessor", "SanaVideo2TextAttnProcessor"):
+        processor = getattr(attention_sana_video2, name)
+
+        def spy(self, *args, call=processor.__call__, name=name, **kwargs):
+            computed.append(name)
+            return call(self, *args, **kwargs)
+
+        monkeypatch.setattr(processor, "__call__", spy)
+    model.enable_cache(config)
+    for step in range(6):
+        with model.cache_context("text", step_index=step, num_inference_steps=6, timestep=500.0):
+            assert_close_fp32(model(**inputs).sample, expected)
+    layers = {
+        "SanaVideo2LinearAttnProcessor": 3,
+        "SanaVideo2SoftmaxAttnProcessor": 2,
+        "SanaVideo2TextAttnProcessor": 5,
+    }
+    is_pyramid = isinstance(config, PyramidAttentionBroadcastConfig)
+    steps = {name: computed.count(name) / number for name, number in layers.items()}
+    assert set(steps.values()) == ({3.0} if is_pyramid else {4.0})
+    model.disable_cache()
+    assert torch.equal(model(**inputs).sample, expected)
+
+
+@pytest.mark.parametrize(
+    "config", [FirstBlockCacheConfig(), TaylorSeerCacheConfig(use_lite_mode=True), TextKVCacheConfig()], ids=str
+)
+def test_what_skips_blocks_is_refused(config):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="add to no residual stream"):
+        model.enable_cache(config)
+    assert not model.is_cache_enabled
+    with pytest.raises(ValueError, match="`enable_parallelism` is for SanaVideoTransformer3DModel"):
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
 
 
 @torch.no_grad()

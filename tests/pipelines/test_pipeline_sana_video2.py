@@ -144,6 +144,15 @@ def test_wrong_arguments_of_the_preview(pipe, changes, match):
         generate(SanaVideo2PreviewPipeline.from_pipe(pipe), **changes)
 
 
+def test_no_step_cache_with_the_preview(pipe):
+    pipe.transformer.enable_cache(diffusers.TaylorSeerCacheConfig())
+    try:
+        with pytest.raises(ValueError, match="A step cache cannot be used with so few steps"):
+            generate(SanaVideo2PreviewPipeline.from_pipe(pipe))
+    finally:
+        pipe.transformer.disable_cache()
+
+
 def test_wrong_images(pipe):
     with pytest.raises(ValueError, match="image_fit"):
         generate(pipe, image=IMAGE.resize((8, 16)), image_fit="stretch")

@@ -24,6 +24,8 @@ class SanaCacheMixin(CacheMixin):
     config: Any
     modules: Any
     _latents_format = "BCHW"  # "BCFHW" for videos
+    _attention_layers = r"transformer_blocks\.\d+\.attn[12]"
+    _has_residual_stream = True  # which step caches that skip blocks add to
     _cache_timestep: float | None = None
 
     def enable_cache(self, config: Any) -> None:
@@ -39,9 +41,17 @@ class SanaCacheMixin(CacheMixin):
                 `PyramidAttentionBroadcastConfig` (arXiv 2408.12588) or `FasterCacheConfig` (arXiv 2410.19355).
 
         Raises:
-            ValueError: SANA-Sprint, a cache that is already on, or one that would do nothing.
+            ValueError: SANA-Sprint, a cache that is already on, or one that would do nothing or cannot work.
         """
-        if self.config["guidance_embeds"]:
+        if not self._has_residual_stream:
+            is_lite = isinstance(config, TaylorSeerCacheConfig) and config.use_lite_mode
+            if is_lite or not isinstance(config, PyramidAttentionBroadcastConfig | TaylorSeerCacheConfig):
+                raise ValueError(
+                    f"`config` must be a PyramidAttentionBroadcastConfig, or a TaylorSeerCacheConfig without "
+                    f"`use_lite_mode`, for {type(self).__name__}: its layers add to no residual stream, so blocks "
+                    f"cannot be skipped, got {type(config).__name__}. These two reuse the outputs of attention layers."
+                )
+        if self.config.get("guidance_embeds"):
             raise ValueError(
                 "`config` must not be given to SANA-Sprint (`guidance_embeds=True`): its one to four steps all start "
                 f"from new noise, so none can be skipped, got {type(config).__name__}. Use fewer steps."
@@ -63,7 +73,7 @@ class SanaCacheMixin(CacheMixin):
                 "text_context",
             )
         if isinstance(config, TaylorSeerCacheConfig) and not (config.cache_identifiers or config.use_lite_mode):
-            changes["cache_identifiers"] = [r"transformer_blocks\.\d+\.attn[12]"]
+            changes["cache_identifiers"] = [self._attention_layers]
         if isinstance(config, SeaCacheConfig) and config.raw_vision_callback is None:
             changes["raw_vision_callback"] = _as_videos
         super().enable_cache(replace(config, **changes) if changes else config)

@@ -24,6 +24,7 @@ from diffusers_sana.models.layers import Linear, PatchConv3d, hooks_of, scaled_a
 from diffusers_sana.models.loading import SingleFileMixin, StrictModelMixin
 from diffusers_sana.models.transformers.attention_sana import SanaAttnProcessor, SanaRMSNorm, SanaTextState
 from diffusers_sana.models.transformers.attention_sana_video2 import SanaVideo2Attention, SanaVideo2TextAttention
+from diffusers_sana.models.transformers.cache_sana import SanaCacheMixin
 from diffusers_sana.models.transformers.config_sana import check_video2_transformer_config
 from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTextMixin
 from diffusers_sana.models.transformers.transformer_sana import SanaModulatedNorm
@@ -227,7 +228,7 @@ class SanaVideo2FinalLayer(nn.Module):
 
 
 class SanaVideo2Transformer3DModel(
-    SanaTextMixin, StrictModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, SingleFileMixin
+    SanaTextMixin, StrictModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, SanaCacheMixin, SingleFileMixin
 ):
     """The denoiser of SANA-Video 2.0 (arXiv 2607.21553), for text and for a first image.
 
@@ -263,6 +264,9 @@ class SanaVideo2Transformer3DModel(
     _skip_layerwise_casting_patterns = ["x_embedder", "norm", "attn_res"]  # type: ignore[assignment]
     # `encode_text` calls these outside of `forward`, so each must load its own weights onto the device.
     _group_offload_block_modules = ["y_embedder", "attention_y_norm"]
+    _latents_format = "BCFHW"
+    _attention_layers = r"blocks\.\d+\.(cross_)?attn"
+    _has_residual_stream = False
 
     @register_to_config
     def __init__(
@@ -326,6 +330,18 @@ class SanaVideo2Transformer3DModel(
     def transformer_blocks(self) -> Any:
         """See `caption_projection`."""
         return self.blocks
+
+    def enable_parallelism(self, *, config: Any, cp_plan: dict[str, Any] | None = None) -> None:
+        """Not for this model.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "`enable_parallelism` is for SanaVideoTransformer3DModel, not for SANA-Video 2.0, whose softmax attention"
+            " needs the tokens of all processes. Give each process other prompts, or compute the two halves of"
+            " guidance on two devices."
+        )
 
     def forward(
         self,
