@@ -24,7 +24,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--prompts",
-        help="emoji, coco, or a file of checks (docs/evaluation.md); default: emoji for bundled models, else coco",
+        help="emoji, coco, a file of checks (docs/evaluation.md), or the questions of DPG-Bench, dpg_bench.csv; "
+        "default: emoji for bundled models, else coco",
     )
     command.add_argument("--limit", type=integer(), metavar="N", help="use only N of the prompts, evenly spread")
     command.add_argument("--quantize", choices=("int4", "nvfp4", "int8"), help="quantize the model first")
@@ -35,12 +36,22 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     against.add_argument(
         "--reference-model", metavar="MODEL", help="generates the same prompts and seeds, to compare with"
     )
-    against.add_argument("--against", type=Path, metavar="FOLDER", help="of images to compare with")
+    against.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER|REPORT",
+        help="images to compare with, or report.json of an evaluation of the same prompts, whose figures are compared",
+    )
     command.add_argument("--detector", metavar="MODEL", help="object detector of transformers, for coco prompts")
     command.add_argument(
         "--threshold", type=number(0, 1), default=0.3, help="lowest score of a detected object; default: 0.3"
     )
     command.add_argument("--clip", metavar="MODEL", help="CLIP of transformers, for clip and the colors of objects")
+    command.add_argument(
+        "--vqa",
+        metavar="MODEL",
+        help="vision-language model of transformers, or module:function, for vqascore and dpg",
+    )
     command.add_argument("--features", choices=FEATURES, help="for fid and kid; default: probe for emoji")
     command.add_argument("--inception", type=Path, metavar="FILE", help="weights of torch-fidelity's Inception")
     add_device(command, dtype="bfloat16")
@@ -49,8 +60,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Generates images of fixed prompts and seeds, measures them and prints a table. If interrupted, run it again."""
     check_writable("--out", args.out)
-    if args.against is not None and not args.against.is_dir():
-        raise UsageError(f"--against must be a folder of images, but there is no folder {args.against}")
+    if args.against is not None and not args.against.exists():
+        raise UsageError(f"--against must be a folder of images or a report, but there is no folder {args.against}")
     config = EvaluationConfig(**{field.name: getattr(args, field.name) for field in fields(EvaluationConfig)})
 
     from diffusers_sana.evaluation.report import markdown, write_report

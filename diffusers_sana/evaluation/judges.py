@@ -10,7 +10,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from diffusers_sana.evaluation.emoji_probe import EmojiProbe
 from diffusers_sana.evaluation.images import to_images
 from diffusers_sana.evaluation.measure import Observe
 from diffusers_sana.evaluation.optional import require
+from diffusers_sana.evaluation.vqa import VqaModel, import_function
 
 
 Judge = Callable[[Tensor, Sequence[str]], Any]
@@ -144,6 +144,7 @@ _MAKERS: dict[str, Callable[[str], Judge]] = {
     "hpsv2": lambda device: HPSv2(),
     "imagereward": lambda device: ImageReward(device=device),
     "pickscore": lambda device: PickScore(device=device).scores,
+    "vqascore": lambda device: VqaModel("llava-hf/llava-1.5-7b-hf", device).scores,
 }
 
 
@@ -151,8 +152,8 @@ def make_judge(name: str, checks: Sequence[Check] = (), device: str = "cpu") -> 
     """A judge by its name.
 
     Args:
-        name: "scenes", the bundled network for emoji; "clip", "hpsv2", "imagereward" or "pickscore"; or
-            "module:function", any function of images and prompts.
+        name: "scenes", the bundled network for emoji; "clip", "hpsv2", "imagereward", "pickscore" or
+            "vqascore"; or "module:function", any function of images and prompts.
         checks: for "scenes".
         device: where it runs.
 
@@ -166,13 +167,9 @@ def make_judge(name: str, checks: Sequence[Check] = (), device: str = "cpu") -> 
         return SceneJudge(checks, device=device)
     if name in _MAKERS:
         return _MAKERS[name](device)
-    module, _, function = name.partition(":")
-    if not function:
+    if not name.partition(":")[2]:
         raise ValueError(f"a judge must be 'scenes', one of {sorted(_MAKERS)} or 'module:function', got {name!r}.")
-    try:
-        return getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"judge {name!r} must be a function that can be imported: {error}.") from error
+    return import_function(name, "judge")
 
 
 def mixed(judges: Sequence[Judge], weights: Sequence[float]) -> Judge:

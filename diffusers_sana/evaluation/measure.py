@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusers_sana.evaluation.checks import Check, verify
 from diffusers_sana.evaluation.distributions import frechet_inception_distance, kernel_inception_distance
+from diffusers_sana.evaluation.dpg import Questioned, credited
 from diffusers_sana.evaluation.features import Features
 from diffusers_sana.evaluation.images import to_tensor
 from diffusers_sana.evaluation.observations import Observation
@@ -23,6 +24,7 @@ from diffusers_sana.evaluation.significance import (
     interval_of_sets,
     interval_of_share,
 )
+from diffusers_sana.evaluation.vqa import Vqa, probabilities_of_yes
 from diffusers_sana.images import read_image
 
 
@@ -83,14 +85,41 @@ def _fraction(rights: list[bool]) -> dict[str, Any]:
     return {"share": right / of, "of": of, "interval": list(interval_of_share(right, of))}
 
 
-def clip_scores(
-    paths: Sequence[Path], texts: Sequence[str], scores: Callable[[Tensor, list[str]], Tensor]
-) -> dict[str, Any]:
-    """`clip_score`, the mean of `Clip.scores` over images and their texts, and `clip_score_interval`."""
+def score_images(
+    paths: Sequence[Path], texts: Sequence[str], judge: Callable[[Tensor, list[str]], Tensor]
+) -> list[float]:
+    """The score of each image and its text by a judge, such as `Clip.scores`."""
     found: list[float] = []
     for images in batches(paths):
-        found += scores(images, list(texts[len(found) : len(found) + len(images)])).tolist()
-    return {"clip_score": sum(found) / len(found), "clip_score_interval": list(interval_of_mean(found))}
+        found += judge(images, list(texts[len(found) : len(found) + len(images)])).tolist()
+    return found
+
+
+def mean_of(name: str, values: Sequence[float]) -> dict[str, Any]:
+    """The mean of a figure of all images as `name`, and its interval of 95 % as `..._interval`."""
+    return {name: sum(values) / len(values), f"{name}_interval": list(interval_of_mean(values))}
+
+
+def ask_questions(paths: Sequence[Path], prompts: Sequence[Questioned], vqa: Vqa) -> dict[str, Any]:
+    """DPG-Bench: the share of questions about each image that are answered with yes, and whose parents are.
+
+    Returns:
+        `by_category`: the fraction of yes of each category and each broad one, of all questions, as in the authors'
+        program; `scores`: of each image, 0 to 100; `answers`: of each image, by the number of the question.
+    """
+    scores, every, categories = [], [], defaultdict(list)
+    for image, asked in zip(batches(paths, 1), prompts, strict=True):
+        questions = [question.text for question in asked.questions]
+        odds = probabilities_of_yes(vqa(image.expand(len(questions), -1, -1, -1), questions), len(questions))
+        answers = {question.number: odd > 0.5 for question, odd in zip(asked.questions, odds.tolist(), strict=True)}
+        counted = credited(asked.questions, answers)
+        scores.append(100 * sum(counted.values()) / len(counted))
+        every.append(answers)
+        for question in asked.questions:
+            for category in dict.fromkeys((question.category.partition("-")[0].strip(), question.category)):
+                categories[category].append(answers[question.number])
+    by_category = {category: _fraction(categories[category]) for category in sorted(categories)}
+    return {"by_category": by_category, "scores": scores, "answers": every}
 
 
 def compare_pairs(

@@ -5,7 +5,7 @@ import importlib.util
 from types import ModuleType
 
 
-PIP_NAMES = {"skimage": "scikit-image", "torch_fidelity": "torch-fidelity"}
+PIP_NAMES = {"ImageReward": "image-reward", "skimage": "scikit-image", "torch_fidelity": "torch-fidelity"}
 
 
 def check_installed(package: str, argument: str) -> None:

@@ -5,6 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers_sana.files import read_json
+
+
+# Figures of single images -> their label, and digits behind the point.
+SCORES = {
+    "clip_score": ("CLIP score", 2),
+    "pickscore": ("PickScore", 3),
+    "hpsv2": ("HPSv2.1", 4),
+    "imagereward": ("ImageReward", 3),
+    "vqascore": ("VQAScore", 4),
+    "dpg": ("DPG-Bench", 2),
+}
+
 
 def table(header: list[str], rows: list[list[Any]]) -> str:
     """A table in Markdown."""
@@ -25,10 +38,11 @@ def markdown(report: dict[str, Any]) -> str:
             table(["", *models], [[label, *(cells.get(name, "") for name in models)] for label, cells in rows.items()])
         )
     for name, figures in report["against"].items():
-        parts += [
-            f"## Against {name}",
-            table(["measure", "figure"], [list(row) for row in _measures(figures).items()]),
-        ]
+        parts.append(f"## Against {name}")
+        if measures := _measures(figures):
+            parts.append(table(["measure", "figure"], [list(row) for row in measures.items()]))
+        if figures.get("differences"):
+            parts.append(_differences(figures["differences"]))
     settings = "\n".join(f"- {key}: {value}" for key, value in report["settings"].items() if value is not None)
     parts += ["In parentheses: intervals of 95 % confidence."]
     parts += ["## Settings", settings, "- versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items())]
@@ -42,11 +56,27 @@ def _alone(figures: dict[str, Any]) -> dict[str, str]:
         cells["**everything the prompt asks for**"] = _percent(scenes["correct"])
         cells |= {f"prompts of {tag}": _percent(fraction) for tag, fraction in scenes["by_tag"].items()}
         cells |= {f"right {name}": _percent(fraction) for name, fraction in scenes["by_property"].items()}
-    if "clip_score" in figures:
-        cells["CLIP score"] = f"{figures['clip_score']:.2f}{_bounds(figures['clip_score_interval'], 2)}"
+    for name, (label, digits) in SCORES.items():
+        if name in figures:
+            cells[label] = f"{figures[name]:.{digits}f}{_bounds(figures[f'{name}_interval'], digits)}"
+    for category, fraction in figures.get("dpg_by_category", {}).items():
+        cells[f"DPG-Bench, {category}"] = _percent(fraction)
     if true := figures.get("true_images"):
         cells |= {f"{label}, to true images": cell for label, cell in _measures(true).items()}
     return cells
+
+
+def _differences(differences: dict[str, dict[str, Any]]) -> str:
+    """The table of `paired.compare_reports`."""
+    rows = []
+    for name, row in differences.items():
+        label, digits = SCORES.get(name, (name, 1))
+        scale = 1 if name in SCORES else 100  # shares, in points of percent
+        figure, other, gain = (f"{scale * row[key]:.{digits}f}" for key in ("figure", "other", "difference"))
+        low, high = row["interval"] or (0, 0)
+        bounds = _bounds([scale * low, scale * high] if row["interval"] else None, digits)
+        rows.append([label, figure, other, f"{gain}{bounds}", row["prompts"], "no" if low <= 0 <= high else "yes"])
+    return table(["measure", "figure", "other", "difference", "prompts", "significant"], rows)
 
 
 def _percent(fraction: dict[str, Any]) -> str:
@@ -79,3 +109,21 @@ def write_report(report: dict[str, Any], folder: Path) -> Path:
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(markdown(report), encoding="utf-8")
     return folder / "report.md"
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The `report.json` of an evaluation.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no report, or one that does not say which image has which prompt.
+    """
+    report = read_json(path)
+    if not isinstance(report, dict) or not report.get("models"):
+        raise ValueError(f"{path} must be the report.json of `diffusers-sana evaluate`, but has no `models`")
+    if "images" not in report:
+        raise ValueError(
+            f"{path} must say which image has which prompt, as reports of this version do. Run its evaluation again:"
+            " it generates nothing, where its images are still there."
+        )
+    return report

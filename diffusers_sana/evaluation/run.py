@@ -7,7 +7,7 @@ Legend: N images, H/W height and width, F features.
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,15 @@ from diffusers_sana.arguments import find_device
 from diffusers_sana.checkpoints import EMOJI_PROBE
 from diffusers_sana.evaluation import measure, similarity
 from diffusers_sana.evaluation.clip import Clip
-from diffusers_sana.evaluation.config import OF_SETS, EvaluationConfig
+from diffusers_sana.evaluation.config import JUDGES, OF_SETS, EvaluationConfig
 from diffusers_sana.evaluation.detector import Detector
 from diffusers_sana.evaluation.emoji_probe import EmojiProbe
 from diffusers_sana.evaluation.features import Features, make_inception
 from diffusers_sana.evaluation.images import generate_missing
+from diffusers_sana.evaluation.judges import Judge, judged, make_judge
 from diffusers_sana.evaluation.machine import versions
+from diffusers_sana.evaluation.paired import compare_reports, differences, figures_by_prompt
+from diffusers_sana.evaluation.vqa import Vqa, make_vqa, vqa_scores
 from diffusers_sana.loading import find_pipeline_class, identity, load_on
 
 
@@ -40,7 +43,9 @@ class Networks:
 
     Attributes:
         observe: images and their checks to what is seen in the images.
-        clip: scores images against prompts, and names colors.
+        clip: names colors.
+        judges: name of a figure -> function of images and their prompts to scores.
+        vqa: answers questions about images.
         pairwise: name of a figure -> function of two sets of images.
         features: network behind FID and KID.
         true_features: `[N, F]` of true emoji, for `features`.
@@ -48,6 +53,8 @@ class Networks:
 
     observe: measure.Observe | None
     clip: Clip | None
+    judges: dict[str, Judge]
+    vqa: Vqa | None
     pairwise: dict[str, Callable[[Tensor, Tensor], Tensor]]
     features: Features | None
     true_features: Tensor | None
@@ -59,8 +66,9 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     An evaluation that was stopped goes on where it was, in the same batches and so with the same bits.
 
     Returns:
-        The report: `settings`, `versions`, `models` (figures of each model's images) and `against` (figures against
-        other images). `report.markdown` makes a page of it.
+        The report: `settings`, `versions`, `images` (their prompts and seeds), `models` (figures of each model's
+        images) and `against` (figures against other images, and differences from their figures, see `paired`).
+        `report.markdown` makes a page of it.
 
     Raises:
         ValueError: a network cannot measure what is asked for, or `config.out` holds images of other settings.
@@ -79,12 +87,19 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         against[reference] = compare(networks, paths, generated[reference], measures)
     if config.others is not None:
         against[str(config.against)] = compare(networks, paths, config.others, set(config.measures))
-    return {
+    report: dict[str, Any] = {
         "settings": settings(config),
         "versions": versions(),
+        "images": [{"prompt": task.prompt, "seed": task.seed, "tag": task.tag} for task in config.tasks],
         "models": {name: measure_alone(config, networks, paths) for name, paths in generated.items()},
         "against": against,
     }
+    ours, *references = (figures_by_prompt(figures, report["images"]) for figures in report["models"].values())
+    for name, figures in zip(list(generated)[1:], references, strict=True):
+        against[name]["differences"] = differences(ours, figures)
+    if config.other_report:
+        against[str(config.against)] = {"differences": compare_reports(report, config.other_report)}
+    return report
 
 
 def load_networks(config: EvaluationConfig) -> Networks:
@@ -106,6 +121,12 @@ def load_networks(config: EvaluationConfig) -> Networks:
         "clip": lambda: clip.features,  # type: ignore[union-attr]  # the config asks for it
         "inception": lambda: make_inception(config.inception, device),
     }
+    vqa = make_vqa(config.vqa, device) if config.vqa and {"vqascore", "dpg"} & set(config.measures) else None
+    judges: dict[str, Judge] = {}
+    if clip and "clip" in config.measures:
+        judges["clip_score"] = clip.scores
+    for name in [name for name in JUDGES if name in config.measures]:
+        judges[name] = vqa_scores(vqa) if name == "vqascore" and vqa else make_judge(name, device=device)
     make_pairwise: dict[str, tuple[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]]] = {
         "psnr": ("psnr_db", lambda: similarity.psnr),
         "ssim": ("ssim", lambda: similarity.ssim),
@@ -115,6 +136,8 @@ def load_networks(config: EvaluationConfig) -> Networks:
     return Networks(
         observe,
         clip,
+        judges,
+        vqa,
         {label: make() for name, (label, make) in make_pairwise.items() if name in config.measures},
         make_features[network]() if network else None,
         load_file(TRUE_FEATURES)["features"] if network == "probe" and config.of_emoji else None,
@@ -171,9 +194,17 @@ def measure_alone(config: EvaluationConfig, networks: Networks, paths: list[Path
     figures: dict[str, Any] = {}
     if networks.observe:
         figures["scenes"] = measure.check_scenes(paths, config.tasks, networks.observe)
-    if networks.clip and "clip" in config.measures:
-        prompts = [task.prompt for task in config.tasks]
-        figures |= measure.clip_scores(paths, prompts, networks.clip.scores)
+    prompts = [task.prompt for task in config.tasks]
+    per_image: dict[str, list[float]] = {}
+    for name, judge in networks.judges.items():
+        per_image[name] = measure.score_images(paths, prompts, partial(judged, judge))
+    if networks.vqa and "dpg" in config.measures:
+        found = measure.ask_questions(paths, config.questioned, networks.vqa)
+        per_image["dpg"] = found["scores"]
+        figures |= {"dpg_by_category": found["by_category"], "dpg_answers": found["answers"]}
+    for name, values in per_image.items():
+        figures |= measure.mean_of(name, values)
+    figures |= {"per_image": per_image} if per_image else {}
     if networks.features and networks.true_features is not None:
         features = measure.collect_features(paths, networks.features)
         figures["true_images"] = measure.compare_sets(features, networks.true_features, config.measures)

@@ -3,10 +3,11 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageStat
 
 from diffusers_sana import SanaPipeline, cli
 from diffusers_sana.checkpoints import SANA_EMOJI
@@ -14,6 +15,7 @@ from diffusers_sana.evaluation.config import EvaluationConfig, spread
 from diffusers_sana.evaluation.run import evaluate as evaluate_in_python
 from tests import tiny
 from tests.cli.commands import run
+from tests.evaluation.test_vqa import write as write_questions
 
 
 FAST = ["--steps", "2", "--limit", "4", "--batch-size", "4", "--dtype", "float32"]
@@ -89,10 +91,53 @@ def test_against_a_folder(evaluated, tmp_path, monkeypatch):
     assert "--against must be a folder of as many images as there are prompts, 4" in run(*command).error
 
 
+def test_against_a_report(evaluated, tmp_path, monkeypatch):
+    """Of another evaluation of the same prompts: itself, with judges that the package of one stands in for."""
+    out, _ = evaluated
+    monkeypatch.setattr("diffusers_sana.evaluation.run.load_pipeline", None)
+
+    def score(images, prompt, hps_version):
+        return [sum(ImageStat.Stat(image).mean) / 765 for image in images]
+
+    monkeypatch.setitem(sys.modules, "hpsv2", SimpleNamespace(score=score, __spec__=True))
+    checks = ["--checks", "scenes", "hpsv2", "vqascore", "--vqa", "tests.evaluation.test_vqa:brightness"]
+    first = evaluate(out, *checks)
+    (figures,) = first["models"].values()
+    assert figures["per_image"]["hpsv2"] == pytest.approx(figures["per_image"]["vqascore"], abs=0.02)
+    low, high = figures["hpsv2_interval"]
+    assert low <= figures["hpsv2"] <= high
+    other = tmp_path / "other.json"
+    scores = [value - 0.1 for value in figures["per_image"]["hpsv2"]]
+    other.write_text(json.dumps(first | {"models": {"m": figures | {"per_image": {"hpsv2": scores}}}}))
+    report = evaluate(out, *checks, "--against", str(other))
+    found = report["against"][str(other)]["differences"]
+    assert found["hpsv2"]["difference"] == pytest.approx(0.1)
+    assert found["hpsv2"]["interval"] == pytest.approx([0.1, 0.1])
+    assert found["correct"]["interval"] == [0, 0]
+    page = (out / "report.md").read_text()
+    assert "| measure | figure | other | difference | prompts | significant |" in page
+    other.write_text(json.dumps(first | {"images": [{"prompt": "another", "seed": 0, "tag": "any"}]}))
+    ended = run("evaluate", "sana-emoji", "--out", str(out), *FAST, "--against", str(other))
+    assert "--against must be a report of some of the same prompts" in ended.error
+
+
+def test_dpg_bench(folder, tmp_path):
+    """Its prompts and questions, answered by a function that says no to all."""
+    questions = write_questions(tmp_path)
+    options = ["--prompts", str(questions), "--vqa", "tests.evaluation.test_vqa:brightness", "--steps", "1"]
+    report = evaluate(tmp_path / "out", *options, model=folder)
+    (figures,) = report["models"].values()
+    assert [image["prompt"] for image in report["images"]] == ["a red cat, beside a dog", "a dog"]
+    assert (figures["dpg"], figures["per_image"]["dpg"]) == (0, [0, 0])
+    assert figures["dpg_answers"][0] == dict.fromkeys("1234", False)
+    assert "| DPG-Bench, attribute - color | 0 % of 1" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_four_bits_beside_sixteen(tmp_path):
     report = evaluate(tmp_path, "--limit", "2", "--quantize", "int4", "--reference-model", "sana-emoji")
     assert list(report["models"]) == ["sana-emoji, int4", "sana-emoji"]
     figures = report["against"]["sana-emoji"]
+    assert figures["differences"]["correct"]["prompts"] == 2
     assert figures["equal_pairs"] == 0
     assert "fid" in figures
     assert "kid" not in figures
@@ -125,6 +170,10 @@ def test_other_prompts(folder, evaluated, tmp_path):
         ([], "--checks has nothing to measure with"),
         (["--checks", "scenes"], "needs --detector"),
         (["--checks", "clip"], "needs --clip"),
+        (["--checks", "vqascore"], "--checks vqascore needs --vqa"),
+        (["--checks", "hpsv2"], "pip install hpsv2"),
+        (["--checks", "imagereward"], "pip install image-reward"),
+        (["--checks", "dpg", "--vqa", "x"], r"--prompts dpg_bench.csv; got --prompts coco"),
         (["--checks", "psnr"], "need --reference-model or --against"),
         (["--checks", "kid", "--reference-model", "x"], "--checks kid needs --against"),
         (["--checks", "fid", "--features", "clip", "--reference-model", "x"], "--features clip needs --clip"),
@@ -137,7 +186,7 @@ def test_other_prompts(folder, evaluated, tmp_path):
     ],
 )
 def test_errors_before_anything_is_generated(folder, options, message, tmp_path, monkeypatch):
-    for package in ("lpips", "torch_fidelity", "skimage"):
+    for package in ("lpips", "torch_fidelity", "skimage", "hpsv2", "ImageReward"):
         monkeypatch.setitem(sys.modules, package, None)
     ended = run("evaluate", folder, "--out", str(tmp_path / "out"), *options)
     assert re.search(message, ended.error)

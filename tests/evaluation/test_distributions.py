@@ -94,3 +94,29 @@ def test_errors(distance):
         distance(torch.randn(3, 4), torch.randn(3, 5))
     with pytest.raises(ValueError, match="`subsets` must be at least 1"):
         kernel_inception_distance(torch.randn(3, 4), torch.randn(3, 4), subsets=0)
+
+
+class Flat(torch.nn.Module):
+    """Images whose pixels are their features."""
+
+    num_features = 12
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+
+def test_fid_and_kid_are_those_of_torchmetrics():
+    """Of the same features; with subsets of all images, whose order changes nothing."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    x, y = torch.rand(40, 3, 2, 2), torch.rand(40, 3, 2, 2) ** 2
+    fid = FrechetInceptionDistance(feature=Flat()).set_dtype(torch.float64)
+    kid = KernelInceptionDistance(feature=Flat(), subsets=2, subset_size=40)
+    for theirs in (fid, kid):
+        theirs.update(x.double(), real=True)
+        theirs.update(y.double(), real=False)
+    found = frechet_inception_distance(x.flatten(1), y.flatten(1))
+    assert found == pytest.approx(float(fid.compute()), rel=1e-6)
+    found, _ = kernel_inception_distance(x.flatten(1), y.flatten(1), subsets=1)
+    assert found == pytest.approx(float(kid.compute()[0]), rel=1e-6)
