@@ -26,6 +26,7 @@ heavy = sorted({"torch", "diffusers", "transformers", "accelerate", "peft", "PIL
 print(json.dumps({"outcomes": outcomes, "heavy": heavy}))
 """
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("train_*.py"))
+POST_TRAINING = ("train_sana_dpo", "train_sana_nft")
 
 
 def run(cases):
@@ -50,8 +51,12 @@ def test_misuse_is_reported_before_anything_heavy_is_imported(place):
     prompts = ["--prompts", str(place / "data" / "chats.jsonl")]
     new, used = ["--output-dir", str(place / "new")], ["--output-dir", str(place / "run")]
     cases = {
-        **{(script,): "`data` must be a folder" for script in SCRIPTS if script != "train_sana_nft"},
+        **{(script,): "`data` must be a folder" for script in SCRIPTS if script not in POST_TRAINING},
         ("train_sana_nft",): "`prompts` must be a file of prompts",
+        ("train_sana_dpo",): "exactly one of `pairs` and `prompts` must be given, got none",
+        ("train_sana_dpo", "--pairs", "none.jsonl"): "`pairs` must be a file, but there is no file 'none.jsonl'",
+        ("train_sana_dpo", *prompts, *there, "--group-size", "1"): "`group_size` must be at least 2",
+        ("train_sana_dpo", *prompts, *there, "--dpo-beta", "0"): "`dpo_beta` must be above 0",
         ("train_sana_nft", *prompts): "`pretrained` must be a SanaPipeline folder",
         ("train_sana_nft", *prompts, *there, "--reward", "beauty"): "`reward` must be of ['clip',",
         ("train_sana_nft", *prompts, *there, "--kept-per-group", "3"): "`kept_per_group` must be even",

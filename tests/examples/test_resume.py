@@ -39,6 +39,10 @@ SETTINGS = {
         **{"sample_steps": 1, "rollout_quantize": "int4", "quantize_rank": 2, "rank": 2, "chunk_size": 5},
         **{"lora_dropout": 0.5, "old_decay_rate": 0.2, "reward": "tests.training.tiny:redness"},
     },
+    "sana_dpo": {
+        **{"max_sequence_length": 32, "resolution": 32, "group_size": 3, "rollout_steps": 1, "rank": 2},
+        **{"sample_steps": 1, "lora_dropout": 0.5, "sft_weight": 0.1, "reward": "tests.training.tiny:redness"},
+    },
 }
 
 
@@ -57,7 +61,7 @@ def command_line(folder, case):
         write_classes(data)
         tiny_autoencoder().save_pretrained(start)
         settings["vae"] = start
-    elif case == "sana_nft":
+    elif case in ("sana_nft", "sana_dpo"):
         del settings["data"]
         tiny_pipeline().save_pretrained(start)
         (folder / "prompts.txt").write_text("a red cat\ntwo dogs\na green house\n")

@@ -85,6 +85,34 @@ def train(
     """
     is_sprint = bool(transformer.config.get("guidance_embeds"))
     check_objective(config, is_sprint)
+
+    def terms(accelerator: Accelerator, model: nn.Module, latents: Tensor, prompt: Prompt, batch: dict) -> dict:
+        weights = batch.get("loss_weight", 1.0)
+        if is_sprint:
+            return {"loss": consistency_loss(config, accelerator, model, latents, prompt, weights)}
+        return {"loss": flow_loss(config, model, latents, prompt, weights)}
+
+    fit_adapter(config, batches, transformer, terms, vae, samples, options)
+
+
+def fit_adapter(
+    config: Any,
+    batches: Batches,
+    transformer: Any,
+    terms: Callable[[Accelerator, nn.Module, Tensor, Prompt, dict[str, Any]], dict[str, Tensor]],
+    vae: nn.Module | None,
+    samples: dict[str, Tensor] | None,
+    options: tuple[Any, ...],
+) -> None:
+    """The training of an adapter on latents and text vectors, whatever it minimizes.
+
+    Args:
+        config: settings of an adapter's training, an `AdapterTrainingConfig`, by flow matching or consistency.
+        terms: from the accelerator, the prepared model, latents, prompts and the batch to what is logged; `loss` is
+            minimized.
+        the others: as in `train`.
+    """
+    is_sprint = bool(transformer.config.get("guidance_embeds"))
     accelerator = make_accelerator(config)
     set_seed(config.seed)
     add_adapter_of(config, transformer)
@@ -118,15 +146,14 @@ def train(
         keep_frozen=False,  # the base does not change, and may be large
         options=options,
     )
-    loss_of = partial(consistency_loss, config, accelerator, model) if is_sprint else partial(flow_loss, config, model)
     for batch in loop.run(batches):
         latents, prompt = inputs.latents(batch), inputs.prompts(batch)
         shown = shown or first_samples(config, latents, prompt, inputs.prompts(samples) if samples else None)
         with accelerator.accumulate(model):
-            loss = loss_of(latents, prompt, batch.get("loss_weight", 1.0))
-            loop.backward(loss)
+            found = terms(accelerator, model, latents, prompt, batch)
+            loop.backward(found["loss"])
             loop.update()
-        loop.report(images=len(latents), loss=loss)
+        loop.report(images=len(latents), **found)
 
 
 def check_objective(config: LoraTrainingConfig, is_sprint: bool) -> None:

@@ -42,7 +42,7 @@ PREPROCESSORS = (
     *("depth_midas", "depth_zoe", "normal", "openpose"),
 )
 QUANTIZED = ("no", "int4", "nvfp4", "int8")
-JUDGES = ("clip", "hpsv2", "imagereward", "pickscore", "scenes")
+JUDGES = ("clip", "hpsv2", "imagereward", "pickscore", "scenes", "vqascore")
 
 
 @dataclass(kw_only=True)
@@ -446,12 +446,12 @@ class NftDataOptions(Options):
 
 
 @dataclass(kw_only=True)
-class NftModelOptions(QuantizableOptions):
-    """The pipeline to adapt, what generates its images, and what judges them."""
+class RewardOptions(QuantizableOptions):
+    """The pipeline to adapt, and what judges its images."""
 
-    rollout_quantize: str = option("no", "generate images with a copy of these bits", choices=QUANTIZED)
     reward: tuple[str, ...] = option(
-        ("pickscore",), "judges: `scenes` (emoji), `clip`, `hpsv2`, `imagereward`, `pickscore` or `module:function`"
+        ("pickscore",),
+        "judges: `scenes` (emoji), `clip`, `hpsv2`, `imagereward`, `pickscore`, `vqascore` or `module:function`",
     )
     reward_weights: tuple[float, ...] = option((), "weights of the judges; default: 1 each")
 
@@ -462,10 +462,74 @@ class NftModelOptions(QuantizableOptions):
                 raise ValueError(f"`reward` must be of {list(JUDGES)} or 'module:function', got {name!r}.")
         if self.reward_weights and len(self.reward_weights) != len(self.reward):
             raise ValueError(f"`reward_weights` must be {len(self.reward)} numbers, got {self.reward_weights}.")
+
+
+@dataclass(kw_only=True)
+class NftModelOptions(RewardOptions):
+    """The pipeline to adapt, what generates its images, and what judges them."""
+
+    rollout_quantize: str = option("no", "generate images with a copy of these bits", choices=QUANTIZED)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rollout_quantize != "no" and self.quantize != "no":
             raise ValueError(
                 "`rollout_quantize` must be 'no' where `quantize` is given: the base has those bits already."
             )
+
+
+@dataclass(kw_only=True)
+class DpoTrainingConfig(FlowTrainingConfig, PromptTrainingConfig, AdapterTrainingConfig):
+    """Training of a LoRA on pairs of images, by Diffusion-DPO."""
+
+    output_dir: str = option("outputs/sana-dpo", "folder for checkpoints, samples, log and result", changeable=True)
+    max_steps: int = option(1000, "optimizer steps", changeable=True)
+    weight_decay: float = option(1e-4, "weight decay", changeable=True)
+    rank: int = option(32, "rank of the adapter's matrices")
+    flow_shift: float | None = option(  # type: ignore[assignment]
+        None, "timestep shift; default: that of the pipeline's scheduler", changeable=True
+    )
+    dpo_beta: float = option(2000.0, "how little the model may depart from the base; smaller: more", changeable=True)
+    sft_weight: float = option(0.0, "weight of the flow matching loss on the preferred images", changeable=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dpo_beta <= 0 or self.sft_weight < 0:
+            raise ValueError(
+                f"`dpo_beta` must be above 0 and `sft_weight` at least 0, got {self.dpo_beta} and {self.sft_weight}."
+            )
+
+
+@dataclass(kw_only=True)
+class DpoDataOptions(Options):
+    """Pairs of images, or prompts to generate them of."""
+
+    pairs: str = option("", "JSON Lines file of `prompt`, `preferred`, `rejected`: a text and two image files")
+    prompts: str = option(
+        "", "in place of `pairs`: file of prompts, one a line, or of checks (.jsonl, see docs/evaluation.md)"
+    )
+    group_size: int = option(4, "images per prompt that are generated, of which the best and the worst are a pair")
+    rollout_steps: int = option(20, "denoising steps of these images")
+    rollout_guidance: float = option(4.5, "guidance scale of these images")
+    rollout_batch_size: int = option(8, "of these images, so many are generated at a time")
+    resolution: int = option(512, "side of the square images, in pixels")
+    cache_dir: str = option("", "folder of latents and text vectors; default: in the output folder", changeable=True)
+    batch_size: int = option(4, "pairs per batch and process")
+    num_workers: int = option(0, "processes that read the cache", changeable=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of(self, "pairs", "prompts")
+        check_file("pairs", self.pairs)
+        check_file("prompts", self.prompts)
+        check_positive(self, "batch_size", "resolution", "rollout_steps", "rollout_batch_size")
+        if self.group_size < 2:
+            raise ValueError(f"`group_size` must be at least 2, to compare images, got {self.group_size}.")
+
+
+@dataclass(kw_only=True)
+class DpoModelOptions(RewardOptions):
+    """The pipeline to adapt, and what judges the images of `prompts`."""
 
 
 # Class-conditional DiT on latents
@@ -601,6 +665,7 @@ RECIPES: dict[str, tuple[type, ...]] = {
     "controlnet": (ControlNetTrainingConfig, ControlNetDataOptions, ControlNetModelOptions),
     "dc_ae": (DCAETrainingConfig, DCAEDataOptions, DCAEModelOptions),
     "dc_ae_dit": (DiTTrainingConfig, DiTDataOptions, DiTModelOptions),
+    "dpo": (DpoTrainingConfig, DpoDataOptions, DpoModelOptions),
     "lora": (LoraTrainingConfig, LoraDataOptions, LoraModelOptions),
     "nft": (NftTrainingConfig, NftDataOptions, NftModelOptions),
     "sana": (SanaTrainingConfig, SanaDataOptions, SanaModelOptions),
