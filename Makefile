@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PROMPT ?= a red apple on a blue background
 MINUTES ?= 25
+RECIPE_MINUTES ?= 3
 BIN := .venv/bin
 VENV := .venv/.made
 RUNTIME := .venv/.runtime
@@ -19,7 +20,7 @@ CPU_INDEX := "Without an NVIDIA GPU, Linux needs 0.2 instead of 3 GB to download
 	"set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu."
 SETUP_UNLESS_PY := $(if $(filter $(BIN)/python,$(PY)),setup)
 
-.PHONY: setup demo test test-lowest test-versions check format host-tests test-comfyui gpu-check gpu-bench bench compile-kernels tables study train-bundled train-autoencoder train-transformer train-bundled-vila-u prepare-data docs dist hub-kernels hub-checkpoints
+.PHONY: setup demo test test-lowest test-versions check format host-tests test-comfyui gpu-check gpu-bench bench recipes compile-kernels tables study train-bundled train-autoencoder train-transformer train-bundled-vila-u prepare-data docs dist hub-kernels hub-checkpoints
 
 setup: $(STAMP)  ## .venv with what tests, checks and docs need
 
@@ -80,6 +81,9 @@ gpu-bench: $(SETUP_UNLESS_PY)  ## on a GPU, in 10 minutes: kernels, steps, autoe
 
 bench: setup  ## models at true size on this machine, ours beside diffusers'
 	$(BIN)/python -m benchmarks.bench_models
+
+recipes: setup  ## trains by each recipe on the bundled checkpoint for RECIPE_MINUTES; fails where a gain is not sure
+	$(BIN)/python -m benchmarks.recipes --minutes $(RECIPE_MINUTES)
 
 compile-kernels: setup  ## kernels that have changed, for six architectures, without a GPU: registers, shared memory, spills
 	$(BIN)/python -m benchmarks.compile_kernels --reuse benchmarks/results/compile/kernels.json
