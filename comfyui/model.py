@@ -48,17 +48,17 @@ class Shared:
 
 @dataclass(frozen=True, eq=False)
 class SanaModel:
-    """A pipeline, and the LoRAs and the ControlNet to generate with.
+    """A pipeline, and the LoRAs and the ControlNets to generate with.
 
     Attributes:
         pipe: a `SanaPipeline` or `SanaSprintPipeline`.
         loras: pairs of place and strength.
-        control: None for none.
+        controls: ControlNets, which steer together.
     """
 
     pipe: Any
     loras: tuple[tuple[str, float], ...] = ()
-    control: Control | None = None
+    controls: tuple[Control, ...] = ()
     shared: Shared = field(default_factory=Shared)
 
     def __post_init__(self) -> None:
@@ -79,16 +79,8 @@ class SanaModel:
         return replace(self, loras=(*self.loras, (place, strength)))
 
     def with_control(self, control: Control) -> "SanaModel":
-        """A branch with a ControlNet.
-
-        Raises:
-            ValueError: it has one already, or is SANA-Sprint.
-        """
-        if self.is_sprint:
-            raise ValueError("`model` must be a Sana: SANA-Sprint has no ControlNets.")
-        if self.control is not None:
-            raise ValueError("`model` must have no ControlNet yet, but has one. Several at a time are not supported.")
-        return replace(self, control=control)
+        """A branch with one more ControlNet."""
+        return replace(self, controls=(*self.controls, control))
 
     def preview(self) -> LatentPreview:
         """Shows latents of this pipeline; fitted at the first call."""
@@ -117,18 +109,24 @@ class SanaModel:
             self.pipe.disable_lora()
 
     def controlnet(self) -> Any:
-        """The ControlNet of this branch, loaded. Others leave the memory once no branch uses them."""
-        from diffusers_sana import SanaControlNetModel
+        """The ControlNet of this branch, or a list of several, loaded. Others leave memory once no branch uses them.
 
-        used = {state_of(branch.control.place) for branch in self.shared.branches if branch.control is not None}
+        None for none.
+        """
+        used = {state_of(control.place) for branch in self.shared.branches for control in branch.controls}
         for name in self.shared.controlnets.keys() - used:
             del self.shared.controlnets[name]
-        if self.control is None:
-            return None
-        name, place = state_of(self.control.place), source(self.control.place)
+        loaded = [self._loaded(control.place) for control in self.controls]
+        return loaded if len(loaded) > 1 else next(iter(loaded), None)
+
+    def _loaded(self, place: str) -> Any:
+        """A ControlNet, read unless it is in memory."""
+        from diffusers_sana import SanaControlNetModel
+
+        name, file = state_of(place), source(place)
         if name not in self.shared.controlnets:
-            is_file = place.endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt"))
+            is_file = file.endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt"))
             load = SanaControlNetModel.from_single_file if is_file else SanaControlNetModel.from_pretrained
-            model = load(place, dtype=self.pipe.transformer.dtype)
+            model = load(file, dtype=self.pipe.transformer.dtype)
             self.shared.controlnets[name] = model.to(host.device())
         return self.shared.controlnets[name]

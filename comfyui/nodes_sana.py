@@ -105,10 +105,10 @@ class SanaLora(ModelNode):
 
 
 class SanaControlNet(ModelNode):
-    """Adds a ControlNet and the image that it follows to this branch of the graph.
+    """Adds a ControlNet and the image that it follows to this branch of the graph. Nodes in a row steer together.
 
-    It acts in "Generate with Sana" and "Change images with Sana". The list has what is in models/controlnet: folders
-    in diffusers' format, and files of NVlabs.
+    It acts in all nodes that generate images but "Change images with SANA-Sprint"; a SANA-Sprint takes the ControlNet
+    of its teacher. The list has what is in models/controlnet: folders in diffusers' format, and files of NVlabs.
     """
 
     DISPLAY_NAME = "Sana ControlNet"
@@ -167,7 +167,8 @@ class ImageNode(Node):
 class SanaSample(ImageNode):
     """Generates images from a prompt, with Sana or SANA-1.5.
 
-    With a ControlNet node before it the images follow its image, and have its proportions unless a size is set.
+    With ControlNet nodes before it the images follow theirs, and have the proportions of the first unless a size is
+    set.
     """
 
     DISPLAY_NAME = "Generate with Sana"
@@ -195,11 +196,8 @@ class SanaSample(ImageNode):
         if controlnet is not None:
             if pag_scale:
                 raise ValueError(f"`pag_scale` must be 0 with a ControlNet, got {pag_scale}.")
-            if not width and not height:
-                options["height"], options["width"] = control_size(model)
-            pipe = SanaControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
-            options |= control_options(model, sampling["prompt"])
-        elif pag_scale:
+            return generate_controlled(model, SanaControlNetPipeline, controlnet, options)
+        if pag_scale:
             pipe = SanaPAGPipeline.from_pipe(pipe)
             options["pag_scale"] = pag_scale
         return generate(model, pipe, **options)
@@ -255,27 +253,24 @@ class SanaInpaint(ImageNode):
         """As many images `[B, H, W, 3]` in [0, 1] as were given, and the latents of what was generated.
 
         Raises:
-            ValueError: the model is a SANA-Sprint or has a ControlNet, or nothing is masked.
+            ValueError: the model is a SANA-Sprint, or nothing is masked.
         """
-        from diffusers_sana import SanaInpaintPipeline
+        from diffusers_sana import SanaControlNetInpaintPipeline, SanaInpaintPipeline
 
         check_sprint(model, False, "Change images with SANA-Sprint")
-        if model.control is not None:
-            raise ValueError("`model` must have no ControlNet: inpainting with one is not supported.")
         if not bool((mask >= 0.5).any()):
             raise ValueError("`mask` must mark something, but is black. Paint it in the mask editor of Load Image.")
-        return generate(
-            model,
-            SanaInpaintPipeline.from_pipe(model.pipe),
-            image=channels_first(image),
-            mask_image=mask,
-            padding_mask_crop=None if whole_image else padding,
-            **sampling,
-        )
+        options = sampling | {"image": channels_first(image), "mask_image": mask}
+        options["padding_mask_crop"] = None if whole_image else padding
+        controlnet = model.controlnet()
+        if controlnet is None:
+            return generate(model, SanaInpaintPipeline.from_pipe(model.pipe), **options)
+        options |= control_options(model, sampling["prompt"], options["image"])
+        return generate(model, SanaControlNetInpaintPipeline.from_pipe(model.pipe, controlnet=controlnet), **options)
 
 
 class SanaSprintSample(ImageNode):
-    """Generates images from a prompt in one to four steps, with SANA-Sprint."""
+    """Generates images from a prompt in one to four steps, with SANA-Sprint; along ControlNets as with Sana."""
 
     DISPLAY_NAME = "Generate with SANA-Sprint"
     REQUIRED = SPRINT | SIZES
@@ -284,9 +279,14 @@ class SanaSprintSample(ImageNode):
         self, model: SanaModel, width: int, height: int, batch_size: int, **sampling: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Images `[B, H, W, 3]` in [0, 1] and their latents. Raises a ValueError if the model is not a Sprint."""
+        from diffusers_sana import SanaSprintControlNetPipeline
+
         check_sprint(model, True, "Generate with Sana")
-        size = {"width": width or None, "height": height or None}
-        return generate(model, model.pipe, num_images_per_prompt=batch_size, **size, **sampling)
+        options = sampling | {"num_images_per_prompt": batch_size, "width": width or None, "height": height or None}
+        controlnet = model.controlnet()
+        if controlnet is not None:
+            return generate_controlled(model, SanaSprintControlNetPipeline, controlnet, options)
+        return generate(model, model.pipe, **options)
 
 
 class SanaSprintImageToImage(ImageNode):
@@ -302,13 +302,25 @@ class SanaSprintImageToImage(ImageNode):
         """As many images `[B, H, W, 3]` in [0, 1] as were given, and their latents.
 
         Raises:
-            ValueError: the model is not a Sprint, or there is not one of `image` and `latent`.
+            ValueError: the model is not a Sprint or has a ControlNet, or there is not one of `image` and `latent`.
         """
         from diffusers_sana import SanaSprintImg2ImgPipeline
 
         check_sprint(model, True, "Change images with Sana")
+        if model.controls:
+            raise ValueError("`model` must have no ControlNet: a SANA-Sprint has none for changing images.")
         pipe = SanaSprintImg2ImgPipeline.from_pipe(model.pipe)
         return generate(model, pipe, image=start_images(model, image, latent), **sampling)
+
+
+def generate_controlled(
+    model: SanaModel, pipeline_class: Any, controlnet: Any, options: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`generate` with the ControlNets of a model, in the proportions of the first image unless a size is set."""
+    if not options["width"] and not options["height"]:
+        options["height"], options["width"] = control_size(model)
+    pipe = pipeline_class.from_pipe(model.pipe, controlnet=controlnet)
+    return generate(model, pipe, **options | control_options(model, options["prompt"]))
 
 
 def load_pipeline(place: str, dtype: Any) -> Any:

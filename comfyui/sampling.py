@@ -80,8 +80,8 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def control_size(model: SanaModel) -> tuple[int, int]:
-    """Height and width in the proportions of the control image, of about the area that the checkpoint is for."""
-    height, width = model.control.image.shape[1:3]
+    """Height and width in the proportions of the first control image, of about the area of the checkpoint's images."""
+    height, width = model.controls[0].image.shape[1:3]
     transformer, scale = model.pipe.transformer.config, model.pipe.vae_scale_factor
     native, cell = transformer.sample_size * scale, transformer.patch_size * scale
     sides = (native * (side / other) ** 0.5 for side, other in ((height, width), (width, height)))
@@ -89,24 +89,28 @@ def control_size(model: SanaModel) -> tuple[int, int]:
 
 
 def control_options(model: SanaModel, prompt: str, start: Tensor | None = None) -> dict[str, Any]:
-    """What a pipeline with a ControlNet is called with beyond its other arguments.
+    """What a pipeline with ControlNets is called with beyond its other arguments.
 
     Args:
-        model: with `control`.
+        model: with `controls`.
         prompt: one; repeated for several control images.
         start: the images `[B, H, W, 3]` that image-to-image begins with.
 
     Raises:
-        ValueError: the control images are neither one nor as many as those of `start`.
+        ValueError: the control images of a ControlNet are neither one nor as many as those of another or of `start`.
     """
-    control = model.control
-    count = len(control.image)
-    if start is not None and len(start) > 1 and count not in (1, len(start)):
-        raise ValueError(f"the ControlNet's `image` must be one or as many as `image`, {len(start)}, got {count}.")
-    return {
-        "prompt": prompt if count == 1 else [prompt] * count,
-        "control_image": to_pil(control.image),
-        "controlnet_conditioning_scale": control.strength,
-        "control_guidance_start": control.start,
-        "control_guidance_end": control.end,
+    counts = [len(control.image) for control in model.controls]
+    count = max(counts)
+    for each in counts:
+        if start is not None and len(start) > 1 and each not in (1, len(start)):
+            raise ValueError(f"the ControlNet's `image` must be one or as many as `image`, {len(start)}, got {each}.")
+        if each not in (1, count):
+            raise ValueError(f"the ControlNets' `image` must be one each, or equally many, got {each} and {count}.")
+    each_has = {
+        "control_image": [to_pil(control.image) for control in model.controls],
+        "controlnet_conditioning_scale": [control.strength for control in model.controls],
+        "control_guidance_start": [control.start for control in model.controls],
+        "control_guidance_end": [control.end for control in model.controls],
     }
+    options = {name: values if len(values) > 1 else values[0] for name, values in each_has.items()}
+    return {"prompt": prompt if count == 1 else [prompt] * count, **options}

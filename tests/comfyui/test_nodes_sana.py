@@ -12,16 +12,19 @@ from diffusers_sana import (
     SANA_EMOJI,
     SANA_EMOJI_EDGES,
     SanaControlNetImg2ImgPipeline,
+    SanaControlNetInpaintPipeline,
     SanaControlNetModel,
     SanaControlNetPipeline,
     SanaImg2ImgPipeline,
     SanaInpaintPipeline,
     SanaPAGPipeline,
     SanaPipeline,
+    SanaSprintControlNetPipeline,
     sobel_edges,
 )
 from tests.comfyui.stub import PROMPT, SETTINGS, Interrupted, PreviewMethod, call, changed
-from tests.loaders.lora.lora_files import FORMATS, random_lora
+from tests.loaders.lora.lora_files import FORMATS, TRANSFORMER, random_lora
+from tests.pipelines.controlnet_cases import controlnet
 
 
 def expected(pipe, **options):
@@ -131,8 +134,42 @@ def test_sprint(nodes):
     assert not torch.allclose(near, image, atol=0.02)
     with pytest.raises(ValueError, match=r"`model` must be a Sana or SANA-1\.5, but is a SANA-Sprint"):
         sample(nodes, model)
-    with pytest.raises(ValueError, match="`model` must be a Sana: SANA-Sprint has no ControlNets"):
-        call(nodes, "SanaControlNet", model=model, image=image)
+    branch = call(nodes, "SanaControlNet", model=model, image=image, strength=0.7)[0]
+    controlnet = SanaControlNetModel.from_pretrained(SANA_EMOJI_EDGES, dtype=torch.float32)
+    pipe = SanaSprintControlNetPipeline.from_pipe(model.pipe, controlnet=controlnet)
+    control = nodes.nodes_sana.control_options(branch, PROMPT)
+    followed = call(nodes, "SanaSprintSample", model=branch, **SETTINGS)[0]
+    torch.testing.assert_close(followed, expected(pipe, **control))
+    assert not torch.allclose(followed, image, atol=0.02)
+    with pytest.raises(ValueError, match="`model` must have no ControlNet"):
+        call(nodes, "SanaSprintImageToImage", model=branch, image=image, **SETTINGS)
+
+
+def test_controlnets_in_a_row_steer_together(nodes, model, pipe, server):
+    """Of tiny ones, with images, strengths and intervals of their own; also where a part is repainted."""
+    images = torch.rand(2, 1, 32, 32, 3)
+    nets = [controlnet(**TRANSFORMER), controlnet(**TRANSFORMER, wiring="nvlabs")]
+    branch = model
+    for name, net, image, strength in zip("ab", nets, images, (0.2, 0.1), strict=True):
+        net.save_pretrained(server.models / "controlnet" / name)
+        given = {"control_net": name, "image": image, "strength": strength, "end_percent": 3 * strength}
+        branch = call(nodes, "SanaControlNet", model=branch, **given)[0]
+    control = nodes.nodes_sana.control_options(branch, PROMPT)
+    assert control["controlnet_conditioning_scale"] == [0.2, 0.1]
+    assert control["control_guidance_end"] == pytest.approx([0.6, 0.3])
+    assert [len(each) for each in control["control_image"]] == [1, 1]
+    both = SanaControlNetPipeline.from_pipe(pipe, controlnet=nets)
+    size = nodes.nodes_sana.control_size(branch)
+    followed = sample(nodes, branch)
+    torch.testing.assert_close(followed, expected(both, height=size[0], width=size[1], **control))
+    assert len(model.shared.controlnets) == 2
+    assert not torch.allclose(followed, sample(nodes, model), atol=0.02)
+    start, mask = torch.rand(1, 32, 32, 3), (torch.arange(32) < 16).float().expand(1, 32, 32)
+    repaint = SanaControlNetInpaintPipeline.from_pipe(pipe, controlnet=nets)
+    found = call(nodes, "SanaInpaint", model=branch, image=start, mask=mask, **SETTINGS)[0]
+    torch.testing.assert_close(
+        found, expected(repaint, image=start.movedim(-1, 1), mask_image=mask, strength=1.0, **control)
+    )
 
 
 def test_lora_is_in_one_branch_only(nodes, model, pipe, server):
@@ -275,11 +312,9 @@ def test_errors(nodes, model):
         call(nodes, "SanaImageToImage", model=model, latent={"samples": torch.zeros(1, 16, 8, 8)}, **SETTINGS)
     with pytest.raises(ValueError, match="`mask` must mark something, but is black"):
         call(nodes, "SanaInpaint", model=model, image=image, mask=torch.zeros(1, 64, 64), **SETTINGS)
-    branch = call(nodes, "SanaControlNet", model=model, image=image)[0]
-    with pytest.raises(ValueError, match="`model` must have no ControlNet yet, but has one"):
-        call(nodes, "SanaControlNet", model=branch, image=image)
-    with pytest.raises(ValueError, match="`model` must have no ControlNet: inpainting"):
-        call(nodes, "SanaInpaint", model=branch, image=image, mask=torch.ones(1, 32, 32), **SETTINGS)
     three = call(nodes, "SanaControlNet", model=model, image=torch.rand(3, 32, 32, 3))[0]
     with pytest.raises(ValueError, match="the ControlNet's `image` must be one or as many as `image`, 2, got 3"):
         nodes.nodes_sana.control_options(three, PROMPT, torch.rand(2, 3, 32, 32))
+    five = call(nodes, "SanaControlNet", model=three, image=torch.rand(2, 32, 32, 3))[0]
+    with pytest.raises(ValueError, match="the ControlNets' `image` must be one each, or equally many, got 2 and 3"):
+        nodes.nodes_sana.control_options(five, PROMPT)
