@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from diffusers_sana.kernels.dispatch import use_triton
 from diffusers_sana.kernels.precision import without_autocast
 from diffusers_sana.kernels.relu_linear_attention import (
+    ReduceState,
     Rotary,
     rotary_apply_triton,
     rotary_state_triton,
@@ -41,6 +42,7 @@ def gated_linear_attention(
     *,
     divisor: bool = False,
     eps: float = 1e-8,
+    reduce_state: ReduceState | None = None,
 ) -> Tensor:
     """Unmasked linear attention whose keys are gated, without a feature map.
 
@@ -50,6 +52,7 @@ def gated_linear_attention(
         rotary: cosines and sines `[N, D/2]` of the angles, in fp32, one for each pair of channels (2c, 2c + 1).
         divisor: divide by the sum of the unrotated, ungated ReLU weights.
         eps: added to the divisor, in fp32.
+        reduce_state: see `relu_linear_attention`; the last row of a state is the sum of the keys' ReLUs.
 
     Returns:
         `[B, N, H, D]` in fp32 (float64 for float64 inputs), contiguous: sums over many tokens, which would overflow
@@ -61,18 +64,26 @@ def gated_linear_attention(
     else:
         reason = unsupported_reason(query, key, value, rotary)
     if use_triton("gated_linear_attention", *inputs, *rotary, unsupported=reason):
-        return _by_kernels(*inputs, rotary, divisor, eps)
-    return gated_linear_attention_reference(*inputs, rotary, divisor=divisor, eps=eps)
+        return _by_kernels(*inputs, rotary, divisor, eps, reduce_state)
+    return gated_linear_attention_reference(*inputs, rotary, divisor=divisor, eps=eps, reduce_state=reduce_state)
 
 
 def _by_kernels(
-    query: Tensor, key: Tensor, value: Tensor, beta: Tensor, rotary: Rotary, divisor: bool, eps: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    rotary: Rotary,
+    divisor: bool,
+    eps: float,
+    reduce_state: ReduceState | None,
 ) -> Tensor:
     """As `gated_linear_attention`."""
     gated = value.float() * beta.float().unsqueeze(-1)
     state = rotary_state_triton(key, gated, *rotary)  # [B, H, D + 1, D]; the last row is the sum of relu(k)
-    products, key_sum = state[:, :, :-1], state[:, :, -1:].clone()
-    products -= rotary_state_triton(-key, gated, *rotary)[:, :, :-1]
+    state[:, :, :-1] -= rotary_state_triton(-key, gated, *rotary)[:, :, :-1]
+    state = state if reduce_state is None else reduce_state(state)
+    key_sum = state[:, :, -1:].clone()
     state[:, :, -1:] = 0
     out = rotary_apply_triton(query, state, *rotary, torch.float32, 1.0)
     out -= rotary_apply_triton(-query, state, *rotary, torch.float32, 1.0)
@@ -92,6 +103,7 @@ def gated_linear_attention_reference(
     *,
     divisor: bool = False,
     eps: float = 1e-8,
+    reduce_state: ReduceState | None = None,
 ) -> Tensor:
     """The formula in PyTorch; float64 inputs give the reference result."""
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -99,7 +111,11 @@ def gated_linear_attention_reference(
     gates = beta.to(dtype).mT.unsqueeze(-1)  # [B, H, N, 1]
     with without_autocast(query.device.type):
         state = torch.matmul((rotate_pairs(key, *rotary) * gates).mT, value)  # [B, H, D, D]: sum_j beta_j k_j v_j^T
+        if divisor or reduce_state is not None:
+            key_sum = F.relu(key).sum(dim=-2, keepdim=True)  # [B, H, 1, D]
+        if reduce_state is not None:
+            state, key_sum = reduce_state(torch.cat([state, key_sum], dim=-2)).tensor_split([-1], dim=-2)
         out = torch.matmul(rotate_pairs(query, *rotary), state)
         if divisor:
-            out = out / (torch.matmul(F.relu(query), F.relu(key).sum(dim=-2).unsqueeze(-1)) + eps)
+            out = out / (torch.matmul(F.relu(query), key_sum.mT) + eps)
     return out.transpose(1, 2).contiguous()

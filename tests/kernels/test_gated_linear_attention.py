@@ -7,7 +7,7 @@ from diffusers_sana.kernels.dispatch import kernel_mode
 from diffusers_sana.kernels.gated_linear_attention import gated_linear_attention
 from diffusers_sana.kernels.relu_linear_attention import rotate_pairs
 from tests.kernels.kernel_checks import DEVICE, check_kernel, to_device
-from tests.numerics import relative_error
+from tests.numerics import assert_close_fp32, relative_error
 
 
 @pytest.mark.parametrize("divisor", [False, True])
@@ -76,3 +76,21 @@ def test_gradients_are_those_of_the_sum_over_tokens():
     given["beta"].requires_grad_()
     with kernel_mode("triton"), pytest.raises(RuntimeError, match="a gradient is needed"):
         gated_linear_attention(**given, rotary=rotary)
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+def test_states_of_parts_add_up(mode):
+    """As of two processes with half of the tokens each."""
+    given, (cos, sin), states = tensors((1, 16, 2, 8)), angles(16, 8), []
+
+    def collect(state):
+        states.append(state.clone())
+        return sum(states)
+
+    with kernel_mode(mode):
+        expected = gated_linear_attention(**given, rotary=(cos, sin), divisor=True)
+        for part in (slice(8, None), slice(8)):
+            own = {name: x[:, part] for name, x in given.items()}
+            rotary = cos[part], sin[part]
+            out = gated_linear_attention(**own, rotary=rotary, divisor=True, reduce_state=collect)
+    assert_close_fp32(out, expected[:, :8])

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 import diffusers_sana
 from tests import tiny
-from tests.models import sana_video_transformers
+from tests.models import sana_video_transformers, test_transformer_sana_video2
 from tests.models.sana_transformers import tiny_inputs, tiny_model
 from tests.numerics import assert_close_fp32
 from tests.two_processes import join, run_in_two
 
 
-VIDEO = "video"
+VIDEO, VIDEO2 = "video", "video2"
 # Family of the model, height (or number of frames) of the latents, and whether a LoRA is on.
 CASES = {
     "plain": ("sana", 8, False),
@@ -30,15 +30,23 @@ CASES = {
     "two_rows": ("sana_1.5", 2, False),
     "video": (VIDEO, 4, True),
     "odd_video": (VIDEO, 3, False),
+    "video2": (VIDEO2, 4, True),
+    "odd_video2": (VIDEO2, 3, False),
 }
-ODD = ("odd", "odd_video")
+ODD = ("odd", "odd_video", "odd_video2")
 SHARDED = ("sana", "sana_1.5", "sprint")
 
 
 def new_model(family, with_lora):
     torch.manual_seed(0)
-    model = sana_video_transformers.tiny_model() if family == VIDEO else tiny_model(family)
-    if with_lora:
+    if family == VIDEO2:
+        model = test_transformer_sana_video2.tiny_model(relu_divisor=True)
+    else:
+        model = sana_video_transformers.tiny_model() if family == VIDEO else tiny_model(family)
+    if with_lora and family == VIDEO2:
+        targets = ["qkv", "kv_linear", "up_proj", "output_gate"]
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    elif with_lora:
         targets = ["to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point"]
         targets += ["conv_temp"] if family == VIDEO else []
         model.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
@@ -48,7 +56,10 @@ def new_model(family, with_lora):
 @torch.no_grad()
 def outputs(model, height):
     """Without and with the text done before."""
-    if isinstance(model, diffusers_sana.SanaVideoTransformer3DModel):
+    if isinstance(model, diffusers_sana.SanaVideo2Transformer3DModel):
+        inputs = test_transformer_sana_video2.tiny_inputs(frames=height)
+        inputs["timestep"] = torch.linspace(0, 900, 2 * height).view(2, height)  # of frames
+    elif isinstance(model, diffusers_sana.SanaVideoTransformer3DModel):
         inputs = sana_video_transformers.tiny_inputs(model, frames=height)
         inputs["timestep"] = torch.linspace(0, 900, 2 * height).view(2, height)  # of frames
     else:

@@ -7,6 +7,7 @@ from diffusers import (
     FirstBlockCacheConfig,
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
+    TensorParallelConfig,
     TextKVCacheConfig,
 )
 from peft import LoraConfig
@@ -44,10 +45,10 @@ def tiny_model(**changes):
     return model
 
 
-def tiny_inputs(dtype=torch.float32):
+def tiny_inputs(dtype=torch.float32, frames=3):
     generator = torch.Generator().manual_seed(1)
     return {
-        "hidden_states": torch.randn(2, 4, 3, 2, 4, generator=generator).to(dtype),
+        "hidden_states": torch.randn(2, 4, frames, 2, 4, generator=generator).to(dtype),
         "encoder_hidden_states": torch.randn(2, 7, 12, generator=generator).to(dtype),
         "encoder_attention_mask": (torch.arange(7) < torch.tensor([[1], [5]])).long(),
         "timestep": torch.tensor([700.0, 40.0]),
@@ -191,8 +192,13 @@ def test_what_skips_blocks_is_refused(config):
     with pytest.raises(ValueError, match="add to no residual stream"):
         model.enable_cache(config)
     assert not model.is_cache_enabled
-    with pytest.raises(ValueError, match="`enable_parallelism` is for SanaVideoTransformer3DModel"):
-        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+
+
+def test_what_cannot_be_parallel():
+    with pytest.raises(ValueError, match="`config` must be a ContextParallelConfig"):
+        tiny_model().enable_parallelism(config=TensorParallelConfig(tp_degree=2))
+    with pytest.raises(ValueError, match="`ulysses_degree` must divide the 2 heads of the softmax attention, got 4"):
+        tiny_model().enable_parallelism(config=ContextParallelConfig(ulysses_degree=4))
 
 
 @torch.no_grad()

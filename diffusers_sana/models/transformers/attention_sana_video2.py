@@ -6,6 +6,7 @@ Legend: B batch, N tokens of the video, L text tokens, D inner width, S prompts 
 width.
 """
 
+from functools import partial
 from typing import Any, cast
 
 from diffusers.models.attention import AttentionModuleMixin
@@ -16,6 +17,7 @@ from diffusers_sana.kernels.gated_linear_attention import gated_linear_attention
 from diffusers_sana.kernels.relu_linear_attention import rotate_pairs
 from diffusers_sana.models.layers import Linear
 from diffusers_sana.models.transformers.attention_sana import SanaAttnProcessor, SanaRMSNorm, SanaTextState
+from diffusers_sana.models.transformers.sequence_parallel import all_reduced
 
 
 TEXT_NORM_EPS = 1e-6  # of queries and keys of the cross-attention; all other norms have 1e-5
@@ -24,12 +26,18 @@ TEXT_NORM_EPS = 1e-6  # of queries and keys of the cross-attention; all other no
 class SanaVideo2LinearAttnProcessor:
     """Gated linear self-attention, in fp32 inside. There is no softmax and hence no attention backend to choose."""
 
+    _parallel_config = None  # set by `enable_parallelism`
+
     def __call__(self, attn: Any, hidden_states: Tensor, rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
         query, key, value = attn.qkv(hidden_states).chunk(3, dim=-1)
         query, key = attn.q_norm(query), attn.k_norm(key)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
         beta = attn.beta_proj(hidden_states).sigmoid()
-        out = gated_linear_attention(query, key, value, beta, rotary_emb, divisor=attn.relu_divisor)
+        config = self._parallel_config
+        reduce_state = None if config is None else partial(all_reduced, config=config)
+        out = gated_linear_attention(
+            query, key, value, beta, rotary_emb, divisor=attn.relu_divisor, reduce_state=reduce_state
+        )
         out = attn.o_norm(out).to(hidden_states.dtype).flatten(-2)  # [B, N, H, d] -> [B, N, D]
         return attn.proj(out * attn.output_gate(hidden_states).sigmoid())
 
@@ -38,6 +46,7 @@ class SanaVideo2SoftmaxAttnProcessor:
     """Gated softmax self-attention through the attention backends of diffusers."""
 
     _attention_backend = None
+    _parallel_config = None
 
     def __call__(self, attn: Any, hidden_states: Tensor, rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
         query, key, value = attn.qkv(hidden_states).chunk(3, dim=-1)
@@ -45,7 +54,8 @@ class SanaVideo2SoftmaxAttnProcessor:
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
         cos, sin = (table[:, None] for table in rotary_emb)  # [N, 1, d/2]
         query, key = (rotate_pairs(x, cos, sin).to(value.dtype) for x in (query, key))
-        out = dispatch_attention_fn(query, key, value, backend=self._attention_backend).flatten(-2)
+        options: dict[str, Any] = {"backend": self._attention_backend, "parallel_config": self._parallel_config}
+        out = dispatch_attention_fn(query, key, value, **options).flatten(-2)
         return attn.proj(out * attn.output_gate(hidden_states).sigmoid())
 
 

@@ -5,6 +5,7 @@ all-reduced. The 3x3 convolution of the Mix-FFN needs one row above and below th
 else works per token. diffusers splits and gathers the rows (`_cp_plan` of the models).
 
 Of videos, each process holds some frames. Then only the temporal convolution needs a halo, a frame before and after.
+The softmax attention of SANA-Video 2.0 exchanges tokens by Ulysses or Ring, as diffusers has them.
 
 Legend: B batch, D inner width, h rows of a process, w token columns.
 """
@@ -26,11 +27,12 @@ def group_of(config: Any) -> dist.ProcessGroup:
     return private(config.context_parallel_config, "_flattened_mesh").get_group()
 
 
-def split_plan(inputs: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:
+def split_plan(inputs: Mapping[str, tuple[int, int]], output: str = "proj_out") -> dict[str, Any] | None:
     """Where diffusers splits the tokens between processes and gathers them; None if it cannot.
 
     Args:
         inputs: name of a module whose `input` is split -> the axis, and the number of axes.
+        output: name of the module whose output is gathered.
     """
     try:
         from diffusers_sana._compat import ContextParallelInput, ContextParallelOutput
@@ -40,7 +42,7 @@ def split_plan(inputs: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:
         name: {"input": ContextParallelInput(split_dim=axis, expected_dims=axes)}
         for name, (axis, axes) in inputs.items()
     }
-    return plan | {"proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3)}
+    return plan | {output: ContextParallelOutput(gather_dim=1, expected_dims=3)}
 
 
 def all_reduced(tensor: Tensor, config: Any) -> Tensor:

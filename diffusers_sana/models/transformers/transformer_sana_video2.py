@@ -26,6 +26,13 @@ from diffusers_sana.models.transformers.attention_sana import SanaAttnProcessor,
 from diffusers_sana.models.transformers.attention_sana_video2 import SanaVideo2Attention, SanaVideo2TextAttention
 from diffusers_sana.models.transformers.cache_sana import SanaCacheMixin
 from diffusers_sana.models.transformers.config_sana import check_video2_transformer_config
+from diffusers_sana.models.transformers.sequence_parallel import (
+    FRAMES_OF_VIDEO,
+    Rows,
+    SequenceParallelMixin,
+    split_plan,
+)
+from diffusers_sana.models.transformers.tensor_parallel import tensor_config_of
 from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTextMixin
 from diffusers_sana.models.transformers.transformer_sana import SanaModulatedNorm
 from diffusers_sana.models.transformers.transformer_sana_video import grouped_times, rotary_tables
@@ -228,7 +235,14 @@ class SanaVideo2FinalLayer(nn.Module):
 
 
 class SanaVideo2Transformer3DModel(
-    SanaTextMixin, StrictModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, SanaCacheMixin, SingleFileMixin
+    SanaTextMixin,
+    SequenceParallelMixin,
+    StrictModelMixin,
+    AttentionMixin,
+    ConfigMixin,
+    PeftAdapterMixin,
+    SanaCacheMixin,
+    SingleFileMixin,
 ):
     """The denoiser of SANA-Video 2.0 (arXiv 2607.21553), for text and for a first image.
 
@@ -264,6 +278,8 @@ class SanaVideo2Transformer3DModel(
     _skip_layerwise_casting_patterns = ["x_embedder", "norm", "attn_res"]  # type: ignore[assignment]
     # `encode_text` calls these outside of `forward`, so each must load its own weights onto the device.
     _group_offload_block_modules = ["y_embedder", "attention_y_norm"]
+    # Frames of tokens are split between processes; the outputs are gathered at the end.
+    _cp_plan = split_plan({"frame_numbers": (0, 1), "flatten": (1, 5)}, "final_layer.linear")  # type: ignore[assignment]
     _latents_format = "BCFHW"
     _attention_layers = r"blocks\.\d+\.(cross_)?attn"
     _has_residual_stream = False
@@ -296,6 +312,8 @@ class SanaVideo2Transformer3DModel(
         time = nn.Sequential(nn.Linear(TIME_CHANNELS, dim), nn.SiLU(), nn.Linear(dim, dim))
         text = OrderedDict(fc1=Linear(caption_channels, dim), act=nn.GELU("tanh"), fc2=Linear(dim, dim))
         self.x_embedder = nn.ModuleDict({"proj": embedding})
+        self.flatten = nn.Flatten(1, 3)  # layers, because `_cp_plan` splits the frames at their inputs
+        self.frame_numbers = nn.Identity()
         self.t_embedder = nn.ModuleDict({"mlp": time})
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.y_embedder = nn.ModuleDict({"y_proj": nn.Sequential(text)})
@@ -332,16 +350,29 @@ class SanaVideo2Transformer3DModel(
         return self.blocks
 
     def enable_parallelism(self, *, config: Any, cp_plan: dict[str, Any] | None = None) -> None:
-        """Not for this model.
+        """Splits the frames of each video between processes, see `SequenceParallelMixin`.
+
+        Here the degrees of Ring and Ulysses matter: that of Ulysses divides the heads of the softmax attention.
 
         Raises:
-            ValueError: always.
+            ValueError: a `TensorParallelConfig`.
         """
-        raise ValueError(
-            "`enable_parallelism` is for SanaVideoTransformer3DModel, not for SANA-Video 2.0, whose softmax attention"
-            " needs the tokens of all processes. Give each process other prompts, or compute the two halves of"
-            " guidance on two devices."
-        )
+        if tensor_config_of(config) is not None:
+            raise ValueError(
+                "`config` must be a ContextParallelConfig, since only the tokens of SANA-Video 2.0 can be split, not"
+                " its weights, got a TensorParallelConfig."
+            )
+        heads = self.x_embedder["proj"].out_channels // self.config["softmax_head_dim"]
+        ulysses = getattr(config, "context_parallel_config", None) or config
+        if heads % (degree := ulysses.ulysses_degree or 1):
+            raise ValueError(
+                f"`ulysses_degree` must divide the {heads} heads of the softmax attention, got {degree}. Use"
+                " `ring_degree`, or both."
+            )
+        super().enable_parallelism(config=config, cp_plan=cp_plan)
+
+    def _split_parts(self) -> tuple[Rows, nn.Module, int, list[nn.Module]]:
+        return FRAMES_OF_VIDEO, self.x_embedder["proj"], self.config["patch_size"][0], []
 
     def forward(
         self,
@@ -382,12 +413,12 @@ class SanaVideo2Transformer3DModel(
             batch_size, encoder_hidden_states, encoder_attention_mask, attention_kwargs, text_context
         )
         # The tables of linear and of softmax attention, whose heads have different widths.
-        positions = torch.arange(frames, device=device)
+        positions = self.frame_numbers(torch.arange(frames, device=device))  # of this process
         linear, softmax = (
             rotary_tables(positions, height, width, self.config[name])
             for name in ("attention_head_dim", "softmax_head_dim")
         )
-        latents = self.x_embedder["proj"](hidden_states).movedim(1, -1).flatten(1, 3)  # [B, N, D]
+        latents = self.flatten(self.x_embedder["proj"](hidden_states).movedim(1, -1))  # [B, N, D]
         times = grouped_times(timestep, batch_size, frames, height * width, positions)  # [B or 1, G]
         waves = get_timestep_embedding(
             times.flatten().float().trunc(), TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0
