@@ -22,7 +22,13 @@ from diffusers_sana.arguments import (
     read_prompts,
     seed,
 )
-from diffusers_sana.checkpoints import BUNDLED_CONTROLNETS, BUNDLED_LORAS, SANA_EMOJI, SANA_EMOJI_EDGES
+from diffusers_sana.checkpoints import (
+    BUNDLED_CONTROLNETS,
+    BUNDLED_LORAS,
+    SANA_EMOJI,
+    SANA_EMOJI_EDGES,
+    SANA_EMOJI_SPRINT,
+)
 from diffusers_sana.checks import check_frames, check_size, check_texts
 from diffusers_sana.cli.output import Task, name_files, save
 from diffusers_sana.cli.pipelines import (
@@ -93,7 +99,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--strength", type=strength, help="how far to go from --image, above 0 to 1; default: 0.6, or 1 with --mask")
     add("--mask", type=file_path, metavar="FILE", help="repaint --image only where this one is white")
     add("--control-image", type=file_path, metavar="FILE", help="image to follow, such as white edges on black")
-    add("--controlnet", metavar="MODEL", help="that follows it; default for sana-emoji: sana-emoji-edges (bundled)")
+    add("--controlnet", metavar="MODEL", help="that follows it; default for the bundled models: sana-emoji-edges")
     add("--control-scale", type=number(), metavar="SCALE", help="strength of the control; default: 1")
     add("--height", type=integer(at_most=2**14), help="in pixels; default: the checkpoint's")
     add("--width", type=integer(at_most=2**14), help="in pixels; default: the checkpoint's")
@@ -179,7 +185,7 @@ def _check_together(args: argparse.Namespace) -> None:
         args.model, args.controlnet = SANA_EMOJI, args.controlnet or args.model
     elif args.model in BUNDLED_LORAS.values():
         args.model, args.lora = SANA_EMOJI, [LoRA(args.model), *args.lora]
-    if args.control_image is not None and args.controlnet is None and args.model == SANA_EMOJI:
+    if args.control_image is not None and args.controlnet is None and args.model in (SANA_EMOJI, SANA_EMOJI_SPRINT):
         args.controlnet = SANA_EMOJI_EDGES
     for name, needed in (
         ("strength", "image"),
@@ -249,6 +255,8 @@ def _check_model(args: argparse.Namespace) -> str:
         raise UsageError(f"--video must be given for {args.model}, which is a {kind}")
     if wrong := [option(given) for given in LEFT_OUT[kind] if getattr(args, given) not in (None, [])]:
         raise UsageError(f"{', '.join(wrong)} must be left out for {kind}, which {args.model} is")
+    if kind == SPRINT and args.image is not None and args.control_image is not None:
+        raise UsageError(f"--image and --control-image exclude each other for {kind}, which {args.model} is")
     has_controlnet = "ControlNet" in name
     if has_controlnet and args.control_image is None:
         raise UsageError(f"--control-image must be given for {args.model}, which is a {name}")

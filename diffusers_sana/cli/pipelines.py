@@ -24,6 +24,7 @@ KINDS = {
     "SanaControlNetInpaintPipeline": SANA,
     "SanaSprintPipeline": SPRINT,
     "SanaSprintImg2ImgPipeline": SPRINT,
+    "SanaSprintControlNetPipeline": SPRINT,
     "VilaUPipeline": VILA_U,
     "SanaVideoPipeline": VIDEO,
     "SanaImageToVideoPipeline": VIDEO,
@@ -41,7 +42,7 @@ LEFT_OUT = {
     VIDEO2: OF_IMAGES,
     LONG: (*FEW_STEPS, "sigmas"),
     PREVIEW: FEW_STEPS,
-    SPRINT: OF_SANA,
+    SPRINT: ("negative_prompt", "mask", "scheduler", "sigmas"),
     VILA_U: (*OF_SANA[1:], "height", "width", "steps", "image", "strength", "lora"),
 }
 PIPELINES = {
@@ -53,6 +54,7 @@ PIPELINES = {
     (SANA, "image", "mask", "control_image"): "SanaControlNetInpaintPipeline",
     (SPRINT,): "SanaSprintPipeline",
     (SPRINT, "image"): "SanaSprintImg2ImgPipeline",
+    (SPRINT, "control_image"): "SanaSprintControlNetPipeline",
     (VILA_U,): "VilaUPipeline",
     (VIDEO,): "SanaVideoPipeline",
     (VIDEO, "image"): "SanaImageToVideoPipeline",

@@ -15,6 +15,8 @@ from diffusers_sana.checkpoints import SANA_EMOJI, SANA_EMOJI_EDGES, SANA_EMOJI_
 from diffusers_sana.cli.pipelines import SCHEDULERS, make_scheduler
 from diffusers_sana.cli.words import known_words, unknown_words
 from tests.cli.commands import run
+from tests.pipelines.controlnet_cases import controlnet
+from tests.pipelines.sprint_cases import sprint_pipeline
 
 
 PROMPT = "a red apple on a blue background"
@@ -109,6 +111,23 @@ def test_bundled_sprint(pipe, tmp_path, cat, has_image):
     wanted = sprint(PROMPT, generator=torch.Generator().manual_seed(0), num_inference_steps=2, **arguments).images[0]
     image = generate("--model", "sana-emoji-sprint", "--out", tmp_path / "x.png", *(["--image", cat] * has_image))
     assert psnr(image, np.asarray(wanted).astype(float)) > 100
+
+
+def test_sprint_with_a_controlnet(tmp_path, cat):
+    """That of the teacher, at the size of the model."""
+    sprint, net = sprint_pipeline(diffusers_sana), controlnet()
+    sprint.save_pretrained(tmp_path / "sprint")
+    net.save_pretrained(tmp_path / "net")
+    control = ["--control-image", cat, "--control-scale", "0.1", "--dtype", "float32"]
+    command = ["--model", tmp_path / "sprint", "--controlnet", tmp_path / "net", *control]
+    pipe = diffusers_sana.SanaSprintControlNetPipeline.from_pipe(sprint, controlnet=net)
+    pipe.set_progress_bar_config(disable=True)
+    given = {"control_image": Image.open(cat), "controlnet_conditioning_scale": 0.1, "num_inference_steps": 2}
+    wanted = pipe(PROMPT, generator=torch.Generator().manual_seed(0), **given).images[0]
+    image = generate(*command, "--out", tmp_path / "x.png")
+    assert psnr(image, np.asarray(wanted).astype(float)) > 50
+    plain = sprint(PROMPT, generator=torch.Generator().manual_seed(0), num_inference_steps=2).images[0]
+    assert psnr(image, np.asarray(plain).astype(float)) < 40
 
 
 def test_loras(pipe, tmp_path):
