@@ -4,7 +4,7 @@ The mode is `auto` (the kernel wherever it can run), `triton` (the kernel, or an
 (the reference). It is set by the environment variable `DIFFUSERS_SANA_KERNELS`, or by `kernel_mode` for a block of
 code.
 
-Kernels are operators of PyTorch (`triton_operator`, `cpu_operator`), so `torch.compile` keeps whole graphs.
+Kernels are operators of PyTorch (`triton_operator`, `operator`), so `torch.compile` keeps whole graphs.
 """
 
 import logging
@@ -104,7 +104,7 @@ def _unsupported_tensors(tensors: list[Tensor]) -> str | None:
         if not (_INTERPRETED and _mode == "triton"):
             return "the tensors are on the CPU"
     elif device.type == "cuda":
-        if torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        if _is_too_old(device):
             return f"the GPU's compute capability is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
     elif device.type == "meta":
         if _mode != "triton":  # where the operators compute shapes, to measure the memory that a GPU would need
@@ -115,6 +115,16 @@ def _unsupported_tensors(tensors: list[Tensor]) -> str | None:
         if tensor.dtype not in DTYPES:
             return f"the dtype must be one of {[str(dtype) for dtype in DTYPES]}, got {tensor.dtype}"
     return None
+
+
+@torch.compiler.assume_constant_result  # which `torch.compile` need not trace
+def _is_too_old(device: torch.device) -> bool:
+    return _has_old_architecture(device)
+
+
+@cache  # PyTorch takes microseconds to say it, and every call of a kernel asks
+def _has_old_architecture(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY
 
 
 @cache
@@ -139,9 +149,11 @@ _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 def _register(
     schema: str, key: str, implementation: Callable[..., Any], empty_outputs: Callable[..., Any], autograd: Any = None
 ) -> Callable[..., Any]:
-    """Registers an operator of PyTorch through `torch.library.Library`.
+    """Registers an operator of PyTorch through `torch.library.Library`, with two overloads.
 
-    Such operators cost less time per call than those of `torch.library.custom_op`.
+    `default` has a gradient, through a Python function that PyTorch calls at every call of the operator, also where no
+    gradient is wanted. `inference` has none and takes less than half the time per call on the host; operators of
+    `torch.library.custom_op` and `triton_op` take longer than either (`benchmarks/bench_host_cost.py`).
 
     Args:
         schema: such as "rms_norm_forward(Tensor hidden_states, float eps) -> Tensor".
@@ -152,20 +164,26 @@ def _register(
             pass.
 
     Returns:
-        The operator.
+        A function that calls the overload for the current grad mode.
     """
-    name = schema.partition("(")[0]
+    name, _, signature = schema.partition("(")
 
     def no_backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(f"the kernel `{name}` has no backward pass. Set the kernel mode to 'torch'.")
 
-    qualified_name = f"{_NAMESPACE}::{name}"
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, implementation, key)
-    torch.library.register_fake(qualified_name, empty_outputs, lib=_LIBRARY)
+    for overload in (name, f"{name}.inference"):
+        _LIBRARY.define(f"{overload}({signature}", tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(overload, implementation, key)
+        torch.library.register_fake(f"{_NAMESPACE}::{overload}", empty_outputs, lib=_LIBRARY)
     setup_context, backward = autograd or (None, no_backward)
-    torch.library.register_autograd(qualified_name, backward, setup_context=setup_context, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+    torch.library.register_autograd(f"{_NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    packet = getattr(getattr(torch.ops, _NAMESPACE), name)
+    default, inference = packet.default, packet.inference
+
+    def call(*arguments: Any) -> Any:
+        return (default if torch.is_grad_enabled() else inference)(*arguments)
+
+    return call
 
 
 def triton_operator(
@@ -181,28 +199,31 @@ def triton_operator(
         schema, autograd: see `_register`.
 
     Returns:
-        A decorator that returns the operator, which takes positional arguments in the order of the schema.
+        A decorator that returns a function of the operator, of positional arguments in the order of the schema.
     """
     name = schema.partition("(")[0]
 
     def register(empty_outputs: Callable[..., Any]) -> Callable[..., Any]:
         module = f"{__package__}.triton.{empty_outputs.__module__.rpartition('.')[2]}"
+        launcher = cache(lambda: getattr(import_module(module), name))
 
         def launch(*arguments: Any) -> Any:
-            return getattr(import_module(module), name)(*arguments)
+            return launcher()(*arguments)
 
         return _register(schema, "CompositeExplicitAutograd", launch, empty_outputs, autograd)
 
     return register
 
 
-def cpu_operator(schema: str, empty_outputs: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers an implementation for processors as an operator, for what `torch.compile` cannot trace.
+def operator(
+    schema: str, empty_outputs: Callable[..., Any], key: str = "CPU"
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers an implementation in Python as an operator, for what `torch.compile` cannot trace.
 
     Args:
-        schema, empty_outputs: see `_register`.
+        schema, empty_outputs, key: see `_register`.
 
     Returns:
-        A decorator of the implementation that returns the operator.
+        A decorator of the implementation that returns a function of the operator.
     """
-    return lambda implementation: _register(schema, "CPU", implementation, empty_outputs)
+    return lambda implementation: _register(schema, key, implementation, empty_outputs)

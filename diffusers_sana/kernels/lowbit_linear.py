@@ -13,6 +13,9 @@ The first product depends on the format of the codes (see `quantize_lowrank.py`)
     (scales of tokens and of output features, as in LLM.int8(), arXiv 2208.07339, "vector-wise quantization", and
     SmoothQuant, arXiv 2211.10438).
 
+On a GPU a 4-bit weight is converted to int8 at each call with many tokens, or, with `keep_int8`, once: then the weight
+takes three times its memory.
+
 Legend: M tokens, K input features, Kp = K padded, N output features, r rank.
 """
 
@@ -21,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_sana.kernels.dispatch import triton_operator, use_triton
+from diffusers_sana.kernels.dispatch import operator, triton_operator, use_triton
+from diffusers_sana.kernels.kept import Kept
 from diffusers_sana.kernels.low_bit import (
     GROUP_SIZES,
     decode_e2m1,
@@ -30,6 +34,11 @@ from diffusers_sana.kernels.low_bit import (
     requantize_rows,
     unpack_nibbles,
 )
+
+
+ROOM = 4  # an int8 copy is kept where so many times its size is free
+
+_INT8 = Kept()
 
 
 def lowbit_linear(
@@ -43,6 +52,7 @@ def lowbit_linear(
     bias: Tensor | None = None,
     *,
     activation_format: str,
+    keep_int8: bool = False,
 ) -> Tensor:
     """The product of quantized activations and a quantized weight, plus the 16-bit branch.
 
@@ -53,6 +63,8 @@ def lowbit_linear(
         proj_up: `[N, r]`; its dtype is the output's.
         bias: `[N]`.
         activation_format: of `quantize_lowrank`: "int8" or the format of the weight.
+        keep_int8: keep an int8 copy of a 4-bit weight from the first product with int8 codes on, where a GPU has room
+            for it, until the weight changes or `kept.forget` is called. Same bits, less time.
 
     Returns:
         `[M, N]` in the dtype of `proj_up`.
@@ -69,6 +81,8 @@ def lowbit_linear(
     reason = "there are no tokens" if codes.numel() == 0 else None
     arguments = (codes, scales, low, qweight, wscales, wtscale, proj_up, bias)
     if use_triton("lowbit_linear", low, proj_up, bias, unsupported=reason):
+        if keep_int8 and activation_format == "int8" and precision != "int8":
+            return _kept_int8_linear(*arguments)
         return _lowbit_linear_triton(*arguments, activation_format)
     return lowbit_linear_reference(*arguments, activation_format=activation_format)
 
@@ -99,3 +113,46 @@ def lowbit_linear_reference(
 def _lowbit_linear_triton(codes: Tensor, scales: Tensor, low: Tensor, qweight: Tensor, *parts: Any) -> Tensor:
     _, _, proj_up, *_ = parts
     return proj_up.new_empty((codes.shape[0], qweight.shape[0]))
+
+
+def _empty_output(codes: Tensor, scales: Tensor, low: Tensor, qweight: Tensor, *parts: Any) -> Tensor:
+    return parts[2].new_empty((codes.shape[0], qweight.shape[0]))
+
+
+@operator(
+    "kept_int8_linear(Tensor codes, Tensor scales, Tensor low, Tensor qweight, Tensor wscales, Tensor? wtscale, "
+    "Tensor proj_up, Tensor? bias) -> Tensor",
+    _empty_output,
+    "CompositeExplicitAutograd",
+)
+def _kept_int8_linear(
+    codes: Tensor, scales: Tensor, low: Tensor,
+    qweight: Tensor, wscales: Tensor, wtscale: Tensor | None, proj_up: Tensor, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`lowbit_linear` of int8 codes with the int8 copy of a 4-bit weight; itself without room for a copy."""
+    from diffusers_sana.kernels.triton.lowbit_linear import MAX_PACKED_TOKENS, lowbit_linear_forward
+
+    if len(codes) <= MAX_PACKED_TOKENS:
+        return lowbit_linear_forward(codes, scales, low, qweight, wscales, wtscale, proj_up, bias, "int8")
+    weight, rows = _INT8.get(_copy_if_there_is_room, qweight, wscales, wtscale)
+    if weight is None:
+        return lowbit_linear_forward(codes, scales, low, qweight, wscales, wtscale, proj_up, bias, "int8")
+    return lowbit_linear_forward(codes, scales, low, weight, rows, None, proj_up, bias, "int8")
+
+
+def _copy_if_there_is_room(
+    qweight: Tensor, wscales: Tensor, wtscale: Tensor | None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The weight as int8 with one scale per row, or None twice."""
+    from diffusers_sana.kernels.triton.requantize_rows import requantize_rows as requantize
+
+    if _free_bytes(qweight.device) < ROOM * 2 * qweight.numel():
+        return None, None
+    return requantize(qweight, wscales, wtscale)
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type != "cuda":
+        return float("inf")
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserved

@@ -5,7 +5,9 @@ import importlib
 import pytest
 import torch
 
+from diffusers_sana.kernels import lowbit_linear as operation
 from diffusers_sana.kernels.dispatch import kernel_mode
+from diffusers_sana.kernels.kept import forget, kept_changes
 from diffusers_sana.kernels.low_bit import decode_e2m1, decode_weight, requantize_rows, unpack_nibbles
 from diffusers_sana.kernels.lowbit_linear import lowbit_linear, lowbit_linear_reference
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank_reference
@@ -139,3 +141,75 @@ def test_kernel_is_an_operator(precision, activation_format):
     check_compiled(
         lowbit_linear, tensors((3, 5, 100, 4), precision, activation_format), activation_format=activation_format
     )
+
+
+@pytest.fixture
+def conversions(monkeypatch):
+    """The weights that are converted to int8 by the kernel."""
+    module = importlib.import_module("diffusers_sana.kernels.triton.requantize_rows")
+    product = importlib.import_module("diffusers_sana.kernels.triton.lowbit_linear")
+    convert, converted = module.requantize_rows, []
+
+    def spy(qweight, *scales):
+        converted.append(qweight)
+        return convert(qweight, *scales)
+
+    for place in (module, product):
+        monkeypatch.setattr(place, "requantize_rows", spy)
+    return converted
+
+
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+def test_int8_copy_is_made_once(precision, conversions):
+    """The bits are those of a conversion at each call; a changed weight is converted again."""
+    given = tensors((65, 9, 128, 3), precision, "int8")
+
+    def out(**options):
+        with kernel_mode("triton"):
+            return lowbit_linear(**given, activation_format="int8", **options)
+
+    expected = out()
+    assert torch.equal(out(), expected)
+    assert len(conversions) == 2
+    for _ in range(3):
+        assert torch.equal(out(keep_int8=True), expected)
+    assert len(conversions) == 3
+    assert given["qweight"] in operation._INT8
+    before = kept_changes()
+    given["wscales"].copy_(given["wscales"].float() / 2)
+    changed = out()
+    assert not torch.equal(changed, expected)
+    assert torch.equal(out(keep_int8=True), changed)
+    assert (len(conversions), kept_changes()) == (5, before + 1)
+    forget(given["qweight"])
+    assert given["qweight"] not in operation._INT8
+    assert kept_changes() == before + 2
+    size = len(operation._INT8)
+    out(keep_int8=True)
+    assert len(operation._INT8) == size + 1
+    conversions.clear()
+    del given["qweight"]
+    assert len(operation._INT8) == size  # a copy lives as long as its weight
+
+
+def test_no_int8_copy_without_room_or_for_few_tokens(conversions, monkeypatch):
+    given = tensors((70, 9, 128, 0), "int4", "int8")
+    options = {"activation_format": "int8", "keep_int8": True}
+    few = given | {name: given[name][:64] for name in ("codes", "scales", "low")}
+    with kernel_mode("triton"):
+        lowbit_linear(**few, **options)
+        assert (conversions, given["qweight"] in operation._INT8) == ([], False)
+        free = operation.ROOM * 2 * given["qweight"].numel()
+        monkeypatch.setattr(operation, "_free_bytes", lambda device: free - 1)
+        without = [lowbit_linear(**given, **options) for _ in range(2)]
+        assert len(conversions) == 2  # at each call
+        forget(given["qweight"])
+        monkeypatch.setattr(operation, "_free_bytes", lambda device: free)
+        assert all(torch.equal(lowbit_linear(**given, **options), out) for out in without)
+        assert len(conversions) == 3
+
+
+def test_int8_copy_in_compiled_code(conversions):
+    given = tensors((66, 9, 128, 3), "int4", "int8")
+    check_compiled(lowbit_linear, given, activation_format="int8", keep_int8=True)
+    assert len(conversions) == 1

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffusers_sana._compat import cpu_has_vnni, has_int8_product
-from diffusers_sana.kernels.dispatch import cpu_operator
+from diffusers_sana.kernels.dispatch import operator
+from diffusers_sana.kernels.kept import Kept
 from diffusers_sana.kernels.low_bit import nonzero, pad_features, requantize_rows
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank_reference
 from diffusers_sana.kernels.rotation import rotate
@@ -51,8 +51,7 @@ class PreparedWeight:
     up: Tensor
 
 
-# By the codes of the weight: of which tensors, in which version, and the weight.
-_PREPARED: Any = WeakTensorKeyDictionary()
+_PREPARED = Kept()
 
 
 @torch.compiler.assume_constant_result  # which it cannot trace
@@ -86,20 +85,6 @@ def prepare(
     )
 
 
-def _prepared(
-    qweight: Tensor, wscales: Tensor, wtscale: Tensor | None, proj_up: Tensor, bias: Tensor | None
-) -> PreparedWeight:
-    """The weight from an earlier call, prepared again when one of the tensors has changed."""
-    parts = (qweight, wscales, wtscale, proj_up, bias)
-    # Tensors made under `torch.inference_mode` have no version counter: who changes them in place calls `forget`.
-    version = tuple(
-        (id(part), part.data_ptr(), part.is_inference() or part._version) for part in parts if part is not None
-    )
-    if qweight not in _PREPARED or _PREPARED[qweight][0] != version:
-        _PREPARED[qweight] = version, prepare(*parts)
-    return _PREPARED[qweight][1]
-
-
 def is_prepared(qweight: Tensor) -> bool:
     """Whether an 8-bit copy of a weight is in memory."""
     return qweight in _PREPARED
@@ -107,14 +92,14 @@ def is_prepared(qweight: Tensor) -> bool:
 
 def forget(qweight: Tensor) -> None:
     """Drops the 8-bit copy of a weight."""
-    _PREPARED.pop(qweight, None)
+    _PREPARED.drop(qweight)
 
 
 def _empty_output(hidden_states: Tensor, qweight: Tensor, *parts: Any) -> Tensor:
     return hidden_states.new_empty(hidden_states.shape[0], qweight.shape[0])
 
 
-@cpu_operator(
+@operator(
     "int8_linear(Tensor hidden_states, Tensor qweight, Tensor wscales, Tensor? wtscale, Tensor smooth_factor, "
     "Tensor proj_down, Tensor proj_up, Tensor? bias, Tensor? rotation) -> Tensor",
     _empty_output,
@@ -142,7 +127,7 @@ def int8_linear(
     Returns:
         `[M, N]` in the dtype of `hidden_states`.
     """
-    weight = _prepared(qweight, wscales, wtscale, proj_up, bias)
+    weight = _PREPARED.get(prepare, qweight, wscales, wtscale, proj_up, bias)
     tokens, outputs = hidden_states.shape[0], weight.scales.shape[0]
     smooth, down, up = smooth_factor.float(), proj_down.float().t(), weight.up.t()
     out = hidden_states.new_empty(tokens, outputs)

@@ -8,8 +8,8 @@ Adapters, offloading and device maps find a linear layer with plain parameters; 
 the layer represents. The product of a 4-bit layer is computed in one of three modes (`compute_mode`):
 
     w4a4    activations are quantized to the 4-bit format of the weight
-    w4a8    activations are quantized to int8, with one scale per token; the weight is converted to int8, on the fly
-            (GPU) or once (CPU)
+    w4a8    activations are quantized to int8, with one scale per token; the weight is converted to int8 once, or on
+            the fly on a GPU without room for an 8-bit copy
     w4a16   activations stay in 16 bit; the weight is converted to 16 bit on the fly
     auto    the fastest of these on the device, see `best_mode`
 
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from diffusers_sana.kernels.cpu import int8_linear
 from diffusers_sana.kernels.cpu.blocked import linear_in_pieces
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight
+from diffusers_sana.kernels.kept import forget
 from diffusers_sana.kernels.linear import linear
 from diffusers_sana.kernels.low_bit import GROUP_SIZES, padded, precision_of
 from diffusers_sana.kernels.lowbit_linear import lowbit_linear
@@ -101,7 +102,7 @@ class SVDQuantLayer(LowRankBranch):
         if compute_mode not in COMPUTE_MODES:
             raise ValueError(f"`compute_mode` must be one of {COMPUTE_MODES}, got {compute_mode!r}.")
         self.compute_mode = compute_mode
-        int8_linear.forget(self.qweight)
+        forget(self.qweight)
 
     def mode_on(self, device: torch.device) -> str:
         """The mode in which the layer computes on a device: "w4a4", "w4a8", "w4a16", "w8a8" or "w8a16"."""
@@ -151,7 +152,7 @@ class SVDQuantLayer(LowRankBranch):
         )
         return lowbit_linear(
             codes, scales, low, self.qweight, self.wscales, self.wtscale, self.proj_up, self.bias,
-            activation_format=activation_format,
+            activation_format=activation_format, keep_int8=True,
         )  # fmt: skip
 
     def dequantize(self, dtype: torch.dtype | None = None, rows: slice = slice(None)) -> Tensor:
@@ -183,8 +184,8 @@ class SVDQuantLayer(LowRankBranch):
         return self.qweight.shape[0]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """`.to` and the like. It keeps the bits of the scales of nvfp4 and int8, and drops the 8-bit copy of a CPU."""
-        int8_linear.forget(self.qweight)
+        """`.to` and the like. It keeps the bits of the scales of nvfp4 and int8, and drops the 8-bit copy."""
+        forget(self.qweight)
 
         def on_bits(tensor: Tensor) -> Tensor:
             if tensor.dtype == torch.float8_e4m3fn:
@@ -202,7 +203,7 @@ class SVDQuantLayer(LowRankBranch):
         return super()._apply(on_bits, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        int8_linear.forget(self.qweight)
+        forget(self.qweight)
         super()._load_from_state_dict(*args, **kwargs)
 
 
