@@ -68,6 +68,12 @@ def is_plain(*layers: nn.Module) -> bool:
     )
 
 
+def is_patched(module: nn.Module) -> bool:
+    """Whether the instance has a `forward` of its own; diffusers' hooks leave that of the class there when they go."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
 def hooks_of(module: nn.Module) -> Mapping[str, Any]:
     """The hooks of diffusers on a module, by name. Unlike diffusers' own functions, adds nothing to the module."""
     registry = getattr(module, "_diffusers_hook", None)

@@ -10,16 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffusers_sana.kernels.triton.rows import MAX_PARTIALS, as_modulation, as_rows
+from diffusers_sana.kernels.triton.rows import MAX_PARTIALS, as_modulation, as_rows, row_blocks
 
 
 NUM_WARPS = 8
-
-
-def _launch_config(channels: int) -> tuple[int, int]:
-    """Rows and channels of a block: 4096 elements, 16 a thread."""
-    block_c = triton.next_power_of_2(channels)
-    return 4096 // block_c, block_c
 
 
 def _rows_a_program(rows: int, block_r: int) -> int:
@@ -94,7 +88,7 @@ def modulated_layer_norm_forward(x: Tensor, scale: Tensor, shift: Tensor, eps: f
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x = as_rows(x)
     (scale, stride_scale), (shift, stride_shift) = as_modulation(scale), as_modulation(shift)
-    block_r, block_c = _launch_config(channels)
+    block_r, block_c = row_blocks(channels)
     parts = triton.cdiv(tokens, block_r)
     _modulated_layer_norm_forward_kernel[(batch * parts,)](
         x, scale, shift, out,
@@ -110,7 +104,7 @@ def modulated_layer_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: f
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad, x = as_rows(grad), as_rows(x)
     scale, stride_scale = as_modulation(scale)
-    block_r, block_c = _launch_config(channels)
+    block_r, block_c = row_blocks(channels)
     rows_a_program = _rows_a_program(batch * tokens, block_r)
     parts = triton.cdiv(tokens, rows_a_program)
     partials = torch.empty((2, batch, parts, channels), dtype=torch.float32, device=x.device)

@@ -1,10 +1,17 @@
 """Common functions of the kernels over rows."""
 
+import triton
 from torch import Tensor
 
 
 # Programs of a backward pass that write a partial sum: about four per multiprocessor of the largest GPUs.
 MAX_PARTIALS = 512
+
+
+def row_blocks(channels: int) -> tuple[int, int]:
+    """Rows and channels of a block that has whole rows: 4096 elements, 16 a thread of 8 warps."""
+    block_c = triton.next_power_of_2(channels)
+    return 4096 // block_c, block_c
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusers_sana.kernels.gated_residual import gated_residual
+from diffusers_sana.kernels.gated_residual_norm import gated_residual_norm
 from diffusers_sana.kernels.modulated_layer_norm import modulated_layer_norm
 from diffusers_sana.models.layers import (
     Conv2d,
@@ -31,6 +32,7 @@ from diffusers_sana.models.layers import (
     PointwiseConv2d,
     gated_bottleneck,
     hooks_of,
+    is_patched,
     scaled_adapters,
     split_scale,
 )
@@ -52,12 +54,25 @@ from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTe
 class SanaModulatedNorm(nn.LayerNorm):
     """Layer norm followed by the adaLN modulation `x * (1 + scale) + shift` (DiT, arXiv 2212.09748)."""
 
-    def forward(self, hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """Maps `[B, N, D]` to the same shape; `shift` and `scale` are `[B or 1, 1, D]`."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        branch: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Any:
+        """Maps `[B, N, D]` to the same shape; `shift` and `scale` are `[B or 1, 1, D]`.
+
+        With `branch` `[B, N, D]`, first adds it to the hidden states, times `gate` if that is given, and returns the
+        sum and its norm.
+        """
         if self.elementwise_affine:
             shift = torch.addcmul(shift, self.bias, 1 + scale)
             scale = self.weight * (1 + scale) - 1
-        return modulated_layer_norm(hidden_states, scale, shift, eps=self.eps)
+        if branch is None:
+            return modulated_layer_norm(hidden_states, scale, shift, eps=self.eps)
+        return gated_residual_norm(hidden_states, branch, gate, scale, shift, eps=self.eps)
 
 
 class SanaMixFeedForward(nn.Module):
@@ -160,20 +175,64 @@ class SanaTransformerBlock(nn.Module):
             `[B, N, D]`.
         """
         modulation = self.scale_shift_table + timestep.unflatten(-1, (6, -1))
+        text = encoder_hidden_states, encoder_attention_mask
+        return gated_residual(*self.residual_branch(hidden_states, None, None, text, modulation, width))
+
+    def residual_branch(
+        self,
+        hidden_states: Tensor,
+        branch: Tensor | None,
+        gate: Tensor | None,
+        text: tuple[Tensor | SanaTextState, Tensor | None],
+        modulation: Tensor,
+        width: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The block without its last addition, which one kernel does together with the norm that follows.
+
+        Args:
+            hidden_states: `[B, N, D]`.
+            branch, gate: what is still to be added to them, as returned by the block before; None for nothing.
+            text: `encoder_hidden_states` and `encoder_attention_mask` of `forward`.
+            modulation: shift, scale and gate of self-attention and Mix-FFN, `[B or 1, 6, D]`.
+            width: of the token grid.
+
+        Returns:
+            Hidden states `[B, N, D]`, the output of the Mix-FFN `[B, N, D]` and its gate `[B or 1, 1, D]`:
+            `gated_residual` of these is the output of the block.
+        """
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # [B, 1, D]
 
-        attn_output = self.attn1(self.norm1(hidden_states, shift_msa, scale_msa))
-        hidden_states = gated_residual(hidden_states, attn_output, gate_msa)
+        if branch is None:
+            norm_hidden_states = self.norm1(hidden_states, shift_msa, scale_msa)
+        else:
+            hidden_states, norm_hidden_states = self.norm1(hidden_states, shift_msa, scale_msa, branch, gate)
+        hidden_states = gated_residual(hidden_states, self.attn1(norm_hidden_states), gate_msa)
 
-        hidden_states = hidden_states + self.attn2(
+        encoder_hidden_states, encoder_attention_mask = text
+        attn_output = self.attn2(
             hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
         )
-
-        norm_hidden_states = self.norm2(hidden_states, shift_mlp, scale_mlp)
+        hidden_states, norm_hidden_states = self.norm2(hidden_states, shift_mlp, scale_mlp, attn_output)
         # As an image the tokens are channels-last, so this is a view. With sequence parallelism, each process has some
         # of the rows.
         ff_output = self.ff(norm_hidden_states.unflatten(1, (-1, width)).movedim(-1, 1))  # [B, D, h, w]
-        return gated_residual(hidden_states, ff_output.movedim(1, -1).flatten(1, 2), gate_mlp)
+        return hidden_states, ff_output.movedim(1, -1).flatten(1, 2), gate_mlp
+
+
+def are_chained(blocks: Sequence[nn.Module]) -> bool:
+    """Whether nothing looks at or changes what passes between the blocks, so that kernels may span two of them.
+
+    Not with hooks on a block, a replaced or separately compiled `forward`, or where gradients may be wanted.
+    """
+    return not torch.is_grad_enabled() and all(
+        type(block) is SanaTransformerBlock
+        and not is_patched(block)
+        and not block._forward_pre_hooks
+        and not block._forward_hooks
+        and not hooks_of(block)
+        and block._compiled_call_impl is None
+        for block in blocks
+    )
 
 
 def make_sana_blocks(
@@ -432,6 +491,45 @@ class SanaTransformer2DModel(
         conditions = {"guidance": guidance} if self.config["guidance_embeds"] else {}
         modulation, embedded_timestep = self.time_embed(timestep, hidden_dtype=hidden_states.dtype, **conditions)
 
+        # The last modulation uses the timestep embedding itself; the blocks use its projection.
+        table = self.scale_shift_table
+        shift, scale = (table + embedded_timestep[:, None].to(table.device)).chunk(2, dim=1)  # [B, 1, D]
+        if controlnet_block_samples is None and are_chained(self.transformer_blocks):
+            hidden_states, *branch = self._chain(hidden_states, text_context, modulation, width)
+            hidden_states = self.norm_out(hidden_states, shift, scale, *branch)[1]
+        else:
+            context = text_context, modulation, height, width
+            hidden_states = self._run_blocks(hidden_states, *context, controlnet_block_samples)
+            hidden_states = self.norm_out(hidden_states, shift, scale)
+        hidden_states = self.proj_out(hidden_states)  # [B, N, p * p * C]
+        hidden_states = hidden_states.unflatten(1, (height, width)).unflatten(-1, (p, p, -1))  # [B, h, w, p, p, C]
+        sample = hidden_states.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # [B, C, H, W]
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _chain(
+        self, hidden_states: Tensor, text_context: SanaTextContext, modulation: Tensor, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All blocks but the last addition; the norm of each block is one kernel with the addition before it."""
+        blocks: Any = self.transformer_blocks
+        tables = torch.stack([block.scale_shift_table for block in blocks])
+        modulations = (tables + modulation.unflatten(-1, (1, 6, -1))).unbind(1)  # [B, 6, D] each
+        branch: Any = None
+        gate: Any = None
+        for block, text, own in zip(blocks, text_context.states, modulations, strict=True):
+            conditions = (text, text_context.attention_mask), own, width
+            hidden_states, branch, gate = block.residual_branch(hidden_states, branch, gate, *conditions)
+        return hidden_states, branch, gate
+
+    def _run_blocks(
+        self,
+        hidden_states: Tensor,
+        text_context: SanaTextContext,
+        modulation: Tensor,
+        height: int,
+        width: int,
+        controlnet_block_samples: Any,
+    ) -> Tensor:
+        """All blocks one by one, `[B, N, D]` to the same shape; the samples of a ControlNet are added, if given."""
         first_controlled = 1
         for index, (block, text) in enumerate(zip(self.transformer_blocks, text_context.states, strict=True)):
             block_arguments = (hidden_states, text, text_context.attention_mask, modulation, height, width)
@@ -445,14 +543,7 @@ class SanaTransformer2DModel(
                 number = index - first_controlled
                 if 0 <= number < len(controlnet_block_samples):
                     hidden_states = hidden_states + controlnet_block_samples[number]
-
-        # The last modulation uses the timestep embedding itself; the blocks use its projection.
-        table = self.scale_shift_table
-        shift, scale = (table + embedded_timestep[:, None].to(table.device)).chunk(2, dim=1)  # [B, 1, D]
-        hidden_states = self.proj_out(self.norm_out(hidden_states, shift, scale))  # [B, N, p * p * C]
-        hidden_states = hidden_states.unflatten(1, (height, width)).unflatten(-1, (p, p, -1))  # [B, h, w, p, p, C]
-        sample = hidden_states.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # [B, C, H, W]
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        return hidden_states
 
     def _check_inputs(
         self, hidden_states: Tensor, timestep: Tensor, guidance: Tensor | None, attention_mask: Tensor | None

@@ -161,11 +161,11 @@ class SanaVideoTransformerBlock(SanaTransformerBlock):
             attn_output, attention = attn_output
         hidden_states = gated_residual(grouped(hidden_states), grouped(attn_output), gate_msa).view_as(hidden_states)
 
-        hidden_states = hidden_states + self.attn2(
+        attn_output = self.attn2(
             hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
         )
-
-        normed = self.norm2(grouped(hidden_states), shift_mlp, scale_mlp).view_as(hidden_states)
+        total, normed = self.norm2(grouped(hidden_states), shift_mlp, scale_mlp, grouped(attn_output))
+        hidden_states, normed = total.view_as(hidden_states), normed.view_as(hidden_states)
         # With sequence parallelism, each process has some of the frames.
         ff_output = self.ff(normed.unflatten(1, (-1, height, width)), **stream)
         if state is not None:
