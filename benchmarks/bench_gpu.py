@@ -176,7 +176,7 @@ def every_way(scale: Scale, model: str, size: int) -> Report:
         "triton": step.of(step.ours),
         "graph": step.replayed(),
     }
-    decides = "`enable_cuda_graphs` by default if `graph` is the fastest, now off; kernel mode `auto`, now Triton"
+    decides = "`enable_cuda_graphs` by default if `graph` is the fastest, now on; kernel mode `auto`, now Triton"
     report = compare(functions, "diffusers", step.reference(), decides, scale.rounds(5))
     with torch.no_grad():
         return report | {"graph_is_exact": torch.equal(functions["graph"](), functions["triton"]())}

@@ -25,7 +25,7 @@ from diffusers_sana.checks import check_integer, check_size
 from diffusers_sana.locks import exclusive
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
-from diffusers_sana.pipelines.acceleration.cuda_graphs import CudaGraphs
+from diffusers_sana.pipelines.acceleration.cuda_graphs import AutomaticGraphs, CudaGraphs
 from diffusers_sana.pipelines.call import Call, CallAttribute, current_call, read_only, running
 from diffusers_sana.pipelines.conditioning import StartImage
 from diffusers_sana.pipelines.decoding import decode_latents
@@ -61,7 +61,9 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
     text_encoder: Any
     vae: Any
     transformer: Any
-    _cuda_graphs: CudaGraphs | None = None
+    _cuda_graphs: CudaGraphs | None = None  # that the user has asked for
+    _automatic_graphs: AutomaticGraphs | None = None
+    _uses_automatic_graphs = True
 
     # Callbacks read and set these, as in diffusers.
     _guidance_scale = CallAttribute()
@@ -121,15 +123,36 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
     def enable_cuda_graphs(self) -> None:
         """From now on each step of the transformer is replayed as one CUDA graph: the same numbers, fewer launches.
 
-        It helps where the kernels of a step are short: small images, fast GPUs. Each shape of inputs (size, number of
-        images, length of the text) is recorded at its first use. Not together with offloading, step caches or
-        `torch.compile(mode="reduce-overhead")`; a call then raises RuntimeError, and so it does without a CUDA device.
+        On a GPU that is the default where nothing prevents it, from the second step with inputs of a shape on. After
+        this method the first step is recorded, too, and what prevents it is an error: offloading, step caches,
+        `torch.compile(mode="reduce-overhead")`, or no CUDA device. Each shape of inputs (size, number of images,
+        length of the text) has its own graph.
         """
+        self._automatic_graphs = None
         self._cuda_graphs = CudaGraphs(self.transformer)
 
     def disable_cuda_graphs(self) -> None:
-        """Undoes `enable_cuda_graphs` and frees its memory."""
-        self._cuda_graphs = None
+        """From now on no step is replayed as a CUDA graph. Frees their memory."""
+        self._cuda_graphs = self._automatic_graphs = None
+        self._uses_automatic_graphs = False
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers. Graphs that were recorded by default are dropped with the memory that they hold."""
+        self._automatic_graphs = None
+        return super().to(*args, **kwargs)
+
+    def _graphs_of_call(self, has_guider: bool) -> CudaGraphs | None:
+        """What replays the steps of a call."""
+        if self._cuda_graphs is not None:
+            if self._cuda_graphs.model is not self.transformer:
+                self.enable_cuda_graphs()
+            return self._cuda_graphs
+        # A guider may replace layers for some of its predictions.
+        if has_guider or not self._uses_automatic_graphs or not isinstance(self.transformer, torch.nn.Module):
+            return None
+        if self._automatic_graphs is None or self._automatic_graphs.model is not self.transformer:
+            self._automatic_graphs = AutomaticGraphs(self.transformer)
+        return self._automatic_graphs
 
     def maybe_free_model_hooks(self) -> None:
         """As in diffusers: offloads the models if offloading is on, and resets the step cache of the transformer.
@@ -254,8 +277,6 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
             logger.warning(
                 f"`attention_kwargs` {unknown} are not expected by diffusers' transformer, which ignores them."
             )
-        if self._cuda_graphs is not None and self._cuda_graphs.model is not self.transformer:
-            self.enable_cuda_graphs()
         callback, guider = request.callback_on_step_end, request.guider
         call = Call(
             scheduler=self._scheduler_of_call(),
@@ -267,7 +288,7 @@ class SanaPipelineBase(ComponentLoading, DiffusionPipeline, LoraLoading):
             callback=None if callback is None else partial(callback, self),
             callback_inputs=request.callback_on_step_end_tensor_inputs,
             progress_bar=self.progress_bar,
-            graphs=self._cuda_graphs,
+            graphs=self._graphs_of_call(guider is not None),
             guidance=None if guider is None else Guidance(guider, self.transformer, self._cuda_graphs),
             **state,
         )

@@ -58,7 +58,7 @@ class Denoiser:
     def __call__(self, **arguments: Any) -> Tensor:
         """The first output of the transformer."""
         with exclusive(self.transformer), self.cache.at(self.step_index):
-            if self.call.graphs is not None:
+            if self.call.graphs is not None and self.call.graphs.is_active:
                 return self.call.graphs(**arguments).clone()  # another call overwrites the memory of a graph
             return self.transformer(**arguments)[0]
 

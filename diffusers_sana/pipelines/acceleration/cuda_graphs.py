@@ -4,35 +4,68 @@ A graph is recorded for each shape of the inputs and each choice of attention pr
 own memory, into which every step copies its latents and time, and every prompt its text. A recording is valid only
 while the weights stay where they are and adapters keep their strengths, so a fingerprint of both is taken at the start
 of every pipeline call.
+
+`CudaGraphs` is what `enable_cuda_graphs` asks for: it raises where it cannot record. `AutomaticGraphs` is the default:
+it records where nothing prevents that, and says once why it does not.
 """
 
-from collections.abc import Hashable, Iterator
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 
-from diffusers_sana.models.layers import hooks_of
+from diffusers_sana.kernels.dispatch import current_kernel_mode, kernel_mode
+from diffusers_sana.kernels.kept import kept_changes
+from diffusers_sana.models.layers import hooks_of, is_patched
+from diffusers_sana.models.transformers.attention_sana import (
+    SanaAttnProcessor,
+    SanaLinearAttnProcessor,
+    SanaPAGAttnProcessor,
+)
+from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
+from diffusers_sana.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
 
 
-MAX_GRAPHS = 8  # shapes kept at a time; the oldest goes first
+logger = logging.get_logger(__name__)
+
+MAX_GRAPHS = 8  # shapes kept at a time; the one that was used longest ago goes first
+MAX_SEEN = 64  # shapes that the automatic graphs remember
 WARMUP = 2  # runs before recording, in which kernels are compiled and workspaces made
+DEVICE_TYPE = "cuda"  # also that of AMD's GPUs
+# Models and processors whose code does not depend on values or on the number of the step.
+RECORDABLE = (SanaTransformer2DModel, SanaVideoTransformer3DModel)
+PROCESSORS = (SanaAttnProcessor, SanaLinearAttnProcessor)
+# Relative errors of the model's output above which the kernels are wrong: several times the tolerances of
+# `tests/test_gpu.py`, and a wrong kernel gives about 1.
+KERNEL_TOLERANCES = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.2}
 
 
 class CudaGraphs:
     """Graphs of one model's forward pass, by the shapes of its arguments.
 
+    The graphs share their memory, so they take about as much as one step does, and are replayed one at a time.
+
     Args:
         model: called with tensors and structures of tensors (tuples, dicts, dataclasses) as keyword arguments; runs no
             code that depends on their values.
+        graph_class: makes a graph of a model, its arguments, their tensors, and the memory pool that graphs share.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, graph_class: Callable[..., Any] | None = None) -> None:
         self.model = model
-        self._graphs: dict[Hashable, _Graph] = {}
+        self._graph_class = graph_class or _Graph
+        self._graphs: dict[Hashable, Any] = {}
         self._fingerprint: Hashable = None
         self._attentions: list[Any] = []
+
+    @property
+    def is_active(self) -> bool:
+        """Whether steps are to be asked of the graphs instead of the model."""
+        return True
 
     def refresh(self) -> None:
         """Drops all graphs if weights have moved or adapters have changed since the last call.
@@ -48,21 +81,159 @@ class CudaGraphs:
 
     def __call__(self, **arguments: Any) -> Tensor:
         """The first output of `model(**arguments)`, in memory that the next call overwrites."""
+        tensors, shape = self._describe(arguments)
+        if shape not in self._graphs:
+            self._record(shape, arguments, tensors)
+        return self._replay(shape, tensors)
+
+    def __reduce__(self) -> Any:
+        """A copy of the pipeline has a copy of the model, which is recorded anew."""
+        return type(self), (self.model,)
+
+    def _describe(self, arguments: dict[str, Any]) -> tuple[list[Tensor], Hashable]:
         tensors, shape = _flatten(arguments)
-        shape = shape, tuple(module.processor for module in self._attentions)
-        graph = self._graphs.get(shape)
-        if graph is None:
-            if len(self._graphs) == MAX_GRAPHS:
-                del self._graphs[next(iter(self._graphs))]
-            graph = self._graphs[shape] = _Graph(self.model, arguments, tensors)
+        return tensors, (shape, tuple(module.processor for module in self._attentions))
+
+    def _record(self, shape: Hashable, arguments: dict[str, Any], tensors: list[Tensor]) -> None:
+        while len(self._graphs) >= MAX_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        pool = next((graph.pool for graph in self._graphs.values()), None)
+        self._graphs[shape] = self._graph_class(self.model, arguments, tensors, pool)
+
+    def _replay(self, shape: Hashable, tensors: list[Tensor]) -> Tensor:
+        graph = self._graphs[shape] = self._graphs.pop(shape)  # now the last that would be dropped
         return graph.replay(tensors)
+
+
+class AutomaticGraphs(CudaGraphs):
+    """Graphs where nothing prevents them, without an error where something does: then the model runs as usual.
+
+    What prevents all of them (a device without graphs, hooks, compiled code) is looked at in `refresh`. A shape is
+    recorded when it is met for the second time, so inputs that change from step to step are not. Each shape is
+    checked at its first use: the model's output with our kernels against that with PyTorch's operations, and the
+    graph's output against the model's, bit by bit. What fails a check is not used again for that shape, and a warning
+    says so.
+    """
+
+    def __init__(self, model: nn.Module, graph_class: Callable[..., Any] | None = None) -> None:
+        super().__init__(model, graph_class)
+        self._reason: str | None = None
+        self._logged: set[str] = set()
+        # Shapes met so far: whether they may be recorded, and the kernel mode that they run in.
+        self._seen: dict[Hashable, _Seen] = {}
+
+    @property
+    def is_active(self) -> bool:
+        """Not where something prevents all graphs."""
+        return self._reason is None
+
+    def refresh(self) -> None:
+        """As in `CudaGraphs`, but never raises."""
+        self._reason = unsupported(self.model)
+        if self._reason is not None:
+            self._graphs.clear()
+            self._explain(self._reason)
+            return
+        fingerprint = _fingerprint(self.model), current_kernel_mode()
+        if fingerprint != self._fingerprint:
+            self._graphs.clear()
+            self._seen.clear()
+            self._fingerprint, self._attentions = fingerprint, _attentions(self.model)
+
+    def __call__(self, **arguments: Any) -> Tensor:
+        """The first output of `model(**arguments)`, in memory that the next call may overwrite."""
+        reason = _unrecordable(arguments)
+        if reason is not None:
+            self._explain(reason)
+            return self.model(**arguments)[0]
+        tensors, shape = self._describe(arguments)
+        if shape in self._graphs:
+            return self._replay(shape, tensors)
+        seen = self._seen.get(shape)
+        if seen is None:
+            while len(self._seen) >= MAX_SEEN:
+                del self._seen[next(iter(self._seen))]
+            output = self.model(**arguments)[0]
+            self._seen[shape] = _Seen(*self._checked_kernels(arguments, output))
+            return output if self._seen[shape].mode is None else self._eager(arguments, "torch")
+        output = self._eager(arguments, seen.mode)
+        if seen.is_recordable:
+            seen.is_recordable = self._checked_graph(shape, arguments, tensors, output)
+        return output
+
+    def _eager(self, arguments: dict[str, Any], mode: str | None) -> Tensor:
+        if mode is None:
+            return self.model(**arguments)[0]
+        with kernel_mode(mode):
+            return self.model(**arguments)[0]
+
+    def _checked_kernels(self, arguments: dict[str, Any], output: Tensor) -> tuple[bool, str | None]:
+        """Whether the shape may be recorded, and the kernel mode to use from now on, None for the current one."""
+        if current_kernel_mode() != "auto":  # the user has chosen
+            return True, None
+        try:
+            expected = self._eager(arguments, "torch").float()
+        except torch.OutOfMemoryError:  # PyTorch's operations need more memory than the kernels
+            self._explain("there is not enough memory to check the kernels against PyTorch's operations")
+            return True, None
+        error = ((output.float() - expected).norm() / expected.norm().clamp_min(1e-20)).item()
+        if not expected.isfinite().all() or error <= KERNEL_TOLERANCES.get(output.dtype, 0.2):
+            return True, None
+        logger.warning(
+            f"The output of {type(self.model).__name__} for {_shapes(arguments)} with the Triton kernels differs by"
+            f" {error:.1%} from that with PyTorch's operations, which are used for these shapes from now on. Please"
+            " report it with the output of `diffusers-sana env`."
+        )
+        return False, "torch"
+
+    def _checked_graph(
+        self, shape: Hashable, arguments: dict[str, Any], tensors: list[Tensor], expected: Tensor
+    ) -> bool:
+        """Records a graph; whether its output is that of the model. If not, the graph is dropped."""
+        try:
+            self._record(shape, arguments, tensors)
+            if torch.equal(self._replay(shape, tensors), expected) or not expected.isfinite().all():
+                return True
+        except torch.OutOfMemoryError:
+            self._graphs.clear()
+            self._explain("there is not enough memory to record them")
+            return False
+        except RuntimeError as error:  # an operation that cannot be recorded
+            self._graphs.pop(shape, None)
+            self._explain(f"recording failed: {error}")
+            return False
+        del self._graphs[shape]
+        logger.warning(
+            f"A CUDA graph of {type(self.model).__name__} for {_shapes(arguments)} does not give the bits of the model"
+            " itself, which runs without a graph for these shapes. Please report it with the output of"
+            " `diffusers-sana env`."
+        )
+        return False
+
+    def _explain(self, reason: str) -> None:
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.info(f"{type(self.model).__name__} runs without CUDA graphs: {reason}.")
+
+
+@dataclass
+class _Seen:
+    """What is known of a shape.
+
+    Attributes:
+        is_recordable: no recording of it has failed.
+        mode: the kernel mode to use in place of the current one.
+    """
+
+    is_recordable: bool
+    mode: str | None
 
 
 class _Graph:
     # Outside of inference mode: its tensors could not be written into by a later call that is not in it.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, model: nn.Module, arguments: dict[str, Any], tensors: list[Tensor]) -> None:
+    def __init__(self, model: nn.Module, arguments: dict[str, Any], tensors: list[Tensor], pool: Any) -> None:
         self.inputs = [tensor.clone() for tensor in tensors]
         self.sources: list[Tensor | None] = [None] * len(tensors)
         own = _unflatten(arguments, iter(self.inputs))
@@ -73,8 +244,13 @@ class _Graph:
                 model(**own)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads go on
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):  # other threads go on
             self.output = model(**own)[0]
+
+    @property
+    def pool(self) -> Any:
+        """The memory of its intermediate results, for other graphs to share."""
+        return self.graph.pool()
 
     def replay(self, tensors: list[Tensor]) -> Tensor:
         for i, tensor in enumerate(tensors):
@@ -123,15 +299,62 @@ def _unflatten(value: Any, tensors: Iterator[Tensor]) -> Any:
     return value
 
 
+def _unrecordable(value: Any) -> str | None:
+    """Why arguments of a step cannot be those of a graph, or None: it has to know all that they consist of."""
+    if value is None or isinstance(value, bool | int | float | str | Tensor | torch.dtype | torch.device):
+        return None
+    parts: Any
+    if isinstance(value, tuple | list):
+        parts = value
+    elif isinstance(value, dict):
+        parts = value.values()
+    elif is_dataclass(value) and not isinstance(value, type):
+        parts = [getattr(value, field.name) for field in fields(value)]
+    else:
+        return f"an argument of the model is a {type(value).__name__}"
+    return next((reason for reason in map(_unrecordable, parts) if reason is not None), None)
+
+
+def _shapes(arguments: dict[str, Any]) -> str:
+    return f"hidden states {list(arguments['hidden_states'].shape)}" if "hidden_states" in arguments else "its inputs"
+
+
+def unsupported(model: Any) -> str | None:
+    """Why the automatic graphs leave a model alone, or None."""
+    if is_compiled_module(model) or any(module._compiled_call_impl is not None for module in model.modules()):
+        return "it is compiled"
+    if type(model) not in RECORDABLE:
+        return f"{type(model).__module__}.{type(model).__name__} may have code that decides at every step"
+    device = next(model.parameters()).device
+    if device.type != DEVICE_TYPE:
+        return f"it is on {device}"
+    if model.training or torch.is_grad_enabled():
+        return "it is in training"
+    if torch.is_autocast_enabled(DEVICE_TYPE):
+        return "autocast keeps copies of weights until it ends"
+    if getattr(model, "_parallel_config", None) is not None:
+        return "it is split between processes"
+    for module in model.modules():
+        if _is_hooked(module) or is_patched(module) or module._forward_hooks or module._forward_pre_hooks:
+            return "offloading, a step cache or another hook decides at every step"
+    for module in _attentions(model):
+        processor = module.processor
+        if isinstance(processor, SanaPAGAttnProcessor):
+            processor = processor.processor
+        if type(processor) not in PROCESSORS:
+            return f"the attention processor {type(processor).__name__} may decide at every step"
+    return None
+
+
 def _fingerprint(model: nn.Module) -> Hashable:
-    """Where the weights are, what the adapters multiply their outputs with, and how the layers attend."""
+    """Where the weights and their copies are, what adapters multiply their outputs with, and how layers attend."""
     weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
     layers: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
     adapters = tuple(
         (tuple(layer.scaling.items()), tuple(layer.active_adapters), bool(layer.disable_adapters)) for layer in layers
     )
     processors = tuple(module.processor for module in _attentions(model))
-    return weights, adapters, processors, model.training
+    return weights, kept_changes(), adapters, processors, model.training
 
 
 def _attentions(model: nn.Module) -> list[Any]:

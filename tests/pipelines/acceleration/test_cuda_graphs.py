@@ -1,5 +1,7 @@
 """What of the CUDA graphs can be shown without a GPU; the rest is in `tests/test_gpu.py`."""
 
+import copy
+import logging
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -8,7 +10,16 @@ import torch
 from diffusers.hooks import FirstBlockCacheConfig
 
 import diffusers_sana
-from diffusers_sana.pipelines.acceleration.cuda_graphs import CudaGraphs, _fingerprint, _flatten, _unflatten
+from diffusers_sana.kernels.dispatch import current_kernel_mode, kernel_mode
+from diffusers_sana.models.transformers.attention_sana import SanaLinearAttnProcessor
+from diffusers_sana.pipelines.acceleration import cuda_graphs
+from diffusers_sana.pipelines.acceleration.cuda_graphs import (
+    AutomaticGraphs,
+    CudaGraphs,
+    _fingerprint,
+    _flatten,
+    _unflatten,
+)
 from diffusers_sana.pipelines.perturbed_attention import perturbed, self_attentions
 from tests import tiny
 
@@ -119,3 +130,211 @@ def test_graph_made_in_inference_mode_serves_outside_of_it(pipe, monkeypatch):
     assert torch.equal(graph.inputs[0], torch.ones(2))
     assert not graph.output.is_inference()
     assert not graph.output.requires_grad
+
+
+class FakeGraph:
+    """What a CUDA graph does, on a CPU: it runs what was recorded on its own memory, and knows no other inputs."""
+
+    made = 0
+    wrong = False
+    error = None
+
+    def __init__(self, model, arguments, tensors, pool):
+        type(self).made += 1
+        self.pool = pool or object()
+        self.inputs = [tensor.clone() for tensor in tensors]
+        self.arguments, self.model, self.replays = _unflatten(arguments, iter(self.inputs)), model, 0
+        if self.error is not None:
+            raise self.error
+
+    def replay(self, tensors):
+        self.replays += 1
+        for own, tensor in zip(self.inputs, tensors, strict=True):
+            own.copy_(tensor)
+        output = self.model(**self.arguments)[0]
+        return output + 1 if self.wrong else output
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A new class of graphs that record on a CPU, for models of any class."""
+    monkeypatch.setattr(cuda_graphs, "DEVICE_TYPE", "cpu")
+    graph_class = type("Fake", (FakeGraph,), {})
+    monkeypatch.setattr(cuda_graphs, "_Graph", graph_class)
+    return graph_class
+
+
+@pytest.fixture
+def messages(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers_sana"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    caplog.set_level(logging.INFO, logger=cuda_graphs.__name__)
+    return lambda: [record.getMessage() for record in caplog.records if record.name == cuda_graphs.__name__]
+
+
+def images(pipe, steps=4, **options):
+    generator = torch.Generator().manual_seed(0)
+    options = {"output_type": "pt"} | options
+    return pipe("a cat", num_inference_steps=steps, generator=generator, **options).images
+
+
+def test_graphs_are_the_default(pipe, fake, messages):
+    """The first step of a shape runs as usual, the second is recorded and checked, the others are replayed."""
+    expected = images(pipe)
+    (graph,) = pipe._automatic_graphs._graphs.values()
+    assert (fake.made, graph.replays) == (1, 3)
+    assert torch.equal(images(pipe), expected)
+    assert (fake.made, graph.replays) == (1, 7)
+    images(pipe, guidance_scale=1.0)
+    assert fake.made == 2
+    first, second = pipe._automatic_graphs._graphs.values()
+    assert first.pool is second.pool  # several shapes, the memory of one
+    pipe.disable_cuda_graphs()
+    assert torch.equal(images(pipe), expected)
+    assert (fake.made, pipe._automatic_graphs) == (2, None)
+    assert messages() == []
+
+
+def test_default_on_a_cpu_says_once_why_not(pipe, messages):
+    for _ in range(2):
+        images(pipe)
+    assert messages() == ["SanaTransformer2DModel runs without CUDA graphs: it is on cpu."]
+
+
+@torch.no_grad()
+def test_what_prevents_graphs(pipe, fake):
+    model = pipe.transformer
+    assert cuda_graphs.unsupported(model) is None
+    handle = model.transformer_blocks[0].register_forward_hook(lambda *args: None)
+    assert "another hook" in cuda_graphs.unsupported(model)
+    handle.remove()
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    assert "step cache" in cuda_graphs.unsupported(model)
+    model.disable_cache()
+    processor = model.transformer_blocks[0].attn1.processor
+    model.transformer_blocks[0].attn1.processor = type("Edits", (SanaLinearAttnProcessor,), {})()
+    assert "the attention processor Edits" in cuda_graphs.unsupported(model)
+    model.transformer_blocks[0].attn1.processor = processor
+    assert "in training" in cuda_graphs.unsupported(model.train())
+    assert cuda_graphs.unsupported(model.eval()) is None
+    with torch.enable_grad():
+        assert "in training" in cuda_graphs.unsupported(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in cuda_graphs.unsupported(model)
+    assert "Linear may have code" in cuda_graphs.unsupported(torch.nn.Linear(1, 1))
+    model.transformer_blocks[0].compile(backend="eager")
+    assert cuda_graphs.unsupported(model) == "it is compiled"
+
+
+def test_hooks_between_calls_are_seen(pipe, fake, messages):
+    expected = images(pipe)
+    handle = pipe.transformer.proj_out.register_forward_hook(lambda module, args, output: output * 2)
+    assert not torch.equal(images(pipe), expected)
+    assert not pipe._automatic_graphs._graphs
+    handle.remove()
+    assert torch.equal(images(pipe), expected)
+    assert fake.made == 2
+    assert len(messages()) == 1
+
+
+def test_graph_with_other_bits_is_dropped_loudly(pipe, fake, messages):
+    pipe.disable_cuda_graphs()
+    expected = images(pipe)
+    pipe._uses_automatic_graphs, fake.wrong = True, True
+    for _ in range(2):
+        assert torch.equal(images(pipe), expected)
+    assert fake.made == 1
+    (message,) = messages()
+    assert "does not give the bits of the model itself" in message
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("full"), "not enough memory to record"),
+        (RuntimeError("operation not permitted"), "recording failed: operation not permitted"),
+    ],
+    ids=["memory", "recording"],
+)
+def test_what_cannot_be_recorded_runs_as_usual(pipe, fake, messages, error, message):
+    pipe.disable_cuda_graphs()
+    expected = images(pipe)
+    pipe._uses_automatic_graphs, fake.error = True, error
+    for _ in range(2):
+        assert torch.equal(images(pipe), expected)
+    assert fake.made == 1
+    (logged,) = messages()
+    assert message in logged
+
+
+class Model(torch.nn.Module):
+    """Doubles its input, or with kernels multiplies it by `factor`."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor, self.weight = factor, torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, hidden_states, **others):
+        return (hidden_states * (self.factor if current_kernel_mode() == "auto" else 2.0),)
+
+
+@torch.no_grad()
+def test_wrong_kernels_are_not_used(fake, messages, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "RECORDABLE", (Model,))
+    x = torch.ones(2, 3)
+    graphs = AutomaticGraphs(Model(3.0).eval())
+    graphs.refresh()
+    for _ in range(3):
+        assert torch.equal(graphs(hidden_states=x), 2 * x)
+    (message,) = messages()
+    assert "for hidden states [2, 3] with the Triton kernels differs by 50.0% from that with" in message
+    assert fake.made == 0
+    with kernel_mode("triton"):  # which the user has chosen
+        graphs.refresh()
+        graphs(hidden_states=x)
+    rounded = AutomaticGraphs(Model(2.001).eval())
+    rounded.refresh()
+    for _ in range(2):
+        assert torch.equal(rounded(hidden_states=x), 2.001 * x)
+    assert fake.made == 1
+    assert len(messages()) == 1
+
+
+@torch.no_grad()
+def test_shapes_that_change_at_every_step_are_not_recorded(fake, monkeypatch):
+    """As callbacks may change them."""
+    monkeypatch.setattr(cuda_graphs, "RECORDABLE", (Model,))
+    graphs = AutomaticGraphs(Model(2.0).eval())
+    graphs.refresh()
+    for size in range(1, 9):
+        assert torch.equal(graphs(hidden_states=torch.ones(size)), 2 * torch.ones(size))
+    assert fake.made == 0
+
+
+@torch.no_grad()
+def test_bounds(fake, monkeypatch):
+    """No more than `MAX_GRAPHS` shapes are kept, those that were used last; copies have none."""
+    monkeypatch.setattr(cuda_graphs, "RECORDABLE", (Model,))
+    graphs = AutomaticGraphs(Model(2.0).eval())
+    graphs.refresh()
+    for size in range(1, cuda_graphs.MAX_GRAPHS + 2):
+        for _ in range(2):
+            graphs(hidden_states=torch.ones(size))
+        graphs(hidden_states=torch.ones(1))
+    sizes = [graph.inputs[0].numel() for graph in graphs._graphs.values()]
+    assert sorted(sizes) == [1, *range(3, cuda_graphs.MAX_GRAPHS + 2)]
+    for size in range(2, 3 * cuda_graphs.MAX_SEEN):
+        graphs(hidden_states=torch.ones(size, 2))
+    assert len(graphs._seen) == cuda_graphs.MAX_SEEN
+    copied = copy.deepcopy(graphs)
+    assert copied._graphs == {}
+    assert copied.model is not graphs.model
+    graphs(hidden_states=torch.ones(1), controlnet_block_samples=lambda states: states)
+    assert graphs._logged == {"an argument of the model is a function"}
+
+
+def test_moving_the_pipeline_frees_graphs(pipe, fake):
+    images(pipe)
+    assert pipe._automatic_graphs._graphs
+    pipe.to("cpu")
+    assert pipe._automatic_graphs is None
