@@ -20,7 +20,7 @@ CPU_INDEX := "Without an NVIDIA GPU, Linux needs 0.2 instead of 3 GB to download
 	"set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu."
 SETUP_UNLESS_PY := $(if $(filter $(BIN)/python,$(PY)),setup)
 
-.PHONY: setup demo test test-lowest test-versions check format host-tests test-comfyui gpu-check gpu-bench bench recipes compile-kernels tables study train-bundled train-autoencoder train-transformer train-bundled-vila-u prepare-data docs dist hub-kernels hub-checkpoints
+.PHONY: setup demo test test-lowest test-versions check format host-tests test-comfyui gpu-check gpu-bench bench recipes compile-kernels warm-cache tables study train-bundled train-autoencoder train-transformer train-bundled-vila-u prepare-data docs dist hub-kernels hub-checkpoints
 
 setup: $(STAMP)  ## .venv with what tests, checks and docs need
 
@@ -87,6 +87,9 @@ recipes: setup  ## trains by each recipe on the bundled checkpoint for RECIPE_MI
 
 compile-kernels: setup  ## kernels that have changed, for six architectures, without a GPU: registers, shared memory, spills
 	$(BIN)/python -m benchmarks.compile_kernels --reuse benchmarks/results/compile/kernels.json
+
+warm-cache: $(SETUP_UNLESS_PY)  ## kernels for sm_90 as Triton's cache, without a GPU, in build/triton.tar.xz; PY with the GPU host's triton
+	$(PY) -m benchmarks.warm_cache build/triton.tar.xz
 
 tables: setup  ## the tables of docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables

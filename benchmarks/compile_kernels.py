@@ -41,7 +41,7 @@ RESULTS = Path(__file__).parent / "results" / "compile" / "kernels.json"
 RESOURCES = ("kernel", "warps", "registers", "spilled_bytes", "shared_kib")
 
 
-class _Driver:
+class CompileOnlyDriver:
     """Stands in for a GPU's driver: says what to compile for, and cannot launch."""
 
     def __init__(self, target: GPUTarget) -> None:
@@ -93,7 +93,7 @@ def compile_all(first_case: bool = False, known: Mapping[str, dict[str, Any]] | 
     JITFunction.__getitem__, JITFunction._do_compile = compile_only, compile_if_new
     try:
         for architecture, target in TARGETS.items():
-            driver.set_active(_Driver(target))
+            driver.set_active(CompileOnlyDriver(target))
             for benchmark in map(load, operations()):
                 for case in benchmark.cases[:1] if first_case else benchmark.cases:
                     for function in benchmark.launches:

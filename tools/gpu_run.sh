@@ -8,7 +8,7 @@
 # benchmark writes after each case. Nothing else runs if the first kernel fails.
 #
 # WHEELS is a folder of wheels that go in front of the installed packages; by default `added`, where
-# tools/gpu_pack.py puts them. A Triton cache in WHEELS/triton saves compiling. PY is the interpreter, JOBS the number
+# tools/gpu_pack.py puts them. WHEELS/triton.tar.xz, of `make warm-cache`, saves compiling. PY is the interpreter, JOBS the number
 # of test processes, LIMIT the seconds after which all ends.
 set -uo pipefail
 
@@ -41,7 +41,11 @@ for wheel in "$wheels"/*.whl; do
     [ ! -e "$wheel" ] || "$py" -m zipfile -e "$wheel" "$site" || exit  # a wheel is a zip file; pip may be missing
 done
 export PYTHONPATH="$site:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-[ ! -d "$wheels/triton" ] || export TRITON_CACHE_DIR="$wheels/triton"
+if [ -e "$wheels/triton.tar.xz" ]; then
+    mkdir "$site/triton-cache"
+    "$py" -m tarfile -e "$wheels/triton.tar.xz" "$site/triton-cache" || exit
+    export TRITON_CACHE_DIR="$site/triton-cache"
+fi
 
 run smoke 90 "$py" -c '
 import sys, torch, triton, diffusers, transformers
