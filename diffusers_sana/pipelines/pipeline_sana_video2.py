@@ -33,7 +33,7 @@ from diffusers_sana.pipelines.pipeline_sana_video_i2v import (
 from diffusers_sana.pipelines.pipeline_sana_video_long import LONGEST_TIME, NOT_ASKED
 from diffusers_sana.pipelines.request import Video2Request, check_descending
 from diffusers_sana.pipelines.sampling import both_texts, denoise, project_texts, sample_by_renoising
-from diffusers_sana.pipelines.video_decoding import encode_first_frames
+from diffusers_sana.pipelines.video_decoding import encode_videos
 from diffusers_sana.prompts.encoding import encode_prompts
 from diffusers_sana.prompts.tokenization import COMPLEX_HUMAN_INSTRUCTION
 
@@ -143,7 +143,7 @@ class SanaVideo2Pipeline(SanaImageToVideoPipeline):
             latents = self._noise(request, num_videos, size)
             first: dict[str, Any] = {}
             if pixels is not None:
-                clean = encode_first_frames(self.vae, pixels.to(device))
+                clean = encode_videos(self.vae, pixels.unsqueeze(2).to(device))
                 clean = for_each_output("image", clean, num_videos // num_videos_per_prompt, num_videos_per_prompt)
                 latents = torch.cat([clean, latents[:, :, 1:]], dim=2)
                 first = {"predict": predict_after_first, "step": step_after_first}

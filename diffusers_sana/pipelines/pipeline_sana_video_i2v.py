@@ -24,7 +24,7 @@ from diffusers_sana.pipelines.pipeline_sana_video_base import VIDEO_INSTRUCTION,
 from diffusers_sana.pipelines.request import VideoRequest
 from diffusers_sana.pipelines.resolution import VIDEO_ASPECT_RATIO_BINS
 from diffusers_sana.pipelines.sampling import Denoiser, TextInputs, denoise, guided_step, predict_flow
-from diffusers_sana.pipelines.video_decoding import encode_first_frames
+from diffusers_sana.pipelines.video_decoding import encode_videos
 from diffusers_sana.prompts.encoding import encode_prompts
 
 
@@ -110,7 +110,7 @@ class SanaImageToVideoPipeline(SanaVideoPipelineBase):
             # 3. Schedule, noise and image, [B, C, T, h, w] in fp32
             steps = request.lay_out(call.scheduler, device)
             noise = self._noise(request, num_videos, size)
-            first = encode_first_frames(self.vae, pixels.to(device))
+            first = encode_videos(self.vae, pixels.unsqueeze(2).to(device))
             first = for_each_output("image", first, num_videos // num_videos_per_prompt, num_videos_per_prompt)
             latents = torch.cat([first, noise[:, :, 1:]], dim=2)
 

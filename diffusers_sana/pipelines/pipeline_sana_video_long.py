@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusers_sana.checks import check_computed, check_integer
 from diffusers_sana.locks import exclusive
-from diffusers_sana.models.transformers.stream_sana_video import SanaVideoState
+from diffusers_sana.models.transformers.stream_sana_video import SanaVideoState, chunk_lengths
 from diffusers_sana.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
 from diffusers_sana.pipelines.pipeline_sana_base import Size, given_or_sampled
 from diffusers_sana.pipelines.pipeline_sana_video_base import SanaVideoPipelineBase
@@ -222,8 +222,7 @@ class LongSanaVideoPipeline(SanaVideoPipelineBase):
                 f"`base_chunk_frames` must be divisible by {patch} (`patch_size` of the transformer), got"
                 f" {base_chunk_frames}."
             )
-        number, rest = divmod(length, base_chunk_frames)
-        return [base_chunk_frames + rest, *[base_chunk_frames] * (number - 1)] if number else [length]
+        return chunk_lengths(length, base_chunk_frames)
 
     @torch.no_grad()
     def _latents(

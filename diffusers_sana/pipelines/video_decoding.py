@@ -140,24 +140,26 @@ def _decode_next(vae: AutoencoderKLWan, latents: Tensor, memory: list[Any]) -> T
     return videos.clamp(-1, 1)
 
 
-def encode_first_frames(vae: Any, images: Tensor) -> Tensor:
-    """Encodes images as videos of one frame, as much at a time as the memory allows.
+def encode_videos(vae: Any, videos: Tensor) -> Tensor:
+    """Encodes as much at a time as the memory allows.
 
     Args:
         vae: whose own settings for tiling and slicing stay.
-        images: `[B, 3, height, width]` in [-1, 1], sides multiples of a latent cell's.
+        videos: `[B, 3, F, height, width]` in [-1, 1], sides multiples of a latent cell's, F one more than a multiple
+            of the frames of a latent frame. An image is a video of one frame.
 
     Returns:
-        `[B, C, 1, h, w]` in fp32, as the denoiser has them: the mode of the posterior.
+        `[B, C, T, h, w]` in fp32, as the denoiser has them: the mode of the posterior.
 
     Raises:
-        torch.OutOfMemoryError: even image by image and in tiles.
+        torch.OutOfMemoryError: even video by video and in tiles.
         ValueError: the result is not finite.
     """
     if _is_of_images(vae):
-        return encode_images(vae, images).unsqueeze(2)
-    videos = images.unsqueeze(2).to(vae.dtype)
-    advice = f"Encoding images {list(images.shape)} does not fit even image by image and in tiles. Free memory."
+        latents = encode_images(vae, videos.transpose(1, 2).flatten(0, 1))
+        return latents.unflatten(0, (len(videos), -1)).transpose(1, 2)
+    videos = videos.to(vae.dtype)
+    advice = f"Encoding videos {list(videos.shape)} does not fit even video by video and in tiles. Free memory."
     latents = as_memory_allows(vae, 0, lambda: vae.encode(videos).latent_dist.mode(), advice)
     check_computed("vae", "latents", latents, vae.dtype)
     mean, std = _statistics(vae, latents)

@@ -76,6 +76,8 @@ def test_misuse_is_reported_before_anything_heavy_is_imported(place):
         ("train_sana_controlnet", *data, *there, "--wiring", "own"): "`wiring` must be one of",
         ("train_sana_lora", *data, *there, "--quantize", "int3"): "`quantize` must be one of",
         ("train_sana_lora", *data, *there, "--rank", "0"): "`rank` must be at least 1",
+        ("train_sana_video", *data, *there, "--frames", "0"): "`frames` must be numbers of at least 1",
+        ("train_sana_video", *data, *there, "--lora", "--train-text-encoder"): "`train_text_encoder` must be left out",
         ("train_dc_ae_dit", *data): "`vae` must be an autoencoder's folder or repository",
         ("train_dc_ae", *data): "exactly one of `model_config` and `pretrained` must be given, got none",
         (

@@ -18,6 +18,7 @@ from tests.examples.test_train_dc_ae_dit import write_classes
 from tests.examples.test_train_vila_u import chat_folder, trainable
 from tests.examples.test_train_vila_u_tower import tiny_tower
 from tests.models.vila_u.tiny_processor import tiny_processor, tiny_tokenizer
+from tests.training.data.test_videos import write_animation
 from tests.training.tiny import tiny_autoencoder, tiny_pipeline, write_image_folder
 
 
@@ -31,6 +32,7 @@ SETTINGS = {
     "vila_u": {"caption_dropout": 0.5, "cell_dropout": 0.5},
     "dc_ae_dit": {"resolution": 16, "num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8},
     "sana": {**CAPTIONED, "sample_steps": 1, "caption_dropout": 0.5},
+    "sana_video": {**CAPTIONED, "sample_steps": 1, "frames": 3, "fps": 0, "caption_dropout": 0.5, "causal": True},
     "sana_lora": {**CAPTIONED, "sample_steps": 1, "lora_dropout": 0.5, "instance_prompt": "a red cat"},
     "sana_controlnet": {**CAPTIONED, "sample_steps": 1, "num_layers": 1, "caption_dropout": 0.5},
     "sana_sprint": CAPTIONED,
@@ -68,6 +70,8 @@ def command_line(folder, case):
         settings |= {"pretrained": start, "prompts": folder / "prompts.txt"}
     else:
         write_image_folder(data, [(40, 40), (40, 40), (40, 90), (40, 40), (40, 40)])
+        if case == "sana_video":
+            write_animation(data / "4.png", 5, size=(40, 40))
         if case.startswith("dc_ae"):
             tiny_autoencoder().save_pretrained(start)
             settings["pretrained"] = start

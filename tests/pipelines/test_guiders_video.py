@@ -9,7 +9,7 @@ from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
 
 import diffusers_sana
 from diffusers_sana.pipelines.changed_layers import blurred
-from diffusers_sana.pipelines.video_decoding import encode_first_frames
+from diffusers_sana.pipelines.video_decoding import encode_videos
 from tests import tiny_video
 from tests.numerics import assert_close_fp32, relative_error
 from tests.pipelines.test_guiders import CAT, GUIDERS, STEPS, kornia, projected, unchanged
@@ -85,7 +85,7 @@ def test_an_image_is_not_guided():
     image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     image = (image * 255).round() / 255
     guider = AdaptiveProjectedGuidance(5.0, -0.5, adaptive_projected_guidance_rescale=8.0, eta=0.3)
-    expected = by_hand(pipe, projected(5.0, -0.5, 8.0, 0.3), encode_first_frames(pipe.vae, image * 2 - 1))
+    expected = by_hand(pipe, projected(5.0, -0.5, 8.0, 0.3), encode_videos(pipe.vae, image.unsqueeze(2) * 2 - 1))
     assert_close_fp32(generate(pipe, image=image, guider=guider), expected, 1e-4)
 
 

@@ -14,6 +14,12 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 
+def chunk_lengths(frames: int, chunk_frames: int) -> list[int]:
+    """The lengths of the chunks of a video of so many latent frames; the first one also has those that are over."""
+    number, rest = divmod(frames, chunk_frames)
+    return [chunk_frames + rest, *[chunk_frames] * (number - 1)] if number else [frames]
+
+
 class SanaVideoBlockState(NamedTuple):
     """What a transformer block keeps of the frames that it has seen; None in both before the first one.
 

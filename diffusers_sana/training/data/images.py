@@ -28,7 +28,11 @@ def load_pixels(file: PathLike | BinaryIO, height: int, width: int, name: str = 
 
     Read as by `diffusers_sana.images`. Small images are scaled up.
     """
-    image = read_image(file, name)
+    return to_size(read_image(file, name), height, width)
+
+
+def to_size(image: Image.Image, height: int, width: int) -> Tensor:
+    """An RGB image as `[3, height, width]` in [-1, 1], scaled and cut as by `load_pixels`."""
     scale = max(height / image.height, width / image.width)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     image = image.resize(size, Image.Resampling.LANCZOS)

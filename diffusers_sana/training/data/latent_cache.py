@@ -24,8 +24,8 @@ class CachedItems(Dataset):
     """The items of a cache folder: their tensors, and `text`.
 
     Args:
-        paths: the files, in order. Each holds `latents` `[C, h, w]`, perhaps `prompt_embeds` `[L, D]`, and the text
-            in its metadata.
+        paths: the files, in order. Each holds `latents` `[C, h, w]`, or `[C, T, h, w]` of a video, perhaps
+            `prompt_embeds` `[L, D]`, and the text in its metadata.
     """
 
     def __init__(self, paths: list[Path]):
@@ -33,8 +33,8 @@ class CachedItems(Dataset):
         self.sizes_of_items = []
         for path in paths:
             with safe_open(path, framework="pt") as file:
-                _, height, width = file.get_slice("latents").get_shape()
-            self.sizes_of_items.append((height, width))
+                _, *size = file.get_slice("latents").get_shape()
+            self.sizes_of_items.append(tuple(size))
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -89,6 +89,7 @@ class FolderSource:
         captions: see `Captions`.
         allow_outside: also take files outside of the folder that its metadata names.
         use_captions_file: False reads what an image came with, as if there were no `captions.jsonl`.
+        suffixes: of the files that count as images.
 
     Attributes:
         paths: of the images that are taken.
@@ -106,14 +107,16 @@ class FolderSource:
         captions: Captions = "expected",
         allow_outside: bool = False,
         use_captions_file: bool = True,
+        suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
     ):
+        self.suffixes = suffixes
         self.root, self.caption_column, self.allow_outside = Path(folder), caption_column, allow_outside
         self.choices: list[list[Caption]] | None = None
         self.paths: list[Path] = []
         self.captions: list[str] = []
         self._read: set[Path] = set()  # files of captions
         files = self._files(split)
-        self.images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+        self.images = [path for path in files if path.suffix.lower() in suffixes]
         metadata = [path for path in files if path.name in METADATA_FILES]
         if use_captions_file and self.root / CAPTIONS_FILE in files:
             self._take_choices()
@@ -125,7 +128,7 @@ class FolderSource:
             self.captions = [self._beside(path, set(files)) if captions != "ignored" else "" for path in self.paths]
         if not self.paths:
             raise ValueError(
-                f"`data` must be a folder with images ({', '.join(IMAGE_SUFFIXES)}), WebDataset tars or the name of a"
+                f"`data` must be a folder with images ({', '.join(suffixes)}), WebDataset tars or the name of a"
                 f" dataset of the Hub, got {str(folder)!r}. Check the path."
             )
         self.names = [Path(os.path.relpath(path, self.root)).as_posix() for path in self.paths]
@@ -149,7 +152,7 @@ class FolderSource:
             if any(part.startswith((".", "__")) for part in parts) or not path.is_file():
                 continue
             if top in self._other_splits:
-                left_out += path.suffix.lower() in IMAGE_SUFFIXES
+                left_out += path.suffix.lower() in self.suffixes
             else:
                 files.append(path)
         if left_out:

@@ -1,6 +1,7 @@
 """Flow matching as Sana trains it (arXiv 2410.10629, section 3.2; logit-normal times from arXiv 2403.03206).
 
-Legend: B batch, C latent channels, h/w latent height and width. sigma in [0, 1) is the noise level:
+Legend: B batch, C latent channels, h/w latent height and width. Where latents are `[B, C, h, w]`, those of videos,
+`[B, C, T, h, w]` with T latent frames, will do as well. sigma in [0, 1) is the noise level:
 x_sigma = (1 - sigma) x_0 + sigma eps, and the network predicts the velocity eps - x_0. As in the authors' code
 (NVlabs/Sana, `diffusion/model/respace.py` and `gaussian_diffusion.py`), sigma is one of 1000 levels 0, 0.001, ...,
 0.999, then shifted, and the network is given t = floor(1000 sigma): whole numbers, as Flow-DPM-Solver feeds it.
@@ -43,7 +44,7 @@ def timesteps_of(sigmas: Tensor) -> Tensor:
 
 def interpolate(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
     """x_sigma for latents and noise `[B, C, h, w]` and sigmas `[B]`."""
-    sigmas = sigmas.view(-1, 1, 1, 1)
+    sigmas = sigmas.view(-1, *[1] * (latents.ndim - 1))
     return (1 - sigmas) * latents + sigmas * noise
 
 
@@ -87,7 +88,7 @@ def velocity_errors(
 
     `sigmas`, `weighting` and `snr_gamma` as in `level_weights`.
     """
-    errors = F.mse_loss(velocity.float(), target, reduction="none").mean((1, 2, 3))
+    errors = F.mse_loss(velocity.float(), target, reduction="none").mean(tuple(range(1, target.ndim)))
     return level_weights(sigmas, weighting, snr_gamma) * errors
 
 
@@ -130,7 +131,7 @@ def sample_guided(
     dropped = torch.arange(2 * len(noise), device=noise.device) >= len(noise)
 
     def guided(latents: Tensor, sigmas: Tensor) -> Tensor:
-        velocity = predict(latents.repeat(2, 1, 1, 1), sigmas.repeat(2), dropped=dropped).float()
+        velocity = predict(torch.cat([latents, latents]), sigmas.repeat(2), dropped=dropped).float()
         conditional, empty = velocity.chunk(2)
         return empty + guidance_scale * (conditional - empty)
 
@@ -141,7 +142,7 @@ class ConditionedTransformer(nn.Module):
     """One module for what trains, so that DDP and FSDP see one forward per step.
 
     Args:
-        transformer: a SanaTransformer2DModel.
+        transformer: a SanaTransformer2DModel or SanaVideoTransformer3DModel.
         text_encoder: a Gemma2Model that trains too; None when the vectors of a frozen encoder are given to `forward`.
         dense_timesteps: tell the transformer 1000 sigma rather than floor(1000 sigma). For the teacher of a
             distillation in continuous time (SANA-Sprint, arXiv 2503.09641), which is asked at all times in between.
@@ -173,12 +174,21 @@ class ConditionedTransformer(nn.Module):
             prompt: tokens with a text encoder; without one vectors `[B, L, D]` and mask `[B, L]`.
             dropped: `[B]`, true where the prompt is to be replaced by the empty one.
         """
+        embeds, mask = self.text_of(prompt, dropped)
+        timestep = self.timestep_of(sigmas)
+        return self.transformer(noisy_latents, embeds, timestep, encoder_attention_mask=mask, return_dict=False)[0]
+
+    def text_of(
+        self, prompt: PromptTokens | tuple[Tensor, Tensor], dropped: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Text vectors `[B, L, D]` and their mask `[B, L]`; arguments as in `forward`."""
         if self.text_encoder is not None:
             embeds, mask = encode_tokens(self.text_encoder, cast(PromptTokens, prompt))
         else:
             embeds, mask = cast(tuple[Tensor, Tensor], prompt)
-        if dropped is not None:
-            mask = drop_prompts(mask, dropped)
+        return embeds, mask if dropped is None else drop_prompts(mask, dropped)
+
+    def timestep_of(self, sigmas: Tensor) -> Tensor:
+        """What the transformer is told for noise levels `[B]`."""
         timesteps = sigmas * TRAIN_TIMESTEPS if self.dense_timesteps else timesteps_of(sigmas)
-        timestep = timesteps * self.transformer.config.timestep_scale
-        return self.transformer(noisy_latents, embeds, timestep, encoder_attention_mask=mask, return_dict=False)[0]
+        return timesteps * self.transformer.config.get("timestep_scale", 1.0)  # SANA-Video has no such field

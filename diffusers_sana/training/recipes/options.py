@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from diffusers_sana.training.config import (
-    PERCEPTUAL,
     ImageDataOptions,
     Options,
     TrainingConfig,
@@ -23,6 +22,7 @@ from diffusers_sana.training.config import (
     option,
     parse_options,
 )
+from diffusers_sana.training.recipes.dc_ae_options import DCAEDataOptions, DCAEModelOptions, DCAETrainingConfig
 from diffusers_sana.training.recipes.vila_u_options import (
     VilaUDataOptions,
     VilaUModelOptions,
@@ -367,6 +367,68 @@ class LoraModelOptions(QuantizableOptions):
     pretrained: str = option("", "SanaPipeline or SanaSprintPipeline folder or repository, also a quantized one")
 
 
+# SANA-Video
+
+
+@dataclass(kw_only=True)
+class SanaVideoTrainingConfig(PromptFlowTrainingConfig, AdapterTrainingConfig):
+    """Training of a text-to-video transformer, or of a LoRA for one."""
+
+    output_dir: str = option("outputs/sana-video", "folder for checkpoints, samples, log and result", changeable=True)
+    max_grad_norm: float = option(0.1, "clip the gradient norm; 0 does not clip", changeable=True)
+    flow_shift: float = option(3.0, "timestep shift; 3 is the authors', also where videos are sampled with 8", True)
+    sample_guidance: float = option(6.0, "guidance scale of the sample grids", changeable=True)
+    lora: bool = option(False, "train and save a LoRA; default: all weights")
+    train_text_encoder: bool = option(False, "train the text encoder too; for small ones")
+    causal: bool = option(False, "train chunk by chunk, each after the clean ones before it, for LongSANA")
+    chunk_frames: int = option(10, "latent frames of a chunk; the first one also has those that are over")
+    sample_prompts: tuple[str, ...] = option(
+        (), "prompts of the sample grids; default: those of the first batch", changeable=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "chunk_frames")
+        if self.lora and self.train_text_encoder:
+            raise ValueError("`train_text_encoder` must be left out with `lora`, which is for the transformer alone.")
+
+
+@dataclass(kw_only=True)
+class SanaVideoDataOptions(ImageDataOptions):
+    """Videos and images with captions."""
+
+    data: str = option("", "folder of videos and images", changeable=True)
+    image_data: str = option(
+        "", "further images: a folder, WebDataset tars or the name of a dataset of the Hub", changeable=True
+    )
+    frames: tuple[int, ...] = option((81,), "frames of a clip; of several numbers the largest that a video has")
+    fps: float = option(16.0, "frames per second that videos are sampled at; 0 takes all frames as they are")
+    clips: int = option(1, "most clips of a video, spread evenly over it; a single one is from its middle")
+    resolution: int | None = option(
+        None, "side of the square whose area the buckets have, in pixels; default: the trained sizes of the model"
+    )
+    cache_dir: str = option("", "folder of latents and text vectors; default: in the output folder", changeable=True)
+    batch_size: int = option(4, "videos per batch and process")
+    num_workers: int = option(0, "processes that read the cache", changeable=True)
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("`data` must be a folder of videos and images, got ''. Pass --data.")
+        super().__post_init__()
+        check_positive(self, "clips")
+        if not self.frames or min(self.frames) < 1:
+            raise ValueError(f"`frames` must be numbers of at least 1, got {self.frames}. 81 are five seconds.")
+        if self.fps < 0:
+            raise ValueError(f"`fps` must be at least 0, got {self.fps:g}.")
+
+
+@dataclass(kw_only=True)
+class SanaVideoModelOptions(QuantizableOptions):
+    """The pipeline to start from, and of a LoRA the bits of the base."""
+
+    pretrained: str = option("", "SanaVideoPipeline folder or repository; a SanaPipeline's weights begin as one")
+
+
 # Post-training
 
 
@@ -584,82 +646,6 @@ class DiTModelOptions:
         check_exists("vae", self.vae)
 
 
-# DC-AE
-
-
-@dataclass(kw_only=True)
-class DCAETrainingConfig(TrainingConfig):
-    """Training of an autoencoder for one phase of DC-AE."""
-
-    output_dir: str = option("outputs/dc_ae", "folder for checkpoints, samples, log and result", changeable=True)
-    learning_rate: float | None = option(  # type: ignore[assignment]
-        None, "peak learning rate; default: the phase's", changeable=True
-    )
-    betas: tuple[float, float] | None = option(  # type: ignore[assignment]
-        None, "the optimizer's betas; default: the phase's", changeable=True
-    )
-    weight_decay: float | None = option(  # type: ignore[assignment]
-        None, "weight decay of matrices and kernels; default: the phase's", changeable=True
-    )
-    phase: int = option(
-        1, "1: train all at low resolution, 2: latent side at high, 3: decoder head with GAN", choices=(1, 2, 3)
-    )
-    trained_prefixes: tuple[str, ...] | None = option(None, "key prefixes that train; default: the phase's")
-    mse_weight: float = option(0.0, "weight of the mean squared error beside L1", changeable=True)
-    latent_weight: float = option(
-        0.0, "weight of the loss that pulls the mean square of each latent channel to 1", changeable=True
-    )
-    latent_noise: float = option(
-        0.0,
-        "standard deviation of noise on latents in training, so that the decoder tolerates errors of a generator",
-        changeable=True,
-    )
-    perceptual_weight: float = option(0.25, "weight of the perceptual loss; 0 leaves it out", changeable=True)
-    perceptual_every: int = option(
-        1, "steps between uses of the perceptual loss, its weight raised to match", changeable=True
-    )
-    perceptual: str = option(
-        "random",
-        "`random`: seeded features without a download, or `lpips`: that package's VGG",
-        choices=PERCEPTUAL,
-    )
-    perceptual_crop: int = option(0, "side of the random square the perceptual loss sees; 0 is all", changeable=True)
-    gan_weight: float = option(0.5, "weight of the adversarial loss in phase 3", changeable=True)
-    gan_warmup_steps: int = option(
-        0, "steps in which only the discriminator trains against the GAN loss", changeable=True
-    )
-    discriminator_channels: int = option(64, "width of the discriminator's first layer")
-    latent_prefix_step: int = option(
-        0, "structured latents (DC-AE 1.5): keep a random multiple of this many channels; 0 keeps all"
-    )
-    scaling_batches: int = option(
-        16, "batches over which the latents' scaling factor is measured at the end", changeable=True
-    )
-    channels_last: bool = option(
-        True, "keep images channels-last in memory, which suits convolutions", changeable=True
-    )
-
-
-@dataclass(kw_only=True)
-class DCAEDataOptions(ImageDataOptions):
-    """Images to train on; captions are not read."""
-
-    resolution: int | None = option(None, "side of the training images; default: the phase's")
-
-
-@dataclass(kw_only=True)
-class DCAEModelOptions:
-    """The autoencoder to start from: a new one, or one trained by the phase before."""
-
-    model_config: str = option("", "config.json of a new AutoencoderDC")
-    pretrained: str = option("", "folder or repository of an AutoencoderDC to continue from")
-
-    def __post_init__(self) -> None:
-        check_one_of(self, "model_config", "pretrained")
-        check_file("model_config", self.model_config)
-        check_exists("pretrained", self.pretrained)
-
-
 # Recipe -> its groups of options.
 RECIPES: dict[str, tuple[type, ...]] = {
     "controlnet": (ControlNetTrainingConfig, ControlNetDataOptions, ControlNetModelOptions),
@@ -669,6 +655,7 @@ RECIPES: dict[str, tuple[type, ...]] = {
     "lora": (LoraTrainingConfig, LoraDataOptions, LoraModelOptions),
     "nft": (NftTrainingConfig, NftDataOptions, NftModelOptions),
     "sana": (SanaTrainingConfig, SanaDataOptions, SanaModelOptions),
+    "sana_video": (SanaVideoTrainingConfig, SanaVideoDataOptions, SanaVideoModelOptions),
     "sprint": (SprintTrainingConfig, SprintDataOptions, QuantizableOptions),
     "vila_u": (VilaUTrainingConfig, VilaUDataOptions, VilaUModelOptions),
     "vila_u_tower": (VilaUTowerTrainingConfig, VilaUTowerDataOptions, VilaUTowerModelOptions),

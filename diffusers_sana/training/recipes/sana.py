@@ -18,7 +18,12 @@ from diffusers_sana.training.growth import grow_transformer
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer, noisy_batch, velocity_errors
 from diffusers_sana.training.optimizers import optimizer_of
-from diffusers_sana.training.recipes.options import SanaDataOptions, SanaModelOptions, SanaTrainingConfig
+from diffusers_sana.training.recipes.options import (
+    SanaDataOptions,
+    SanaModelOptions,
+    SanaTrainingConfig,
+    SanaVideoTrainingConfig,
+)
 from diffusers_sana.training.recipes.text_to_image import (
     NUM_SAMPLES,
     Encoders,
@@ -93,18 +98,32 @@ def train(
         loop.report(images=len(latents), loss=loss)
 
 
-def sample_inputs(config: SanaTrainingConfig, batch: dict[str, Any], latents: Tensor) -> dict[str, Any]:
-    """A batch of prompts for the sample grids, each twice for guidance, and the noise they always start from."""
-    inputs: dict[str, Any] = {}
-    if config.sample_prompts or config.train_text_encoder or "prompt_embeds" not in batch:
-        prompts = list(config.sample_prompts or batch["text"][:NUM_SAMPLES])
-        count = len(prompts)
-        inputs["text"] = prompts * 2
+def sample_inputs(
+    config: SanaTrainingConfig | SanaVideoTrainingConfig,
+    batch: dict[str, Any],
+    latents: Tensor,
+    samples: dict[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """A batch of prompts for the sample grids, each twice for guidance, and the noise they always start from.
+
+    Args:
+        config: has the seed of the noise, and perhaps the prompts.
+        batch: whose first prompts are taken otherwise.
+        latents: of the batch; the noise has their shape.
+        samples: text vectors of all prompts, in the place of both.
+    """
+    rows: dict[str, Any]
+    if samples is None and (config.sample_prompts or config.train_text_encoder or "prompt_embeds" not in batch):
+        rows = {"text": list(config.sample_prompts or batch["text"][:NUM_SAMPLES])}
     else:
-        count = min(NUM_SAMPLES, len(latents))
-        for name in ("prompt_embeds", "prompt_attention_mask"):
-            inputs[name] = torch.cat([batch[name][:count]] * 2)
-    return inputs | {"noise": sample_noise((count, *latents.shape[1:]), config.seed, latents.device)}
+        names = ("prompt_embeds", "prompt_attention_mask")
+        rows = {name: samples[name] if samples else batch[name][:NUM_SAMPLES] for name in names}
+    count = len(next(iter(rows.values())))
+    twice = {
+        name: row * 2 if isinstance(row, list) else torch.cat([row, row]).to(latents.device)
+        for name, row in rows.items()
+    }
+    return twice | {"noise": sample_noise((count, *latents.shape[1:]), config.seed, latents.device)}
 
 
 def run(config: SanaTrainingConfig, data: SanaDataOptions, model: SanaModelOptions) -> None:

@@ -24,6 +24,7 @@ from diffusers_sana.training.data.captions import embeds_name
 from diffusers_sana.training.data.images import Images
 from diffusers_sana.training.data.latent_cache import CachedItems, fill_cache, model_digest, tokenizer_digest
 from diffusers_sana.training.data.sources import Captions, find_source
+from diffusers_sana.training.data.videos import Videos
 from diffusers_sana.training.objectives.flow_matching import sample_guided
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.recipes.options import (
@@ -113,8 +114,8 @@ class SanaInputs:
         """Text vectors `[L, D]`."""
         return self._encode(self._tokens([prompt]))[0][0]
 
-    def cache(self, images: Images, folder: str, every_caption: bool = False) -> CachedItems:
-        """The images as cached latents and, unless the text encoder trains, text vectors.
+    def cache(self, images: Images | Videos, folder: str, every_caption: bool = False) -> CachedItems:
+        """The images, or videos, as cached latents and, unless the text encoder trains, text vectors.
 
         Args:
             images: what to encode.
