@@ -29,6 +29,7 @@ _EXPORTS = {
     "SanaControlNetInpaintPipeline": "diffusers_sana.pipelines.pipeline_sana_controlnet_inpaint",
     "SanaControlNetModel": "diffusers_sana.models.controlnets.controlnet_sana",
     "SanaControlNetPipeline": "diffusers_sana.pipelines.pipeline_sana_controlnet",
+    "SanaIPAdapterModel": "diffusers_sana.models.ip_adapter_sana",
     "SanaImageToVideoPipeline": "diffusers_sana.pipelines.pipeline_sana_video_i2v",
     "SanaImg2ImgPipeline": "diffusers_sana.pipelines.pipeline_sana_img2img",
     "SanaInpaintPipeline": "diffusers_sana.pipelines.pipeline_sana_inpaint",
@@ -123,6 +124,7 @@ if TYPE_CHECKING:
     from diffusers_sana.models.controlnets.multicontrolnet_sana import (
         SanaMultiControlNetModel as SanaMultiControlNetModel,
     )
+    from diffusers_sana.models.ip_adapter_sana import SanaIPAdapterModel as SanaIPAdapterModel
     from diffusers_sana.models.transformers.stream_sana_video import SanaVideoState as SanaVideoState
     from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel as SanaTransformer2DModel
     from diffusers_sana.models.transformers.transformer_sana_video import (

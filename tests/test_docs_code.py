@@ -12,7 +12,15 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 # Page -> how many blocks it has at least.
-PAGES = {"from_diffusers": 2, "modular": 2, "recipes": 9, "training_options": 9, "video": 1, "post_training": 4}
+PAGES = {
+    "from_diffusers": 2,
+    "image_prompts": 1,
+    "modular": 2,
+    "post_training": 4,
+    "recipes": 9,
+    "training_options": 9,
+    "video": 1,
+}
 # Imports, which take longer than most pages, happen once: each page runs in a fork, with its own folder and output.
 RUN = """
 import json, os, sys, traceback

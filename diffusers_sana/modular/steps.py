@@ -68,11 +68,14 @@ COMPONENTS = {
     "scheduler": FlowDPMSolverScheduler,
 }
 
+# Arguments of the pipelines that the blocks do not have: image prompts belong to the pipelines.
+NOT_OF_BLOCKS = {"self", "return_dict", "ip_adapter_image", "ip_adapter_image_embeds"}
+
 
 def arguments_of(pipeline_class: type, names: Collection[str] | None = None) -> list[InputParam]:
     """The arguments of a pipeline's call as inputs of a block: these, or all that concern more than its result."""
     parameters = inspect.signature(pipeline_class.__call__).parameters
-    names = parameters.keys() - {"self", "return_dict"} if names is None else names
+    names = parameters.keys() - NOT_OF_BLOCKS if names is None else names
     return [
         InputParam(
             name, type_hint=each.annotation, default=each.default, description=f"As in `{pipeline_class.__name__}`."

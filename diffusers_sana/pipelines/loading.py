@@ -1,5 +1,6 @@
 """Components of pipelines: from folders, which may name diffusers' classes, and from other pipelines."""
 
+import json
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -121,6 +122,19 @@ class ComponentLoading(DiffusionPipeline):
                 kwargs[name] = ("diffusers", UPSTREAM_NAMES[value[1]])
         super().register_to_config(**kwargs)
 
+    @property
+    def components(self) -> dict[str, Any]:
+        """The components by name, without optional ones that are not there, which diffusers' pipelines do not know."""
+        optional = self._optional_components
+        found = super().components
+        return {name: part for name, part in found.items() if part is not None or name not in optional}
+
+    def to_json_string(self) -> str:
+        """What `model_index.json` says, without optional components that are not there: diffusers warns of them."""
+        config = json.loads(super().to_json_string())
+        absent = [name for name in self._optional_components if config.get(name) == [None, None]]
+        return json.dumps({k: v for k, v in config.items() if k not in absent}, indent=2, sort_keys=True) + "\n"
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Moves and casts the components as `DiffusionPipeline.to` does.
 
@@ -165,7 +179,7 @@ class ComponentLoading(DiffusionPipeline):
         if unknown := sorted(kwargs.keys() - names):
             raise ValueError(f"`{'`, `'.join(unknown)}`: no component of {cls.__name__}, which has {sorted(names)}.")
         components = {name: part for name, part in pipeline.components.items() if name in names} | kwargs
-        if missing := sorted(names - components.keys()):
+        if missing := sorted(names - components.keys() - set(cls._optional_components)):
             raise ValueError(
                 f"{cls.__name__} also needs `{'`, `'.join(missing)}`, which {type(pipeline).__name__} lacks. Pass"
                 f" `from_pipe(pipeline, {missing[0]}=...)`."
@@ -242,6 +256,8 @@ def check_complete(folder: Path, components: Collection[str]) -> None:
             check_processor(component)
         elif name == "scheduler":
             _require_one_of(component, SOLVER_CONFIG)
+        elif name == "feature_extractor":
+            _require_one_of(component, "preprocessor_config.json")
         else:
             _require_one_of(component, "config.json")
             if all(file.suffix == ".json" for file in component.iterdir()):

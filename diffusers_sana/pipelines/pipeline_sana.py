@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from torch import Tensor
 
+from diffusers_sana.pipelines.image_prompts import ImagePromptPipeline
 from diffusers_sana.pipelines.pipeline_sana_base import GuidedSanaPipeline
 from diffusers_sana.pipelines.request import Request
 from diffusers_sana.pipelines.sampling import denoise
@@ -18,7 +20,7 @@ from diffusers_sana.prompts.encoding import encode_prompts
 from diffusers_sana.prompts.tokenization import COMPLEX_HUMAN_INSTRUCTION
 
 
-class SanaPipeline(GuidedSanaPipeline):
+class SanaPipeline(ImagePromptPipeline, GuidedSanaPipeline):
     """Text to image with Sana (arXiv 2410.10629) and SANA-1.5 (arXiv 2501.18427).
 
     A drop-in for `diffusers.SanaPipeline`: the same components, arguments, seeds and folders. `from_pretrained` reads
@@ -32,6 +34,7 @@ class SanaPipeline(GuidedSanaPipeline):
         vae: deep compression autoencoder in bf16 or fp32.
         transformer: denoiser.
         scheduler: solver of the flow; any diffusers scheduler for flow prediction.
+        image_encoder, feature_extractor, ip_adapter: for image prompts, see `load_ip_adapter`.
     """
 
     @torch.no_grad()
@@ -65,6 +68,8 @@ class SanaPipeline(GuidedSanaPipeline):
         *,
         guider: Any = None,
         share_prompt_mask: bool = False,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
     ) -> SanaPipelineOutput | tuple:
         """Generates images.
 
@@ -97,6 +102,11 @@ class SanaPipeline(GuidedSanaPipeline):
             guider: a guider of diffusers (`diffusers.guiders`) in place of `guidance_scale`, which then must not be
                 given: other formulas, guidance at some steps only, skipped layers. It is copied, not changed.
             share_prompt_mask: mask the negative prompt like the prompt, padding included, as the authors' code does.
+            ip_adapter_image: image prompts for all prompts: a PIL image, an array or a tensor (in [0, 1]) for the
+                IP-Adapter, or a list with an entry for each IP-Adapter, which may be a list of several images.
+                Negative prompts have no image.
+            ip_adapter_image_embeds: their features, a list with a tensor `[prompts or 1, images, ...]` for each
+                IP-Adapter, from `prepare_ip_adapter_image_embeds`.
 
         Returns:
             `SanaPipelineOutput` with `images`, or a tuple with them.
@@ -111,8 +121,9 @@ class SanaPipeline(GuidedSanaPipeline):
 
         device = self._execution_device
         with self._begin(request) as call:
-            # 2. Text features, [B, L, width], of the prompts and the negative prompts
+            # 2. Text features, [B, L, width], of prompts and negative prompts; keys and values of image prompts
             texts = encode_prompts(self.tokenizer, self.text_encoder, request, is_guided=call.is_guided, device=device)
+            texts["image_states"] = self._image_states(request, len(texts["prompt_embeds"]))
 
             # 3. Schedule and noise, [B, C, h, w] in fp32
             steps = request.lay_out(call.scheduler, device)

@@ -15,11 +15,12 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from diffusers.schedulers import SchedulerMixin
 from torch import Tensor
-from transformers import Gemma2PreTrainedModel, GemmaTokenizer
+from transformers import BaseImageProcessor, Gemma2PreTrainedModel, GemmaTokenizer, PreTrainedModel
 
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.controlnets.controlnet_sana import SanaControlNetModel
 from diffusers_sana.models.controlnets.multicontrolnet_sana import SanaMultiControlNetModel
+from diffusers_sana.models.ip_adapter_sana import SanaIPAdapterModel
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
 from diffusers_sana.pipelines.controlnet_conditioning import (
     Control,
@@ -30,14 +31,15 @@ from diffusers_sana.pipelines.controlnet_conditioning import (
     size_of_tensors,
     warn_of_unused_outputs,
 )
-from diffusers_sana.pipelines.pipeline_sana_base import GuidedSanaPipeline, SanaPipelineBase, Size
+from diffusers_sana.pipelines.image_prompts import ImagePromptPipeline
+from diffusers_sana.pipelines.pipeline_sana_base import GuidedSanaPipeline, Size
 from diffusers_sana.pipelines.request import Request
 from diffusers_sana.pipelines.sampling import denoise
 from diffusers_sana.prompts.encoding import encode_prompts
 from diffusers_sana.prompts.tokenization import COMPLEX_HUMAN_INSTRUCTION
 
 
-class ControlledSanaPipeline(SanaPipelineBase):
+class ControlledSanaPipeline(ImagePromptPipeline):
     """Base of the pipelines with ControlNets.
 
     Args: the components, see `SanaControlNetPipeline`.
@@ -58,8 +60,12 @@ class ControlledSanaPipeline(SanaPipelineBase):
         | list[SanaControlNetModel]
         | tuple[SanaControlNetModel],
         scheduler: SchedulerMixin,
+        image_encoder: PreTrainedModel | None = None,
+        feature_extractor: BaseImageProcessor | None = None,
+        ip_adapter: SanaIPAdapterModel | None = None,
     ) -> None:
-        super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
+        image_prompts = image_encoder, feature_extractor, ip_adapter
+        super().__init__(tokenizer, text_encoder, vae, transformer, scheduler, *image_prompts)
         controlnet = as_one(controlnet)
         self.register_modules(controlnet=controlnet)
         warn_of_unused_outputs(controlnet, transformer)
@@ -139,6 +145,8 @@ class SanaControlNetPipeline(ControlledSanaPipeline, GuidedSanaPipeline):
         *,
         guider: Any = None,
         share_prompt_mask: bool = False,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
     ) -> SanaPipelineOutput | tuple:
         """Generates images that follow a control image.
 
@@ -170,9 +178,10 @@ class SanaControlNetPipeline(ControlledSanaPipeline, GuidedSanaPipeline):
 
         device = self._execution_device
         with self._begin(request) as call:
-            # 2. Text features, [B, L, width], and control latents, [B, C, h, w]
+            # 2. Text features, [B, L, width], image prompts, and control latents, [B, C, h, w]
             texts = encode_prompts(self.tokenizer, self.text_encoder, request, is_guided=call.is_guided, device=device)
             num_images = len(texts["prompt_embeds"])
+            texts["image_states"] = self._image_states(request, num_images)
             counts = num_images // num_images_per_prompt, num_images_per_prompt
             texts["control_image"] = self._encode_control(control_image, size, *counts)
 

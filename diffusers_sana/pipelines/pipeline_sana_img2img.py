@@ -13,6 +13,7 @@ from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from torch import Tensor
 
 from diffusers_sana.pipelines.conditioning import check_strength_of_steps, lay_out_steps, mix_noise
+from diffusers_sana.pipelines.image_prompts import ImagePromptPipeline
 from diffusers_sana.pipelines.pipeline_sana_base import ImageSanaPipeline
 from diffusers_sana.pipelines.request import Request
 from diffusers_sana.pipelines.sampling import denoise
@@ -20,7 +21,7 @@ from diffusers_sana.prompts.encoding import encode_prompts
 from diffusers_sana.prompts.tokenization import COMPLEX_HUMAN_INSTRUCTION
 
 
-class SanaImg2ImgPipeline(ImageSanaPipeline):
+class SanaImg2ImgPipeline(ImagePromptPipeline, ImageSanaPipeline):
     """An image and a prompt to an image, with Sana (arXiv 2410.10629) and SANA-1.5 (arXiv 2501.18427), by SDEdit.
 
     The image is mixed with noise and denoised under the prompt (arXiv 2108.01073). Components are those of
@@ -67,6 +68,8 @@ class SanaImg2ImgPipeline(ImageSanaPipeline):
         *,
         guider: Any = None,
         share_prompt_mask: bool = False,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
     ) -> SanaPipelineOutput | tuple:
         """Changes images.
 
@@ -100,9 +103,10 @@ class SanaImg2ImgPipeline(ImageSanaPipeline):
 
         device = self._execution_device
         with self._begin(request) as call:
-            # 2. Text features, [B, L, width], of the prompts and the negative prompts
+            # 2. Text features, [B, L, width], of prompts and negative prompts; keys and values of image prompts
             texts = encode_prompts(self.tokenizer, self.text_encoder, request, is_guided=call.is_guided, device=device)
             num_images = len(texts["prompt_embeds"])
+            texts["image_states"] = self._image_states(request, num_images)
 
             # 3. Schedule, noise and image, [B, C, h, w] in fp32
             steps, levels = lay_out_steps(call.scheduler, strength, num_inference_steps, timesteps, sigmas, device)

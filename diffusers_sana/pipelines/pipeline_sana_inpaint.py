@@ -14,6 +14,7 @@ from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from torch import Tensor
 
 from diffusers_sana.pipelines.conditioning import check_strength_of_steps, lay_out_steps, mix_noise
+from diffusers_sana.pipelines.image_prompts import ImagePromptPipeline
 from diffusers_sana.pipelines.inpainting import Repainting, keep_the_rest
 from diffusers_sana.pipelines.pipeline_sana_base import ImageSanaPipeline
 from diffusers_sana.pipelines.request import Request
@@ -22,7 +23,7 @@ from diffusers_sana.prompts.encoding import encode_prompts
 from diffusers_sana.prompts.tokenization import COMPLEX_HUMAN_INSTRUCTION
 
 
-class SanaInpaintPipeline(ImageSanaPipeline):
+class SanaInpaintPipeline(ImagePromptPipeline, ImageSanaPipeline):
     """Repaints the masked part of an image, with Sana (arXiv 2410.10629) and SANA-1.5 (arXiv 2501.18427).
 
     After each step, latent cells without a masked pixel are put back to those of the image, at the noise level of the
@@ -74,6 +75,8 @@ class SanaInpaintPipeline(ImageSanaPipeline):
         *,
         guider: Any = None,
         share_prompt_mask: bool = False,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
     ) -> SanaPipelineOutput | tuple:
         """Repaints images.
 
@@ -109,9 +112,10 @@ class SanaInpaintPipeline(ImageSanaPipeline):
 
         device = self._execution_device
         with self._begin(request) as call:
-            # 2. Text features, [B, L, width], of the prompts and the negative prompts
+            # 2. Text features, [B, L, width], of prompts and negative prompts; keys and values of image prompts
             texts = encode_prompts(self.tokenizer, self.text_encoder, request, is_guided=call.is_guided, device=device)
             num_images = len(texts["prompt_embeds"])
+            texts["image_states"] = self._image_states(request, num_images)
 
             # 3. Schedule, noise, image and mask, [B, C, h, w] in fp32
             steps, levels = lay_out_steps(call.scheduler, strength, num_inference_steps, timesteps, sigmas, device)

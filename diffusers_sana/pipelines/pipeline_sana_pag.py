@@ -8,15 +8,17 @@ from functools import partial
 from typing import Any, Self
 
 import torch
+from diffusers.image_processor import PipelineImageInput
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC as UpstreamAutoencoderDC
 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel as UpstreamTransformer
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from diffusers.schedulers import SchedulerMixin
 from torch import Tensor
-from transformers import Gemma2PreTrainedModel, GemmaTokenizer
+from transformers import BaseImageProcessor, Gemma2PreTrainedModel, GemmaTokenizer, PreTrainedModel
 
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
+from diffusers_sana.models.ip_adapter_sana import SanaIPAdapterModel
 from diffusers_sana.models.transformers.transformer_sana import SanaTransformer2DModel
 from diffusers_sana.pipelines.call import CallAttribute, read_only
 from diffusers_sana.pipelines.perturbed_attention import (
@@ -66,8 +68,12 @@ class SanaPAGPipeline(SanaPipeline):
         transformer: SanaTransformer2DModel | UpstreamTransformer,
         scheduler: SchedulerMixin,
         pag_applied_layers: PAGLayers = DEFAULT_PAG_LAYERS,
+        image_encoder: PreTrainedModel | None = None,
+        feature_extractor: BaseImageProcessor | None = None,
+        ip_adapter: SanaIPAdapterModel | None = None,
     ) -> None:
-        super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
+        image_prompts = image_encoder, feature_extractor, ip_adapter
+        super().__init__(tokenizer, text_encoder, vae, transformer, scheduler, *image_prompts)
         self.set_pag_applied_layers(pag_applied_layers)
 
     @classmethod
@@ -138,6 +144,8 @@ class SanaPAGPipeline(SanaPipeline):
         pag_applied_layers: PAGLayers | None = None,
         *,
         share_prompt_mask: bool = False,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
     ) -> SanaPipelineOutput | tuple:
         """Generates images.
 
@@ -167,8 +175,9 @@ class SanaPAGPipeline(SanaPipeline):
         device = self._execution_device
         pag = {"pag_scale": pag_scale, "pag_adaptive_scale": pag_adaptive_scale, "pag_layers": layers}
         with self._begin(request, **pag) as call:
-            # 2. Text features, [B, L, width], of the prompts and the negative prompts
+            # 2. Text features, [B, L, width], of prompts and negative prompts; keys and values of image prompts
             texts = encode_prompts(self.tokenizer, self.text_encoder, request, is_guided=call.is_guided, device=device)
+            texts["image_states"] = self._image_states(request, len(texts["prompt_embeds"]))
 
             # 3. Schedule and noise, [B, C, h, w] in fp32
             steps = request.lay_out(call.scheduler, device)

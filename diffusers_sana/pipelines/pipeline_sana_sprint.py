@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from torch import Tensor
@@ -62,6 +63,9 @@ class SanaSprintPipeline(SanaSprintPipelineBase):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 300,
         complex_human_instruction: str | Sequence[str] | None = COMPLEX_HUMAN_INSTRUCTION,
+        *,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
     ) -> SanaPipelineOutput | tuple:
         """Generates images.
 
@@ -95,8 +99,9 @@ class SanaSprintPipeline(SanaSprintPipelineBase):
 
         device = self._execution_device
         with self._begin(request) as call:
-            # 2. Text features, [B, L, width]
+            # 2. Text features, [B, L, width]; keys and values of image prompts
             texts = encode_prompts(self.tokenizer, self.text_encoder, request, is_guided=call.is_guided, device=device)
+            texts["image_states"] = self._image_states(request, len(texts["prompt_embeds"]))
 
             # 3. Schedule and noise, [B, C, h, w] in fp32
             steps = lay_out_angles(call.scheduler, num_steps, *angles, device)

@@ -18,14 +18,14 @@ from diffusers_sana.checks import check_number
 from diffusers_sana.models.transformers.sprint_student import TRAIN_TIMESTEPS, load_student
 from diffusers_sana.pipelines.call import Call
 from diffusers_sana.pipelines.controlnet_conditioning import Residuals
-from diffusers_sana.pipelines.pipeline_sana_base import SanaPipelineBase
+from diffusers_sana.pipelines.image_prompts import ImagePromptPipeline
 from diffusers_sana.pipelines.request import check_numbers
 from diffusers_sana.pipelines.sampling import Denoiser, TextInputs, denoise
 from diffusers_sana.prompts.encoding import Prompts, encode_prompts
 from diffusers_sana.schedulers.trigflow import flow_to_trigflow
 
 
-class SanaSprintPipelineBase(SanaPipelineBase):
+class SanaSprintPipelineBase(ImagePromptPipeline):
     """Base of the pipelines of SANA-Sprint. The guidance scale is an input of the transformer: one pass per step."""
 
     _callback_tensor_inputs = ["latents", "prompt_embeds"]

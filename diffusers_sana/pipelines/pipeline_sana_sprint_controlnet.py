@@ -67,6 +67,9 @@ class SanaSprintControlNetPipeline(ControlledSanaPipeline, SanaSprintPipelineBas
         complex_human_instruction: str | Sequence[str] | None = COMPLEX_HUMAN_INSTRUCTION,
         control_guidance_start: float | list[float] = 0.0,
         control_guidance_end: float | list[float] = 1.0,
+        *,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
     ) -> SanaPipelineOutput | tuple:
         """Generates images that follow a control image.
 
@@ -94,9 +97,10 @@ class SanaSprintControlNetPipeline(ControlledSanaPipeline, SanaSprintPipelineBas
 
         device = self._execution_device
         with self._begin(request) as call:
-            # 2. Text features, [B, L, width], and control latents, [B, C, h, w]
+            # 2. Text features, [B, L, width], image prompts, and control latents, [B, C, h, w]
             texts = encode_prompts(self.tokenizer, self.text_encoder, request, is_guided=call.is_guided, device=device)
             num_images = len(texts["prompt_embeds"])
+            texts["image_states"] = self._image_states(request, num_images)
             counts = num_images // num_images_per_prompt, num_images_per_prompt
             texts["control_image"] = self._encode_control(control_image, size, *counts)
 

@@ -73,6 +73,9 @@ class SanaSprintImg2ImgPipeline(SanaSprintPipelineBase):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 300,
         complex_human_instruction: str | Sequence[str] | None = COMPLEX_HUMAN_INSTRUCTION,
+        *,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
     ) -> SanaPipelineOutput | tuple:
         """Changes images.
 
@@ -104,9 +107,10 @@ class SanaSprintImg2ImgPipeline(SanaSprintPipelineBase):
 
         device = self._execution_device
         with self._begin(request) as call:
-            # 2. Text features, [B, L, width]
+            # 2. Text features, [B, L, width]; keys and values of image prompts
             texts = encode_prompts(self.tokenizer, self.text_encoder, request, is_guided=call.is_guided, device=device)
             num_images, sigma = len(texts["prompt_embeds"]), call.scheduler.config.sigma_data
+            texts["image_states"] = self._image_states(request, num_images)
 
             # 3. Schedule, and the image under noise, [B, C, h, w] in fp32
             steps = lay_out_angles(call.scheduler, num_steps, *angles, device, begin)

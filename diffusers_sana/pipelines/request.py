@@ -44,6 +44,8 @@ class Request(Prompts):
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None  # not for SANA-Sprint
     guider: Any = None  # not for SANA-Sprint, LongSANA and `SanaPAGPipeline`
+    ip_adapter_image: Any = None  # not for videos
+    ip_adapter_image_embeds: Sequence[Tensor] | None = None
 
     _latent_axes: ClassVar[tuple[str, ...]] = IMAGES
     _default_guidance_scale: ClassVar[float] = 4.5  # of the pipelines that take a guider
@@ -70,6 +72,11 @@ class Request(Prompts):
     def is_sized(self) -> bool:
         """Whether the size of the images is asked for."""
         return (self.height, self.width) != (None, None)
+
+    @property
+    def has_image_prompt(self) -> bool:
+        """Whether there are images among the prompts."""
+        return self.ip_adapter_image is not None or self.ip_adapter_image_embeds is not None
 
     def for_images(self, count: int) -> Self:
         """The same with one prompt repeated for `count` images."""

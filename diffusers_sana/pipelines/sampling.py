@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffusers_sana.checks import check_computed
 from diffusers_sana.locks import exclusive
+from diffusers_sana.models.transformers.text_sana import ImageStates, num_image_rows, repeated_rows
 from diffusers_sana.pipelines.acceleration.step_caches import StepCache
 from diffusers_sana.pipelines.call import Call
 from diffusers_sana.prompts.encoding import pad_text
@@ -135,7 +136,8 @@ def denoise(
         transformer: of either package.
         latents: `[B, C, h, w]`, at the noise level of the first timestep.
         timesteps: those of the scheduler that are still to be done.
-        tensors: from `encode_prompts`, and whatever else callbacks may see; callbacks replace entries of it.
+        tensors: from `encode_prompts`, and whatever else callbacks may see; callbacks replace entries of it. With
+            image prompts also `image_states`, B rows.
         call: scheduler, guidance scale, callback, and what the callback may change.
         arrange: features and mask of the batch from `tensors`, and whether there is guidance.
         predict: the transformer's prediction.
@@ -167,7 +169,9 @@ def denoise(
             model.step_index, call.current_timestep = i, times[i]
             is_guided = call.is_guided
             if text is None or text.is_guided != is_guided:
-                text = project_texts(transformer, *arrange(tensors, is_guided), is_guided, call.attention_kwargs)
+                images = tensors.get("image_states", ())
+                options_of_text = is_guided, call.attention_kwargs, images
+                text = project_texts(transformer, *arrange(tensors, is_guided), *options_of_text)
                 cache.restart(len(text.mask) // len(latents))
             prediction = predict(model, latents, t, text)
             has_halves = is_guided and call.guidance is None
@@ -221,13 +225,22 @@ def sample_by_renoising(
 
 
 def project_texts(
-    transformer: Any, embeds: Tensor, mask: Tensor, is_guided: bool, attention_kwargs: dict[str, Any] | None
+    transformer: Any,
+    embeds: Tensor,
+    mask: Tensor,
+    is_guided: bool,
+    attention_kwargs: dict[str, Any] | None,
+    image_states: ImageStates = (),
 ) -> TextInputs:
-    """The texts as the transformer takes them."""
+    """The texts, and image prompts with B rows, as the transformer takes them. Negative prompts have no image."""
     embeds = embeds.to(transformer.dtype)
     if hasattr(transformer, "encode_text"):
+        more = {}
+        if image_states:
+            copies = len(mask) // num_image_rows(image_states) - is_guided
+            more["image_states"] = repeated_rows(image_states, copies)
         with exclusive(transformer):
-            context = transformer.encode_text(embeds, mask, attention_kwargs=attention_kwargs)
+            context = transformer.encode_text(embeds, mask, attention_kwargs=attention_kwargs, **more)
         arguments = {"encoder_hidden_states": None, "text_context": context}
     else:
         arguments = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}

@@ -74,6 +74,8 @@ def test_misuse_is_reported_before_anything_heavy_is_imported(place):
         ("train_sana", *data, *there, *used): "holds a run. Use `resume` or another",
         ("train_sana", *data, *there, *new, "--resume"): "`resume` needs a checkpoint",
         ("train_sana_controlnet", *data, *there, "--wiring", "own"): "`wiring` must be one of",
+        ("train_sana_image_prompt", *data, *there): "`image_encoder` must be a vision encoder's folder",
+        ("train_sana_image_prompt", *data, *there, "--features", "all"): "`features` must be one of",
         ("train_sana_lora", *data, *there, "--quantize", "int3"): "`quantize` must be one of",
         ("train_sana_lora", *data, *there, "--rank", "0"): "`rank` must be at least 1",
         ("train_sana_video", *data, *there, "--frames", "0"): "`frames` must be numbers of at least 1",

@@ -107,7 +107,7 @@ def test_every_pipeline_of_a_set_exists():
 def test_takes_the_arguments_of_the_pipeline(name):
     parameters = inspect.signature(getattr(diffusers_sana, name).__call__).parameters
     inputs = {each.name: each for each in BLOCKS[name]().inputs}
-    known = parameters.keys() - {"self", "return_dict"}
+    known = parameters.keys() - steps.NOT_OF_BLOCKS
     assert known <= inputs.keys()
     assert all(inputs[key].default == parameters[key].default for key in known)
     others = inputs.keys() - known  # what blocks of other sets would give

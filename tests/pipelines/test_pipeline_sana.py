@@ -76,7 +76,8 @@ def test_same_seed_same_bits(ours):
 
 
 def test_signature_is_that_of_diffusers():
-    more = {"__call__": ["guider", "share_prompt_mask"], "encode_prompt": ["share_prompt_mask"]}
+    images = ["ip_adapter_image", "ip_adapter_image_embeds"]
+    more = {"__call__": ["guider", "share_prompt_mask", *images], "encode_prompt": ["share_prompt_mask"]}
     for method in ("__call__", "encode_prompt", "check_inputs", "prepare_latents"):
         theirs = inspect.signature(getattr(diffusers.SanaPipeline, method)).parameters
         ours = inspect.signature(getattr(diffusers_sana.SanaPipeline, method)).parameters

@@ -68,7 +68,8 @@ def test_signature_extends_that_of_diffusers():
         list(inspect.signature(library.SanaControlNetPipeline.__call__).parameters)
         for library in (diffusers, diffusers_sana)
     )
-    assert ours == [*theirs, "control_guidance_start", "control_guidance_end", "guider", "share_prompt_mask"]
+    more = ["control_guidance_start", "control_guidance_end", "guider", "share_prompt_mask"]
+    assert ours == [*theirs, *more, "ip_adapter_image", "ip_adapter_image_embeds"]
     assert diffusers_sana.SanaControlNetPipeline.model_cpu_offload_seq == (
         diffusers.SanaControlNetPipeline.model_cpu_offload_seq
     )

@@ -253,7 +253,8 @@ class TestLayers:
     def test_default_is_that_of_diffusers(self):
         ours, theirs = (inspect.signature(each.__init__) for each in (SanaPAGPipeline, diffusers.SanaPAGPipeline))
         assert str(ours.parameters["pag_applied_layers"]).endswith("= 'transformer_blocks.0'")
-        assert list(ours.parameters) == list(theirs.parameters)
+        more = ["image_encoder", "feature_extractor", "ip_adapter"]
+        assert list(ours.parameters) == [*theirs.parameters, *more]
         assert ours.parameters["pag_applied_layers"].default == theirs.parameters["pag_applied_layers"].default
 
 
@@ -262,10 +263,11 @@ def test_signature_is_that_of_the_plain_pipeline_and_more():
         inspect.signature(each.__call__).parameters
         for each in (SanaPAGPipeline, SanaPipeline, diffusers.SanaPAGPipeline)
     )
-    common = [name for name in plain if name not in ("guider", "share_prompt_mask")]
-    assert list(ours) == [*common, "pag_scale", "pag_adaptive_scale", "pag_applied_layers", "share_prompt_mask"]
+    last = ["share_prompt_mask", "ip_adapter_image", "ip_adapter_image_embeds"]
+    common = [name for name in plain if name not in ("guider", *last)]
+    assert list(ours) == [*common, "pag_scale", "pag_adaptive_scale", "pag_applied_layers", *last]
     assert theirs.keys() - {"kwargs"} <= ours.keys()
-    assert all(ours[name] == plain[name] for name in [*common, "share_prompt_mask"])
+    assert all(ours[name] == plain[name] for name in [*common, *last])
     assert all(ours[name].default == theirs[name].default for name in ("pag_scale", "pag_adaptive_scale"))
 
 

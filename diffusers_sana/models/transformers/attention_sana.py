@@ -1,6 +1,7 @@
 """The two attention layers of Sana: ReLU linear self-attention and softmax cross-attention to the text.
 
-Legend: B batch, N image tokens, L text tokens, D inner width, S prompts of a single token, H heads, d head width.
+Legend: B batch, N image tokens, L text tokens, D inner width, S prompts of a single token, H heads, d head width; T
+tokens of image prompts.
 """
 
 from dataclasses import dataclass
@@ -113,8 +114,23 @@ class SanaTextState(NamedTuple):
     constant: Tensor | None
 
 
+class SanaImageState(NamedTuple):
+    """What one cross-attention layer attends to in the image prompts of the last M rows of a batch.
+
+    The attention to it is added to that to the text ("decoupled", IP-Adapter, arXiv 2308.06721). The other rows, the
+    negative prompts of classifier-free guidance, have no image prompt.
+
+    Attributes:
+        key, value: `[M, T, heads, head_dim]`. The strength of the image prompt is a factor of the values, which the
+            attention is linear in.
+    """
+
+    key: Tensor
+    value: Tensor
+
+
 class SanaAttnProcessor:
-    """Softmax cross-attention to the text through the attention backends of diffusers."""
+    """Softmax cross-attention to the text, and to image prompts, through the attention backends of diffusers."""
 
     _attention_backend = None
 
@@ -139,6 +155,7 @@ class SanaAttnProcessor:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | SanaTextState,
         attention_mask: Tensor | None = None,
+        image_states: tuple[SanaImageState, ...] = (),
     ) -> Tensor:
         text = encoder_hidden_states
         if not isinstance(text, SanaTextState):
@@ -152,13 +169,13 @@ class SanaAttnProcessor:
         query = attn.to_q(hidden_states)
         if attn.norm_q is not None:
             query = attn.norm_q(query)
-        out = dispatch_attention_fn(
-            query.unflatten(-1, (attn.heads, -1)),
-            text.key,
-            text.value,
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-        )
+        query = query.unflatten(-1, (attn.heads, -1))
+        backend = self._attention_backend
+        out = dispatch_attention_fn(query, text.key, text.value, attn_mask=attention_mask, backend=backend)
+        for image in image_states:
+            start = len(out) - len(image.key)
+            attended = dispatch_attention_fn(query[start:], image.key, image.value, backend=backend)
+            out = torch.cat([out[:start], out[start:] + attended])
         out = attn.to_out[1](attn.to_out[0](out.flatten(-2)))  # [B - S, N, H, d] -> [B - S, N, D]
         return out if text.constant is None else torch.cat([constant, out])
 
@@ -168,7 +185,7 @@ class SanaAttention(nn.Module, AttentionModuleMixin):
 
     Self-attention processors are called with `(attn, hidden_states)`, cross-attention processors also with
     `encoder_hidden_states`, the projected text `[B, L, D]` (a `SanaTextState` only for `SanaAttnProcessor`), and
-    `attention_mask`.
+    `attention_mask`; `SanaAttnProcessor` also with `image_states`, where there are image prompts.
 
     Args:
         dim: width of queries and output.

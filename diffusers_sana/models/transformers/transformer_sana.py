@@ -40,6 +40,7 @@ from diffusers_sana.models.loading import SingleFileMixin, StrictModelMixin
 from diffusers_sana.models.transformers.attention_sana import (
     SanaAttention,
     SanaAttnProcessor,
+    SanaImageState,
     SanaLinearAttnProcessor,
     SanaRMSNorm,
     SanaTextState,
@@ -161,6 +162,7 @@ class SanaTransformerBlock(nn.Module):
         timestep: Tensor,
         height: int,
         width: int,
+        image_states: tuple[SanaImageState, ...] = (),
     ) -> Tensor:
         """One block.
 
@@ -170,12 +172,13 @@ class SanaTransformerBlock(nn.Module):
             encoder_attention_mask: broadcastable to `[B, heads, N, L]`; boolean (True: attend) or additive.
             timestep: modulation `[B or 1, 6 * D]`.
             height, width: token grid.
+            image_states: of image prompts, one for each IP-Adapter.
 
         Returns:
             `[B, N, D]`.
         """
         modulation = self.scale_shift_table + timestep.unflatten(-1, (6, -1))
-        text = encoder_hidden_states, encoder_attention_mask
+        text = encoder_hidden_states, encoder_attention_mask, image_states
         return gated_residual(*self.residual_branch(hidden_states, None, None, text, modulation, width))
 
     def residual_branch(
@@ -183,7 +186,7 @@ class SanaTransformerBlock(nn.Module):
         hidden_states: Tensor,
         branch: Tensor | None,
         gate: Tensor | None,
-        text: tuple[Tensor | SanaTextState, Tensor | None],
+        text: tuple[Tensor | SanaTextState, Tensor | None, tuple[SanaImageState, ...]],
         modulation: Tensor,
         width: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,7 +195,7 @@ class SanaTransformerBlock(nn.Module):
         Args:
             hidden_states: `[B, N, D]`.
             branch, gate: what is still to be added to them, as returned by the block before; None for nothing.
-            text: `encoder_hidden_states` and `encoder_attention_mask` of `forward`.
+            text: `encoder_hidden_states`, `encoder_attention_mask` and `image_states` of `forward`.
             modulation: shift, scale and gate of self-attention and Mix-FFN, `[B or 1, 6, D]`.
             width: of the token grid.
 
@@ -208,10 +211,14 @@ class SanaTransformerBlock(nn.Module):
             hidden_states, norm_hidden_states = self.norm1(hidden_states, shift_msa, scale_msa, branch, gate)
         hidden_states = gated_residual(hidden_states, self.attn1(norm_hidden_states), gate_msa)
 
-        encoder_hidden_states, encoder_attention_mask = text
-        attn_output = self.attn2(
-            hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
-        )
+        encoder_hidden_states, encoder_attention_mask, image_states = text
+        prompts: dict[str, Any] = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "attention_mask": encoder_attention_mask,
+        }
+        if image_states:  # which other processors do not know
+            prompts["image_states"] = image_states
+        attn_output = self.attn2(hidden_states, **prompts)
         hidden_states, norm_hidden_states = self.norm2(hidden_states, shift_mlp, scale_mlp, attn_output)
         # As an image the tokens are channels-last, so this is a view. With sequence parallelism, each process has some
         # of the rows.
@@ -389,6 +396,7 @@ class SanaTransformer2DModel(
     """
 
     _supports_gradient_checkpointing = True
+    _takes_image_prompts = True
     _no_split_modules = ["SanaTransformerBlock", "SanaPatchEmbed", "SanaModulatedNorm"]  # type: ignore[assignment]
     _repeated_blocks = ["SanaTransformerBlock"]
     _skip_layerwise_casting_patterns = ["patch_embed", "norm"]  # type: ignore[assignment]
@@ -515,8 +523,9 @@ class SanaTransformer2DModel(
         modulations = (tables + modulation.unflatten(-1, (1, 6, -1))).unbind(1)  # [B, 6, D] each
         branch: Any = None
         gate: Any = None
-        for block, text, own in zip(blocks, text_context.states, modulations, strict=True):
-            conditions = (text, text_context.attention_mask), own, width
+        images = text_context.image_states or ((),) * len(blocks)
+        for block, text, image, own in zip(blocks, text_context.states, images, modulations, strict=True):
+            conditions = (text, text_context.attention_mask, image), own, width
             hidden_states, branch, gate = block.residual_branch(hidden_states, branch, gate, *conditions)
         return hidden_states, branch, gate
 
@@ -531,8 +540,10 @@ class SanaTransformer2DModel(
     ) -> Tensor:
         """All blocks one by one, `[B, N, D]` to the same shape; the samples of a ControlNet are added, if given."""
         first_controlled = 1
-        for index, (block, text) in enumerate(zip(self.transformer_blocks, text_context.states, strict=True)):
-            block_arguments = (hidden_states, text, text_context.attention_mask, modulation, height, width)
+        images = text_context.image_states or ((),) * len(self.transformer_blocks)
+        blocks = zip(self.transformer_blocks, text_context.states, images, strict=True)
+        for index, (block, text, image) in enumerate(blocks):
+            block_arguments = (hidden_states, text, text_context.attention_mask, modulation, height, width, image)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_states = self._gradient_checkpointing_func(block, *block_arguments)
             else:

@@ -284,6 +284,32 @@ class QuantizableOptions(PretrainedOptions):
     quantize_rank: int = option(32, "rank of the low-rank branch beside the quantized weights")
 
 
+@dataclass(kw_only=True)
+class ImagePromptTrainingConfig(PromptFlowTrainingConfig):
+    """Training of an IP-Adapter. Rows without a caption are those in which the image says everything."""
+
+    output_dir: str = option("outputs/ip-adapter", "folder for checkpoints, samples, log and result", changeable=True)
+    weight_decay: float = option(0.01, "weight decay of matrices and kernels", changeable=True)
+
+
+@dataclass(kw_only=True)
+class ImagePromptModelOptions(QuantizableOptions):
+    """The pipeline that is to take image prompts, the image encoder, and the new adapter."""
+
+    image_encoder: str = option("", "vision encoder of transformers, or VILA-U, folder or repository")
+    image_encoder_subfolder: str = option("", "folder in it")
+    features: str = option("pooled", "one vector per image, or its `patches`", choices=("pooled", "patches"))
+    num_tokens: int | None = option(None, "tokens per image; default: 4 of pooled features, 16 of patches")
+    token_dim: int | None = option(None, "width of the tokens; default: that of the projected text")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.image_encoder:
+            raise ValueError("`image_encoder` must be a vision encoder's folder or id, got ''. Pass --image-encoder.")
+        check_exists("image_encoder", self.image_encoder)
+        check_positive(self, *(name for name in ("num_tokens", "token_dim") if getattr(self, name) is not None))
+
+
 # LoRA
 
 
@@ -652,6 +678,7 @@ RECIPES: dict[str, tuple[type, ...]] = {
     "dc_ae": (DCAETrainingConfig, DCAEDataOptions, DCAEModelOptions),
     "dc_ae_dit": (DiTTrainingConfig, DiTDataOptions, DiTModelOptions),
     "dpo": (DpoTrainingConfig, DpoDataOptions, DpoModelOptions),
+    "image_prompt": (ImagePromptTrainingConfig, CaptionedDataOptions, ImagePromptModelOptions),
     "lora": (LoraTrainingConfig, LoraDataOptions, LoraModelOptions),
     "nft": (NftTrainingConfig, NftDataOptions, NftModelOptions),
     "sana": (SanaTrainingConfig, SanaDataOptions, SanaModelOptions),

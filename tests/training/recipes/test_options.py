@@ -21,7 +21,7 @@ def required(tmp_path):
     (tmp_path / "chats.jsonl").write_text("")
     (tmp_path / "prompts.txt").write_text("a cat")
     data = {"data": str(tmp_path), "prompts": str(tmp_path / "prompts.txt")}
-    return data | {"pretrained": "owner/name", "vae": "owner/name"}
+    return data | dict.fromkeys(("pretrained", "vae", "image_encoder"), "owner/name")
 
 
 def groups_of(recipe, required):
