@@ -262,7 +262,7 @@ class SanaIPAdapterModel(StrictModelMixin, ConfigMixin):
             image_embeds: for each adapter the features of images, `[B, n, C]` if pooled, else `[B, n, P, C]`.
 
         Returns:
-            For each block a state of each adapter, with B rows.
+            For each block a state of each adapter that has any strength, with B rows; empty if none has.
 
         Raises:
             TypeError, ValueError: naming what does not fit.
@@ -271,6 +271,7 @@ class SanaIPAdapterModel(StrictModelMixin, ConfigMixin):
         states = [
             adapter(embeds.to(self.dtype), scales)
             for adapter, embeds, scales in zip(self._each, image_embeds, self.scales, strict=True)
+            if any(scales)
         ]
         return tuple(zip(*states, strict=True))
 

@@ -281,7 +281,7 @@ def image_processor_of(encoder: Any, folder: str | Path | None = None, **hub: An
             return transformers.AutoImageProcessor.from_pretrained(folder, **hub)
         except (OSError, ValueError):
             logger.info(f"{folder} has no image processor; the usual one of the image encoder is taken.")
-    side = getattr(getattr(encoder, "config", None), "image_size", None)
+    side: Any = getattr(getattr(encoder, "config", None), "image_size", None)
     size = {"height": side, "width": side}
     kind = _kind_of(encoder)
     if kind.startswith("clip"):

@@ -169,9 +169,9 @@ def denoise(
             model.step_index, call.current_timestep = i, times[i]
             is_guided = call.is_guided
             if text is None or text.is_guided != is_guided:
+                embeds, mask = arrange(tensors, is_guided)
                 images = tensors.get("image_states", ())
-                options_of_text = is_guided, call.attention_kwargs, images
-                text = project_texts(transformer, *arrange(tensors, is_guided), *options_of_text)
+                text = project_texts(transformer, embeds, mask, is_guided, call.attention_kwargs, images)
                 cache.restart(len(text.mask) // len(latents))
             prediction = predict(model, latents, t, text)
             has_halves = is_guided and call.guidance is None

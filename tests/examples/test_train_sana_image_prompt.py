@@ -104,7 +104,7 @@ def test_main(tmp_path, quantized):
     with pytest.raises(ValueError, match="`image_encoder` must be a vision encoder's folder"):
         main(arguments)
     arguments += ["--image_encoder", str(tmp_path / "encoder")]
-    main([*arguments, *(["--quantize", "int4"] if quantized else [])])
+    main([*arguments, *(["--quantize", "int4", "--quantize-rank", "4"] if quantized else [])])
     pipe = SanaPipeline.from_pretrained(tmp_path / "pipeline", image_encoder=encoder, feature_extractor=processor)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_ip_adapter(tmp_path / "out" / "model")

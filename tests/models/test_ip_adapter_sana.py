@@ -39,7 +39,7 @@ def pooled(rows=3, images=1):
 @torch.no_grad()
 def test_a_new_adapter_has_no_effect_and_takes_the_keys_of_the_transformer(transformer):
     adapter = SanaIPAdapterModel.from_transformer(transformer, 12)
-    assert torch.equal(predict(transformer, adapter([pooled()])), predict(transformer))
+    assert_close_fp32(predict(transformer, adapter([pooled()])), predict(transformer))
     block, layer = transformer.transformer_blocks[1].attn2, adapter.ip_adapters[0].ip_adapter[1]
     assert torch.equal(layer.to_k_ip.weight, block.to_k.weight)
     assert (layer.norm_k_ip is None) == (block.norm_k is None)
@@ -99,7 +99,7 @@ def test_scales(transformer):
     adapter = trained_adapter(transformer)
     plain, full = predict(transformer), predict(transformer, adapter([pooled()]))
     adapter.set_scale(0.0)
-    assert torch.equal(predict(transformer, adapter([pooled()])), plain)
+    assert adapter([pooled()]) == ()
     adapter.set_scale([0.0, 1.0])
     of_one_block = predict(transformer, adapter([pooled()]))
     assert relative_error(of_one_block, plain) > 1e-3
@@ -168,7 +168,7 @@ def test_on_4_bits():
     assert 1e-5 < relative_error(predict(quantized, states), predict(transformer, states)) < 0.3
     assert relative_error(predict(quantized, states), predict(quantized)) > 1e-3
     fresh = SanaIPAdapterModel.from_transformer(quantized, 12)
-    assert torch.equal(predict(quantized, fresh([pooled()])), predict(quantized))
+    assert relative_error(predict(quantized, fresh([pooled()])), predict(quantized)) < 1e-5
 
 
 def test_gradients_reach_the_adapter_and_nothing_else():

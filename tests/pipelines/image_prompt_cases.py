@@ -46,11 +46,11 @@ def vila_u_encoder(**changes):
 
 def trained_adapter(transformer, image_dim=12, seed=1, **options):
     """An adapter with random values in place of the zeros of a new one."""
+    torch.manual_seed(seed)
     model = SanaIPAdapterModel.from_transformer(transformer, image_dim, **options).eval()
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
+            parameter.add_(torch.randn(parameter.shape) * 0.5)
     return model
 
 

@@ -164,7 +164,7 @@ def run(config: ImagePromptTrainingConfig, data: CaptionedDataOptions, model: Im
     make_accelerator(config)
     set_seed(config.seed)
     pipeline = SanaPipeline.from_pretrained(model.pretrained)
-    options = {"subfolder": model.image_encoder_subfolder} if model.image_encoder_subfolder else {}
+    options: dict[str, Any] = {"subfolder": model.image_encoder_subfolder} if model.image_encoder_subfolder else {}
     image_encoder, processor = load_image_encoder(model.image_encoder, **options)
     dataset = SelfPromptedImages(bucketed_images(data), processor)
     first = dataset[0]["prompt_image"][None]
