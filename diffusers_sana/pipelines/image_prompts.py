@@ -109,16 +109,17 @@ class ImagePromptPipeline(SanaPipelineBase):
             )
         sources, folders, names = (each * (count // len(each)) for each in lists)
         heads, files = self.transformer.config["num_cross_attention_heads"], []
-        for source, folder, name in zip(sources, folders, names, strict=True):
-            with named(source, name, folder):
-                files.append(_read(source, folder, name, kwargs))
+        device, dtype = self.transformer.device, self.transformer.dtype
+        for source, folder, file in zip(sources, folders, names, strict=True):
+            with named(source, file, folder):
+                tensors = _read(source, folder, file, kwargs)
+                files.append({name: tensor.to(device, dtype) for name, tensor in tensors.items()})
                 SanaIPAdapterModel.from_tensors(files[-1:], heads).check_transformer(self.transformer)
         adapter = SanaIPAdapterModel.from_tensors(files, heads)
-        adapter.to(device=self.transformer.device, dtype=self.transformer.dtype)
         if self.image_encoder is None and image_encoder_folder is not None and not isinstance(sources[0], dict):
             encoder, processor = _load_encoder(sources[0], folders[0], image_encoder_folder, self.dtype, kwargs)
             if encoder is not None:
-                self.register_modules(image_encoder=encoder.to(self.transformer.device))
+                self.register_modules(image_encoder=encoder.to(device))
                 if self.feature_extractor is None:
                     self.register_modules(feature_extractor=processor)
         self.register_modules(ip_adapter=adapter)

@@ -1,4 +1,4 @@
-"""What users combine: {pipelines} x {guider, ControlNets, LoRAs} x {16, 4 bits}, in every subset of the three.
+"""What users combine: {pipelines} x {guider, ControlNets, LoRAs, image prompt} x {16, 4 bits}, in every subset.
 
 Each of them has a setting that changes nothing, such as a strength of 0. Each subset gives another image; and in the
 presence of all the others, an addition that changes nothing gives the image without it.
@@ -20,9 +20,11 @@ import diffusers_sana
 from tests import tiny
 from tests.numerics import relative_error
 from tests.pipelines.controlnet_cases import controlnet
+from tests.pipelines.image_prompt_cases import trained_adapter
 from tests.pipelines.test_matrix import EDGES, PIPELINES, WIDER, generate, make
 
 
+IMAGE_DIM = 12
 SCALE = 0.005  # of each ControlNet: random ones would drown everything else
 ON, NEUTRAL = "on", "neutral"
 
@@ -69,11 +71,19 @@ def with_loras(pipe: Any, setting: str) -> tuple[Any, dict[str, Any]]:
     return pipe, {}
 
 
+def with_image_prompt(pipe: Any, setting: str) -> tuple[Any, dict[str, Any]]:
+    """An image prompt; or one without strength."""
+    pipe.set_ip_adapter_scale(0.05 if setting == ON else 0.0)
+    embeds = torch.randn(2, 1, IMAGE_DIM, generator=torch.Generator().manual_seed(7))
+    return pipe, {"ip_adapter_image_embeds": [embeds]}
+
+
 # What can be combined -> the function that adds it, and the argument of a pipeline that takes it.
 ADDITIONS = {
     "guider": (with_guider, "guider"),
     "controlnets": (with_controlnets, "control_image"),
     "loras": (with_loras, "attention_kwargs"),
+    "image_prompt": (with_image_prompt, "ip_adapter_image_embeds"),
 }
 
 
@@ -84,10 +94,12 @@ def taken(name: str) -> list[str]:
 
 
 class Combination:
-    """One pipeline, to which guiders, ControlNets and LoRAs are added for one call each."""
+    """One pipeline, to which guiders, ControlNets, LoRAs and image prompts are added for one call each."""
 
     def __init__(self, name: str, precision: str) -> None:
         self.name, self.pipe = name, make(name, precision)
+        adapter = trained_adapter(self.pipe.transformer, IMAGE_DIM)
+        self.pipe.register_modules(ip_adapter=adapter.to(self.pipe.transformer.dtype))
         for seed, adapter in enumerate(("attention", "others")):
             self.pipe.load_lora_weights(dict(lora_layers(seed)), adapter_name=adapter)
 
@@ -111,16 +123,16 @@ def subsets(names: Iterable[str]) -> list[tuple[str, ...]]:
 def test_what_a_pipeline_takes():
     """Guiders take the place of classifier-free guidance; distilled ones have none, and PAG is a guidance itself."""
     assert {name: taken(name) for name in PIPELINES} == {
-        "SanaPipeline": ["guider", "loras"],
-        "SanaPAGPipeline": ["loras"],
-        "SanaImg2ImgPipeline": ["guider", "loras"],
-        "SanaInpaintPipeline": ["guider", "loras"],
-        "SanaControlNetPipeline": ["guider", "controlnets", "loras"],
-        "SanaControlNetImg2ImgPipeline": ["guider", "controlnets", "loras"],
-        "SanaControlNetInpaintPipeline": ["guider", "controlnets", "loras"],
-        "SanaSprintPipeline": ["loras"],
-        "SanaSprintImg2ImgPipeline": ["loras"],
-        "SanaSprintControlNetPipeline": ["controlnets", "loras"],
+        "SanaPipeline": ["guider", "loras", "image_prompt"],
+        "SanaPAGPipeline": ["loras", "image_prompt"],
+        "SanaImg2ImgPipeline": ["guider", "loras", "image_prompt"],
+        "SanaInpaintPipeline": ["guider", "loras", "image_prompt"],
+        "SanaControlNetPipeline": ["guider", "controlnets", "loras", "image_prompt"],
+        "SanaControlNetImg2ImgPipeline": ["guider", "controlnets", "loras", "image_prompt"],
+        "SanaControlNetInpaintPipeline": ["guider", "controlnets", "loras", "image_prompt"],
+        "SanaSprintPipeline": ["loras", "image_prompt"],
+        "SanaSprintImg2ImgPipeline": ["loras", "image_prompt"],
+        "SanaSprintControlNetPipeline": ["controlnets", "loras", "image_prompt"],
     }
 
 
