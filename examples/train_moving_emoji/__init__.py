@@ -1,0 +1,1 @@
+"""Emoji that move: a tiny SANA-Video over the bundled autoencoder, and a rule that judges the motion."""
