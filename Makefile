@@ -1,7 +1,7 @@
 # Common development commands. `make demo` and `make test` need nothing but Python and a package index.
 # The targets for a GPU also run without an index, on the packages of the machine: `make gpu-check PY=python3`.
 PYTHON ?= python3
-PROMPT ?= a red apple on a blue background
+PROMPT ?= an apple on a blue background
 MINUTES ?= 25
 RECIPE_MINUTES ?= 3
 BIN := .venv/bin
@@ -20,7 +20,7 @@ CPU_INDEX := "Without an NVIDIA GPU, Linux needs 0.2 instead of 3 GB to download
 	"set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu."
 SETUP_UNLESS_PY := $(if $(filter $(BIN)/python,$(PY)),setup)
 
-.PHONY: setup demo test test-lowest test-versions check format host-tests test-comfyui gpu-check gpu-bench bench recipes compile-kernels warm-cache tables study train-bundled train-autoencoder train-transformer train-bundled-vila-u prepare-data docs dist hub-kernels hub-checkpoints
+.PHONY: setup demo test test-lowest test-versions check format host-tests test-comfyui gpu-check gpu-bench bench recipes compile-kernels warm-cache tables study train-bundled train-bundled-vila-u prepare-data docs dist hub-kernels hub-checkpoints
 
 setup: $(STAMP)  ## .venv with what tests, checks and docs need
 
@@ -111,23 +111,15 @@ hub-checkpoints: setup  ## the bundled checkpoints, in 16 and 4 bits, for the Hu
 	$(BIN)/python -m tools.publish.checkpoints $(HUB)
 
 outputs/emoji.zip:
-	$(BIN)/python -m examples.train_emoji.prepare_data --out $@
+	$(BIN)/python -m examples.train_emoji.prepare_data --size 128 --out $@
 
 outputs/emoji-256.zip:
-	$(BIN)/python -m examples.train_emoji.prepare_data --size 256 --out $@
+	$(BIN)/python -m examples.train_emoji.prepare_data --out $@
 
 prepare-data: setup outputs/emoji.zip outputs/emoji-256.zip
 
-train-bundled: setup outputs/emoji.zip  ## retrains diffusers_sana/checkpoints/sana-emoji within MINUTES
-	$(BIN)/python -m examples.train_emoji.run --data outputs/emoji.zip --out outputs/sana-emoji --minutes $(MINUTES)
-
-train-autoencoder: setup outputs/emoji-256.zip  ## goes on with the autoencoder for 256 px for MINUTES, in three phases
-	$(BIN)/python -m examples.train_emoji.autoencoder --data outputs/emoji-256.zip --out outputs/autoencoder \
-		--minutes $(MINUTES) --save-state
-
-train-transformer: setup outputs/emoji-256.zip  ## goes on with the transformer for 256 px for MINUTES, on the kept autoencoder
-	$(BIN)/python -m examples.train_emoji.transformer --data outputs/emoji-256.zip --vae examples/train_emoji/state/autoencoder \
-		--out outputs/sana-emoji-256 --minutes $(MINUTES)
+train-bundled: setup outputs/emoji-256.zip  ## retrains everything bundled at 256 px within MINUTES
+	$(BIN)/python -m examples.train_emoji.run --data outputs/emoji-256.zip --out outputs/bundled --minutes $(MINUTES)
 
 train-bundled-vila-u: setup outputs/emoji.zip  ## retrains diffusers_sana/checkpoints/vila-u-emoji within MINUTES
 	$(BIN)/python -m examples.train_vila_u_emoji.run --data outputs/emoji.zip --out outputs/vila-u-emoji --minutes $(MINUTES)

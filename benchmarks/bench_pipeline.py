@@ -18,14 +18,14 @@ from diffusers_sana import SanaPipeline
 from diffusers_sana.checkpoints import SANA_EMOJI
 
 
-PROMPT = "a red apple on a blue background"
+PROMPT = "an apple on a blue background"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SANA_EMOJI, help="pipeline folder; default: the bundled one")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--size", type=int, default=128, help="side of the image in pixels")
+    parser.add_argument("--size", type=int, default=256, help="side of the image in pixels")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     medians = alternate({name: lambda pipe=pipe: generate(pipe) for name, pipe in pipes.items()}, args.rounds)
     report = {
         **environment(),
-        "picture": {"pixels": args.size, "steps": args.steps, "dtype": args.dtype, "rounds": args.rounds},
+        "image": {"pixels": args.size, "steps": args.steps, "dtype": args.dtype, "rounds": args.rounds},
         "median_seconds": medians,
         "speedup": medians["diffusers"] / medians["diffusers_sana"],
         "peak_resident_mib_both": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

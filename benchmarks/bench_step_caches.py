@@ -34,12 +34,12 @@ from torch import Tensor
 from benchmarks.harness import RESULTS, alternating_times, environment, write_results
 from diffusers_sana import SanaPipeline
 from diffusers_sana.checkpoints import SANA_EMOJI
-from examples.train_emoji.data import COMMON_OBJECTS
-from examples.train_emoji.evaluate import captioned_grid, held_out_scenes
+from examples.train_emoji.common import captioned_grid
+from examples.train_emoji.scenes import OBJECTS, held_out_scenes
 
 
 STEPS = 20
-FIGURE = Path(__file__).parent.parent / "docs" / "images" / "step_caches.png"
+FIGURE = Path(__file__).parent.parent / "docs" / "images" / "step_caches.webp"
 SHOWN = 4  # prompts in the figure
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 # What is in the figure, from left to right.
@@ -104,13 +104,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, on a shared machine")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--picture", type=Path, default=FIGURE)
+    parser.add_argument("--figure", type=Path, default=FIGURE)
     args = parser.parse_args(argv)
 
     logging.set_verbosity_error()  # FasterCache calls itself experimental each time
     pipe = SanaPipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
-    scenes = [scene.prompt for scene in held_out_scenes(COMMON_OBJECTS)]
+    scenes = [scene.prompt for scene in held_out_scenes(list(OBJECTS))]
     prompts = scenes[: args.prompts]
     generated: dict[str, list[Tensor]] = {}
 
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     write_results("step_caches", report, args.results)
     rows = [(name, generated[name][number]) for number in range(min(SHOWN, len(prompts))) for name in COLUMNS]
     sheet = torch.stack([image for _, image in rows]) * 2 - 1
-    captioned_grid(sheet, [name for name, _ in rows], args.picture, columns=len(COLUMNS))
+    captioned_grid(sheet, [name for name, _ in rows], args.figure, columns=len(COLUMNS))
     print(json.dumps(report, indent=1))
 
 

@@ -40,7 +40,7 @@ class Step:
 
 
 STEPS = (
-    Step("first image, with everything installed", 'make demo PROMPT="a red apple on a blue background"'),
+    Step("first image, with everything installed", 'make demo PROMPT="an apple on a blue background"'),
     Step("image", 'diffusers-sana generate "a fox on a green background, flat style" --out fox.png', "fox.png"),
     Step(
         "the same image, from what the file says of itself", "diffusers-sana again fox.png --out same.png", "same.png"

@@ -2,7 +2,7 @@
 
     python benchmarks/study_flow_solvers.py
 
-writes `benchmarks/results/cpu/flow_solvers.json`, plots `docs/images/flow_solvers.png` and renews the tables in
+writes `benchmarks/results/cpu/flow_solvers.json`, plots `docs/images/flow_solvers.webp` and renews the tables in
 `docs/scheduler.md` (about two minutes on one core).
 
 The data are mixtures of Gaussians: with `x = (1 - σ) x0 + σ ε` every component stays Gaussian, so the velocity
@@ -35,7 +35,7 @@ from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks/results/cpu/flow_solvers.json"
-FIGURE = ROOT / "docs/images/flow_solvers.png"
+FIGURE = ROOT / "docs/images/flow_solvers.webp"
 PAGE = ROOT / "docs/scheduler.md"
 BEGIN, END = "<!-- begin: benchmarks/study_flow_solvers.py -->", "<!-- end: benchmarks/study_flow_solvers.py -->"
 

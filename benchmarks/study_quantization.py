@@ -11,7 +11,6 @@ variant by variant so that it may be cut off and continued, and the figure of do
 import argparse
 import copy
 import json
-import random
 import time
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,11 @@ from diffusers_sana import SanaPipeline, quantize
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.quantizers.svdquant.api import set_compute_mode
 from diffusers_sana.training.objectives.perceptual import PerceptualLoss
-from examples.train_emoji.data import COLORS, COMMON_OBJECTS, STYLES, Scene, is_held_out
-from examples.train_emoji.evaluate import captioned_grid, held_out_scenes
+from examples.train_emoji.common import captioned_grid
+from examples.train_emoji.scenes import OBJECTS, Scenes, held_out_scenes
 
 
-FIGURE = Path(__file__).parent.parent / "docs" / "images" / "quantization.png"
+FIGURE = Path(__file__).parent.parent / "docs" / "images" / "quantization.webp"
 MODES = ("w4a4", "w4a8", "w4a16")
 CALIBRATION_PROMPTS = 16
 BATCH = 16
@@ -39,13 +38,8 @@ BATCH = 16
 
 def calibration_prompts() -> list[str]:
     """Prompts of the training distribution; none is held out."""
-    rng = random.Random(7)
-    scenes = [
-        Scene((rng.choice(COMMON_OBJECTS),), rng.choice(list(STYLES)), rng.choice(list(COLORS)))
-        for _ in range(20 * CALIBRATION_PROMPTS)
-    ]
-    seen = [scene for scene in scenes if not is_held_out(scene.labels[0], scene.style, scene.color)]
-    return [scene.prompt for scene in seen[:CALIBRATION_PROMPTS]]
+    source = Scenes(list(OBJECTS), seed=7)
+    return [source.sample().prompt for _ in range(CALIBRATION_PROMPTS)]
 
 
 def generate(pipe: SanaPipeline, prompts: list[str]) -> Tensor:
@@ -92,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     pipe = SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.bfloat16).to(device)
     pipe.set_progress_bar_config(disable=True)
     original: nn.Module = pipe.transformer
-    prompts = [scene.prompt for scene in held_out_scenes(COMMON_OBJECTS)][: args.prompts]
+    prompts = [scene.prompt for scene in held_out_scenes(list(OBJECTS))][: args.prompts]
     reference = generate(pipe, prompts)
     rows: dict[str, dict[str, Any]] = {}
     report = {**environment(), "prompts": len(prompts), "bf16_bytes": tensor_bytes(original), "variants": rows}
@@ -116,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
             set_compute_mode(pipe.transformer, mode)
             record(f"{name} {mode}", quantize_seconds=seconds)
     inputs = {
-        "hidden_states": torch.randn(2, 32, 4, 4, device=device, dtype=torch.bfloat16),
+        "hidden_states": torch.randn(2, 32, 8, 8, device=device, dtype=torch.bfloat16),
         "encoder_hidden_states": torch.randn(2, 9, 192, device=device, dtype=torch.bfloat16),
         "timestep": torch.full((2,), 500.0, device=device),
     }

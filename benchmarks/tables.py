@@ -5,13 +5,13 @@
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; `tests/test_docs.py` holds the pages to the results.
 """
 
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS
+from benchmarks import emoji_tables
+from benchmarks.markdown import provenance, render, results
 
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -27,18 +27,9 @@ PAGES = (
     DOCS / "first_minutes.md",
     DOCS / "quantization_lora.md",
     DOCS / "video.md",
+    DOCS / "checkpoints.md",
+    DOCS / "evaluation.md",
 )
-
-
-def render(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def results(name: str) -> dict[str, Any]:
-    """A committed result file, by its path under the folder of results and without its ending."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def headline() -> str:
@@ -51,7 +42,7 @@ def headline() -> str:
         return [f"{case[ours]:.2f} s", f"{theirs} {case[theirs]:.2f} s"]
 
     def right(name: str) -> str:
-        return f"{100 * sprint[name]['object_top1']:.0f} %"
+        return emoji_tables.percent(sprint[name]["object"])
 
     step, decode = models["sana-0.6b step 1024px fp32"], models["dc-ae decode 512px fp32"]
     blocks, sizes = quantized["steps"]["512px"]["seconds"], quantized["whole"]
@@ -62,7 +53,7 @@ def headline() -> str:
     }
     peers = ", ".join(f"{peer} {psnr[f'{peer} w4a16']}" for peer in ("sdnq int4 + svd", "quanto int4"))
     rows = [
-        ["image of the bundled Sana, 128 px, 20 steps, fp32", *seconds(pipeline["median_seconds"]), "pipeline"],
+        ["image of the bundled Sana, 256 px, 20 steps, fp32", *seconds(pipeline["median_seconds"]), "pipeline"],
         ["guided step of Sana-0.6B, 1024 px, fp32", *seconds(step["seconds"]), "models"],
         [
             "memory of that step, beyond the weights",
@@ -89,7 +80,7 @@ def headline() -> str:
             "quantization_quality",
         ],
         [
-            "prompted object recognized, 52 held-out prompts, bundled Sprint, 1 step",
+            f"prompted object recognized, {sprint['prompts']} held-out prompts, bundled Sprint, 1 step",
             right("student_1_steps"),
             f"its teacher, 4 steps: {right('teacher_4_steps')}, 20 steps: {right('teacher_20_steps')}",
             "emoji_sprint",
@@ -140,12 +131,6 @@ def kernels_compiled() -> str:
     rows = [[f"`{name}`", *(cell(found[name_]) for name_ in architectures)] for name, found in sorted(kernels.items())]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return f"{render(['kernel', *architectures], rows)}\n\n`{report['command']}`, {versions}."
-
-
-def provenance(report: dict[str, Any]) -> str:
-    """What every figure must state."""
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    return f"`{report['command']}` on {report['device']}, {report['threads']} threads; {versions}."
 
 
 def quantization_quality() -> str:
@@ -461,6 +446,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "adapter_parts": adapter_parts,
     "first_minutes": first_minutes,
     "long_video": long_video,
+    **emoji_tables.TABLES,
 }
 
 

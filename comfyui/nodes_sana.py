@@ -325,23 +325,11 @@ def generate_controlled(
 
 def load_pipeline(place: str, dtype: Any) -> Any:
     """A pipeline of Sana or SANA-Sprint. Raises a ValueError if it is another."""
-    from diffusers import SCMScheduler
-
-    from diffusers_sana import (
-        SANA_EMOJI,
-        SanaPipeline,
-        SanaSprintPipeline,
-        SanaTransformer2DModel,
-        find_pipeline_class,
-    )
+    from diffusers_sana import SANA_EMOJI, SanaPipeline, SanaSprintPipeline, find_pipeline_class
 
     folder = source(place)
-    if place == "sana-emoji-sprint":  # the bundled one shares what it has not trained
-        parts = {
-            "transformer": SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype),
-            "scheduler": SCMScheduler.from_pretrained(folder, subfolder="scheduler"),
-        }
-        return SanaSprintPipeline.from_pretrained(SANA_EMOJI, dtype=dtype, **parts)
+    if place == "sana-emoji-sprint":  # the bundled one is a LoRA of its teacher
+        return SanaSprintPipeline.from_teacher(SanaPipeline.from_pretrained(SANA_EMOJI, dtype=dtype), folder)
     found = find_pipeline_class(folder)
     if found not in (SanaPipeline, SanaSprintPipeline):
         raise ValueError(f"`model` must be a Sana or a SANA-Sprint, but {place!r} is a {found.__name__}.")

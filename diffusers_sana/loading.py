@@ -188,10 +188,13 @@ def sprint_components(pipeline_class: type[Any], dtype: Any) -> dict[str, Any]:
     """
     from diffusers import SCMScheduler
 
+    from diffusers_sana.models.transformers.sprint_student import load_student
+
     library = import_module(pipeline_class.__module__.partition(".")[0])
     options = {"subfolder": "transformer", "dtype": dtype}
+    teacher = library.SanaTransformer2DModel.from_pretrained(SANA_EMOJI, **options)
     return {
-        "transformer": library.SanaTransformer2DModel.from_pretrained(SANA_EMOJI_SPRINT, **options),
+        "transformer": load_student(teacher, SANA_EMOJI_SPRINT),
         "scheduler": SCMScheduler.from_pretrained(SANA_EMOJI_SPRINT, subfolder="scheduler"),
     }
 

@@ -129,7 +129,7 @@ class ImageRequest:
         model: one of the server's; default: the first.
         negative_prompt: what to avoid; not in OpenAI's API.
         n: images, with the seeds `seed`, `seed` + 1 and so on.
-        size: "128x128", width first, or "auto", the model's own.
+        size: "256x256", width first, or "auto", the model's own.
         seed: of the first image; None for a random one, which the answer states; not in OpenAI's API.
         response_format: "b64_json", or "url" for a `data:` address with the image in it: the server keeps no files.
         user: whom the image is for; not used.

@@ -2,7 +2,7 @@
 
     python examples/img2img_inpaint.py --out img2img_inpaint.png
 
-Upper row, image to image: the image, and "a green apple" from it at growing strength; at 1 nothing of it is left.
+Upper row, image to image: the image, and "a pear" from it at growing strength; at 1 nothing of it is left.
 Lower row, inpainting: the image, the mask, "a lemon" under it; the same with the pixels around it as the autoencoder
 returns them; and half of the image under another mask.
 """
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from diffusers_sana.arguments import ArgumentParser
 
 
-SIDE, GAP = 128, 4
+SIDE, GAP = 256, 8
 STRENGTHS = (0.2, 0.4, 0.6, 1.0)
 
 
@@ -38,11 +38,11 @@ def generate() -> list[list[Image.Image]]:
     def seeded() -> torch.Generator:
         return torch.Generator().manual_seed(0)
 
-    apple = pipe("a red apple on a blue background", generator=seeded()).images[0]
-    prompt = "a green apple on a blue background"
+    apple = pipe("an apple on a blue background", generator=seeded()).images[0]
+    prompt = "a pear on a blue background"
     changed = [img2img(prompt, apple, strength=s, generator=seeded()).images[0] for s in STRENGTHS]
 
-    prompt, middle, half = "a lemon on a blue background", mask((16, 16, 111, 111)), mask((64, 0, 127, 127))
+    prompt, middle, half = "a lemon on a blue background", mask((32, 32, 223, 223)), mask((128, 0, 255, 255))
     lemon = inpaint(prompt, apple, middle, generator=seeded()).images[0]
     unkept = inpaint(prompt, apple, middle, preserve_unmasked=False, generator=seeded()).images[0]
     halves = inpaint(prompt, apple, half, generator=seeded()).images[0]

@@ -1,7 +1,7 @@
 """Serve images over HTTP with Ray Serve: calls in the style of OpenAI's, dynamic batches, 16 and 4 bits.
 
     python -m examples.ray_serve --replicas 2 --replicas-4bit 2 --gpus-per-replica 1
-    curl -d '{"prompt": "a red apple on a blue background", "seed": 1}' localhost:8000 -o apple.png
+    curl -d '{"prompt": "an apple on a blue background", "seed": 1}' localhost:8000 -o apple.png
     curl -d '{"prompt": "a fox", "n": 2, "model": "sana-emoji-4bit"}' localhost:8000/v1/images/generations
 
 `image_api.py` has the calls, their checks and their errors. Images that are asked for at about the same time are

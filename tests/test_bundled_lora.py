@@ -10,11 +10,11 @@ from safetensors import safe_open
 
 from diffusers_sana import SanaPipeline, quantize
 from diffusers_sana.checkpoints import SANA_EMOJI, SANA_EMOJI_PIXEL_ART
-from examples.train_emoji.lora import KEPT_OUT, SUFFIX, on_grid, within_blocks
+from examples.train_emoji.lora import SUFFIX, is_kept_out, on_grid
 
 
 WEIGHTS = Path(SANA_EMOJI_PIXEL_ART, "pytorch_lora_weights.safetensors")
-PROMPT = f"a penguin on a yellow background, flat style{SUFFIX}"
+PROMPT = f"an apple on a yellow background, flat style{SUFFIX}"
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +39,13 @@ def test_folder():
         assert json.loads(file.metadata()["lora_adapter_metadata"])["transformer.r"] == 8
 
 
-def test_draws_pixel_art_of_an_object_it_was_not_shown(pipe):
-    assert "penguin" in KEPT_OUT
+def test_generates_pixel_art_of_an_object_it_was_not_shown(pipe):
+    assert is_kept_out("apple")
     base = generate(pipe)
     pipe.load_lora_weights(SANA_EMOJI_PIXEL_ART)
     styled, without = generate(pipe), generate(pipe, attention_kwargs={"scale": 0.0})
     assert torch.equal(without, base)
-    assert within_blocks(styled) < 0.7 * within_blocks(base)
-    assert on_grid(styled) > 1.3 * on_grid(base)
+    assert on_grid(styled) > 1.5 * on_grid(base)
     red, green, blue = styled[0, :, 4:12, 4:12].mean((1, 2))
     assert min(red, green) > blue + 0.5  # the background is still yellow
     pipe.unload_lora_weights()
@@ -56,7 +55,7 @@ def test_draws_pixel_art_of_an_object_it_was_not_shown(pipe):
 def test_plain_diffusers_generates_the_same(pipe):
     plain = diffusers.SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.float32)
     plain.set_progress_bar_config(disable=True)
-    size = {"height": 128, "width": 128, "use_resolution_binning": False}
+    size = {"height": 256, "width": 256, "use_resolution_binning": False}
     for each in (pipe, plain):
         each.load_lora_weights(SANA_EMOJI_PIXEL_ART)
     assert (generate(pipe, **size) - generate(plain, **size)).abs().max() < 2e-3
@@ -70,6 +69,5 @@ def test_on_the_pipeline_in_4_bits():
     base = generate(pipe)
     pipe.load_lora_weights(SANA_EMOJI_PIXEL_ART)
     styled = generate(pipe)
-    assert within_blocks(styled) < 0.7 * within_blocks(base)
-    assert on_grid(styled) > 1.3 * on_grid(base)
+    assert on_grid(styled) > 1.5 * on_grid(base)
     assert torch.equal(generate(pipe, attention_kwargs={"scale": 0.0}), base)

@@ -64,7 +64,7 @@ def test_the_blocks_of_a_page_run(page, run):
     assert (run / f"{page}.status").read_text() == "0", (run / f"{page}.stderr").read_text()[-2000:]
     if page == "video":
         with Image.open(run / page / "apple.webp") as video:
-            assert (video.n_frames, video.size) == (5, (128, 128))
+            assert (video.n_frames, video.size) == (5, (256, 256))
     if page == "modular":
         with Image.open(run / page / "symmetric.png") as image:
             assert image.width == image.height

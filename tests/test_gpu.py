@@ -36,7 +36,7 @@ def test_transformer_and_autoencoder(dtype: torch.dtype, monkeypatch: pytest.Mon
 def test_same_seed_same_bits():
     pipe = SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.bfloat16).to("cuda")
     images = [
-        pipe("a red apple", generator=torch.Generator("cpu").manual_seed(0), output_type="pt").images for _ in range(2)
+        pipe("an apple", generator=torch.Generator("cpu").manual_seed(0), output_type="pt").images for _ in range(2)
     ]
     assert torch.equal(*images)
 
@@ -44,7 +44,7 @@ def test_same_seed_same_bits():
 def test_model_cpu_offload():
     pipe = SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.bfloat16)
     pipe.enable_model_cpu_offload()
-    pipe("a red apple", num_inference_steps=2)
+    pipe("an apple", num_inference_steps=2)
     assert pipe.transformer.device.type == "cpu"
 
 
@@ -53,7 +53,7 @@ def test_cuda_graphs_give_the_same_image():
     pipe = SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.bfloat16).to("cuda")
 
     def images() -> list[torch.Tensor]:
-        settings = [("a fox", 4.5, 128), ("a red apple on a blue background", 4.5, 128), ("a fox", 1.0, 96)]
+        settings = [("a fox", 4.5, 128), ("an apple on a blue background", 4.5, 128), ("a fox", 1.0, 96)]
         return [
             pipe(
                 prompt,

@@ -139,8 +139,8 @@ def test_sprint_and_four_bits_for_the_hub(tmp_path):
     pipe = SanaSprintPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a fox", num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images[0].size == (
-        128,
-        128,
+        256,
+        256,
     )
 
 

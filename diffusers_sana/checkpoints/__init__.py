@@ -3,10 +3,10 @@
 from pathlib import Path
 
 
-# Generates images of some 350 animals, foods, vehicles and the like, 128 px. See docs/checkpoints.md.
+# Generates images of 183 animals, foods, vehicles and the like, 256 px. See docs/checkpoints.md.
 SANA_EMOJI = str(Path(__file__).parent / "sana-emoji")
 
-# Generates the same things, and answers questions about images.
+# Generates 64 of the same things, 64 px, and answers questions about images; in 4 bits.
 VILA_U_EMOJI = str(Path(__file__).parent / "vila-u-emoji")
 
 # A LoRA for SANA_EMOJI: images of prompts that end in ", pixel art" are made of coarse blocks.
@@ -15,7 +15,7 @@ SANA_EMOJI_PIXEL_ART = str(Path(__file__).parent / "sana-emoji-pixel-art")
 # A ControlNet for SANA_EMOJI that follows edges.
 SANA_EMOJI_EDGES = str(Path(__file__).parent / "sana-emoji-edges")
 
-# Transformer and scheduler of a SANA-Sprint, distilled from SANA_EMOJI, whose other parts it shares.
+# A LoRA that makes SANA_EMOJI a SANA-Sprint, see `SanaSprintPipeline.from_teacher`, and its scheduler.
 SANA_EMOJI_SPRINT = str(Path(__file__).parent / "sana-emoji-sprint")
 
 # The classifier behind `diffusers-sana evaluate sana-emoji`.

@@ -1,4 +1,4 @@
-"""The command line: `diffusers-sana generate "a red apple on a blue background"` and the other commands.
+"""The command line: `diffusers-sana generate "an apple on a blue background"` and the other commands.
 
 Modules of commands import what is heavy inside `run`, after the arguments are checked: `--help` and errors of use come
 at once.

@@ -26,7 +26,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--out", type=file_path, default=Path("outputs/verified.json"), metavar="FILE", help="the report to write"
     )
-    command.add_argument("--prompt", default="a red apple on a blue background", help="what to generate")
+    command.add_argument("--prompt", default="an apple on a blue background", help="what to generate")
     command.add_argument("--num-images", type=integer(2), default=3, help="images by each, the first to warm up")
     command.add_argument("--steps", type=integer(2), help="denoising steps; default: the pipeline's")
     command.add_argument("--variant", help="of the files of a Hub repository, such as fp16")

@@ -31,7 +31,7 @@ CSS = """
 """
 PROMPTS = [
     "a panda on a yellow background",
-    "a red apple on a blue background",
+    "an apple on a blue background",
     "a fox on a green background, flat style",
     "a penguin on a pink background",
 ]

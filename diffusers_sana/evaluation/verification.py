@@ -75,7 +75,7 @@ def verify(
     model: str,
     *,
     quantize: str | None = None,
-    prompt: str = "a red apple on a blue background",
+    prompt: str = "an apple on a blue background",
     num_images: int = 3,
     steps: int | None = None,
     device: str | None = None,

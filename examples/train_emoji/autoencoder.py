@@ -7,10 +7,9 @@ decoder against a discriminator, for sharp edges. A core of a CPU takes hours, m
 `--phase` runs one alone. Everything under OUT is written as it goes. Stop it at any time: the same command goes on
 exactly where it stopped.
 
-What should outlive OUT is small: `--save-state` writes the averaged weights in bf16, and in `progress.json` what they
-have behind them and how good they are, to the folder STATE, by default the one beside this file. A new OUT begins with
-the weights in STATE if they are of its phase or the one before, with a fresh optimizer and another warm-up. So it goes
-on roughly, not exactly, where the run before it stopped.
+`--init FOLDER` trains on from any autoencoder of this size, with a fresh optimizer and another warm-up.
+`--judge FOLDER` trains nothing: it writes the figures of a model to
+`benchmarks/results/<device>/emoji_autoencoder.json`, and scenes above their reconstructions to `OUT/judged.png`.
 """
 
 import argparse
@@ -24,20 +23,18 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from benchmarks.harness import environment
+from benchmarks.harness import RESULTS, environment, write_results
 from diffusers_sana import AutoencoderDC
-from diffusers_sana.files import atomic_write, read_json, read_json_lines
 from diffusers_sana.training.config import option
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.recipes.dc_ae import train as train_dc_ae
 from diffusers_sana.training.recipes.options import DCAETrainingConfig
 
 from .common import device, resumable
-from .models import make_autoencoder_256
+from .models import make_autoencoder
 from .scenes import Art, Scenes, image_batches, render
 
 
-STATE = Path(__file__).parent / "state" / "autoencoder"
 JUDGED = 64  # scenes
 
 
@@ -110,41 +107,20 @@ PHASES = {
 }
 
 
-def progress_of(run: Path, phase: int) -> dict[str, Any]:
-    """Images and minutes that the model of a run has behind it, those before the run included."""
-    start = read_json(run / "start.json")
-    log = run / "log.jsonl"
-    rows = read_json_lines(log, may_be_torn=True) if log.exists() else []
-    step, minutes = (rows[-1][1][name] for name in ("step", "minutes")) if rows else (0, 0.0)
-    return {
-        "phase": phase,
-        "images": start["images"] + step * start["batch_size"],
-        "minutes": round(start["minutes"] + minutes, 1),
-    }
-
-
-def begin(phase: int, out: Path, state: Path | None, batch_size: int) -> ModelMixin:
-    """The model that a new run begins with: that of the phase before, that in `state`, or an untrained one.
+def begin(phase: int, out: Path, init: Path | None) -> ModelMixin:
+    """The model that a new run begins with: that in `init`, that of the phase before, or an untrained one.
 
     Raises:
         ValueError: a phase after the first has nothing to begin with.
     """
-    before, run = out / f"phase_{phase - 1}", out / f"phase_{phase}"
-    found = read_json(state / "progress.json") if state and (state / "progress.json").exists() else None
-    source, behind = None, {"images": 0, "minutes": 0.0}
-    if (before / "model").is_dir():
-        source, behind = before / "model", progress_of(before, phase - 1)
-    elif found is not None and found["phase"] in (phase, phase - 1):
-        source, behind = state, found
-    elif phase > 1:
-        raise ValueError(
-            f"`phase` {phase} needs {before / 'model'} or the state of phase {phase - 1}. Train it first."
-        )
-    run.mkdir(parents=True, exist_ok=True)
-    start = {name: behind[name] for name in ("images", "minutes")} | {"batch_size": batch_size}
-    with atomic_write(run / "start.json") as file:
-        file.write_text(json.dumps(start) + "\n", encoding="utf-8")
-    return make_autoencoder_256() if source is None else AutoencoderDC.from_pretrained(source, dtype=torch.float32)
+    source = init or out / f"phase_{phase - 1}" / "model"
+    if source.is_dir():
+        return AutoencoderDC.from_pretrained(source, dtype=torch.float32)
+    if init is not None:
+        raise ValueError(f"`init` must be the folder of an autoencoder, got {init}, which is not a folder.")
+    if phase > 1:
+        raise ValueError(f"`phase` {phase} needs {source}. Train phase {phase - 1} first, or pass `init`.")
+    return make_autoencoder()
 
 
 @dataclass
@@ -154,11 +130,11 @@ class BatchOptions:
     batch_size: int = option(1, "images per batch")
 
 
-def train(phase: int, art: Art, out: Path, minutes: float, state: Path | None = None, **changes: Any) -> Path:
+def train(phase: int, art: Art, out: Path, minutes: float, init: Path | None = None, **changes: Any) -> Path:
     """Trains a phase for `minutes` in all; returns the folder of its model. `changes` are of the settings."""
     chosen, run, machine = PHASES[phase], out / f"phase_{phase}", device()
     batch_size, resumed = chosen.batch_size[machine], resumable(run)
-    model = make_autoencoder_256() if resumed else begin(phase, out, state, batch_size)
+    model = make_autoencoder() if resumed else begin(phase, out, init)
     settings: dict[str, Any] = {
         "output_dir": str(run),
         "phase": phase,
@@ -203,24 +179,24 @@ def judged_images(art: Art) -> Tensor:
     return render(art, [source.sample(held_out=None) for _ in range(JUDGED)])
 
 
-def write_state(folder: Path, model: Path, report: Mapping[str, Any]) -> None:
-    """The weights of the folder `model` in bf16, and `progress.json`."""
-    vae = AutoencoderDC.from_pretrained(model, dtype=torch.bfloat16)
-    # Its name is not the folder it came from, and a run that goes on has not measured its latents yet.
-    vae.register_to_config(_name_or_path="emoji-256", scaling_factor=1 / report["latent_rms"])
-    vae.save_pretrained(folder)
-    with atomic_write(folder / "progress.json") as file:
-        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def report_on(run: Path, phase: int, art: Art) -> dict[str, Any]:
-    """The progress of a run and its figures; scenes above their reconstructions go to `judged.png`."""
-    vae = AutoencoderDC.from_pretrained(run / "model", dtype=torch.float32).to(art.device)
+def report_on(folder: Path, art: Art, out: Path) -> dict[str, Any]:
+    """The figures of the model in `folder`; scenes above their reconstructions go to `OUT/judged.png`."""
+    vae = AutoencoderDC.from_pretrained(folder, dtype=torch.float32).to(art.device)
     images = judged_images(art)
     figures, decoded = judge(vae, images)
     shown = [part for start in (0, 8) for part in (images[start : start + 8], decoded[start : start + 8])]
-    save_image_grid(torch.cat(shown).cpu(), run / "judged.png", columns=8)
-    return environment() | progress_of(run, phase) | {"scenes": len(images)} | figures
+    out.mkdir(parents=True, exist_ok=True)
+    save_image_grid(torch.cat(shown).cpu(), out / "judged.png", columns=8)
+    return environment() | {"scenes": len(images)} | figures
+
+
+def train_phases(art: Art, out: Path, minutes: float, init: Path | None = None) -> Path:
+    """Trains all phases for `minutes` in all; returns the folder of the model, which has its scaling factor."""
+    folder = out
+    for number, phase in PHASES.items():
+        folder = train(number, art, out, minutes * phase.share, init if number == 1 else None)
+    print(json.dumps(report_on(folder, art, out), indent=1))
+    return folder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -229,20 +205,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/autoencoder"), help="folder of the runs")
     parser.add_argument("--minutes", type=float, default=600, help="time budget of what is trained into OUT")
     parser.add_argument("--phase", type=int, choices=PHASES, help="only this one; default: all in turn")
-    parser.add_argument("--state", type=Path, default=STATE, help="begin with the weights here; see above")
-    parser.add_argument("--save-state", action="store_true", help="write the weights to STATE after each phase")
-    parser.add_argument("--judge-only", action="store_true", help="judge what OUT has, and train nothing")
+    parser.add_argument("--init", type=Path, help="folder of the autoencoder to begin with; default: an untrained one")
+    parser.add_argument("--judge", type=Path, help="folder of an autoencoder to judge; trains nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures of `--judge`")
     args = parser.parse_args(argv)
     art = Art(args.data, device())
-    for phase in [args.phase] if args.phase else PHASES:
-        run = args.out / f"phase_{phase}"
-        if not args.judge_only:
-            minutes = args.minutes * (1 if args.phase else PHASES[phase].share)
-            train(phase, art, args.out, minutes, args.state)
-        report = report_on(run, phase, art)
-        if args.save_state:
-            write_state(args.state, run / "model", report)
+    if args.judge:
+        report = report_on(args.judge, art, args.out)
+        write_results("emoji_autoencoder", report, args.results)
         print(json.dumps(report, indent=1))
+    elif args.phase:
+        folder = train(args.phase, art, args.out, args.minutes, args.init)
+        print(json.dumps(report_on(folder, art, folder.parent), indent=1))
+    else:
+        train_phases(art, args.out, args.minutes, args.init)
 
 
 if __name__ == "__main__":

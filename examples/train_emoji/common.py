@@ -2,17 +2,23 @@
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import trange
 
 from diffusers_sana import AutoencoderDC, SanaPipeline
 from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.cli.words import words_of
 from diffusers_sana.evaluation.emoji_probe import EmojiProbe
 
 
@@ -46,6 +52,7 @@ def make_parser(
     out_help: str = "folder of the run",
     minutes: float | None = None,
     takes_model: bool = False,
+    data: str = "outputs/emoji-256.zip",
 ) -> argparse.ArgumentParser:
     """A parser of the options that scripts share.
 
@@ -54,9 +61,10 @@ def make_parser(
         out: default of `--out`, whose help is `out_help`.
         minutes: default of `--minutes`; None where there is no such option.
         takes_model: whether there is `--model`, the pipeline to start from.
+        data: default of `--data`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("outputs/emoji.zip"), help="what prepare_data wrote")
+    parser.add_argument("--data", type=Path, default=Path(data), help="what prepare_data wrote")
     parser.add_argument("--out", type=Path, default=Path(out), help=out_help)
     if minutes is not None:
         parser.add_argument("--minutes", type=float, default=minutes, help="time budget of the training in all")
@@ -72,13 +80,14 @@ def load_pipeline(folder: str) -> SanaPipeline:
     return pipe
 
 
-def assemble(sana: Path, vae_folder: Path, out: Path) -> None:
-    """Puts the trained parts together, in bf16: half the bytes."""
+def assemble(sana: Path, vae_folder: Path, captions: list[str], out: Path) -> None:
+    """Puts the trained parts together, in bf16: half the bytes. `words.txt` has the words of the captions."""
     vae = AutoencoderDC.from_pretrained(vae_folder, dtype=torch.bfloat16)
     pipe = SanaPipeline.from_pretrained(sana, vae=vae, dtype=torch.bfloat16)
     for part in (pipe, pipe.vae, pipe.transformer):
         part.register_to_config(_name_or_path="sana-emoji")  # and not the folder it came from
     pipe.save_pretrained(out)
+    (out / "words.txt").write_text(" ".join(sorted(words_of(" ".join(captions)))) + "\n", encoding="utf-8")
 
 
 def stored_batches(
@@ -140,13 +149,50 @@ def right_answers(probe: EmojiProbe, scenes: list, objects: list[tuple[str, ...]
 
 @torch.no_grad()
 def generate(pipe: Any, prompts: list[str], batch_size: int = 16, **arguments: Any) -> Tensor:
-    """Images `[B, 3, H, W]` in [-1, 1] of the prompts; the seed of a prompt is its number."""
+    """Images `[B, 3, H, W]` in [-1, 1] of the prompts; the seed of a prompt is its number.
+
+    Tensors among the arguments have one row per prompt.
+    """
     parts = []
     for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
+        rows = slice(start, start + batch_size)
+        part = prompts[rows]
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        parts.append(pipe(part, generator=generators, output_type="pt", **arguments).images)
+        own = {name: value[rows] if isinstance(value, Tensor) else value for name, value in arguments.items()}
+        parts.append(pipe(part, generator=generators, output_type="pt", **own).images)
     return torch.cat(parts).float().cpu() * 2 - 1
+
+
+def bundle_lora(lora: Path, out: Path) -> Path:
+    """Copies the folder of a LoRA to `out`, its weights in bf16, which are half the bytes, and returns `out`."""
+    with safe_open(lora / LORA_WEIGHT_NAME_SAFE, "pt") as file:
+        weights = {name: file.get_tensor(name).bfloat16() for name in file.keys()}  # noqa: SIM118 not a dict
+        metadata = file.metadata()
+    shutil.copytree(lora, out, dirs_exist_ok=True)
+    save_file(weights, out / LORA_WEIGHT_NAME_SAFE, metadata)
+    return out
+
+
+def captioned_grid(images: Tensor, captions: list[str], path: Path, columns: int = 8) -> None:
+    """One PNG: images `[N, 3, H, W]` with their prompts below."""
+    side, strip = images.shape[-1], 34
+    rows = -(-len(captions) // columns)
+    sheet = Image.new("RGB", (columns * side, rows * (side + strip)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = i % columns * side, i // columns * (side + strip)
+        pixels = ((image + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        sheet.paste(Image.fromarray(pixels), (x, y))
+        lines, line = [], ""
+        for word in caption.split():
+            longer = f"{line} {word}".strip()
+            if draw.textlength(longer, font_size=9) > side - 4:
+                lines.append(line)
+                longer = word
+            line = longer
+        draw.multiline_text((x + 2, y + side + 1), "\n".join([*lines, line]), "black", font_size=9, spacing=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, quality=90)
 
 
 def write_report(report: dict[str, Any], out: Path) -> dict[str, Any]:

@@ -156,8 +156,8 @@ def reference_features(probe: EmojiProbe, art: Art, count: int = 4) -> Tensor:
 
     The same scenes would not do: sets that belong together in pairs are nearer than two samples of one distribution.
     """
-    sources = [Scenes(art.objects, seed=9, kinds={scene.kind: 1}) for scene in held_out_scenes(art.objects, HELD_OUT)]
-    scenes = [source.sample() for source in sources for _ in range(count)]
+    sources = {kind: Scenes(art.objects, seed=9, kinds={kind: 1}) for kind in HELD_OUT}
+    scenes = [sources[kind].sample() for kind, share in HELD_OUT.items() for _ in range(count * share)]
     random.Random(0).shuffle(scenes)
     parts = [render(art, scenes[start : start + 64]) for start in range(0, len(scenes), 64)]
     return torch.cat([probe.features((shrink(part) + 1) / 2) for part in parts])

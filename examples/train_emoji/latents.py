@@ -6,7 +6,7 @@ are too many; as many as `PAIRS` are chosen at random. Captions and noise are ne
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 
@@ -23,6 +23,12 @@ from .scenes import COLORS, CORNERS, NUMBERS, STYLES, UNCOUNTED, Art, Scene, Sce
 
 
 PAIRS = 40_000
+View = Callable[[Tensor], Tensor]  # from images `[B, 3, H, W]` in [-1, 1] to others
+
+
+def identity(images: Tensor) -> Tensor:
+    """The images themselves."""
+    return images
 
 
 def taught_scenes(objects: list[str], pairs: int = PAIRS) -> list[Scene]:
@@ -39,24 +45,25 @@ def taught_scenes(objects: list[str], pairs: int = PAIRS) -> list[Scene]:
 
 
 @torch.no_grad()
-def encode(vae: ModelMixin, art: Art, scenes: list[Scene], batch_size: int = 32) -> Tensor:
-    """Scaled latents `[N, C, h, w]` of the scenes, in fp16 on the CPU."""
+def encode(vae: ModelMixin, art: Art, scenes: list[Scene], view: View = identity, batch_size: int = 32) -> Tensor:
+    """Scaled latents `[N, C, h, w]` of views of the scenes, in fp16 on the CPU."""
     parts = []
     for start in trange(0, len(scenes), batch_size, desc="encoding the scenes", mininterval=10):
-        images = render(art, scenes[start : start + batch_size]).to(vae.dtype)
-        parts.append((vae.encode(images).latent * vae.config.scaling_factor).half().cpu())
-    return torch.cat(parts)
+        images = view(render(art, scenes[start : start + batch_size]))
+        parts.append((vae.encode(images.to(vae.dtype)).latent * vae.config.scaling_factor).half().cpu())
+    return torch.cat(parts).contiguous()  # a few images come in channels-last order
 
 
-def load_latents(path: Path, vae: ModelMixin, art: Art, scenes: list[Scene]) -> Tensor:
+def load_latents(path: Path, vae: ModelMixin, art: Art, scenes: list[Scene], view: View = identity) -> Tensor:
     """Those of `encode`, from the file at `path` if that has the same scenes and autoencoder; else it is written."""
     weights = torch.cat([parameter.detach().float().cpu().flatten() for parameter in vae.encoder.parameters()])
-    made_from = digest(weights.numpy().tobytes(), vae.config.scaling_factor, art.digest, [repr(s) for s in scenes])
+    vae_digest = digest(weights.numpy().tobytes(), vae.config.scaling_factor)
+    made_from = digest(vae_digest, art.digest, view.__name__, [repr(scene) for scene in scenes])
     if path.exists():
         with safe_open(path, "pt") as file:
             if file.metadata()["made_from"] == made_from:
                 return file.get_tensor("latents")
-    latents = encode(vae, art, scenes)
+    latents = encode(vae, art, scenes, view)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         save_file({"latents": latents}, file, {"made_from": made_from})
@@ -69,6 +76,7 @@ def latent_batches(
     batch_size: int,
     seed: int = 0,
     kinds: Mapping[str, float] = Scenes.KINDS,
+    caption: Callable[[Scene, random.Random], str] = Scene.caption,
 ) -> Iterator[dict]:
     """Endless batches `{"latents": [B, C, h, w], "text": list of B captions}`; `kinds` as in `Scenes`."""
     rows = defaultdict(list)
@@ -77,4 +85,4 @@ def latent_batches(
     rng = random.Random(seed)
     while True:
         chosen = [rng.choice(rows[kind]) for kind in rng.choices(list(kinds), list(kinds.values()), k=batch_size)]
-        yield {"latents": latents[chosen].float(), "text": [scenes[row].caption(rng) for row in chosen]}
+        yield {"latents": latents[chosen].float(), "text": [caption(scenes[row], rng) for row in chosen]}

@@ -1,45 +1,51 @@
 """Trains the bundled LoRA that makes the emoji checkpoint generate pixel art, within minutes on one core of a CPU.
 
-    python -m examples.train_emoji.lora --data outputs/emoji.zip --out outputs/sana-emoji-pixel-art
+    python -m examples.train_emoji.lora --data outputs/emoji-256.zip --out outputs/sana-emoji-pixel-art
 
 The images are emoji scenes in few large pixels and few colors, written as an ordinary captioned folder.
-`examples/train_sana_lora.py` learns from that, on the 16-bit base and on the base in 4 bits. A fifth of the objects is
-kept out and judged. One large pixel is 16 small ones wide: the checkpoint's autoencoder blurs smaller ones away.
+`examples/train_sana_lora.py` learns from that, on the 16-bit base and on the base in 4 bits. A quarter of the objects
+is kept out and judged. One large pixel is 16 small ones wide.
 `OUT/lora` and `OUT/lora-int4` are the runs, which go on where they stopped; `OUT/bundle` is the first one's LoRA in
 bf16. The figures are in `benchmarks/results/<device>/lora_pixel_art.json`.
 """
 
 import json
+import random
 import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness import RESULTS, environment, write_results
 from diffusers_sana import quantize
+from diffusers_sana.checkpoints import EMOJI_PROBE
+from diffusers_sana.evaluation.emoji_probe import EmojiProbe
 from diffusers_sana.files import read_json_lines
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.recipes.lora import run as train_lora
 from diffusers_sana.training.recipes.options import LoraDataOptions, LoraModelOptions, LoraTrainingConfig
 
-from .common import generate, load_pipeline, make_parser, resumable
-from .data import COLORS, COMMON_OBJECTS, STYLES, EmojiArt, EmojiScenes, Scene, is_held_out
-from .evaluate import held_out_scenes, prompt_following
-from .models import RESOLUTION
+from .common import bundle_lora, generate, load_pipeline, make_parser, resumable
+from .judge import accuracy, shrink
+from .scenes import RESOLUTION, Art, Scene, Scenes, held_out_scenes, render
 
 
 SUFFIX = ", pixel art"  # of every prompt
 PIXEL = 16  # small pixels a large one is wide
 LEVELS = 6  # of each color: a palette of 216
-KEPT_OUT = tuple(label for label in COMMON_OBJECTS if zlib.crc32(label.encode()) % 4 == 0)
-TAUGHT = tuple(label for label in COMMON_OBJECTS if label not in KEPT_OUT)
+
+
+def is_kept_out(word: str) -> bool:
+    """Whether the LoRA is judged by this object, one of four, and never taught it."""
+    return zlib.crc32(word.encode()) % 4 == 0
+
+
+def objects(art: Art, kept_out: bool) -> list[str]:
+    """The objects of the art that the LoRA is judged by, or those that it is taught."""
+    return [word for word in art.objects if is_kept_out(word) == kept_out]
 
 
 def blocks(images: Tensor) -> Tensor:
@@ -69,28 +75,14 @@ def on_grid(images: Tensor) -> float:
     return (total[:, PIXEL - 1 :: PIXEL].sum(1) / total.sum(1)).mean().item()
 
 
-class PixelScenes(EmojiScenes):
-    """Scenes of one object each, as pixel art."""
-
-    def sample_scene(self) -> Scene:
-        """One of `labels` in the middle; never what `is_held_out` names."""
-        scene = Scene((self.random.choice(self.labels),), self.random.choice(STYLES), self.random.choice([*COLORS]))
-        return self.sample_scene() if is_held_out(scene.labels[0], scene.style, scene.color) else scene
-
-    def render(self, scenes: list[Scene], jitter: float = 1.0) -> Tensor:
-        """Images `[B, 3, H, W]` in [-1, 1] of the scenes."""
-        return pixelate(super().render(scenes, jitter))
-
-
-def write_images(scenes: PixelScenes, folder: Path, count: int) -> None:
-    """`count` images and `metadata.jsonl`, with captions that end in `SUFFIX`."""
+def write_images(art: Art, folder: Path, scenes: list[Scene]) -> None:
+    """The scenes as pixel art, and `metadata.jsonl`, with captions that end in `SUFFIX`."""
     folder.mkdir(parents=True, exist_ok=True)
-    described = [scenes.sample_scene() for _ in range(count)]
-    pixels = ((scenes.render(described) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    rows = []
-    for index, (scene, image) in enumerate(zip(described, np.asarray(pixels), strict=True)):
-        Image.fromarray(image).save(folder / f"{index:04d}.png")
-        rows.append(json.dumps({"file_name": f"{index:04d}.png", "text": scenes.caption(scene) + SUFFIX}))
+    rng, rows = random.Random(6), []
+    for index, scene in enumerate(scenes):
+        pixels = ((pixelate(render(art, [scene]))[0] + 1) * 127.5).round().byte().permute(1, 2, 0)
+        Image.fromarray(pixels.numpy()).save(folder / f"{index:04d}.png")
+        rows.append(json.dumps({"file_name": f"{index:04d}.png", "text": scene.caption(rng) + SUFFIX}))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
@@ -106,6 +98,7 @@ def train(images: Path, out: Path, base: str, steps: int, precision: str = "no")
         lr_schedule="cosine",
         warmup_steps=min(20, steps // 2),
         caption_dropout=0.1,
+        flow_shift=1.0,  # the sharp sides of pixels come late, at little noise
         sample_minutes=1e9,
         resume=resumable(out),
     )
@@ -119,21 +112,12 @@ def train(images: Path, out: Path, base: str, steps: int, precision: str = "no")
     return out / "model"
 
 
-def bundle(lora: Path, out: Path) -> Path:
-    """Writes the weights of a LoRA in bf16, half the bytes, into the folder `out`, and returns it."""
-    with safe_open(lora / LORA_WEIGHT_NAME_SAFE, "pt") as file:
-        weights = {name: file.get_tensor(name).bfloat16() for name in file.keys()}  # noqa: SIM118 not a dict
-        metadata = file.metadata()
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(weights, out / LORA_WEIGHT_NAME_SAFE, metadata)
-    return out
-
-
-def judge(art: EmojiArt, base: str, loras: dict[str, Path], out: Path, count: int = 24, steps: int = 20) -> dict:
+@torch.no_grad()
+def judge(art: Art, base: str, loras: dict[str, Path], out: Path, count: int = 24, steps: int = 20) -> dict:
     """Figures of objects that no LoRA was shown, and an image of them, `OUT/held_out.png`.
 
-    Its rows: without LoRA; with it; that made sharp by `pixelate`; base in 4 bits and the LoRA that was trained on it;
-    the true images through the autoencoder, and as they are.
+    Its rows: without LoRA; with it; base in 4 bits and the LoRA that was trained on it; the true images through the
+    autoencoder, and as they are.
 
     Args:
         art: the emoji.
@@ -143,13 +127,10 @@ def judge(art: EmojiArt, base: str, loras: dict[str, Path], out: Path, count: in
         count: prompts.
         steps: of the sampler.
     """
-    labels = [label for label in art.labels if label in KEPT_OUT] or art.labels
-    scenes = [Scene(s.labels, s.style, s.color) for s in held_out_scenes(labels, singles=count, pairs=0)]
+    scenes = held_out_scenes(objects(art, kept_out=True), {"object": count})
     prompts = [scene.prompt + SUFFIX for scene in scenes]
     pipe = load_pipeline(base)
-    known = art.among(COMMON_OBJECTS)
-    truth = PixelScenes(art, RESOLUTION, labels=known)
-    true_images = truth.render(scenes, jitter=0.0)
+    true = pixelate(render(art, scenes))
     images = {"without_lora": generate(pipe, prompts, num_inference_steps=steps)}
     pipe.load_lora_weights(loras["lora"])
     images["lora"] = generate(pipe, prompts, num_inference_steps=steps)
@@ -159,19 +140,17 @@ def judge(art: EmojiArt, base: str, loras: dict[str, Path], out: Path, count: in
         pipe.load_lora_weights(folder)
         images[name] = generate(pipe, prompts, num_inference_steps=steps)
         pipe.unload_lora_weights()
-    with torch.no_grad():
-        decoded = pipe.vae.decode(pipe.vae.encode(true_images).latent).sample.clamp(-1, 1)
-    images |= {f"{name}_made_sharp": pixelate(batch) for name, batch in images.items()}
-    images |= {"truth_through_autoencoder": decoded, "truth": true_images}
-    shown = ("without_lora", "lora", "lora_made_sharp", "lora_trained_on_4_bit_base")
-    rows = [images[name][:12] for name in (*shown, "truth_through_autoencoder", "truth")]
+    decoded = torch.cat([pipe.vae.decode(pipe.vae.encode(part).latent).sample for part in true.split(8)])
+    images |= {"truth_through_autoencoder": decoded.clamp(-1, 1), "truth": true}
+    shown = ("without_lora", "lora", "lora_trained_on_4_bit_base", "truth_through_autoencoder", "truth")
+    rows = [images[name][:12] for name in shown]
     save_image_grid(torch.cat(rows), out / "held_out.png", columns=min(12, count))
-    recognized = prompt_following(images, scenes, truth)
+    probe = EmojiProbe.from_pretrained(EMOJI_PROBE).eval()
     return {
         name: {
             "variance_within_large_pixels": round(within_blocks(batch), 4),
             "differences_on_their_grid": round(on_grid(batch), 4),
-            **{key: round(recognized[name][key], 4) for key in ("object_top1", "object_top5", "object_top1_chance")},
+            "object": accuracy(probe, (shrink(batch) + 1) / 2, scenes)["object"],
         }
         for name, batch in images.items()
     }
@@ -186,29 +165,29 @@ def summary(run: Path) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__, "outputs/sana-emoji-pixel-art", "folder of the runs", takes_model=True)
-    parser.add_argument("--pictures", type=int, default=384, help="how many to learn from")
-    parser.add_argument("--steps", type=int, default=400, help="of each training")
+    parser.add_argument("--images", type=int, default=768, help="how many to learn from")
+    parser.add_argument("--steps", type=int, default=800, help="of each training")
     parser.add_argument("--prompts", type=int, default=24, help="how many to judge by")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     args = parser.parse_args(argv)
-    art = EmojiArt(args.data)
-    images = args.out / "pictures"
+    art = Art(args.data)
+    images, taught = args.out / "images", objects(art, kept_out=False)
     if not (images / "metadata.jsonl").exists():
-        taught = [label for label in art.labels if label in TAUGHT] or art.labels
-        write_images(PixelScenes(art, RESOLUTION, seed=6, labels=taught), images, args.pictures)
+        source = Scenes(taught, seed=6, kinds={"object": 1})
+        write_images(art, images, [source.sample() for _ in range(args.images)])
     loras = {
-        "lora": bundle(train(images, args.out / "lora", args.model, args.steps), args.out / "bundle"),
+        "lora": bundle_lora(train(images, args.out / "lora", args.model, args.steps), args.out / "bundle"),
         "lora_int4": train(images, args.out / "lora-int4", args.model, args.steps, "int4"),
     }
     report = {
         **environment(),
         "training": {
-            "pictures": args.pictures,
-            "objects": len(TAUGHT),
+            "images": args.images,
+            "objects": len(taught),
             "lora": summary(args.out / "lora"),
             "lora_trained_on_4_bit_base": summary(args.out / "lora-int4"),
         },
-        "judged": {"prompts": args.prompts, "objects": len(KEPT_OUT)},
+        "judged": {"prompts": args.prompts, "objects": len(objects(art, kept_out=True))},
         "figures": judge(art, args.model, loras, args.out, args.prompts),
     }
     print(json.dumps(report, indent=1))

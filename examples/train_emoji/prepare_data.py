@@ -1,7 +1,7 @@
 """Fetches free emoji art with npm and packs it into one zip file.
 
-    python -m examples.train_emoji.prepare_data --out outputs/emoji.zip
-    python -m examples.train_emoji.prepare_data --size 256 --out outputs/emoji-256.zip
+    python -m examples.train_emoji.prepare_data --out outputs/emoji-256.zip
+    python -m examples.train_emoji.prepare_data --size 128 --out outputs/emoji.zip
 
 Sources: Fluent emoji by Microsoft in two styles, as packed by LobeHub (MIT), and names by emojibase (MIT). See NOTICE.
 
@@ -98,8 +98,8 @@ def write_pack(path: Path, rows: list[dict], art: dict[str, list[Image.Image]], 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("outputs/emoji.zip"), help="the zip file to write")
-    parser.add_argument("--size", type=int, choices=SIZES, default=128, help="side of an image, and what it is for")
+    parser.add_argument("--out", type=Path, default=Path("outputs/emoji-256.zip"), help="the zip file to write")
+    parser.add_argument("--size", type=int, choices=SIZES, default=256, help="256 for Sana, 128 for VILA-U")
     args = parser.parse_args(argv)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -12,25 +12,14 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import GemmaTokenizer, PreTrainedTokenizerBase
 
-from .data import COLORS, POSITIONS, STYLES, EmojiArt, with_article
 from .scenes import UNCOUNTED, Scenes
 
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]  # Gemma's first ids
 
 
-def texts(art: EmojiArt) -> list[str]:
-    """Every word that training at 128 px can show, in context, each often enough to become one token."""
-    rng, texts = random.Random(0), []
-    for label in art.labels * 4:
-        color, position, style = rng.choice(list(COLORS)), rng.choice(list(POSITIONS)), rng.choice(STYLES)
-        texts.append(f"{with_article(label)} and {with_article(label, style)}{position}")
-        texts.append(f" on {with_article(color)} background, {style} style")
-    return texts
-
-
-def scene_texts(objects: list[str]) -> list[str]:
-    """The same at 256 px: captions, of each object and of its plural."""
+def texts(objects: list[str]) -> list[str]:
+    """Captions with every word that training can show, also in the plural, each often enough to become one token."""
     rng = random.Random(0)
     of_each = [Scenes([word], seed, {kind: 1}) for word in objects for seed, kind in enumerate(("object", "position"))]
     of_each += [Scenes([word], 2, {"count": 1}) for word in objects if word not in UNCOUNTED]

@@ -1,6 +1,6 @@
 """What the bundled VILA-U is taught: to describe images of emoji, and to generate them.
 
-A sample is a chat of one question and one answer about a scene of `examples.train_emoji.data`: a single object in the
+A sample is a chat of one question and one answer about a scene of `scenes`: a single object in the
 middle, so that the small model has one thing to learn.
 """
 
@@ -13,7 +13,8 @@ from tqdm import trange
 
 from diffusers_sana import VilaUVisionModel
 from diffusers_sana.training.data.chats import Chat, ChatCollator
-from examples.train_emoji.data import EmojiScenes, Scene, triples, with_article
+
+from .scenes import EmojiScenes, Scene, triples, with_article
 
 
 # fmt: off

@@ -2,13 +2,14 @@
 
     python -m examples.train_vila_u_emoji.evaluate --data outputs/emoji.zip [--model FOLDER] [--tower FOLDER]
 
-Generation: images of prompts are compared with true renderings, as in `examples.train_emoji.evaluate`. Answering: the
+Generation: images of prompts are compared with true renderings in a fixed feature space. Answering: the
 answers about true images are compared with the true ones, word for word. The tower: how near its reconstructions
 are, and, where its text tower is at hand, how often the nearest caption names the object.
 """
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ from tqdm import tqdm
 from benchmarks.harness import environment
 from diffusers_sana import VilaUForConditionalGeneration, VilaUProcessor, VilaUVisionModel
 from diffusers_sana.checkpoints import VILA_U_EMOJI
+from diffusers_sana.training.objectives.perceptual import RandomFeatures
 from diffusers_sana.training.recipes.vila_u_tower import tokenize
-from examples.train_emoji.common import make_parser, write_report
-from examples.train_emoji.data import COLORS, STYLES, EmojiArt, EmojiScenes, Scene
-from examples.train_emoji.evaluate import captioned_grid, held_out_scenes, prompt_following
+from examples.train_emoji.common import captioned_grid, make_parser, write_report
 
 from .data import QUESTIONS, TAUGHT, answer
 from .models import RESOLUTION
+from .scenes import COLORS, STYLES, EmojiArt, EmojiScenes, Scene, held_out_scenes
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
@@ -68,6 +69,64 @@ def generate(
         )
         images.append(model.decode_image_tokens(codes).float().clamp(-1, 1))
     return torch.cat(images)
+
+
+def feature_space() -> Callable[[Tensor], Tensor]:
+    """Images `[B, 3, H, W]` -> unit vectors `[B, F]`; fixed by its seed, learns nothing."""
+    network = RandomFeatures()
+
+    def features(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            maps = network(images)
+        return torch.cat([F.normalize(F.adaptive_avg_pool2d(m, 8).flatten(1)) for m in maps], dim=1)
+
+    return features
+
+
+def prompt_following(images: dict[str, Tensor], scenes: list[Scene], renderer: EmojiScenes) -> dict[str, dict]:
+    """How often the nearest true rendering is the prompted one, when only one property of the scene is varied.
+
+    Args:
+        images: name -> images `[B, 3, H, W]` of the B scenes; each is judged alike.
+        scenes: what they should show; those with two objects are left out.
+        renderer: composes the true images; its `labels` are the objects to tell apart.
+    """
+    features = feature_space()
+    rows = [i for i, scene in enumerate(scenes) if len(scene.labels) == 1]
+    scenes = [scenes[i] for i in rows]
+    described = {name: features(batch[rows]) for name, batch in images.items()}
+
+    def ranks(varied: Callable[[Scene], list[Scene]]) -> dict[str, list[int]]:
+        """For each image, how many renderings are nearer to it than the true one."""
+        found: dict[str, list[int]] = {name: [] for name in images}
+        for i, scene in enumerate(scenes):
+            gallery = varied(scene)
+            renderings = features(renderer.render(gallery, jitter=0.0))
+            for name, batch in described.items():
+                order = torch.cdist(batch[i : i + 1], renderings)[0].argsort().tolist()
+                found[name].append(order.index(gallery.index(scene)))
+        return found
+
+    objects = ranks(lambda s: [Scene((label,), s.style, s.color, s.position) for label in renderer.labels])
+    colors = ranks(lambda s: [Scene(s.labels, s.style, color, s.position) for color in COLORS])
+    styles = ranks(lambda s: [Scene(s.labels, style, s.color, s.position) for style in STYLES])
+
+    def fraction(found: list[int], top: int = 1) -> float:
+        return sum(rank < top for rank in found) / len(found)
+
+    return {
+        name: {
+            "prompts": len(scenes),
+            "object_top1": fraction(objects[name]),
+            "object_top5": fraction(objects[name], top=5),
+            "object_top1_chance": 1 / len(renderer.labels),
+            "color_top1": fraction(colors[name]),
+            "color_top1_chance": 1 / len(COLORS),
+            "style_top1": fraction(styles[name]),
+            "style_top1_chance": 1 / len(STYLES),
+        }
+        for name in images
+    }
 
 
 def ask(
@@ -126,7 +185,7 @@ def evaluate(
     answers, named = answering(model, processor, scenes, truth)
     out.mkdir(parents=True, exist_ok=True)
     shown = slice(0, 32)
-    captioned_grid(enlarge(images[shown]), [scene.prompt for scene in scenes[shown]], out / "drawn.png")
+    captioned_grid(enlarge(images[shown]), [scene.prompt for scene in scenes[shown]], out / "generated.png")
     captioned_grid(enlarge(truth[shown]), named[shown], out / "answered.png")
     count = min(8, len(scenes))
     both = torch.cat([truth[:count], through_codes[:count]])
@@ -135,7 +194,7 @@ def evaluate(
         **environment(),
         "tower_on_held_out_triples": similarity(truth, through_codes),
         "answers_on_held_out_triples": answers,
-        "drawn": prompt_following(
+        "generated": prompt_following(
             {"generated_from_held_out_prompts": images, "ceiling_true_images_through_codes": through_codes},
             scenes,
             renderer,
@@ -154,7 +213,8 @@ def enlarge(images: Tensor) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "outputs/vila-u-evaluation", "folder for figures and images")
+    out = "outputs/vila-u-evaluation"
+    parser = make_parser(__doc__, out, "folder for figures and images", data="outputs/emoji.zip")
     parser.add_argument("--model", default=VILA_U_EMOJI, help="folder of a model; default: the bundled one")
     parser.add_argument("--tower", help="folder of the tower as trained, with its text tower")
     args = parser.parse_args(argv)

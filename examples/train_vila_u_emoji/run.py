@@ -4,31 +4,40 @@
 
 Three stages, each resumed where it stopped when the command is given again: the vision tower with its text tower; the
 language model, projector and depth transformer on the codes of the tower; the tower's decoder once more, alone, which
-leaves the codes as they are. On two cores the last two can run side by side. Then the model is written in bf16 under
-`OUT/model` and judged on held-out prompts under `OUT/evaluation`.
+leaves the codes as they are. On two cores the last two can run side by side. Then the model is written in 4 bits
+under `OUT/model` and judged on held-out prompts under `OUT/evaluation`; in 16 bits it is `OUT/language/model`.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
 
-from diffusers_sana import VilaUForConditionalGeneration, VilaUImageProcessor, VilaUProcessor, VilaUVisionModel
+from diffusers_sana import (
+    SVDQuantConfig,
+    VilaUForConditionalGeneration,
+    VilaUImageProcessor,
+    VilaUProcessor,
+    VilaUVisionModel,
+    quantize,
+)
 from diffusers_sana.kernels.precision import arithmetic_dtype
 from diffusers_sana.training.data.chats import ChatCollator
 from diffusers_sana.training.recipes import vila_u, vila_u_tower
 from diffusers_sana.training.recipes.vila_u_options import VilaUTowerTrainingConfig, VilaUTrainingConfig
 from examples.train_emoji.common import device, make_parser, make_settings
-from examples.train_emoji.data import EmojiArt, EmojiScenes
-from examples.train_emoji.evaluate import held_out_scenes
 
 from .data import QUESTIONS, TAUGHT, EmojiChats, TowerScenes
 from .evaluate import evaluate
 from .models import RESOLUTION, make_model, make_tower
+from .scenes import EmojiArt, EmojiScenes, held_out_scenes
 from .tokenizer import make_tokenizer
 
 
+# All linear layers: 7.7 MB in place of 18.1, and the same images and answers, see docs/checkpoints.md.
+QUANTIZATION = SVDQuantConfig(rank=8, modules={"*": "w4a16"})
 # Fractions of the time budget.
 TOWER, LANGUAGE_MODEL, DECODER = 0.35, 0.5, 0.15
 STAGES = ("tower", "model", "decoder", "evaluate")
@@ -82,6 +91,8 @@ def train_model(art: EmojiArt, tower_folder: Path, out: Path, minutes: float, st
     torch.manual_seed(0)
     if start:
         model = VilaUForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+        if hasattr(model.config, "quantization_config"):
+            raise ValueError(f"`start` must be a model in 16 bits, as OUT/language/model is, got {start}.")
     else:
         model = make_model(VilaUVisionModel.from_pretrained(tower_folder), processor.tokenizer)
     scenes = EmojiScenes(art, RESOLUTION, device(), seed=3, labels=TAUGHT)
@@ -106,7 +117,7 @@ def train_model(art: EmojiArt, tower_folder: Path, out: Path, minutes: float, st
 
 
 def publish(trained: Path, out: Path, decoder: Path | None = None) -> None:
-    """Writes the model, with another decoder if given, and its sampling settings, in bf16: half the bytes."""
+    """Writes the model in 4 bits, with another decoder if given, and its sampling settings."""
     model = VilaUForConditionalGeneration.from_pretrained(trained, dtype=torch.bfloat16)
     if decoder is not None:
         tower, last = model.model.vision_tower, VilaUVisionModel.from_pretrained(decoder, dtype=torch.bfloat16)
@@ -118,13 +129,16 @@ def publish(trained: Path, out: Path, decoder: Path | None = None) -> None:
         pad_token_id=model.generation_config.pad_token_id,
         **SAMPLING,
     )
-    model.save_pretrained(out)
+    shutil.rmtree(out, ignore_errors=True)  # of a shorter training
+    quantize(model, QUANTIZATION, folder=out)
     VilaUProcessor.from_pretrained(trained).save_pretrained(out)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "outputs/vila-u-emoji", "folder for all stages", minutes=110)
-    parser.add_argument("--start", type=Path, help="folder of a model whose language model is trained on")
+    parser = make_parser(
+        __doc__, "outputs/vila-u-emoji", "folder for all stages", minutes=110, data="outputs/emoji.zip"
+    )
+    parser.add_argument("--start", type=Path, help="folder of a model in 16 bits whose language model is trained on")
     parser.add_argument("--stage", choices=STAGES, help="only this one; default: all in turn")
     args = parser.parse_args(argv)
     art = EmojiArt(args.data)

@@ -20,7 +20,8 @@ from diffusers_sana.models.vila_u.prompts_vila_u import (
     VIDEO_END,
     VIDEO_START,
 )
-from examples.train_emoji.data import COLORS, POSITIONS, STYLES, EmojiArt, with_article
+
+from .scenes import COLORS, POSITIONS, STYLES, EmojiArt, with_article
 
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]  # LLaMA's first ids

@@ -99,7 +99,7 @@ def test_generates_and_answers(page, tmp_path):
     assert first[0] != first[1]
     for i, file in enumerate(first):
         (tmp_path / f"{i}.png").write_bytes(file)
-        assert Image.open(tmp_path / f"{i}.png").size == (128, 128)
+        assert Image.open(tmp_path / f"{i}.png").size == (256, 256)
 
     other = generate(page, seed="1")
     assert other[0] != first[0]
@@ -215,18 +215,18 @@ def test_what_an_image_can_start_from_in_the_page(address, files):
         assert gallery[0]["caption"] == "a lemon on a black background, seed 0"
         return [Image.open(image).convert("RGB") for image in images]
 
-    orange = Image.new("RGB", (128, 128), "orange")
+    orange = Image.new("RGB", (256, 256), "orange")
     text = result(api_name="/generate")
     changed = result(files(orange), 0.5, api_name="/change")
-    mask = Image.new("RGBA", (128, 128))
-    mask.paste("teal", (64, 0, 128, 128))  # the right half
+    mask = Image.new("RGBA", (256, 256))
+    mask.paste("teal", (128, 0, 256, 256))  # the right half
     repainted = result({"background": files(orange), "layers": [files(mask)], "composite": None}, api_name="/repaint")
-    lines = Image.new("RGB", (128, 128), "white")
-    lines.paste("black", (40, 40, 44, 90))
+    lines = Image.new("RGB", (256, 256), "white")
+    lines.paste("black", (80, 80, 88, 180))
     sketched = result({"background": None, "layers": [], "composite": files(lines)}, 1.0, api_name="/follow")
     for i in range(2):
         assert len({image.tobytes() for image in (text[i], changed[i], repainted[i], sketched[i])}) == 4
-        left, right = (repainted[i].crop((x, 0, x + 60, 128)) for x in (0, 68))
+        left, right = (repainted[i].crop((x, 0, x + 120, 256)) for x in (0, 136))
         assert max(abs(value - 255) for value in left.getchannel("R").tobytes()) <= 2
         assert right.getcolors() is None or len(right.getcolors()) > 50
 

@@ -6,11 +6,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import SCMScheduler
 from PIL import Image
 
 import diffusers_sana
-from diffusers_sana import SanaControlNetModel, SanaPipeline, SanaTransformer2DModel
+from diffusers_sana import SanaControlNetModel, SanaPipeline
 from diffusers_sana.checkpoints import SANA_EMOJI, SANA_EMOJI_EDGES, SANA_EMOJI_PIXEL_ART, SANA_EMOJI_SPRINT
 from diffusers_sana.cli.pipelines import SCHEDULERS, make_scheduler
 from diffusers_sana.cli.words import known_words, unknown_words
@@ -19,7 +18,7 @@ from tests.pipelines.controlnet_cases import controlnet
 from tests.pipelines.sprint_cases import sprint_pipeline
 
 
-PROMPT = "a red apple on a blue background"
+PROMPT = "an apple on a blue background"
 FAST = ["--device", "cpu", "--steps", "2"]
 
 
@@ -57,7 +56,7 @@ def mask(tmp_path):
 def test_each_image_has_its_seed(pipe, tmp_path):
     """In the name of its file, and for itself: no image depends on how many are generated."""
     ended = run("generate", PROMPT, *FAST, "--seed", "3", "--num-images", "2", "--out", str(tmp_path / "new"))
-    names = [f"a-red-apple-on-a-blue-background-seed{seed}.png" for seed in (3, 4)]
+    names = [f"an-apple-on-a-blue-background-seed{seed}.png" for seed in (3, 4)]
     assert ended.out.splitlines() == [str(tmp_path / "new" / name) for name in names]
     for name, seed in zip(names, (3, 4), strict=True):
         wanted = pipe(PROMPT, num_inference_steps=2, generator=torch.Generator().manual_seed(seed)).images[0]
@@ -100,14 +99,9 @@ def test_images_to_begin_with(pipe, tmp_path, cat, mask, given):
 
 @pytest.mark.parametrize("has_image", [False, True])
 def test_bundled_sprint(pipe, tmp_path, cat, has_image):
-    options = {"subfolder": "transformer", "dtype": torch.float32}
-    components = {
-        "transformer": SanaTransformer2DModel.from_pretrained(SANA_EMOJI_SPRINT, **options),
-        "scheduler": SCMScheduler.from_pretrained(SANA_EMOJI_SPRINT, subfolder="scheduler"),
-    }
     name = "SanaSprintImg2ImgPipeline" if has_image else "SanaSprintPipeline"
     arguments = {"image": Image.open(cat)} if has_image else {}
-    sprint = getattr(diffusers_sana, name).from_pipe(pipe, **components)
+    sprint = getattr(diffusers_sana, name).from_teacher(pipe, SANA_EMOJI_SPRINT)
     wanted = sprint(PROMPT, generator=torch.Generator().manual_seed(0), num_inference_steps=2, **arguments).images[0]
     image = generate("--model", "sana-emoji-sprint", "--out", tmp_path / "x.png", *(["--image", cat] * has_image))
     assert psnr(image, np.asarray(wanted).astype(float)) > 100
@@ -188,6 +182,6 @@ def test_words_that_a_bundled_model_was_not_taught(tmp_path, caplog):
         "sign",
     ]
     assert unknown_words("some/model", "a cyberpunk fox") == []
-    assert {"fox", "background", "teal"} < known_words()
+    assert {"fox", "foxes", "background", "purple", "two"} < known_words()
     run("generate", "a cyberpunk fox", *FAST, "--steps", "1", "--out", str(tmp_path / "x.png"))
     assert "sana-emoji was not taught: cyberpunk. It knows the words on its card" in caplog.text

@@ -40,15 +40,15 @@ def end(process: subprocess.Popen) -> tuple[int, list[str], list[str]]:
 def test_a_clean_run_prints_nothing_else(tmp_path):
     """With a LoRA, for which peft and bitsandbytes are imported where they are installed."""
     options = ["--lora", "sana-emoji-pixel-art", "--steps", "1", "--out", str(tmp_path)]
-    code, out, error = end(start("generate", "a red apple", *options))
-    assert out == [str(tmp_path / "a-red-apple-seed0.png")]
+    code, out, error = end(start("generate", "an apple", *options))
+    assert out == [str(tmp_path / "an-apple-seed0.png")]
     assert len(error) == 1, error
     assert error[0].startswith("loaded in ")
     assert code == 0
 
 
 def test_interruption_while_images_are_generated(tmp_path):
-    process = start("generate", "a red apple", "--num-images", "10000", "--steps", "1", "--out", "new", cwd=tmp_path)
+    process = start("generate", "an apple", "--num-images", "10000", "--steps", "1", "--out", "new", cwd=tmp_path)
     deadline = time.monotonic() + 300
     while not list(tmp_path.rglob("*.png")) and time.monotonic() < deadline:
         time.sleep(0.1)

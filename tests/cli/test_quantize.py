@@ -19,7 +19,7 @@ from tests.two_processes import ROOT
 
 def test_quantize(tmp_path, capsys):
     out, prompts = tmp_path / "new" / "quantized", tmp_path / "prompts.txt"
-    prompts.write_text("a fox\n\na red apple on a blue background\n")
+    prompts.write_text("a fox\n\nan apple on a blue background\n")
     options = ["--precision", "nvfp4", "--rank", "8", "--steps", "2", "--prompts", str(prompts)]
     folder = str(tiny.write_official_folder(tmp_path / "official"))
     cli.main(["quantize", folder, "-o", str(out), *options])

@@ -81,19 +81,19 @@ def test_bundled_folder(bundled):
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 1.6e6
     assert {path.suffix for path in FOLDER.iterdir()} == {".json", ".jsonl", ".safetensors", ".md"}
     checks = read_checks(FOLDER / "checks.jsonl")
-    assert [check.seed for check in checks] == list(range(80))
+    assert [check.seed for check in checks] == list(range(100))
     assert {label for check in checks for label in check.labels} <= set(bundled.answers["first"])
     assert {check.background for check in checks} <= set(bundled.answers["color"])
     true = load_file(FOLDER / "reference.safetensors")["features"]
-    assert true.shape == (320, 256)
+    assert true.shape == (400, 256)
 
 
 def test_the_bundled_probe_sees_what_the_bundled_model_draws(bundled):
     """And tells one prompt from another."""
     pipe = SanaPipeline.from_pretrained(SANA_EMOJI)
     pipe.set_progress_bar_config(disable=True)
-    prompts = ["a red apple on a blue background, 3d style", "a penguin on a pink background, flat style"]
+    prompts = ["an apple on a blue background, 3d style", "a penguin on a pink background, flat style"]
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     seen = bundled.observe(to_tensor(pipe(prompts, generator=generators).images))
-    assert [[one.label for one in observation.objects] for observation in seen] == [["red apple"], ["penguin"]]
+    assert [[one.label for one in observation.objects] for observation in seen] == [["apple"], ["penguin"]]
     assert [observation.background for observation in seen] == ["blue", "pink"]

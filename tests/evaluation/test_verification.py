@@ -100,7 +100,7 @@ def test_the_command(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     report = json.loads(out.read_text())
     assert report["settings"]["model"] == "sana-emoji"
-    assert report["settings"]["pixels"] == [128, 128]
+    assert report["settings"]["pixels"] == [256, 256]
     assert all(check["passed"] for check in report["checks"])
     four = report["quantized"]
     assert four["transformer_bytes"] < 0.6 * report["diffusers_sana"]["transformer_bytes"]

@@ -115,7 +115,7 @@ def test_serve(pipe):
             assert difference(image, expected(seed)) <= 2
         assert metrics()['diffusers_sana_batch_size_sum{model="sana-emoji"}'] == 4  # 2 images in a batch of 2
         # The same seeds from the other call, and in 4 bits.
-        body = b'{"prompt": "a cat", "seed": 1, "n": 2, "size": "128x128"%s}'
+        body = b'{"prompt": "a cat", "seed": 1, "n": 2, "size": "256x256"%s}'
         again = post_openai(body % b"")
         assert [seed for seed, _ in again] == [1, 2]
         assert all(difference(image, before) <= 2 for (_, image), before in zip(again, images, strict=True))

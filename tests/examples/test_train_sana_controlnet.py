@@ -1,6 +1,7 @@
 """Training a ControlNet at tiny size: on cached latents, on folders, resumed, and for the emoji checkpoint."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from diffusers_sana.images import sobel_edges
 from diffusers_sana.training.recipes.controlnet import train
 from diffusers_sana.training.recipes.options import ControlNetTrainingConfig
 from examples.train_emoji import controlnet as emoji
-from examples.train_emoji.data import EmojiScenes
+from examples.train_emoji.scenes import OBJECTS, Scene, held_out_scenes
 from examples.train_sana_controlnet import main
+from tests.examples.conftest import few_scenes
 from tests.training import tiny
 
 
@@ -129,19 +131,36 @@ def test_sobel_edges():
     assert torch.equal(sobel_edges(torch.zeros(1, 3, 4, 4)), torch.full((1, 3, 4, 4), -1.0))  # also at the border
 
 
-def test_emoji_batches_and_training(art, tmp_path):
+def test_prompts_leave_the_arrangement_to_the_edges():
+    pair = ("zebra", "apple"), "flat", "red"
+    assert emoji.open_prompt(Scene(*pair)) == "an apple and a zebra on a red background, flat style"
+    assert emoji.open_prompt(Scene(*pair)) == emoji.open_prompt(Scene(("apple", "zebra"), *pair[1:]))
+    one = "a fox on a blue background, 3d style"
+    for objects, position in ((("fox",), ""), (("fox",), "left"), (("fox",) * 3, "")):
+        assert emoji.open_prompt(Scene(objects, "3d", "blue", position)) == one
+    rng, scenes = random.Random(0), held_out_scenes(list(OBJECTS))
+    captions = [emoji.open_caption(scene, rng) for scene in scenes * 10]
+    assert captions.count("") / len(captions) == pytest.approx(emoji.EMPTY, abs=0.05)
+
+
+def test_emoji(art, tmp_path):
     """The bundled checkpoint itself, for a few steps, and the judge's report."""
     pipe = SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    scenes = emoji.EdgeScenes(EmojiScenes(art, 128, seed=4), pipe.vae, size=4, renewed=1)
-    batch = next(scenes.batches(2))
-    assert batch["latents"].shape == batch["control_latents"].shape == (2, 32, 4, 4)
-    assert not torch.allclose(batch["latents"], batch["control_latents"], atol=0.1)
-    folder = emoji.train(art, pipe, tmp_path, minutes=0.01, batch_size=8, store=8)
-    model = SanaControlNetModel.from_pretrained(folder)
-    report = emoji.judge(pipe, model, art, tmp_path, count=2, steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emoji, "taught_scenes", few_scenes)
+        latents = tmp_path / "latents.safetensors"
+        patch.setattr(emoji, "held_out_scenes", lambda objects: held_out_scenes(objects, {"object": 1, "pair": 1}))
+        folder = emoji.train(art, pipe, latents, tmp_path, minutes=0.01, batch_size=4, count=8)
+        model = SanaControlNetModel.from_pretrained(folder)
+        report = emoji.judge(pipe, model, art, tmp_path, steps=2)
+    edges = load_file(tmp_path / "edges.safetensors")["latents"]
+    assert edges.shape == (8, 32, 8, 8)
+    assert load_file(latents)["latents"].shape == (20, 32, 8, 8)
     figures = report["mean_cosine_of_edges"]
-    assert figures.keys() == {"prompt_alone", "with_edges"}
-    assert all(0 < value < 1 for value in figures.values())
+    assert figures.keys() == {"prompt_alone", "edges_alone", "prompt_and_edges", "true_through_autoencoder"}
+    for cosines in figures.values():
+        assert cosines.keys() == {"all", "object", "pair"}
+        assert all(0 < value < 1 for value in cosines.values())
     assert json.loads(Path(tmp_path / "evaluation.json").read_text()) == report
-    assert Image.open(tmp_path / "held_out.png").size == (2 * 128, 3 * 128)
+    assert Image.open(tmp_path / "held_out.png").size == (2 * 256, 5 * 256)

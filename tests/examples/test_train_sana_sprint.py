@@ -12,11 +12,15 @@ from safetensors.torch import load_file
 import diffusers_sana
 from diffusers_sana import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel, SVDQuantConfig
 from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.evaluation.emoji_probe import EmojiProbe
 from diffusers_sana.models.transformers.sprint_student import load_student, make_student
 from diffusers_sana.training.recipes.options import SprintTrainingConfig
 from diffusers_sana.training.recipes.sprint import train
 from examples.train_emoji import sprint as emoji
+from examples.train_emoji.common import bundle_lora
+from examples.train_emoji.scenes import COLORS, STYLES, held_out_scenes
 from examples.train_sana_sprint import main
+from tests.examples.conftest import few_scenes
 from tests.numerics import assert_close_fp32, relative_error
 from tests.training import tiny
 
@@ -154,17 +158,20 @@ def test_main_makes_a_pipeline(tmp_path):
         main(arguments[:2])
 
 
-def test_emoji(art, tmp_path, monkeypatch):
+def test_emoji(art, tmp_path):
     """The bundled checkpoint itself, for a step or two, and the judge's report."""
     teacher = SanaPipeline.from_pretrained(SANA_EMOJI, dtype=torch.float32)
     teacher.set_progress_bar_config(disable=True)
-    folder = emoji.train(art, teacher, tmp_path, minutes=0.01, batch_size=8, store=8)
-    student = SanaSprintPipeline.from_pretrained(folder)
-    student.set_progress_bar_config(disable=True)
-    report = emoji.judge(teacher, student, art, tmp_path, singles=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emoji, "taught_scenes", few_scenes)
+        patch.setattr(emoji, "held_out_scenes", lambda objects: held_out_scenes(objects, {"object": 1, "pair": 1}))
+        folder = emoji.train(art, teacher, tmp_path / "latents.safetensors", tmp_path, minutes=0.01, batch_size=4)
+        student = emoji.load_student(teacher, bundle_lora(folder, tmp_path / "bundle"))
+        probe = EmojiProbe(art.objects, list(COLORS), list(STYLES), max_objects=3)
+        report = emoji.judge(teacher, student, probe, art, tmp_path)
     rows = ["teacher_2_steps", "teacher_4_steps", "teacher_20_steps"]
     rows += ["student_1_steps", "student_2_steps", "student_4_steps"]
     assert report["rows"] == rows
-    assert all(0 <= report[row]["object_top1"] <= 1 for row in rows)
+    assert all(0 <= report[row]["object"] <= 1 for row in rows)
     assert json.loads(Path(tmp_path / "evaluation.json").read_text()) == report
-    assert Image.open(tmp_path / "held_out.png").size == (2 * 128, 6 * 128)
+    assert Image.open(tmp_path / "held_out.png").size == (2 * 256, 6 * 256)

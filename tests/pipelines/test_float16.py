@@ -20,7 +20,7 @@ def dtypes(pipe):
 
 def image(pipe):
     pipe.set_progress_bar_config(disable=True)
-    images = pipe("a red apple", num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images
+    images = pipe("an apple", num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images
     return np.asarray(images[0]).astype(float)
 
 

@@ -142,7 +142,7 @@ def test_folders_load_without_this_package(tmp_path, ours):
     ours.save_pretrained(tmp_path)
     torch.save(generate(ours), tmp_path / "image.pt")
     card = Path(SANA_EMOJI, "README.md").read_text()
-    assert re.search(r"called with `height=128, width=128,\s+use_resolution_binning=False`", card)
+    assert re.search(r"called with `height=256, width=256,\s+use_resolution_binning=False`", card)
     script = f"""
 import sys, torch, diffusers
 pipe = diffusers.DiffusionPipeline.from_pretrained({str(tmp_path)!r})
@@ -156,8 +156,8 @@ image = pipe("a cat", latents=noise, height=32, width=32, use_resolution_binning
 assert torch.allclose(image, torch.load({str(tmp_path / "image.pt")!r}), atol=1e-5)
 
 pipe = diffusers.DiffusionPipeline.from_pretrained({str(SANA_EMOJI)!r})
-image = pipe("a fox", num_inference_steps=1, height=128, width=128, use_resolution_binning=False).images[0]
-assert image.size == (128, 128)
+image = pipe("a fox", num_inference_steps=1, height=256, width=256, use_resolution_binning=False).images[0]
+assert image.size == (256, 256)
 assert "diffusers_sana" not in sys.modules
 """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -182,7 +182,7 @@ def test_a_folder_that_says_which_pipeline_generates(tmp_path, ours):
         assert type(pipe.transformer) is diffusers_sana.SanaTransformer2DModel
     pipe = diffusers.DiffusionPipeline.from_pretrained(SANA_EMOJI)
     pipe.set_progress_bar_config(disable=True)
-    assert pipe("a fox", num_inference_steps=1).images[0].size == (128, 128)
+    assert pipe("a fox", num_inference_steps=1).images[0].size == (256, 256)
 
 
 def test_save_and_load_is_exact(tmp_path, ours):

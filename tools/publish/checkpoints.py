@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SCMScheduler
 
 from diffusers_sana import (
     SanaPipeline,
     SanaSprintPipeline,
-    SanaTransformer2DModel,
     SVDQuantConfig,
-    VilaUPipeline,
     quantize,
 )
 from diffusers_sana.checkpoints import (
@@ -58,18 +55,7 @@ def sana() -> SanaPipeline:
 
 def sprint() -> SanaSprintPipeline:
     """The pipeline of sana-emoji-sprint in 16 bit, whole."""
-    transformer = SanaTransformer2DModel.from_pretrained(
-        SANA_EMOJI_SPRINT, subfolder="transformer", dtype=torch.bfloat16
-    )
-    scheduler = SCMScheduler.from_pretrained(SANA_EMOJI_SPRINT, subfolder="scheduler")
-    return SanaSprintPipeline.from_pretrained(
-        SANA_EMOJI, transformer=transformer, scheduler=scheduler, dtype=torch.bfloat16
-    )
-
-
-def vila_u() -> VilaUPipeline:
-    """The pipeline of vila-u-emoji in 16 bit."""
-    return VilaUPipeline.from_pretrained(VILA_U_EMOJI, dtype=torch.bfloat16)
+    return SanaSprintPipeline.from_teacher(sana(), SANA_EMOJI_SPRINT)
 
 
 def hub_card(text: str, owner: str) -> str:
@@ -88,8 +74,7 @@ def write_card(folder: Path, text: str) -> None:
 
 def write_quantized(pipe: Any, folder: Path, precision: str, owner: str) -> None:
     """Quantizes a pipeline into a folder; its card names the repositories of both."""
-    component = "model" if isinstance(pipe, VilaUPipeline) else "transformer"
-    quantize(pipe, SVDQuantConfig(precision=precision), components=[component], folder=folder, progress=False)
+    quantize(pipe, SVDQuantConfig(precision=precision), components=["transformer"], folder=folder, progress=False)
     card = (folder / "README.md").read_text(encoding="utf-8")
     base = folder.name.removesuffix(f"-{precision}")
     head = f"base_model: {owner}/{base}\nbase_model_relation: quantized\nlicense: apache-2.0\n"
@@ -108,11 +93,9 @@ def write(out: Path, owner: str) -> list[Path]:
     sprint().save_pretrained(folder)
     card = (Path(SANA_EMOJI_SPRINT) / "README.md").read_text(encoding="utf-8")
     card = re.sub(r"```python\n.*?```", SPRINT_CODE.format(owner=owner), card, flags=re.DOTALL)
-    card = card.replace(
-        "Only transformer and scheduler are here; text encoder and autoencoder", "Text encoder and autoencoder"
-    )
+    card = re.sub(r"Only .* are\nhere; ", "", card)
     write_card(folder, hub_card(card, owner))
-    for make, name in ((sana, "sana-emoji"), (sprint, "sana-emoji-sprint"), (vila_u, "vila-u-emoji")):
+    for make, name in ((sana, "sana-emoji"), (sprint, "sana-emoji-sprint")):
         for precision in PRECISIONS:
             write_quantized(make(), out / f"{name}-{precision}", precision, owner)
     return sorted(path for path in out.iterdir() if path.is_dir())

@@ -287,7 +287,7 @@ def test_bundled_checkpoint_by_the_command_line(to, bundled, tmp_path):
     precision = "nvfp4" if to in ("vllm-omni", "modelopt", "diffusers-sana") else "int4"
     options = []
     if to == "modelopt":
-        (tmp_path / "prompts.txt").write_text("a red apple\n")
+        (tmp_path / "prompts.txt").write_text("an apple\n")
         options = ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "1"]
     ended = run("convert", str(bundled / precision), "-o", str(tmp_path / "out"), "--to", to, *options)
     assert ended.code == 0, ended.error
