@@ -235,7 +235,7 @@ class _Graph:
     @torch.no_grad()
     def __init__(self, model: nn.Module, arguments: dict[str, Any], tensors: list[Tensor], pool: Any) -> None:
         self.inputs = [tensor.clone() for tensor in tensors]
-        self.sources: list[Tensor | None] = [None] * len(tensors)
+        self.sources: list[tuple[Tensor, int] | None] = [None] * len(tensors)
         own = _unflatten(arguments, iter(self.inputs))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -254,10 +254,13 @@ class _Graph:
 
     def replay(self, tensors: list[Tensor]) -> Tensor:
         for i, tensor in enumerate(tensors):
-            # The text is the same object all through a call, and nobody writes into it: copied once.
-            if tensor is not self.sources[i]:
+            # The text is the same object all through a call: copied once. Latents that a user gives may be the same
+            # object in the next call, with other values. Tensors of inference mode do not count their changes.
+            source = self.sources[i]
+            version = 0 if tensor.is_inference() else tensor._version
+            if source is None or tensor is not source[0] or version != source[1]:
                 self.inputs[i].copy_(tensor)
-                self.sources[i] = tensor
+                self.sources[i] = tensor, version
         self.graph.replay()
         return self.output
 
@@ -347,14 +350,23 @@ def unsupported(model: Any) -> str | None:
 
 
 def _fingerprint(model: nn.Module) -> Hashable:
-    """Where the weights and their copies are, what adapters multiply their outputs with, and how layers attend."""
+    """Where the weights and their copies are, what adapters do, and how layers attend and compute."""
     weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
     layers: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
     adapters = tuple(
-        (tuple(layer.scaling.items()), tuple(layer.active_adapters), bool(layer.disable_adapters)) for layer in layers
+        (
+            tuple(layer.scaling.items()),
+            tuple(layer.active_adapters),
+            tuple(layer.merged_adapters),  # fused in place, so the weights stay where they are
+            bool(layer.disable_adapters),
+        )
+        for layer in layers
     )
-    processors = tuple(module.processor for module in _attentions(model))
-    return weights, kept_changes(), adapters, processors, model.training
+    processors = tuple(
+        (module.processor, getattr(module.processor, "_attention_backend", None)) for module in _attentions(model)
+    )
+    modes = tuple(mode for module in model.modules() if (mode := getattr(module, "compute_mode", None)) is not None)
+    return weights, kept_changes(), adapters, processors, modes, model.training
 
 
 def _attentions(model: nn.Module) -> list[Any]:

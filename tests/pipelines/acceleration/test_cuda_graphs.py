@@ -3,6 +3,7 @@
 import copy
 import logging
 from contextlib import nullcontext
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from diffusers.hooks import FirstBlockCacheConfig
 
 import diffusers_sana
+from diffusers_sana import SVDQuantConfig, quantize, set_compute_mode
 from diffusers_sana.kernels.dispatch import current_kernel_mode, kernel_mode
 from diffusers_sana.models.transformers.attention_sana import SanaLinearAttnProcessor
 from diffusers_sana.pipelines.acceleration import cuda_graphs
@@ -22,6 +24,7 @@ from diffusers_sana.pipelines.acceleration.cuda_graphs import (
 )
 from diffusers_sana.pipelines.perturbed_attention import perturbed, self_attentions
 from tests import tiny
+from tests.pipelines.image_prompt_cases import trained_adapter
 
 
 @pytest.fixture
@@ -75,7 +78,21 @@ def test_fingerprint_sees_moved_weights_and_adapters(pipe):
     seen.append(_fingerprint(model))
     model.set_adapters(["a"], [0.5])
     seen.append(_fingerprint(model))
+    model.fuse_lora()
+    seen.append(_fingerprint(model))
+    model.unfuse_lora()
     model.disable_adapters()
+    seen.append(_fingerprint(model))
+    assert len(set(seen)) == len(seen)
+
+
+def test_fingerprint_sees_how_layers_compute(pipe):
+    model = pipe.transformer
+    quantize(model, SVDQuantConfig(rank=4))
+    seen = [_fingerprint(model)]
+    set_compute_mode(model, "w4a16")
+    seen.append(_fingerprint(model))
+    model.set_attention_backend("_native_math")
     seen.append(_fingerprint(model))
     assert len(set(seen)) == len(seen)
 
@@ -108,11 +125,14 @@ def test_fingerprint_sees_how_layers_attend(pipe):
     assert _fingerprint(model) == before
 
 
-def test_graph_made_in_inference_mode_serves_outside_of_it(pipe, monkeypatch):
-    class NoGraph:
-        def replay(self):
-            pass
+class NoGraph:
+    def replay(self):
+        pass
 
+
+@pytest.fixture
+def no_device(monkeypatch):
+    """Real graphs without a GPU: they copy their inputs, and their output stays what it was at the recording."""
     for name, stand_in in {
         "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
         "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
@@ -121,6 +141,23 @@ def test_graph_made_in_inference_mode_serves_outside_of_it(pipe, monkeypatch):
         "graph": lambda graph, **options: nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+def test_inputs_written_into_between_calls_are_copied_again(no_device):
+    """Users reuse the memory of their latents; the text, which nobody writes into, is copied once."""
+    graphs = CudaGraphs(lambda latents: (latents * 2,))
+    latents = torch.zeros(2)
+    with torch.no_grad():
+        graphs(latents=latents)
+        graphs(latents=latents.fill_(3.0))
+        (graph,) = graphs._graphs.values()
+        assert torch.equal(graph.inputs[0], latents)
+        version = graph.inputs[0]._version
+        graphs(latents=latents)
+        assert graph.inputs[0]._version == version
+
+
+def test_graph_made_in_inference_mode_serves_outside_of_it(no_device):
     graphs = CudaGraphs(lambda latents: (latents * 2,))
     with torch.inference_mode():
         graphs(latents=torch.zeros(2))
@@ -193,6 +230,30 @@ def test_graphs_are_the_default(pipe, fake, messages):
     assert torch.equal(images(pipe), expected)
     assert (fake.made, pipe._automatic_graphs) == (2, None)
     assert messages() == []
+
+
+def test_image_prompts_are_inputs_of_a_graph(pipe, fake):
+    """Another image, and another strength of it, are replayed by the same graph."""
+    adapter = trained_adapter(pipe.transformer)
+    pipe.register_modules(ip_adapter=adapter)
+    embeds = torch.randn(2, 1, 1, 12, generator=torch.Generator().manual_seed(0))
+
+    def all_images():
+        found = [images(pipe, ip_adapter_image_embeds=[each]) for each in embeds]
+        adapter.set_scale(0.5)
+        found.append(images(pipe, ip_adapter_image_embeds=[embeds[1]]))
+        adapter.set_scale(1.0)
+        return found
+
+    pipe.disable_cuda_graphs()
+    expected = all_images()
+    assert not any(torch.equal(first, second) for first, second in pairwise(expected))
+    pipe._uses_automatic_graphs = True
+    for ours, image in zip(all_images(), expected, strict=True):
+        assert torch.equal(ours, image)
+    assert fake.made == 1
+    images(pipe)  # without an image
+    assert fake.made == 2
 
 
 def test_default_on_a_cpu_says_once_why_not(pipe, messages):
