@@ -204,11 +204,11 @@ def triton_operator(
     name = schema.partition("(")[0]
 
     def register(empty_outputs: Callable[..., Any]) -> Callable[..., Any]:
-        module = f"{__package__}.triton.{empty_outputs.__module__.rpartition('.')[2]}"
-        launcher = cache(lambda: getattr(import_module(module), name))
+        path = f"{__package__}.triton.{empty_outputs.__module__.rpartition('.')[2]}"
+        module = cache(lambda: import_module(path))
 
         def launch(*arguments: Any) -> Any:
-            return launcher()(*arguments)
+            return getattr(module(), name)(*arguments)
 
         return _register(schema, "CompositeExplicitAutograd", launch, empty_outputs, autograd)
 

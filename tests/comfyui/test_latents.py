@@ -26,7 +26,7 @@ def generated(nodes, loaded):
 def test_vae_decode_gives_the_images(loaded, generated):
     """As ComfyUI's VAE Decode and VAE Decode (Tiled) call it."""
     vae, (images, latents) = loaded[1], generated
-    assert latents.shape == (3, vae.latent_channels, 4, 4)
+    assert latents.shape == (3, vae.latent_channels, 8, 8)
     torch.testing.assert_close(vae.decode(latents), images)
     compression = vae.spacial_compression_decode()
     assert (compression, vae.temporal_compression_decode()) == (32, None)
@@ -63,7 +63,7 @@ def test_previews_look_like_the_images(loaded, generated):
     model, (images, latents) = loaded[0], generated
     shown = model.preview().pixels(latents * model.scaling_factor)
     small = F.adaptive_avg_pool2d(images.movedim(-1, 1), shown.shape[-2:])
-    assert shown.shape == (3, 3, 16, 16)
+    assert shown.shape == (3, 3, 32, 32)
     correlation = torch.corrcoef(torch.stack([shown.flatten(), small.flatten()]))[0, 1]
     assert correlation > 0.9
     for own, others in ((0, (1, 2)), (1, (0, 2)), (2, (0, 1))):

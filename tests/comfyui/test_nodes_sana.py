@@ -104,7 +104,7 @@ def test_controlnet(nodes, server):
     torch.testing.assert_close(moved, expected(both, image=image.movedim(-1, 1), strength=0.6, **control))
 
     wide = call(nodes, "SanaControlNet", model=model, image=torch.rand(1, 300, 610, 3))[0]
-    assert nodes.nodes_sana.control_size(wide) == (96, 192)
+    assert nodes.nodes_sana.control_size(wide) == (192, 352)
     del wide
     copied = shutil.copytree(SANA_EMOJI_EDGES, server.models / "controlnet" / "edges")
     of_list = call(
@@ -130,7 +130,7 @@ def test_sprint(nodes):
     torch.testing.assert_close(vae.decode(latent["samples"]), image)
     near = call(nodes, "SanaSprintImageToImage", model=model, image=image, strength=0.5, **SETTINGS)[0]
     far = call(nodes, "SanaSprintImageToImage", model=model, latent=latent, strength=1.0, **SETTINGS)[0]
-    torch.testing.assert_close(far, image)  # at strength 1 the image leaves no trace
+    torch.testing.assert_close(far, image, atol=1e-4, rtol=1e-3)  # at strength 1 the image leaves no trace
     assert not torch.allclose(near, image, atol=0.02)
     with pytest.raises(ValueError, match=r"`model` must be a Sana or SANA-1\.5, but is a SANA-Sprint"):
         sample(nodes, model)
