@@ -132,7 +132,7 @@ def _command(args: argparse.Namespace, task: Any, dtype: str) -> list[str]:
     """The arguments of `diffusers-sana generate` that make one image."""
     words = [f"--seed={task.seed}", f"--dtype={dtype}"]
     for name, value in sorted(vars(args).items()):
-        if name in (*NOT_OF_THE_IMAGE, "dtype") or value in (None, [], False):
+        if name in (*NOT_OF_THE_IMAGE, "dtype") or value is None or value is False or value == []:  # but not 0
             continue
         if value is True:
             words.append(f"--{name.replace('_', '-')}")

@@ -41,19 +41,20 @@ def psnr(image, wanted):
 
 def test_a_video_and_the_same_again(folder, tmp_path):
     model, out = folder / "SanaVideoPipeline", tmp_path / "cat.webp"
-    options = ["--steps", "2", "--fps", "10", "--motion-score", "3", "--seed", "4", "--out", str(out)]
+    options = ["--steps", "2", "--fps", "10", "--motion-score", "0", "--seed", "4", "--out", str(out)]
     command = ["generate", "a cat", "--model", str(model), *SMALL, *options]
     ended = run(*command)
     assert ended.code == 0, ended.error
     assert ended.out == f"{out}\n"
     pipe = diffusers_sana.SanaVideoPipeline.from_pretrained(model, dtype=torch.float32)
-    few = {"num_inference_steps": 2, "frames": 5, "height": 32, "width": 32, "motion_score": 3}
+    few = {"num_inference_steps": 2, "frames": 5, "height": 32, "width": 32, "motion_score": 0}
     wanted = pipe("a cat", **few, generator=torch.Generator().manual_seed(4)).frames[0]
     found = frames_of(out)
     assert [duration for _, duration in found] == [100] * 5
     assert min(psnr(image, other) for (image, _), other in zip(found, wanted, strict=True)) > 25
     record = json.loads(read_video_record(out))
     assert {name: record[name] for name in ("prompt", "seed", "steps")} == {"prompt": "a cat", "seed": 4, "steps": 2}
+    assert "--motion-score=0" in record["command"]  # a number that Python takes for False
 
     assert "cat.webp is there already; pass --overwrite" in run(*command).error
     again = tmp_path / "again.webp"

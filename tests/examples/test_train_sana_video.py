@@ -30,6 +30,7 @@ from diffusers_sana.training.recipes.sana_video import train
 from examples.train_sana_video import main
 from tests import tiny, tiny_video
 from tests.numerics import assert_close_fp32
+from tests.pipelines.image_prompt_cases import trained_adapter
 from tests.training.data.test_videos import write_animation
 from tests.training.tiny import (
     CAPTIONS,
@@ -292,8 +293,19 @@ def test_command_line(tmp_path):
         main([*arguments, "--quantize=int4", f"--output_dir={tmp_path / 'other'}"])
 
 
+def test_samples_of_a_causal_lora_in_bf16(tmp_path):
+    config = make_config(tmp_path, causal=True, lora=True, mixed_precision="bf16", train_text_encoder=False)
+    batch = latent_batch() | {"latents": torch.randn(2, 4, 5, 4, 4)}
+    transformer = tiny_transformer().bfloat16()
+    train(config, [batch], transformer, encoders(None, tiny_autoencoder()))
+    assert Image.open(next((tmp_path / "samples").glob("*.png"))).width == 5 * 16
+
+
 def test_from_a_pipeline_of_images(tmp_path):
-    tiny_pipeline().save_pretrained(tmp_path / "start")
+    """Its IP-Adapter is none of videos."""
+    pipe = tiny_pipeline()
+    pipe.register_modules(ip_adapter=trained_adapter(pipe.transformer))
+    pipe.save_pretrained(tmp_path / "start")
     folder = folder_of_videos(tmp_path / "data")
     settings = {"data": folder, "pretrained": tmp_path / "start", "output_dir": tmp_path / "out", "max_steps": 1}
     settings |= {"resolution": 16, "frames": 3, "fps": 0, "max_sequence_length": 32, "sample_steps": 1}

@@ -187,7 +187,8 @@ def save_video_samples(
     model.eval()
     settings = config.sample_guidance, config.sample_steps, config.flow_shift
     if config.causal:
-        latents = accelerator.unwrap_model(model).sample(prompt, noise, *settings)
+        with accelerator.autocast():  # not only in `forward`: the state of a chunk is that of the transformer itself
+            latents = accelerator.unwrap_model(model).sample(prompt, noise, *settings)
     else:
         latents = sample_guided(partial(model, prompt=prompt), noise, *settings)
     model.train()
@@ -246,7 +247,8 @@ def load_video_pipeline(config: SanaVideoTrainingConfig, pretrained: str) -> Any
         pipe = SanaPipeline.from_pretrained(place, dtype=dtypes)
         transformer = video_transformer(pipe.transformer)
         shifted = FlowDPMSolverScheduler(flow_shift=INFERENCE_SHIFT)
-        return SanaVideoPipeline(**pipe.components | {"transformer": transformer, "scheduler": shifted})
+        kept = {name: getattr(pipe, name) for name in ("tokenizer", "text_encoder", "vae")}  # no image prompts
+        return SanaVideoPipeline(**kept, transformer=transformer, scheduler=shifted)
     return (LongSanaVideoPipeline if config.causal else SanaVideoPipeline).from_pretrained(place, dtype=dtypes)
 
 
