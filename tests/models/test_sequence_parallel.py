@@ -14,7 +14,8 @@ import diffusers_sana
 from tests import tiny
 from tests.models import sana_video_transformers, test_transformer_sana_video2
 from tests.models.sana_transformers import tiny_inputs, tiny_model
-from tests.numerics import assert_close_fp32
+from tests.numerics import assert_close_fp32, relative_error
+from tests.pipelines.image_prompt_cases import trained_adapter
 from tests.two_processes import join, run_in_two
 
 
@@ -72,9 +73,14 @@ def outputs(model, height):
 
 
 def generate(pipe):
-    generator = torch.Generator().manual_seed(0)
-    image = pipe("a cat", num_inference_steps=3, height=24, width=16, generator=generator, output_type="pt").images
-    return {"image": image.contiguous()}
+    """Without and with an image prompt."""
+    found = {}
+    prompt = torch.randn(1, 1, 12, generator=torch.Generator().manual_seed(1))
+    pipe.register_modules(ip_adapter=trained_adapter(pipe.transformer))
+    for name, options in {"image": {}, "image_prompt": {"ip_adapter_image_embeds": [prompt]}}.items():
+        options |= {"num_inference_steps": 3, "height": 24, "width": 16, "output_type": "pt"}
+        found[name] = pipe("a cat", generator=torch.Generator().manual_seed(0), **options).images.contiguous()
+    return found
 
 
 def errors_of(config):
@@ -172,8 +178,10 @@ def test_weights_on_two_processes_equal_those_on_one(results, family):
 
 
 def test_both_processes_generate_the_image_of_one(results):
-    expected = generate(tiny.pipeline(diffusers_sana))["image"]
-    assert (of_both(results, "pipeline")["image"] - expected).abs().max() < 1e-5
+    expected, found = generate(tiny.pipeline(diffusers_sana)), of_both(results, "pipeline")
+    assert relative_error(expected["image_prompt"], expected["image"]) > 1e-3
+    for name, image in expected.items():
+        assert (found[name] - image).abs().max() < 1e-5
 
 
 def test_errors(results):

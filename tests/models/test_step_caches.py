@@ -14,6 +14,7 @@ import diffusers_sana
 from tests import tiny
 from tests.models.sana_transformers import tiny_inputs, tiny_model
 from tests.numerics import assert_close_fp32, relative_error
+from tests.pipelines.image_prompt_cases import trained_adapter
 
 
 STEPS = 6
@@ -144,6 +145,21 @@ def test_pipeline_begins_anew(name, pipe):
     assert relative_error(cached, plain) > 1e-6
     pipe.transformer.disable_cache()
     assert torch.equal(generate(pipe), plain)
+
+
+@each_cache
+def test_image_prompts(name, pipe):
+    """With a cache the image is nearer to that of its image prompt than to that of the text alone."""
+    pipe.register_modules(ip_adapter=trained_adapter(pipe.transformer))
+    red, blue = ([each] for each in torch.randn(2, 1, 1, 12, generator=torch.Generator().manual_seed(0)))
+    plain = generate(pipe, ip_adapter_image_embeds=red)
+    pipe.transformer.enable_cache(config(name))
+    cached = generate(pipe, ip_adapter_image_embeds=red)
+    assert relative_error(cached, plain) < relative_error(cached, generate(pipe))
+    assert not torch.equal(generate(pipe, ip_adapter_image_embeds=blue), cached)
+    assert torch.equal(generate(pipe, ip_adapter_image_embeds=red), cached)  # of no other call
+    pipe.transformer.disable_cache()
+    assert torch.equal(generate(pipe, ip_adapter_image_embeds=red), plain)
 
 
 def unguided_from_third(pipe, step, timestep, tensors):

@@ -16,6 +16,7 @@ from tests.models.autoencoder_dc_cases import image, small_model
 from tests.models.sana_transformers import tiny_inputs, tiny_model
 from tests.numerics import assert_close_fp32, relative_error
 from tests.pipelines import controlnet_cases
+from tests.pipelines.image_prompt_cases import trained_adapter
 from tests.two_processes import join, run_in_two
 
 
@@ -47,6 +48,12 @@ def generate_all(run_parallel):
         for name, texts in GUIDED.items():
             results[name] = generate(pipe, *texts)
         results["unguided"] = generate(pipe, ["a cat", "a dog", "a fox"], None, guidance_scale=1.0)
+        # Negative prompts have no image, so one process may have all rows that have one.
+        pipe.register_modules(ip_adapter=trained_adapter(pipe.transformer))
+        embeds = torch.randn(3, 1, 12, generator=torch.Generator().manual_seed(0))
+        for name in ("one", "several"):
+            texts, rows = GUIDED[name], 1 if name == "one" else 3
+            results[f"image_prompts_{name}"] = generate(pipe, *texts, ip_adapter_image_embeds=[embeds[:rows]])
     for wiring in WIRINGS:
         pipe = controlnet_cases.pipeline(parts={"controlnet": controlnet_cases.controlnet(wiring=wiring)})
         with run_parallel(pipe.transformer, pipe.controlnet):
@@ -151,6 +158,8 @@ def test_two_processes_equal_one(results):
     expected = generate_all(lambda *models: nullcontext())
     for name, expected_image in expected.items():
         assert_close_fp32(results[0][name], expected_image)
+    for name in ("one", "several"):
+        assert relative_error(expected[f"image_prompts_{name}"], expected[name]) > 1e-3
 
 
 @torch.no_grad()
