@@ -187,6 +187,9 @@ def denoise(
                 tensors.update((name, value) for name, value in replaced.items() if name in tensors)
                 if "prompt_embeds" in replaced or "negative_prompt_embeds" in replaced:
                     text = None
+                if call.graphs is not None:  # it may have set other adapters
+                    with exclusive(transformer):
+                        call.graphs.refresh_within_call()
             progress_bar.update()
     advice = (
         "Its weights may be damaged, its LoRA or `guidance_scale` too large, or a callback may have returned such"

@@ -79,6 +79,10 @@ class CudaGraphs:
             self._graphs.clear()
             self._fingerprint, self._attentions = fingerprint, _attentions(self.model)
 
+    def refresh_within_call(self) -> None:
+        """`refresh` after what may have changed the model between two steps, such as a callback."""
+        self.refresh()
+
     def __call__(self, **arguments: Any) -> Tensor:
         """The first output of `model(**arguments)`, in memory that the next call overwrites."""
         tensors, shape = self._describe(arguments)
@@ -139,6 +143,14 @@ class AutomaticGraphs(CudaGraphs):
             self._graphs.clear()
             self._seen.clear()
             self._fingerprint, self._attentions = fingerprint, _attentions(self.model)
+
+    def refresh_within_call(self) -> None:
+        """As `refresh`. What changes the model once may do so at every step, so the other steps run without graphs."""
+        before = self._fingerprint
+        self.refresh()
+        if self._reason is None and self._fingerprint != before:
+            self._reason = "a callback has changed the model"
+            self._explain(self._reason)
 
     def __call__(self, **arguments: Any) -> Tensor:
         """The first output of `model(**arguments)`, in memory that the next call may overwrite."""

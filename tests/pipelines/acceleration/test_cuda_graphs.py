@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers.hooks import FirstBlockCacheConfig
+from peft import LoraConfig
 
 import diffusers_sana
 from diffusers_sana import SVDQuantConfig, quantize, set_compute_mode
@@ -67,8 +68,6 @@ def test_every_constant_and_shape_is_told_apart(pipe):
 
 
 def test_fingerprint_sees_moved_weights_and_adapters(pipe):
-    from peft import LoraConfig
-
     model = pipe.transformer
     seen = [_fingerprint(model)]
     assert _fingerprint(model) == seen[0]
@@ -181,6 +180,10 @@ class FakeGraph:
         self.pool = pool or object()
         self.inputs = [tensor.clone() for tensor in tensors]
         self.arguments, self.model, self.replays = _unflatten(arguments, iter(self.inputs)), model, 0
+        # The strengths of adapters are constants of the recorded kernels.
+        self.strengths = [
+            (layer.scaling, dict(layer.scaling)) for layer in model.modules() if hasattr(layer, "scaling")
+        ]
         if self.error is not None:
             raise self.error
 
@@ -188,7 +191,12 @@ class FakeGraph:
         self.replays += 1
         for own, tensor in zip(self.inputs, tensors, strict=True):
             own.copy_(tensor)
+        now = [dict(scaling) for scaling, _ in self.strengths]
+        for scaling, recorded in self.strengths:
+            scaling.update(recorded)
         output = self.model(**self.arguments)[0]
+        for (scaling, _), strength in zip(self.strengths, now, strict=True):
+            scaling.update(strength)
         return output + 1 if self.wrong else output
 
 
@@ -295,6 +303,30 @@ def test_hooks_between_calls_are_seen(pipe, fake, messages):
     handle.remove()
     assert torch.equal(images(pipe), expected)
     assert fake.made == 2
+    assert len(messages()) == 1
+
+
+def test_callbacks_may_set_adapters(pipe, fake, messages):
+    """What they change takes effect from the next step on, and the next call has graphs again."""
+    lora = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    pipe.transformer.add_adapter(lora, "a")
+
+    def weaken(pipe, step, timestep, tensors):
+        if step >= 2:
+            pipe.transformer.set_adapters(["a"], [0.3 - 0.1 * step])
+        return {}
+
+    def all_images():
+        pipe.transformer.set_adapters(["a"], [1.0])
+        return images(pipe, steps=6, callback_on_step_end=weaken)
+
+    pipe.disable_cuda_graphs()
+    expected, constant = all_images(), images(pipe, steps=6)
+    pipe._uses_automatic_graphs = True
+    for made in (1, 2):
+        assert torch.equal(all_images(), expected)
+        assert fake.made == made
+    assert torch.equal(images(pipe, steps=6), constant)
     assert len(messages()) == 1
 
 
