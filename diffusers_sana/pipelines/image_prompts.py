@@ -109,7 +109,7 @@ class ImagePromptPipeline(SanaPipelineBase):
             )
         sources, folders, names = (each * (count // len(each)) for each in lists)
         heads, files = self.transformer.config["num_cross_attention_heads"], []
-        device, dtype = self.transformer.device, self.transformer.dtype
+        device, dtype = _device_of(self.transformer, self._execution_device), self.transformer.dtype
         for source, folder, file in zip(sources, folders, names, strict=True):
             with named(source, file, folder):
                 tensors = _read(source, folder, file, kwargs)
@@ -187,7 +187,7 @@ class ImagePromptPipeline(SanaPipelineBase):
         pixels = _preprocess(images, self.feature_extractor)
         encoder = self.image_encoder
         with exclusive(encoder):
-            return image_features(encoder, pixels.to(encoder.device, encoder.dtype), features).to(device)
+            return image_features(encoder, pixels.to(_device_of(encoder, device), encoder.dtype), features).to(device)
 
     def _check(self, request: Request, size: Size) -> None:
         super()._check(request, size)
@@ -208,9 +208,9 @@ class ImagePromptPipeline(SanaPipelineBase):
             return ()
         embeds = self.prepare_ip_adapter_image_embeds(request.ip_adapter_image, request.ip_adapter_image_embeds)
         adapter: Any = self.ip_adapter
-        with exclusive(adapter):
-            states = adapter([each.to(adapter.device) for each in embeds])
         device, dtype = self._execution_device, self.transformer.dtype
+        with exclusive(adapter):
+            states = adapter([each.to(_device_of(adapter, device)) for each in embeds])
 
         def per_image(value: Tensor) -> Tensor:
             value = value.to(device, dtype)
@@ -224,6 +224,12 @@ class ImagePromptPipeline(SanaPipelineBase):
             tuple(SanaImageState(per_image(image.key), per_image(image.value)) for image in images)
             for images in states
         )
+
+
+def _device_of(model: Any, execution_device: torch.device) -> torch.device:
+    """Where a model computes; one whose weights are kept elsewhere by sequential offloading is on "meta" meanwhile."""
+    device: torch.device = model.device
+    return execution_device if device.type == "meta" else device
 
 
 @torch.no_grad()

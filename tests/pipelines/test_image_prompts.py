@@ -2,6 +2,7 @@
 
 import copy
 
+import accelerate
 import diffusers
 import numpy as np
 import pytest
@@ -329,6 +330,26 @@ def test_group_offload_and_half_precision(folder):
     half.load_ip_adapter(folder)
     assert half.ip_adapter.dtype == torch.bfloat16
     assert relative_error(generate(half, ip_adapter_image=RED), expected) < 0.05
+
+
+@pytest.mark.parametrize("make", [clip_encoder, vila_u_encoder], ids=["clip", "vila_u"])
+def test_sequential_offload(make, tmp_path):
+    """Weights that are kept elsewhere are on "meta", where no inputs may go and no adapter may be loaded."""
+    pipe, cpu = with_encoder(), torch.device("cpu")
+    encoder, processor = make()
+    pipe.register_modules(image_encoder=encoder, feature_extractor=processor)
+    width = image_features(encoder, processor([RED], return_tensors="pt").pixel_values, "pooled").shape[-1]
+    trained_adapter(pipe.transformer, width).save_adapter(tmp_path)
+    pipe.load_ip_adapter(tmp_path)
+    embeds, expected = pipe.prepare_ip_adapter_image_embeds(RED), generate(pipe, ip_adapter_image=RED)
+    accelerate.cpu_offload(pipe.ip_adapter, execution_device=cpu)
+    assert_close_fp32(generate(pipe, ip_adapter_image_embeds=embeds), expected)
+    accelerate.cpu_offload(pipe.transformer, execution_device=cpu)
+    pipe.load_ip_adapter(tmp_path)
+    assert_close_fp32(generate(pipe, ip_adapter_image_embeds=embeds), expected)
+    accelerate.cpu_offload(encoder, execution_device=cpu)
+    assert encoder.device.type == "meta"
+    assert_close_fp32(pipe.prepare_ip_adapter_image_embeds(RED, device=cpu)[0], embeds[0])
 
 
 class TestErrors:
