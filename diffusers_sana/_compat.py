@@ -196,6 +196,7 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
     "_load_from_state_dict": (HostName(_MODULE, "loading weights"),),
     "_lora_loadable_modules": (HostName("diffusers.loaders.lora_base:LoraBaseMixin", TEXT_LORA),),
     "_no_split_modules": (HostName(_DIFFUSERS_MODEL, DEVICE_MAPS), HostName(_PRETRAINED, DEVICE_MAPS)),
+    "_optional_components": (HostName(_PIPELINE, "image prompts"),),
     "_preprocess": (HostName(_IMAGE_PROCESSOR, VILA_U),),
     "_process_model_after_weight_loading": tuple(HostName(where, QUANTIZED) for where in _QUANTIZERS),
     "_process_model_before_weight_loading": tuple(HostName(where, QUANTIZED) for where in _QUANTIZERS),
