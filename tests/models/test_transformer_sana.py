@@ -220,7 +220,7 @@ def test_nothing_is_kept_between_calls():
     inputs = tiny_inputs(model, 1, 8, 6)
     before = alive()
     model(**inputs)
-    assert alive() == before
+    assert alive() <= before  # what other tests left behind may go
 
 
 def test_position_axes_are_made_on_the_device():
