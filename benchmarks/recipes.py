@@ -31,6 +31,7 @@ from diffusers_sana.evaluation.config import PROMPTS
 from diffusers_sana.evaluation.images import generate_missing
 from diffusers_sana.evaluation.judges import SceneJudge
 from diffusers_sana.evaluation.significance import interval_of_mean
+from diffusers_sana.files import read_lines
 from diffusers_sana.models.transformers.sprint_student import make_student
 from diffusers_sana.training.objectives.flow_matching import interpolate, timesteps_of, velocity_target
 from diffusers_sana.training.recipes import controlnet, dpo, lora, nft, sprint
@@ -151,8 +152,8 @@ class Bench:
     def checks_file(self) -> Path:
         """The lines of the taught prompts in the bundled file of checks."""
         path = self.out / "checks.jsonl"
-        lines = PROMPTS["emoji"].read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(lines[::2][: len(self.taught)]), encoding="utf-8")
+        lines = [line for _, line in read_lines(PROMPTS["emoji"])]
+        path.write_text("\n".join(lines[::2][: len(self.taught)]) + "\n", encoding="utf-8")
         return path
 
 
