@@ -115,7 +115,7 @@ class Bench:
         return common | {"sample_minutes": 1e9, "save_minutes": 1e9, "lr_schedule": "cosine"} | changes
 
     def generate(self, pipe: Any, prompts: Sequence[str], seed: int = 1000, **options: Any) -> Tensor:
-        """Images `[N, 3, H, W]` in [0, 1], each with a seed of its own."""
+        """Images `[N, 3, H, W]` in [0, 1], each with another seed."""
         made = []
         for start in range(0, len(prompts), BATCH):
             part = list(prompts[start : start + BATCH])

@@ -91,7 +91,7 @@ class CudaGraphs:
         return self._replay(shape, tensors)
 
     def __reduce__(self) -> Any:
-        """A copy of the pipeline has a copy of the model, which is recorded anew."""
+        """A copy of the pipeline has a copy of the model, which is recorded again."""
         return type(self), (self.model,)
 
     def _describe(self, arguments: dict[str, Any]) -> tuple[list[Tensor], Hashable]:
