@@ -171,7 +171,7 @@ def comfy_rotated_codes() -> float:
     """The share of codes of `convrot_w4a4` in which comfy-kitchen's own quantizer differs."""
     from comfy_kitchen.tensor.convrot_w4a4 import quantize_convrot_w4a4_weight
 
-    from diffusers_sana.loaders.quantized.comfy_dense import encode
+    from diffusers_sana.loaders.quantized.comfy_convrot import encode
 
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
     theirs, scale = quantize_convrot_w4a4_weight(weight, 256)[:2]

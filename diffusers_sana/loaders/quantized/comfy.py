@@ -1,21 +1,22 @@
 """ComfyUI's files: one safetensors file in ComfyUI's names, with a format per layer.
 
 A layer L has `L.weight`, further tensors, and `L.comfy_quant`, which is JSON in bytes and names the format. A header
-`_quantization_metadata` says the same of all layers. The formats that are 4-bit layers of ours are here; those of
-rotated or 8-bit weights, most of which become 16-bit weights, are in `comfy_dense.py`. Sources: comfy-kitchen 0.2.40,
-ComfyUI `comfy/ops.py` and `comfy/quant_ops.py`, comfy-quants, convert_to_quant.
+`_quantization_metadata` says the same of all layers. Those of rotated or 8-bit weights are in `comfy_convrot.py`.
+Sources: comfy-kitchen 0.2.40, ComfyUI `comfy/ops.py` and `comfy/quant_ops.py`, comfy-quants, convert_to_quant.
 
     svdquant_w4a4   our int4 layer, in rows or in tiles of 128 rows, under two styles of keys
     nvfp4           our nvfp4 layer without a branch; halves of bytes swapped, scales swizzled, one factor a tensor
     awq_w4a16       4-bit weights `(code - 8) * scale + zero` with 16-bit activations
-    int8_tensorwise our int8 layer without smoothing factors and a branch
+    convrot_w4a4, int8_tensorwise, asym_w4a8_int8
+                    our int4 and int8 layers with one scale a row, without smoothing factors and a branch
+    float8_*        8-bit floating-point numbers, one scale a tensor; read as 16-bit weights
 
 Legend: N output features, K input features, r rank.
 """
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from diffusers_sana.kernels.low_bit import nonzero
 from diffusers_sana.loaders.nunchaku.layers import fits_awq, is_plain, without_shift
-from diffusers_sana.loaders.quantized import comfy_dense
+from diffusers_sana.loaders.quantized import comfy_convrot
 from diffusers_sana.loaders.quantized.assemble import Conversion, Reading, convert_by_names
 from diffusers_sana.loaders.quantized.checkpoint import METADATA_OF_COMFY, Checkpoint
 from diffusers_sana.loaders.quantized.layer import Source, UnpackedLayer, one_factor
@@ -112,23 +113,24 @@ def reading(checkpoint: Checkpoint, class_name: str, base: Mapping[str, Tensor])
             if name not in formats:
                 return None
             conf = formats[name]
-            kind = conf.get("format") or comfy_dense.INT8  # some writers leave it out
+            kind = conf.get("format") or comfy_convrot.INT8  # some writers leave it out
             if reader := READERS.get(kind):
                 return reader(source, name, rows, columns, conf)
-            if kind not in comfy_dense.READERS:
-                known = sorted({*READERS, *comfy_dense.READERS})
+            if kind not in FLOAT8:
+                known = sorted({*READERS, *FLOAT8})
                 raise ValueError(
                     f"`comfy_quant.format` of {name!r} in {source.origin} must be one of {known}, got {kind!r}."
                 )
             in_16_bits.append(name)
-            weight = comfy_dense.READERS[kind](source, name, rows, columns, conf)
+            weight, scale = source.take(f"{name}.weight", (rows, columns)), source.get(f"{name}.weight_scale")
+            weight = weight.float() * (1.0 if scale is None else scale.float())
             bias = source.get(f"{name}.bias", (rows,))
             return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
         out = convert_by_names(source, shapes, dtype, scheme, read, may_be_16_bit=True)
         if in_16_bits:
             logger.warning(
-                f"{len(in_16_bits)} layers of {source.origin}, such as {in_16_bits[0]!r}, are in formats that this "
+                f"{len(in_16_bits)} layers of {source.origin}, such as {in_16_bits[0]!r}, are in float8, which this "
                 "package's layers do not have; they are 16-bit layers now. `quantize` makes 4-bit layers of them."
             )
         return out
@@ -219,7 +221,15 @@ def _awq(source: Source, name: str, rows: int, columns: int, conf: Mapping[str, 
     return UnpackedLayer(nibbles, scales, None, torch.ones(columns), down, up, bias, weight_only=True)
 
 
-READERS = {"svdquant_w4a4": _svdquant, "nvfp4": _nvfp4, "awq_w4a16": _awq, comfy_dense.INT8: comfy_dense.read_int8}
+READERS: dict[str, Callable[..., UnpackedLayer]] = {
+    "svdquant_w4a4": _svdquant,
+    "nvfp4": _nvfp4,
+    "awq_w4a16": _awq,
+    "convrot_w4a4": comfy_convrot.read_w4a4,
+    "asym_w4a8_int8": comfy_convrot.read_w4a8,
+    comfy_convrot.INT8: comfy_convrot.read_int8,
+}
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 
 
 def _untile(weight: Tensor) -> Tensor:
@@ -243,11 +253,11 @@ def _tile_rows(tensor: Tensor) -> Tensor:
 
 
 def write(model: QuantizedModel, requantize: bool = False, tiled: bool = False, **_: Any) -> Written:
-    """The content of a file with `svdquant_w4a4`, `nvfp4`, `awq_w4a16` and `int8_tensorwise` layers.
+    """The content of a file with `svdquant_w4a4`, `convrot_w4a4`, `nvfp4`, `awq_w4a16` and `int8_tensorwise` layers.
 
     Codes and scales of int4 layers are unchanged, those of nvfp4 layers without a branch, and those of int8 layers
-    with neither branch nor smoothing factors; others have no format there. 4-bit layers with 16-bit activations and a
-    branch, and convolutions, are written in 16 bits.
+    with neither branch nor smoothing factors; others have no format there. Rotated int4 layers need one scale a row
+    besides. 4-bit layers with 16-bit activations and a branch, and convolutions, are written in 16 bits.
 
     Args:
         model: the content.
@@ -258,14 +268,13 @@ def write(model: QuantizedModel, requantize: bool = False, tiled: bool = False, 
         ValueError: the format cannot express a layer, which is named.
     """
     scheme = SCHEMES.get(model.class_name, {})
-    in_int8 = _int8_layers(model)
-    exact = {name for name in in_int8 if comfy_dense.fits_int8(model.layer(name))}
+    in_int8, exact = _int8_layers(model), _row_scaled_layers(model)
     if not requantize:
         reason = "int8 layers there have neither smoothing factors nor a branch; `requantize` rounds them once more"
         refuse_layers(model, dict.fromkeys(sorted(in_int8 - exact), reason), NAME)
     quantized = []
     for name in model.layers:
-        if not model.is_convolution(name) and name not in in_int8:
+        if not model.is_convolution(name) and name not in in_int8 | exact:
             item = model.layer(name)
             if not item.weight_only or (is_plain(item) and fits_awq(item)):
                 quantized.append(name)
@@ -295,8 +304,8 @@ def write(model: QuantizedModel, requantize: bool = False, tiled: bool = False, 
                 formats[name], parts, errors[name] = _encoded(model, places[name], 8)
                 tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             continue
-        if content.precision == "int8":
-            formats[name], parts = comfy_dense.write_int8(content)
+        if content.precision == "int8" or content.rotation is not None:
+            formats[name], parts = comfy_convrot.write(content)
         elif content.weight_only:
             formats[name], parts = _write_awq(content)
         elif content.precision == "nvfp4":
@@ -316,16 +325,26 @@ def _int8_layers(model: QuantizedModel) -> set[str]:
     }
 
 
+def _row_scaled_layers(model: QuantizedModel) -> set[str]:
+    """Names of the linear layers whose codes and scales the formats of rotated and 8-bit weights can hold."""
+    return {
+        name
+        for name, layer in model.layers.items()
+        if (layer.precision == "int8" or layer.rotation is not None)
+        and not model.is_convolution(name)
+        and not model.is_refused(name)
+        and comfy_convrot.fits(model.layer(name))
+    }
+
+
 def _encoded(
     model: QuantizedModel, members: Sequence[str], num_bits: int
 ) -> tuple[dict[str, Any], dict[str, Tensor], float]:
     """The weights of layers that are one layer there, rounded once more, and the relative error of that."""
     weight = torch.cat([model.matrix(member) for member in members])
-    conf, parts = comfy_dense.encode(weight, num_bits)
+    conf, parts = comfy_convrot.encode(weight, num_bits)
     source = Source({f"x.{part}": tensor for part, tensor in parts.items()}, members[0])
-    reader: Any = comfy_dense.read_int8 if num_bits == 8 else comfy_dense.READERS[conf["format"]]
-    again = reader(source, "x", *weight.shape, conf)
-    again = again.matrix() if isinstance(again, UnpackedLayer) else again
+    again = READERS[conf["format"]](source, "x", *weight.shape, conf).matrix()
     return conf, parts, ((again - weight).norm() / weight.norm()).item()
 
 
@@ -342,7 +361,7 @@ def write_convrot(model: QuantizedModel, num_bits: int = 8, **_: Any) -> Written
     """The content of a file with rotated weights, which stock ComfyUI runs: `int8_tensorwise` or `convrot_w4a4`.
 
     The weights that the layers represent, branches included, are rounded once more, which a warning states: to 8 bits
-    by less than 1 %, to 4 bits by about 13 %. int8 layers with neither branch nor smoothing factors keep their codes.
+    by less than 1 %, to 4 bits by about 13 %. Layers of as many bits that the format can hold keep their codes.
 
     Args:
         model: the content.
@@ -351,18 +370,19 @@ def write_convrot(model: QuantizedModel, num_bits: int = 8, **_: Any) -> Written
     Raises:
         ValueError: another number of bits.
     """
-    if num_bits not in comfy_dense.LEVELS:
-        raise ValueError(f"`num_bits` must be one of {sorted(comfy_dense.LEVELS)}, got {num_bits!r}.")
+    if num_bits not in comfy_convrot.PRECISIONS:
+        raise ValueError(f"`num_bits` must be one of {sorted(comfy_convrot.PRECISIONS)}, got {num_bits!r}.")
     quantized = {name for name in model.layers if not model.is_convolution(name)}
     tensors: dict[str, Tensor] = {}
     formats: dict[str, dict[str, Any]] = {}
     errors: dict[str, float] = {}
     scheme = SCHEMES.get(model.class_name, {})
     places = file_names(model.modules, scheme)
-    exact = {name for name in _int8_layers(model) if num_bits == 8 and comfy_dense.fits_int8(model.layer(name))}
+    precision = comfy_convrot.PRECISIONS[num_bits]
+    exact = {name for name in _row_scaled_layers(model) if model.layers[name].precision == precision}
     for name, content in model.in_file(scheme, exact.__contains__):
         if isinstance(content, UnpackedLayer):
-            formats[name], parts = comfy_dense.write_int8(content)
+            formats[name], parts = comfy_convrot.write(content)
             parts |= {} if content.bias is None else {"bias": content.bias}
             tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             continue
@@ -370,7 +390,7 @@ def write_convrot(model: QuantizedModel, num_bits: int = 8, **_: Any) -> Written
         if not quantized.issuperset(places[name]):
             continue
         features = model.layers[places[name][0]].proj_down.shape[1]
-        if num_bits == 4 and comfy_dense.rotation_size(features) is None:
+        if num_bits == 4 and comfy_convrot.rotation_size(features) is None:
             continue  # 4 bits need a rotation
         formats[name], parts, errors[name] = _encoded(model, places[name], num_bits)
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}

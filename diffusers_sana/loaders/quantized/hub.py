@@ -27,7 +27,7 @@ from diffusers_sana.files import read_json
 from diffusers_sana.loaders.nunchaku import lite
 from diffusers_sana.loaders.nunchaku import load as nunchaku
 from diffusers_sana.loaders.nunchaku import write as nunchaku_write
-from diffusers_sana.loaders.quantized import TARGETS, cache_dit, comfy, modelopt, sdnq, vllm_omni
+from diffusers_sana.loaders.quantized import TARGETS, cache_dit, comfy, comfy_convrot, modelopt, sdnq, vllm_omni
 from diffusers_sana.loaders.quantized.assemble import Reading, assemble, check_dtype, empty_model, stored_dtype
 from diffusers_sana.loaders.quantized.checkpoint import Checkpoint, local_path, open_checkpoint
 from diffusers_sana.loaders.quantized.layer import Source
@@ -58,6 +58,7 @@ WRITERS: dict[str, Callable[..., Written]] = {
     "comfy-convrot": comfy.write_convrot,
     "cache-dit": cache_dit.write,
 }
+TAKES_ROTATED = {"comfy": comfy_convrot.fits, "comfy-convrot": comfy_convrot.fits}
 
 
 def load_quantized(
@@ -142,7 +143,7 @@ def export_quantized(model: nn.Module, folder: str | Path, to: str, **options: A
     if to == OWN:
         model.save_pretrained(folder)  # type: ignore[operator]
         return folder
-    content = QuantizedModel(model)
+    content = QuantizedModel(model, TAKES_ROTATED.get(to))
     if options.get("requantize"):
         content.requantize_rotated()
     written = WRITERS[to](content, **options)

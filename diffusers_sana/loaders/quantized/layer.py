@@ -102,7 +102,7 @@ class UnpackedLayer:
         bias: `[N]` or None.
         weight_only: whether activations stay in 16 bit.
         input_scale: static scale of the input for runtimes that do not measure each, or None. Ours does.
-        rotation: size of the groups of inputs that are rotated, for int8; see `kernels/rotation.py`.
+        rotation: size of the groups of inputs that are rotated, or None; see `kernels/rotation.py`.
     """
 
     codes: Tensor
@@ -118,7 +118,7 @@ class UnpackedLayer:
 
     @classmethod
     def of(cls, layer: SVDQuantLayer) -> "UnpackedLayer":
-        """The content of one of our own layers, which must not be rotated unless it is int8."""
+        """The content of one of our own layers."""
         parts = QuantizedWeight.from_tensors(
             {name: part.detach() for name, part in layer.named_parameters(recurse=False)}
         )
@@ -128,16 +128,10 @@ class UnpackedLayer:
     def of_weight(
         cls, weight: QuantizedWeight, bias: Tensor | None, weight_only: bool = False, input_scale: float | None = None
     ) -> "UnpackedLayer":
-        """The content of a quantized weight, which must not be rotated unless it is int8; see the attributes.
-
-        Raises:
-            ValueError: it is rotated, which no other format with 4 bits has.
-        """
+        """The content of a quantized weight; see the attributes."""
         precision, features = precision_of(weight.wscales), weight.smooth_factor.shape[0]
         if precision == "int8":
             scales = weight.wscales
-        elif weight.rotation is not None:
-            raise ValueError("a rotated layer cannot be written in the format of another runtime.")
         else:
             scales = bits(weight.wscales)[:, : -(-features // GROUP_SIZES[precision])].view(weight.wscales.dtype)
         return cls(
@@ -225,8 +219,8 @@ class UnpackedLayer:
 
         Row scales and smoothing factors stay in fp32 if `dtype` would round them.
         """
+        rotation = None if self.rotation is None else rotation_tensor(self.rotation, self.codes.device)
         if self.precision == "int8":
-            rotation = None if self.rotation is None else rotation_tensor(self.rotation, self.codes.device)
             return QuantizedWeight(
                 pad_features(self.codes),
                 self.scales.float(),
@@ -245,6 +239,7 @@ class UnpackedLayer:
             _exact_in(self.smooth, dtype),
             self.down.to(dtype),
             self.up.to(dtype),
+            rotation,
         )
 
     def matrix(self) -> Tensor:

@@ -43,6 +43,7 @@ class QuantizedModel:
 
     Args:
         model: of diffusers, with quantized layers and without adapters.
+        takes_rotated: whether the format can hold a rotated 4-bit layer; by default it can hold none.
 
     Attributes:
         layers: our layers, by name.
@@ -55,7 +56,7 @@ class QuantizedModel:
         ValueError: no quantized layers, or adapters.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, takes_rotated: Callable[[UnpackedLayer], bool] | None = None) -> None:
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, SVDQuantLayer)}
         if not self.layers:
             raise ValueError(f"`model` must have layers quantized by SVDQuant, but {type(model).__name__} has none.")
@@ -71,6 +72,7 @@ class QuantizedModel:
             if key.rpartition(".")[0] not in self.layers
         }
         self._rounded: dict[str, UnpackedLayer] = {}
+        self._takes_rotated = takes_rotated
 
     @property
     def modules(self) -> dict[str, dict[str, Tensor]]:
@@ -85,26 +87,31 @@ class QuantizedModel:
         """One layer in natural order.
 
         Raises:
-            ValueError: it is rotated and in 4 bits, which no other format with 4-bit activations has.
+            ValueError: it is rotated and in 4 bits, and the format cannot hold it.
         """
         if name in self._rounded:
             return self._rounded[name]
-        if self.layers[name].rotation is not None and self.layers[name].precision != "int8":
+        if self.is_refused(name):
             raise ValueError(
-                f"{name!r} is rotated, which 4-bit layers of other runtimes are not. Quantize the original model with "
-                '`rotation="none"`, or allow rounding once more with `requantize`.'
+                f"{name!r} is rotated, which the format cannot express for this layer. Quantize the original model "
+                'with `rotation="none"`, or allow rounding once more with `requantize`.'
             )
         return UnpackedLayer.of(self.layers[name])
+
+    def is_refused(self, name: str) -> bool:
+        """Whether a layer is rotated and in 4 bits, and the format cannot hold it."""
+        layer = self.layers[name]
+        if layer.rotation is None or layer.precision == "int8":
+            return False
+        return self._takes_rotated is None or not self._takes_rotated(UnpackedLayer.of(layer))
 
     def matrix(self, name: str) -> Tensor:
         """The weight that a layer represents, fp32 `[N, K]`."""
         return self._rounded[name].matrix() if name in self._rounded else self.layers[name].dequantize(torch.float32)
 
     def requantize_rotated(self) -> None:
-        """Requantizes rotated 4-bit layers without rotation; a warning states the error."""
-        names = [
-            name for name, module in self.layers.items() if module.rotation is not None and module.precision != "int8"
-        ]
+        """Requantizes refused layers without rotation; a warning states the error."""
+        names = list(filter(self.is_refused, self.layers))
         self._requantize(sibling_groups(dict.fromkeys(names, "w4a4")), None)
 
     def is_weight_only(self, name: str) -> bool:

@@ -1,6 +1,7 @@
 """Each format by its formulas: what a layer in a file stands for, and where its elements are."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from diffusers_sana.kernels.low_bit import decode_e2m1, decode_int4
 from diffusers_sana.loaders.nunchaku import mxfp4
 from diffusers_sana.loaders.nunchaku.layers import read_svdq
-from diffusers_sana.loaders.quantized import comfy, comfy_dense, modelopt, sdnq, vllm_omni
+from diffusers_sana.loaders.quantized import comfy, comfy_convrot, modelopt, sdnq, vllm_omni
 from diffusers_sana.loaders.quantized.layer import Source, UnpackedLayer
 from diffusers_sana.loaders.quantized.rows import pairs, swizzled
 from tests.loaders.nunchaku import nunchaku_formulas as formulas
@@ -169,10 +170,10 @@ def test_comfy_awq(zeros, rank, zero_key):
 @pytest.mark.parametrize("num_bits", [8, 4])
 def test_comfy_rotated(columns, num_bits):
     weight = torch.randn(N, columns)
-    conf, tensors = comfy_dense.encode(weight, num_bits)
+    conf, tensors = comfy_convrot.encode(weight, num_bits)
     size = {256: 256, 192: 64, 100: 4}[columns]
     assert conf["convrot_groupsize"] == size
-    matrix = comfy_dense.hadamard(size)
+    matrix = comfy_convrot.hadamard(size)
     assert_close_fp32(matrix @ matrix, torch.eye(size))
     assert torch.equal(matrix, matrix.t())
     rotated = torch.cat([block @ matrix for block in weight.split(size, 1)], 1)
@@ -181,26 +182,41 @@ def test_comfy_rotated(columns, num_bits):
     stored = tensors["weight"].float() if num_bits == 8 else decode_int4(pair(tensors["weight"])).float()
     assert torch.equal(stored, codes)
     assert_close_fp32(tensors["weight_scale"].flatten(), scale)
-    if num_bits == 8:
-        layer = comfy_dense.read_int8(source(tensors), "x", N, columns, conf)
-        assert_close_fp32(layer.matrix(), torch.cat([c @ matrix for c in codes.split(size, 1)], 1) * scale[:, None])
-        x = torch.randn(7, columns)
-        actual = layer.to_quantized_weight(torch.float32).output(x, "w8a8")
-        rotated = torch.cat([part @ matrix for part in x.split(size, 1)], 1)  # as the runtime does
-        tokens = rotated.abs().amax(1, keepdim=True) / 127
-        expected = ((rotated / tokens).round() @ codes.t()) * tokens * scale
-        assert relative_error(actual, expected) < 1e-3  # a number between two codes may fall on either side
-        read = layer.matrix()
-    else:
-        read = comfy_dense.READERS[conf["format"]](source(tensors), "x", N, columns, conf)
+    layer = comfy.READERS[conf["format"]](source(tensors), "x", N, columns, conf)
+    read = layer.matrix()
+    assert_close_fp32(read, torch.cat([c @ matrix for c in codes.split(size, 1)], 1) * scale[:, None])
     assert relative_error(read, weight) < (0.01 if num_bits == 8 else 0.2)
+    x = torch.randn(7, columns)
+    actual = layer.to_quantized_weight(torch.float32).output(x, f"w{num_bits}a8")
+    rotated = torch.cat([part @ matrix for part in x.split(size, 1)], 1)  # as the runtime does
+    tokens = rotated.abs().amax(1, keepdim=True) / 127
+    expected = ((rotated / tokens).round() @ codes.t()) * tokens * scale
+    assert relative_error(actual, expected) < 1e-3  # a number between two codes may fall on either side
+    again, parts = comfy_convrot.write(layer)
+    assert again == conf
+    assert all(torch.equal(parts[key], tensor) for key, tensor in tensors.items())
+
+
+def test_comfy_rotated_has_one_scale_a_row():
+    """Else a layer does not fit the format; nor with a branch, smoothing factors, or in nvfp4."""
+    layer = unpacked("int4", columns=256, rank=0)
+    layer.smooth.fill_(1)
+    assert not comfy_convrot.fits(replace(layer, rotation=64))
+    layer.scales = layer.scales[:, :1].expand(-1, 4)
+    assert not comfy_convrot.fits(layer)
+    layer.rotation = 64
+    assert comfy_convrot.fits(layer)
+    branch = {"down": torch.ones(1, 256), "up": torch.ones(N, 1)}
+    assert not comfy_convrot.fits(replace(layer, **branch))
+    assert not comfy_convrot.fits(replace(layer, smooth=layer.smooth + 1))
+    assert not comfy_convrot.fits(replace(unpacked("nvfp4", columns=256, rank=0), rotation=64))
 
 
 def test_comfy_int8_of_other_writers():
     """One scale a tensor or a row, unrotated, without a format, and rotated in a nested dictionary."""
     codes = torch.randint(-128, 128, (N, K)).to(torch.int8)
     for scale in (torch.tensor(0.5), torch.rand(N), torch.rand(N, 1)):
-        read = comfy_dense.read_int8(
+        read = comfy_convrot.read_int8(
             source({"weight": codes, "weight_scale": scale}), "x", N, K, {"format": "int8_tensorwise"}
         )
         assert torch.equal(read.codes, codes)
@@ -208,19 +224,20 @@ def test_comfy_int8_of_other_writers():
         assert torch.equal(read.matrix(), codes.float() * (scale.reshape(-1, 1) if scale.dim() else scale))
     conf = comfy._format(json.dumps({"params": {"convrot": True, "convrot_groupsize": 64}, "per_row": True}).encode())
     conf["full_precision_matrix_mult"] = True
-    layer = comfy_dense.read_int8(source({"weight": codes, "weight_scale": torch.ones(N)}), "x", N, K, conf)
+    layer = comfy_convrot.read_int8(source({"weight": codes, "weight_scale": torch.ones(N)}), "x", N, K, conf)
     assert (layer.rotation, layer.weight_only) == (64, True)
     rotated = layer.matrix()
-    assert_close_fp32(comfy_dense.rotate(rotated, 64), codes.float())
-    conf, parts = comfy_dense.write_int8(layer)
+    assert_close_fp32(comfy_convrot.rotate(rotated, 64), codes.float())
+    conf, parts = comfy_convrot.write(layer)
     assert torch.equal(parts["weight"], codes)
     assert (conf["convrot_groupsize"], conf["full_precision_matrix_mult"]) == (64, True)
+    tensors = {"weight": codes[:, :192], "weight_scale": torch.ones(N)}
     with pytest.raises(ValueError, match=r"`convrot_groupsize` of 'x' in a file must divide its 192 .*, got 256"):
-        comfy_dense.read_int8(source({"weight": codes[:, :192]}), "x", N, 192, {"convrot": True})
+        comfy_convrot.read_int8(source(tensors), "x", N, 192, {"convrot": True})
     with pytest.raises(ValueError, match="`convrot_groupsize` must be a power of 4, got 32"):
-        comfy_dense.rotate(rotated, 32)
+        comfy_convrot.rotate(rotated, 32)
     with pytest.raises(ValueError, match=r"'x.weight' of a file must be int8, got torch.float32"):
-        comfy_dense.read_int8(source({"weight": codes.float(), "weight_scale": torch.ones(1)}), "x", N, K, {})
+        comfy_convrot.read_int8(source({"weight": codes.float(), "weight_scale": torch.ones(1)}), "x", N, K, {})
 
 
 @pytest.mark.parametrize("kind", ["codebook", "4 bits", "6 bits"])
@@ -243,10 +260,11 @@ def test_comfy_w4a8(kind):
         tensors["weight"] = torch.cat([tensors["weight"].view(torch.uint8), high], 1).view(torch.int8)
     spread = tensors["weight_s_rel"].float().repeat_interleave(16, 1)
     expected = (levels * spread).round().clamp(-127, 127) * tensors["weight_s_channel"][:, None]
-    read = comfy_dense._w4a8(source(tensors), "x", N, K, {"convrot_groupsize": 64})
-    assert_close_fp32(comfy_dense.rotate(read, 64), expected)
+    layer = comfy_convrot.read_w4a8(source(tensors), "x", N, K, {"convrot_groupsize": 64})
+    assert_close_fp32(comfy_convrot.rotate(layer.matrix(), 64), expected)
+    assert layer.precision == "int8"
     with pytest.raises(ValueError, match="has a `weight_correction`, which is not supported"):
-        comfy_dense._w4a8(source(tensors | {"weight_correction": torch.ones(1)}), "x", N, K, {})
+        comfy_convrot.read_w4a8(source(tensors | {"weight_correction": torch.ones(1)}), "x", N, K, {})
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])

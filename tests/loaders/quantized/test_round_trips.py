@@ -12,7 +12,6 @@ from diffusers_sana.loaders.quantized.hub import WRITERS, export_quantized, load
 from diffusers_sana.loaders.quantized.modelopt import measure_input_scales
 from diffusers_sana.quantizers.svdquant.api import quantize
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
 from tests.loaders.quantized import tiny_models as tiny
 from tests.loaders.quantized.tiny_models import as_bytes, assert_equal_state, unpacked
 
@@ -116,19 +115,24 @@ def assert_close(actual, expected, steps=1, largest=None):
 @pytest.mark.parametrize("precision", ["int4", "nvfp4"])
 @pytest.mark.parametrize("num_bits", [8, 4])
 def test_rotated_weights(precision, num_bits, tmp_path, base, caplog):
-    """ComfyUI's: rounded once more, and read as int8 or 16-bit layers."""
+    """ComfyUI's: rounded once more, and read in as many bits; from then on codes and scales stay."""
     model = tiny.quantized("flux", precision)
     path = export_quantized(model, tmp_path / "comfy", "comfy-convrot", num_bits=num_bits)
     assert f"rounded once more, to {num_bits} bits; the relative error of the weights is at most 0." in caplog.text
+    caplog.clear()
     first = load_quantized(path, base=base("flux"))
-    warned = "are in formats that this package's layers do not have; they are 16-bit layers now" in caplog.text
-    assert warned == (num_bits == 4)
     assert first.dtype == torch.bfloat16
     for name, layer in tiny.layers(model).items():
-        weight = first.get_submodule(name).weight
-        assert isinstance(first.get_submodule(name), SVDQuantLayer) == (num_bits == 8)
+        other = first.get_submodule(name)
+        assert other.precision == f"int{num_bits}"
         exact = layer.dequantize(torch.float32)
-        assert (weight.float() - exact).norm() / exact.norm() < (0.02 if num_bits == 8 else 0.25)
+        assert relative(other.dequantize(torch.float32), exact) < (0.02 if num_bits == 8 else 0.25)
+    for to, options in (("comfy-convrot", {"num_bits": num_bits}), ("comfy", {"requantize": True})):
+        again = load_quantized(export_quantized(first, tmp_path / to, to, **options), base=tmp_path / "base")
+        assert_equal_state(again, first)
+    first.save_pretrained(tmp_path / "ours")
+    assert_equal_state(type(first).from_pretrained(tmp_path / "ours"), first)
+    assert not any(words in caplog.text for words in ("rounded once more", "16-bit layers now"))
 
 
 @pytest.mark.parametrize("to", ["comfy-convrot", "comfy", "diffusers-sana"])
@@ -224,14 +228,14 @@ def test_the_other_precision_is_rounded_once_more(to, tmp_path, base, caplog):
 
 
 def test_rotated_layers(tmp_path, base, caplog):
-    """They exist in our own layout only: refused by name, or rounded once more; ComfyUI's rotated weights fit any."""
+    """With a branch, in our own layout only: refused by name, or rounded once more. `comfy-convrot` takes any."""
     model = tiny.FAMILIES["qwen"]()
     quantize(model, SVDQuantConfig(rank=8, smoothing="none", refinements=0, rotation="hadamard"), progress=False)
     name = "transformer_blocks.0.attn.to_q"
     assert model.get_submodule(name).rotation is not None
     for to in ("nunchaku", "cache-dit", "comfy", "vllm-omni", "modelopt", "nunchaku-lite"):
         with pytest.raises(
-            ValueError, match=r"'transformer_blocks.0.* is rotated, which 4-bit layers of other runtimes"
+            ValueError, match=r"'transformer_blocks.0.* is rotated, which the format cannot express for this layer"
         ):
             export_quantized(model, tmp_path / "refused", to)
     assert not (tmp_path / "refused").exists()
