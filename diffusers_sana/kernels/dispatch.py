@@ -1,8 +1,9 @@
 """Which implementation of an operation runs: the Triton kernel or the PyTorch reference.
 
-The mode is `auto` (the kernel wherever it can run), `triton` (the kernel, or an error that says why not) or `torch`
-(the reference). It is set by the environment variable `DIFFUSERS_SANA_KERNELS`, or by `kernel_mode` for a block of
-code.
+The mode is `auto` (the kernel wherever it can run), `triton` (the kernel, or an error that says why not), `torch`
+(the reference), or the name of another package, whose products of quantized layers are used where it has them (see
+`external.py`), and elsewhere `auto`. It is set by the environment variable `DIFFUSERS_SANA_KERNELS`, or by
+`kernel_mode` for a block of code.
 
 Kernels are operators of PyTorch (`triton_operator`, `operator`), so `torch.compile` keeps whole graphs.
 """
@@ -26,7 +27,8 @@ warn_if_untested("torch")
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "DIFFUSERS_SANA_KERNELS"
-MODES = ("auto", "triton", "torch")
+PACKAGES = {"comfy-kitchen": "comfy_kitchen", "flashinfer": "flashinfer"}  # their modules
+MODES = ("auto", "triton", "torch", *PACKAGES)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)  # the oldest NVIDIA architecture that the kernels are compiled for in the tests
 
@@ -46,7 +48,7 @@ _mode = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), f"the environment
 
 
 def current_kernel_mode() -> str:
-    """The current mode: "auto", "triton" or "torch"."""
+    """The current mode, one of `MODES`."""
     return _mode
 
 
@@ -55,7 +57,7 @@ def kernel_mode(mode: str) -> Iterator[None]:
     """Sets the mode for a block of code, for all threads.
 
     Args:
-        mode: "auto", "triton" or "torch".
+        mode: "auto", "triton", "torch", "comfy-kitchen" or "flashinfer".
 
     Raises:
         ValueError: another name.

@@ -161,6 +161,21 @@ def _scaled(qweight: Tensor, wscales: Tensor, scales: Tensor) -> Tensor:
     return (codes.unflatten(-1, (-1, GROUP_SIZES[precision])) * scales[..., None]).flatten(-2)
 
 
+def swizzled(scales: Tensor) -> Tensor:
+    """e4m3 scales `[N, G]` in the order of block-scaled matrix products, with rows padded to 128 and groups to 4."""
+    rows, groups = scales.shape
+    padded = F.pad(scales.view(torch.uint8), (0, -groups % 4, 0, -rows % 128))
+    tiles = padded.view(-1, 4, 32, padded.shape[1] // 4, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(padded.shape).view(scales.dtype)
+
+
+def unswizzled(scales: Tensor, rows: int, groups: int) -> Tensor:
+    """The inverse of `swizzled`, without the padding."""
+    high, wide = -(-rows // 128) * 128, -(-groups // 4) * 4
+    tiles = scales.view(torch.uint8).reshape(high // 128, wide // 4, 32, 4, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(high, wide)[:rows, :groups].contiguous().view(scales.dtype)
+
+
 def row_scales(wscales: Tensor, wtscale: Tensor | None, levels: int) -> Tensor:
     """Per-row scales `[N]`, fp32, that convert a weight to integers of -levels..levels.
 

@@ -2,6 +2,8 @@
 
     out = dequantize(codes) @ dequantize(qweight).T + low @ proj_up.T + bias
 
+With the kernel mode of another package its products are used for int4 and nvfp4, see `external.py`.
+
 The first product depends on the format of the codes (see `quantize_lowrank.py`):
 
     int4, nvfp4   group scales on both sides (w4a4)
@@ -19,12 +21,14 @@ takes three times its memory.
 Legend: M tokens, K input features, Kp = K padded, N output features, r rank.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusers_sana.kernels.dispatch import operator, triton_operator, use_triton
+from diffusers_sana.kernels.dispatch import current_kernel_mode, operator, triton_operator, use_triton
+from diffusers_sana.kernels.external import PRODUCTS, external_product
 from diffusers_sana.kernels.kept import Kept
 from diffusers_sana.kernels.low_bit import (
     GROUP_SIZES,
@@ -80,6 +84,9 @@ def lowbit_linear(
         )
     reason = "there are no tokens" if codes.numel() == 0 else None
     arguments = (codes, scales, low, qweight, wscales, wtscale, proj_up, bias)
+    package = current_kernel_mode()
+    if reason is None and (package, activation_format) in PRODUCTS:
+        return _external_linear(*arguments, activation_format, package)
     if use_triton("lowbit_linear", low, proj_up, bias, unsupported=reason):
         if keep_int8 and activation_format == "int8" and precision != "int8":
             return _kept_int8_linear(*arguments)
@@ -138,6 +145,25 @@ def _kept_int8_linear(
     if weight is None:
         return lowbit_linear_forward(codes, scales, low, qweight, wscales, wtscale, proj_up, bias, "int8")
     return lowbit_linear_forward(codes, scales, low, weight, rows, None, proj_up, bias, "int8")
+
+
+@operator(
+    "external_linear(Tensor codes, Tensor scales, Tensor low, Tensor qweight, Tensor wscales, Tensor? wtscale, "
+    "Tensor proj_up, Tensor? bias, str activation_format, str package) -> Tensor",
+    _empty_output,
+    "CompositeExplicitAutograd",
+)
+def _external_linear(*arguments: Any) -> Tensor:
+    """`lowbit_linear` with the product of another package; itself where that is not possible."""
+    *tensors, activation_format, package = arguments
+    reference = partial(lowbit_linear_reference, activation_format=activation_format)
+    out = external_product(package, activation_format, reference, *tensors)
+    if out is not None:
+        return out
+    _, _, low, _, _, _, proj_up, bias = tensors
+    if use_triton("lowbit_linear", low, proj_up, bias):
+        return _lowbit_linear_triton(*tensors, activation_format)
+    return reference(*tensors)
 
 
 def _copy_if_there_is_room(

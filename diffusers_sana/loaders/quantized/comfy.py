@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_sana.kernels.low_bit import nonzero
+from diffusers_sana.kernels.low_bit import nonzero, swizzled, unswizzled
 from diffusers_sana.loaders.nunchaku.layers import fits_awq, is_plain, without_shift
 from diffusers_sana.loaders.quantized import comfy_convrot
 from diffusers_sana.loaders.quantized.assemble import Conversion, Reading, convert_by_names
@@ -30,7 +30,7 @@ from diffusers_sana.loaders.quantized.checkpoint import METADATA_OF_COMFY, Check
 from diffusers_sana.loaders.quantized.layer import Source, UnpackedLayer, one_factor
 from diffusers_sana.loaders.quantized.model import QuantizedModel, Written, refuse_layers
 from diffusers_sana.loaders.quantized.names import Scheme, file_names
-from diffusers_sana.loaders.quantized.rows import pairs, swizzled, transposed, unpairs, unswizzled
+from diffusers_sana.loaders.quantized.rows import pairs, transposed, unpairs
 
 
 logger = logging.getLogger(__name__)

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffusers_sana.kernels.low_bit import decode_e2m1, decode_int4
+from diffusers_sana.kernels.low_bit import decode_e2m1, decode_int4, swizzled
 from diffusers_sana.loaders.nunchaku import mxfp4
 from diffusers_sana.loaders.nunchaku.layers import read_svdq
 from diffusers_sana.loaders.quantized import comfy, comfy_convrot, modelopt, sdnq, vllm_omni
 from diffusers_sana.loaders.quantized.layer import Source, UnpackedLayer
-from diffusers_sana.loaders.quantized.rows import pairs, swizzled
+from diffusers_sana.loaders.quantized.rows import pairs
 from tests.loaders.nunchaku import nunchaku_formulas as formulas
 from tests.numerics import assert_close_fp32, relative_error
 
