@@ -24,8 +24,6 @@ OF_DIFFUSERS = (
     "tests/lora/test_lora_layers_sana.py",
     # Calls a private method of diffusers' class.
     "--deselect=tests/pipelines/pag/test_pag_sana.py::SanaPAGPipelineFastTests::test_pag_applied_layers",
-    # Looks for layers of CLIP in every text encoder that takes a LoRA; ours is a Gemma.
-    "--deselect=tests/lora/test_lora_layers_sana.py::SanaLoRATests::test_simple_inference_with_text_denoiser_lora_and_scale",
     # Want float16 everywhere; ours leaves what overflows it in bfloat16 (docs/differences.md).
     "-knot (test_to_dtype or test_dtype_dict or test_dtype_alias)",
     "-p",
