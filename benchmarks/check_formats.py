@@ -24,8 +24,10 @@ from torch import Tensor, nn
 
 from benchmarks.harness import RESULTS, environment, write_results
 from diffusers_sana.files import read_json
+from diffusers_sana.kernels.dispatch import kernel_mode
 from diffusers_sana.loaders.nunchaku.layers import read_svdq
 from diffusers_sana.loaders.nunchaku.packing import pack_down, pack_up, pack_vector
+from diffusers_sana.loaders.quantized.comfy_convrot import read_w4a8
 from diffusers_sana.loaders.quantized.hub import export_quantized, load_quantized
 from diffusers_sana.loaders.quantized.layer import Source, UnpackedLayer
 from diffusers_sana.quantizers.svdquant.api import quantize
@@ -180,6 +182,32 @@ def comfy_rotated_codes() -> float:
     return (theirs.view(torch.uint8) != ours["weight"].view(torch.uint8)).float().mean().item()
 
 
+def comfy_w4a8() -> float:
+    """comfy-kitchen's `dequantize` of a weight that its quantizer made, against what we read from the same tensors."""
+    from comfy_kitchen import dequantize_w4a8_int8_weight, quantize_w4a8_int8_weight
+
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    codes, relative, rows, codebook, _ = quantize_w4a8_int8_weight(weight)
+    parts = {"weight": codes, "weight_s_rel": relative, "weight_s_channel": rows, "weight_codebook": codebook}
+    tensors = {f"x.{part}": tensor for part, tensor in parts.items() if tensor is not None}
+    ours = read_w4a8(Source(tensors, "comfy-kitchen"), "x", *weight.shape, {"convrot_groupsize": 256})
+    theirs = dequantize_w4a8_int8_weight(codes, relative, rows, codebook, output_dtype=torch.float32)
+    return difference(ours.matrix(), theirs)
+
+
+def comfy_int4_product() -> float:
+    """The output of a layer in w4a4 with comfy-kitchen's product, against that with our reference."""
+    layer = layers(quantized("int4"))[NAME]
+    layer.set_compute_mode("w4a4")
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).to(DTYPE)
+    with torch.no_grad(), kernel_mode("torch"):
+        ours = layer(x)
+    with torch.no_grad(), kernel_mode("comfy-kitchen"):
+        theirs = layer(x)
+    assert not torch.equal(ours, theirs), "the product was refused"
+    return difference(theirs, ours)
+
+
 def cache_dit(precision: str, width: int) -> float:
     """`load_svdq` of cache-dit takes the file, strictly; the tensors of its modules are those of the file."""
     from cache_dit.quantization.svdquant.ptq import load_svdq
@@ -274,6 +302,8 @@ CHECKS: dict[str, tuple[str, Callable[[], float]]] = {
     "comfy-convrot: product of int8_tensorwise": ("comfy-kitchen", comfy_int8_product),
     "comfy-convrot: convrot_w4a4": ("comfy-kitchen", lambda: comfy_rotated(4)),
     "comfy-convrot: share of other codes": ("comfy-kitchen", comfy_rotated_codes),
+    "comfy: asym_w4a8_int8, read": ("comfy-kitchen", comfy_w4a8),
+    "mode comfy-kitchen: int4 product in bf16": ("comfy-kitchen", comfy_int4_product),
     "cache-dit: int4": ("cache-dit", lambda: cache_dit("int4", 256)),
     "cache-dit: int4, side 192": ("cache-dit", lambda: cache_dit("int4", 192)),
     "cache-dit: nvfp4, side 192": ("cache-dit", lambda: cache_dit("nvfp4", 192)),
