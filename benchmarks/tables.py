@@ -415,6 +415,23 @@ def first_minutes() -> str:
     return f"{render(['result', 'command', 'after'], rows)}\n\n{provenance(report)}"
 
 
+def host_cost() -> str:
+    """Microseconds that a call of an operator takes on the host, with and without a gradient."""
+    report = results("cpu/host_cost")
+    ways, without, with_one = (
+        report[f"{name}_us"] for name in ("registration", "operation", "operation_in_grad_mode")
+    )
+    rows = [
+        ["the function, without an operator", ways["no operator"], ""],
+        ["its operator of `torch.library.Library`", ways["Library, without"], ways["Library, with a gradient"]],
+        ["its operator of `torch.library.custom_op`", "", ways["torch.library.custom_op"]],
+        ["its operator of `torch.library.triton_op`", "", ways["torch.library.triton_op"]],
+        *([f"the whole `{name}`", without[name], with_one[name]] for name in without if name != "x + x"),
+    ]
+    header = ["call", "µs without a gradient (`inference`)", "µs with a gradient (`default`)"]
+    return f"{render(header, rows)}\n\n{provenance(report)}"
+
+
 def long_video() -> str:
     """The largest memory of a stream by its length, and the state of the released model."""
     result = results("cpu/long_video")
@@ -446,6 +463,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "adapters": adapters,
     "adapter_parts": adapter_parts,
     "first_minutes": first_minutes,
+    "host_cost": host_cost,
     "long_video": long_video,
     **emoji_tables.TABLES,
 }
