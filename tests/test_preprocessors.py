@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffusers_sana import ControlPreprocessor, sobel_edges
 from diffusers_sana.preprocessors import DETECTORS, PREPROCESSORS
-from diffusers_sana.training.recipes import options
+from diffusers_sana.training.recipes import sana_options
 from diffusers_sana.training.recipes.controlnet import ControlledImages
 from examples.train_sana_controlnet import main
 from tests.training import tiny
@@ -95,7 +95,7 @@ def test_says_what_is_wrong(controlnet_aux, monkeypatch):
 
 
 def test_training_from_hed_maps(controlnet_aux, tmp_path):
-    assert options.PREPROCESSORS == PREPROCESSORS
+    assert sana_options.PREPROCESSORS == PREPROCESSORS
     tiny.write_image_folder(tmp_path / "data", [(40, 40), (40, 40)])
     tiny.tiny_pipeline().save_pretrained(tmp_path / "pipeline")
     arguments = ["--data", str(tmp_path / "data"), "--pretrained", str(tmp_path / "pipeline"), "--num_layers", "1"]

@@ -26,7 +26,7 @@ from diffusers_sana import (
 from diffusers_sana.kernels.precision import arithmetic_dtype
 from diffusers_sana.training.data.chats import ChatCollator
 from diffusers_sana.training.recipes import vila_u, vila_u_tower
-from diffusers_sana.training.recipes.vila_u_options import VilaUTowerTrainingConfig, VilaUTrainingConfig
+from diffusers_sana.training.recipes.options import VilaUTowerTrainingConfig, VilaUTrainingConfig
 from examples.train_emoji.common import device, make_parser, make_settings
 
 from .data import QUESTIONS, TAUGHT, EmojiChats, TowerScenes

@@ -12,7 +12,7 @@ from diffusers_sana.evaluation.checks import Check, Wanted
 from diffusers_sana.evaluation.clip import Clip
 from diffusers_sana.evaluation.judges import _MAKERS, PickScore, SceneJudge, judged, make_judge, mixed
 from diffusers_sana.evaluation.observations import Detection, Observation
-from diffusers_sana.training.recipes.options import JUDGES
+from diffusers_sana.training.recipes.post_training_options import JUDGES
 from tests import tiny
 from tests.evaluation.tiny_models import write_clip
 from tests.training.tiny import redness

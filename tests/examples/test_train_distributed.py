@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from diffusers_sana import VilaUForConditionalGeneration
 from diffusers_sana.training.data.chats import ChatCollator
 from diffusers_sana.training.recipes import dc_ae, vila_u
-from diffusers_sana.training.recipes.options import DCAETrainingConfig
-from diffusers_sana.training.recipes.vila_u_options import VilaUTrainingConfig
+from diffusers_sana.training.recipes.options import DCAETrainingConfig, VilaUTrainingConfig
 from tests.models.vila_u.tiny import random_codes, tiny_config
 from tests.models.vila_u.tiny_processor import tiny_processor
 from tests.training.tiny import smooth_images, tiny_autoencoder

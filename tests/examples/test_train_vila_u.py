@@ -9,8 +9,8 @@ from transformers import AutoProcessor
 
 from diffusers_sana import VilaUForConditionalGeneration
 from diffusers_sana.training.data.chats import ChatCollator, ChatFolder, encode_images, without_prompt
+from diffusers_sana.training.recipes.options import VilaUTrainingConfig
 from diffusers_sana.training.recipes.vila_u import MaskedImageTokens, train
-from diffusers_sana.training.recipes.vila_u_options import VilaUTrainingConfig
 from examples.train_vila_u import main
 from tests.models.vila_u.tiny import CELLS, CODES, DEPTH, IMAGE, tiny_model
 from tests.models.vila_u.tiny_processor import tiny_processor

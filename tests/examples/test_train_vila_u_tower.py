@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_sana import VilaUVisionModel
-from diffusers_sana.training.recipes.vila_u_options import VilaUTowerTrainingConfig
+from diffusers_sana.training.recipes.options import VilaUTowerTrainingConfig
 from diffusers_sana.training.recipes.vila_u_tower import codes_used, tokenize, train
 from examples.train_vila_u_tower import main
 from tests.models.vila_u.tiny import CODES, VOCABULARY, tiny_vision_config

@@ -12,8 +12,8 @@ from diffusers_sana.kernels.dispatch import kernel_mode
 from diffusers_sana.quantizers.svdquant.layers.linear import forward_mode_products, quantized_layers
 from diffusers_sana.schedulers import trigflow
 from diffusers_sana.training.objectives.trigflow_distillation import consistency_tangent, directional_derivative
-from diffusers_sana.training.recipes.options import ConsistencyTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import Prompt, save_samples
+from diffusers_sana.training.recipes.transformer_options import ConsistencyTrainingConfig
 
 
 def tangent_of(

@@ -18,7 +18,7 @@ from diffusers_sana.training.data.images import Images, load_pixels
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.objectives.flow_matching import noisy_batch, timesteps_of, velocity_errors
 from diffusers_sana.training.optimizers import optimizer_of
-from diffusers_sana.training.recipes.options import (
+from diffusers_sana.training.recipes.sana_options import (
     ControlNetDataOptions,
     ControlNetModelOptions,
     ControlNetTrainingConfig,

@@ -31,7 +31,7 @@ from diffusers_sana.training.objectives.adversarial import PatchDiscriminator, d
 from diffusers_sana.training.objectives.perceptual import make_perceptual
 from diffusers_sana.training.optimizers import make_adamw, make_optimizer
 from diffusers_sana.training.plots import save_image_grid
-from diffusers_sana.training.recipes.options import DCAEDataOptions, DCAEModelOptions, DCAETrainingConfig
+from diffusers_sana.training.recipes.dc_ae_options import DCAEDataOptions, DCAEModelOptions, DCAETrainingConfig
 from diffusers_sana.training.state_files import copy_with_weights
 
 

@@ -22,7 +22,7 @@ from diffusers_sana.training.data.sources import FolderSource
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.objectives.flow_matching import noisy_batch, timesteps_of, velocity_errors
 from diffusers_sana.training.optimizers import optimizer_of
-from diffusers_sana.training.recipes.options import DiTDataOptions, DiTModelOptions, DiTTrainingConfig
+from diffusers_sana.training.recipes.dc_ae_dit_options import DiTDataOptions, DiTModelOptions, DiTTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import (
     encode_images,
     freeze,

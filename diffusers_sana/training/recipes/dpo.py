@@ -39,7 +39,7 @@ from diffusers_sana.training.objectives.flow_matching import (
 )
 from diffusers_sana.training.recipes.lora import fit_adapter, quantization_of
 from diffusers_sana.training.recipes.nft import read_prompts, without_adapter
-from diffusers_sana.training.recipes.options import DpoDataOptions, DpoModelOptions, DpoTrainingConfig
+from diffusers_sana.training.recipes.post_training_options import DpoDataOptions, DpoModelOptions, DpoTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import Encoders, Prompt, SanaInputs, doubled
 
 

@@ -27,11 +27,7 @@ from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.objectives.flow_matching import noisy_batch, timesteps_of, velocity_errors
 from diffusers_sana.training.optimizers import optimizer_of
 from diffusers_sana.training.recipes.lora import quantization_of
-from diffusers_sana.training.recipes.options import (
-    CaptionedDataOptions,
-    ImagePromptModelOptions,
-    ImagePromptTrainingConfig,
-)
+from diffusers_sana.training.recipes.sana_options import ImagePromptModelOptions, ImagePromptTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import (
     NUM_SAMPLES,
     Encoders,
@@ -44,6 +40,7 @@ from diffusers_sana.training.recipes.text_to_image import (
     prepare_blocks,
     save_guided_samples,
 )
+from diffusers_sana.training.recipes.transformer_options import CaptionedDataOptions
 from diffusers_sana.training.state_files import copy_with_weights
 
 

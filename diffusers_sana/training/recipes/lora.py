@@ -37,14 +37,7 @@ from diffusers_sana.training.objectives.flow_matching import ConditionedTransfor
 from diffusers_sana.training.objectives.trigflow_distillation import TrigFlowStudent, weighted_loss
 from diffusers_sana.training.optimizers import optimizer_of
 from diffusers_sana.training.recipes.consistency import guidance_scales, save_consistency_samples, tangent_of
-from diffusers_sana.training.recipes.options import (
-    AdapterTrainingConfig,
-    LoraDataOptions,
-    LoraModelOptions,
-    LoraTrainingConfig,
-    QuantizableOptions,
-    parse_pattern,
-)
+from diffusers_sana.training.recipes.sana_options import LoraDataOptions, LoraModelOptions, LoraTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import (
     Encoders,
     Prompt,
@@ -54,6 +47,11 @@ from diffusers_sana.training.recipes.text_to_image import (
     first_samples,
     prepare_blocks,
     save_guided_samples,
+)
+from diffusers_sana.training.recipes.transformer_options import (
+    AdapterTrainingConfig,
+    QuantizableOptions,
+    parse_pattern,
 )
 
 

@@ -40,7 +40,7 @@ from diffusers_sana.training.objectives.flow_matching import (
 from diffusers_sana.training.objectives.nft import most_contrastive, nft_losses, old_decay, optimalities
 from diffusers_sana.training.optimizers import optimizer_of
 from diffusers_sana.training.recipes.lora import add_adapter_of, quantization_of, save_adapter
-from diffusers_sana.training.recipes.options import NftDataOptions, NftModelOptions, NftTrainingConfig
+from diffusers_sana.training.recipes.post_training_options import NftDataOptions, NftModelOptions, NftTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import (
     NUM_SAMPLES,
     Encoders,

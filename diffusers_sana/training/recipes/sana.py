@@ -18,12 +18,8 @@ from diffusers_sana.training.growth import grow_transformer
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer, noisy_batch, velocity_errors
 from diffusers_sana.training.optimizers import optimizer_of
-from diffusers_sana.training.recipes.options import (
-    SanaDataOptions,
-    SanaModelOptions,
-    SanaTrainingConfig,
-    SanaVideoTrainingConfig,
-)
+from diffusers_sana.training.recipes.sana_options import SanaDataOptions, SanaModelOptions, SanaTrainingConfig
+from diffusers_sana.training.recipes.sana_video_options import SanaVideoTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import (
     NUM_SAMPLES,
     Encoders,

@@ -41,12 +41,12 @@ from diffusers_sana.training.objectives.flow_matching import (
 from diffusers_sana.training.optimizers import optimizer_of
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.recipes.lora import add_adapter_of, quantization_of, save_adapter
-from diffusers_sana.training.recipes.options import (
+from diffusers_sana.training.recipes.sana import sample_inputs
+from diffusers_sana.training.recipes.sana_video_options import (
     SanaVideoDataOptions,
     SanaVideoModelOptions,
     SanaVideoTrainingConfig,
 )
-from diffusers_sana.training.recipes.sana import sample_inputs
 from diffusers_sana.training.recipes.text_to_image import Encoders, SanaInputs, prepare_blocks, save_pipeline
 from diffusers_sana.training.state_files import copy_with_weights, sub_state
 

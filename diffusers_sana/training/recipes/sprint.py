@@ -40,7 +40,7 @@ from diffusers_sana.training.objectives.trigflow_distillation import (
 from diffusers_sana.training.optimizers import make_adamw, optimizer_of
 from diffusers_sana.training.recipes.consistency import guidance_scales, save_consistency_samples, tangent_of
 from diffusers_sana.training.recipes.lora import add_adapter, quantization_of
-from diffusers_sana.training.recipes.options import QuantizableOptions, SprintDataOptions, SprintTrainingConfig
+from diffusers_sana.training.recipes.sana_options import SprintDataOptions, SprintTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import (
     Encoders,
     Prompt,
@@ -51,6 +51,7 @@ from diffusers_sana.training.recipes.text_to_image import (
     prepare_blocks,
     save_pipeline,
 )
+from diffusers_sana.training.recipes.transformer_options import QuantizableOptions
 from diffusers_sana.training.state_files import copy_with_weights, sub_state
 
 

@@ -27,7 +27,7 @@ from diffusers_sana.training.data.sources import Captions, find_source
 from diffusers_sana.training.data.videos import Videos
 from diffusers_sana.training.objectives.flow_matching import sample_guided
 from diffusers_sana.training.plots import save_image_grid
-from diffusers_sana.training.recipes.options import (
+from diffusers_sana.training.recipes.transformer_options import (
     CaptionedDataOptions,
     FlowTrainingConfig,
     PromptTrainingConfig,
