@@ -231,7 +231,7 @@ def spread(rows: Sequence[Row], limit: int | None) -> list[Row]:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """All image files of a folder, sorted by name; hidden ones, such as a kill leaves, are left out.
+    """All image files of a folder, sorted by name; hidden ones, which a killed process may leave, are left out.
 
     Raises:
         OSError: where there is no such folder, or no image in it.

@@ -1,4 +1,4 @@
-"""DPG-Bench (ELLA, arXiv 2403.05135): dense prompts, with questions of yes or no about what their images must show.
+"""DPG-Bench (ELLA, arXiv 2403.05135): dense prompts, with yes-or-no questions about what their images must show.
 
 Nothing here imports torch.
 """
@@ -18,13 +18,14 @@ COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question
 
 @dataclass(frozen=True)
 class Question:
-    """A question about the image of a prompt, which "yes" is the right answer to.
+    """A question about the image of a prompt. The right answer is "yes".
 
     Attributes:
-        number: of it among those of its prompt.
+        number: its number among the questions of its prompt.
         text: what is asked.
         category: such as "attribute - color"; what is before the dash is the broad category.
-        parents: numbers of questions without whose "yes" this one has no point: of the object whose color is asked.
+        parents: numbers of the questions that must also be answered with "yes": the color of an object depends on the
+            object.
     """
 
     number: int
@@ -92,7 +93,7 @@ def _read_question(row: Mapping[str, Any]) -> Question:
 def credited(questions: Sequence[Question], answers: Mapping[int, bool]) -> dict[int, bool]:
     """The questions that count as right: those of "yes" whose parents all count as right.
 
-    In the order of the file, as in the authors' program: of a parent that is only answered later, the answer counts.
+    This goes in the order of the file, as in the authors' program: for a parent that comes later, its answer counts.
     """
     counted = dict(answers)
     for question in questions:

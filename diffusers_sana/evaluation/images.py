@@ -1,4 +1,4 @@
-"""Images as files and as tensors, and generating those that are missing."""
+"""Images as files and as tensors, and the generation of those that are missing."""
 
 import json
 from collections.abc import Callable, Sequence

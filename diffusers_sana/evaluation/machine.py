@@ -51,8 +51,8 @@ def synchronize() -> None:
 def peak_memory(device: str | None = None) -> Iterator[dict[str, float]]:
     """Fills `mib` of the dictionary with the most memory in use during the block, beyond what was in use before it.
 
-    On a CUDA device what torch allocated, on a CPU the resident size of the process. Left empty where neither can be
-    told: on other devices, and on CPUs outside of Linux.
+    On a CUDA device this is what torch allocated, on a CPU the resident size of the process. Elsewhere, also on CPUs
+    without Linux, it stays empty.
 
     Args:
         device: such as "cpu" or "cuda:1"; by default the GPU, if there is one.
@@ -75,7 +75,7 @@ def peak_memory(device: str | None = None) -> Iterator[dict[str, float]]:
 
 
 def _forget_high_water_mark() -> bool:
-    """Whether the system can: Linux with glibc."""
+    """Reset the largest resident size, and say whether the system can: Linux with glibc."""
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before must not serve the block unseen

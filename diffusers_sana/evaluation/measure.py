@@ -101,7 +101,7 @@ def mean_of(name: str, values: Sequence[float]) -> dict[str, Any]:
 
 
 def ask_questions(paths: Sequence[Path], prompts: Sequence[Questioned], vqa: Vqa) -> dict[str, Any]:
-    """DPG-Bench: the share of questions about each image that are answered with yes, and whose parents are.
+    """DPG-Bench: the share of the questions about each image that are answered with yes, as are their parents.
 
     Returns:
         `by_category`: the fraction of yes of each category and each broad one, of all questions, as in the authors'

@@ -63,7 +63,7 @@ class Networks:
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     """Generates the images that are missing in `config.out`, and measures all of them.
 
-    An evaluation that was stopped goes on where it was, in the same batches and so with the same bits.
+    An evaluation that was stopped continues where it stopped, in the same batches and therefore with the same bits.
 
     Returns:
         The report: `settings`, `versions`, `images` (their prompts and seeds), `models` (figures of each model's

@@ -1,9 +1,9 @@
-"""How sure a figure is: 95 % confidence intervals, from the images that there are.
+"""How certain a figure is: 95 % confidence intervals from the images at hand.
 
 A mean is resampled with replacement (the bootstrap, Efron 1979). Where all images of a set are right, so are those of
 each resample; so the interval of a share is Wilson's, which has a width there too. FID and KID of a resample with
-replacement are biased, as some images then meet themselves. They are computed of parts without replacement (the
-delete-d jackknife, Shao and Wu 1989), and only the deviation of these is used.
+replacement are biased, as some images are then compared with themselves. They are computed for parts that are sampled
+without replacement (the delete-d jackknife, Shao and Wu 1989), and only the deviation of these is used.
 
 Legend: N images.
 """
@@ -43,10 +43,10 @@ def interval_of_share(right: int, of: int) -> Interval:
 
 
 def interval_of_parts(figure: float, deviation: float, part: int, of: int) -> Interval | None:
-    """Bounds of a figure of `of` images, by the deviation of the figures of parts of `part` images; None without any.
+    """Bounds of a figure of `of` images, from the deviation of figures of parts of `part` images; None without parts.
 
-    Two parts share images, the more the larger they are, and vary less than independent sets of `of` images would
-    where a part is more than half.
+    Large parts have many images in common. If a part has more than half of the images, parts vary less than
+    independent sets of `of` images would.
     """
     if not 0 < part < of:
         return None
@@ -61,11 +61,11 @@ def interval_of_sets(
     parts: int = 50,
     seed: int = 0,
 ) -> Interval | None:
-    """Bounds of `statistic(features, others)` by halves of both sets; None for fewer than four images.
+    """Bounds of `statistic(features, others)`, from halves of both sets; None for fewer than four images.
 
     Args:
         statistic: at least 0, of two sets of features `[N, F]`.
-        features, others: the sets. Of as many images, the halves have the same ones, as they may be pairs.
+        features, others: the sets. If they are equally large, they may be pairs, so the halves have the same rows.
         parts: number of halves.
         seed: of the halves.
     """

@@ -61,7 +61,7 @@ class Side:
     weight_bytes: int = 0
 
     def figures(self) -> dict[str, Any]:
-        """Time and memory, for JSON. The first image, which also warms up, is apart."""
+        """Time and memory, for JSON. The first image, which also warms up, is listed separately."""
         return {
             "seconds_per_step": statistics.median(self.step_seconds),
             "seconds_per_image": statistics.median(self.image_seconds[1:]),

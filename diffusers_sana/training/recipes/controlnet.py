@@ -1,4 +1,4 @@
-"""Training of a ControlNet for a Sana transformer that stays as it is (arXiv 2302.05543, 2410.10629)."""
+"""Training of a ControlNet for a frozen Sana transformer (arXiv 2302.05543, 2410.10629)."""
 
 from functools import partial
 from pathlib import Path

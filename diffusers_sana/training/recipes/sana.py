@@ -152,8 +152,8 @@ def with_native_size(
 ) -> SanaTransformer2DModel:
     """The same weights, not copied, in a model for another size.
 
-    Nothing but the positional table depends on the size, and that is computed. A model that had none gets one by
-    `interpolation_scale`, and then must learn to read it.
+    Nothing but the positional table depends on the size, and that is computed. A model without a table gets one with
+    `interpolation_scale`, and must then be trained to use it.
 
     Args:
         transformer: what was trained at another size.

@@ -149,7 +149,7 @@ class SprintDataOptions(CachedDataOptions):
 
 @dataclass(kw_only=True)
 class ImagePromptTrainingConfig(PromptFlowTrainingConfig):
-    """Training of an IP-Adapter. Rows without a caption are those in which the image says everything."""
+    """Training of an IP-Adapter. Samples without a caption have only the image."""
 
     output_dir: str = option("outputs/ip-adapter", "folder for checkpoints, samples, log and result", changeable=True)
     weight_decay: float = option(0.01, "weight decay of matrices and kernels", changeable=True)

@@ -67,6 +67,6 @@ class SanaVideoDataOptions(ImageDataOptions):
 
 @dataclass(kw_only=True)
 class SanaVideoModelOptions(QuantizableOptions):
-    """The pipeline to start from, and of a LoRA the bits of the base."""
+    """The pipeline to start from, and the bits of the base of a LoRA."""
 
     pretrained: str = option("", "SanaVideoPipeline folder or repository; a SanaPipeline's weights begin as one")

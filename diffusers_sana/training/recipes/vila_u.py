@@ -28,10 +28,10 @@ from diffusers_sana.training.state_files import copy_with_weights, sub_state
 
 
 class MaskedImageTokens(nn.Module):
-    """The model, of whose language model some image tokens are hidden in training.
+    """The model, with some image tokens hidden from its language model in training.
 
     An image token is easier to predict from the tokens before it than from the prompt, so that a short training learns
-    the meaning of a prompt from the first tokens of an object only. Of each image a random fraction, from 0 to
+    the meaning of a prompt only from the first tokens of an object. A random fraction of each image, from 0 to
     `cell_dropout`, is hidden: the inputs are zeros. All tokens are still to be predicted.
     """
 
