@@ -159,7 +159,7 @@ def test_untested_versions_are_named_once(host, caplog, version, message):
         ("pipelines.pipeline_vila_u", "accelerate"),
         ("quantizers.svdquant.integrations.diffusers", "accelerate"),
         ("training.loop", "accelerate"),
-        ("training.recipes.lora", "peft"),
+        ("training.recipes.adapter", "peft"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")

@@ -1,4 +1,4 @@
-"""Visual question answering: how probably an image shows what a text says (VQAScore), and questions of yes or no.
+"""Visual question answering: how likely an image shows what a text says (VQAScore), and yes-or-no questions.
 
 Legend: N images, H/W height and width.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusers_sana.evaluation.images import to_images
+from diffusers_sana.evaluation.vision_language import VisionLanguageModel
 
 
 Vqa = Callable[[Tensor, Sequence[str]], Any]
@@ -21,8 +22,8 @@ QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
 WORDS = ("yes", "no")
 
 
-class VqaModel:
-    """A vision-language model of transformers, with a chat template, that is asked questions of yes or no.
+class VqaModel(VisionLanguageModel):
+    """A vision-language model of transformers, with a chat template, that is asked yes-or-no questions.
 
     Args:
         model: folder or Hub id, such as "llava-hf/llava-1.5-7b-hf".
@@ -35,17 +36,11 @@ class VqaModel:
     """
 
     def __init__(self, model: str, device: str = "cpu", batch_size: int = 8):
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
-        self.model, self.batch_size = loaded.to(device).eval(), batch_size
-        self.processor: Any = AutoProcessor.from_pretrained(model)
+        super().__init__(model, device)
+        self.batch_size = batch_size
         if not self.processor.chat_template:
             raise ValueError(f"`vqa` must be a model with a chat template, but {model} has none; choose another")
-        tokenizer = self.processor.tokenizer
-        tokenizer.padding_side = "left"  # answers begin where questions end
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        self.tokens = [_tokens_of(word, tokenizer, model) for word in WORDS]
+        self.tokens = [_tokens_of(word, self.processor.tokenizer, model) for word in WORDS]
 
     @torch.no_grad()
     def probabilities(self, images: Tensor, questions: Sequence[str]) -> Tensor:
@@ -53,18 +48,7 @@ class VqaModel:
         found = []
         for start in range(0, len(questions), self.batch_size):
             part = slice(start, start + self.batch_size)
-            chats = [
-                [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
-                for image, question in zip(to_images(images[part]), questions[part], strict=True)
-            ]
-            inputs = self.processor.apply_chat_template(
-                chats,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True},
-            ).to(self.model.device, self.model.dtype)  # changes the dtype of floating-point inputs only
+            inputs = self.inputs(to_images(images[part]), questions[part])
             # Not one forward: this also sets the positions of tokens behind padding.
             answer = self.model.generate(
                 **inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import has_file
 
 from diffusers_sana.evaluation.clip import Clip
+from diffusers_sana.evaluation.vision_language import VisionLanguageModel
 from diffusers_sana.files import atomic_write, digest, locked, model_identity
 from diffusers_sana.images import read_image
 from diffusers_sana.loading import checkpoint_path
@@ -32,7 +32,7 @@ ORIGINAL = "original"
 Captioner = Callable[[list[Image.Image]], list[str]]
 
 
-class TransformersCaptioner:
+class TransformersCaptioner(VisionLanguageModel):
     """A vision-language model of transformers and its processor, with one prompt for every image.
 
     Args:
@@ -43,29 +43,13 @@ class TransformersCaptioner:
     """
 
     def __init__(self, model: str, prompt: str, max_new_tokens: int, device: str, dtype: torch.dtype):
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
-        self.model = loaded.to(device).eval()
-        self.processor = AutoProcessor.from_pretrained(model)
+        super().__init__(model, device, dtype)
         self.prompt, self.max_new_tokens = prompt, max_new_tokens
-        tokenizer = self.processor.tokenizer
-        tokenizer.padding_side = "left"  # captions begin where prompts end
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image]) -> list[str]:
         """The most probable caption of each image."""
-        chats = [
-            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": self.prompt}]}]
-            for image in images
-        ]
-        inputs = self.processor.apply_chat_template(
-            chats,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(self.model.device, self.model.dtype)  # changes the dtype of floating-point inputs only
+        inputs = self.inputs(images, [self.prompt] * len(images))
         written = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         new = written[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]

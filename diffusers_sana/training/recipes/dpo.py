@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from diffusers_sana.evaluation.images import generate_missing
-from diffusers_sana.evaluation.judges import judged, make_judge, mixed
+from diffusers_sana.evaluation.judges import judged
 from diffusers_sana.evaluation.measure import score_images
 from diffusers_sana.files import atomic_write, model_identity
-from diffusers_sana.loading import find_pipeline_class
-from diffusers_sana.quantizers.svdquant.api import quantize
 from diffusers_sana.training.data.batches import Batches, make_loader
 from diffusers_sana.training.data.captions import Caption
 from diffusers_sana.training.data.images import Images
@@ -37,8 +35,14 @@ from diffusers_sana.training.objectives.flow_matching import (
     velocity_errors,
     velocity_target,
 )
-from diffusers_sana.training.recipes.lora import fit_adapter, quantization_of
-from diffusers_sana.training.recipes.nft import read_prompts, without_adapter
+from diffusers_sana.training.recipes.adapter import (
+    check_flow_matching,
+    check_flow_shift,
+    fit_adapter,
+    load_base,
+    quantize_base,
+)
+from diffusers_sana.training.recipes.nft import read_prompts, reward_of, without_adapter
 from diffusers_sana.training.recipes.post_training_options import DpoDataOptions, DpoModelOptions, DpoTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import Encoders, Prompt, SanaInputs, doubled
 
@@ -69,16 +73,9 @@ def train(
     Raises:
         ValueError: the transformer is one of SANA-Sprint, or `flow_shift` is not given.
     """
-    check_transformer(transformer)
-    if config.flow_shift is None:
-        raise ValueError("`flow_shift` must be a number in `train`, got None. Pass that of the pipeline's scheduler.")
+    check_flow_matching(transformer)
+    check_flow_shift(config)
     fit_adapter(config, batches, transformer, partial(preference_terms, config, transformer), vae, samples, options)
-
-
-def check_transformer(transformer: Any) -> None:
-    """Raise a ValueError for a transformer that does not learn by flow matching."""
-    if transformer.config.get("guidance_embeds"):
-        raise ValueError("`transformer` must be one of Sana, got one of SANA-Sprint. Train its teacher.")
 
 
 def preference_terms(
@@ -112,12 +109,8 @@ def run(config: DpoTrainingConfig, data: DpoDataOptions, model: DpoModelOptions)
     """Train on pairs for a pipeline: what `examples/train_sana_dpo.py` does."""
     device = make_accelerator(config).device
     set_seed(config.seed)
-    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    dtypes = {"vae": torch.float32, "default": dtype}
-    pipe = find_pipeline_class(model.pretrained).from_pretrained(model.pretrained, dtype=dtypes).to(device)
-    check_transformer(pipe.transformer)
-    if config.flow_shift is None:
-        config.flow_shift = pipe.scheduler.config.flow_shift
+    pipe = load_base(config, model.pretrained, device)
+    check_flow_matching(pipe.transformer)
     path = Path(data.pairs)
     if not data.pairs:
         folder = Path(config.output_dir) / "pairs"
@@ -128,8 +121,7 @@ def run(config: DpoTrainingConfig, data: DpoDataOptions, model: DpoModelOptions)
     inputs = SanaInputs(config, device, Encoders.of(pipe))
     images = Images(PairSource(path), [(data.resolution, data.resolution)])
     items = inputs.cache(images, data.cache_dir or str(Path(config.output_dir) / "cache"))
-    if (quantization := quantization_of(model)) is not None:
-        quantize(pipe.transformer, quantization)
+    quantize_base(pipe.transformer, model)
     batches = make_loader(Pairs(items, images.names), data.batch_size, config.seed, data.num_workers)
     train(config, batches, pipe.transformer, pipe.vae, options=(data, model))
 
@@ -141,7 +133,7 @@ class PairSource:
         path: a JSON Lines file; each line has the `FIELDS`: a prompt, and two paths relative to the file's folder.
 
     Raises:
-        ValueError: there is no pair, or a line is none; with the line.
+        ValueError: there is no pair, or a line is not a pair; the message names the line.
     """
 
     choices: list[list[Caption]] | None = None
@@ -195,7 +187,7 @@ def rank_images(
 ) -> None:
     """Generate `data.group_size` images of each prompt, and write the best and the worst into `folder/pairs.jsonl`.
 
-    Prompts whose images are all judged alike are left out. If it was stopped, it goes on where it was.
+    Prompts whose images are all judged alike are left out. If it was stopped, it continues where it stopped.
 
     Raises:
         ValueError: `folder` has images of other settings, or all images are judged alike.
@@ -222,9 +214,7 @@ def rank_images(
     paths = generate_missing(generate, every, seeds, folder / "images", settings, data.rollout_batch_size)
     if (folder / PAIRS_FILE).exists():
         return
-    device = str(pipe.device)
-    judges = [make_judge(name, checks, device) for name in model.reward]
-    reward = mixed(judges, model.reward_weights or (1.0,) * len(judges))
+    reward = reward_of(model, checks, pipe.device)
     scores = torch.tensor(score_images(paths, every, partial(judged, reward))).view(-1, count)
     rows = best_and_worst(prompts, scores, [path.relative_to(folder).as_posix() for path in paths])
     if not rows:

@@ -1,4 +1,4 @@
-"""Training of an IP-Adapter for a Sana transformer that stays as it is (arXiv 2308.06721).
+"""Training of an IP-Adapter for a frozen Sana transformer (arXiv 2308.06721).
 
 The adapter learns to describe an image to the transformer, by the features of an image encoder: each image of the data
 is denoised with itself as the image prompt. The transformer may have 4-bit weights.
@@ -20,13 +20,12 @@ from diffusers_sana.models.transformers.text_sana import ImageStates
 from diffusers_sana.pipelines.image_prompts import image_features, load_image_encoder
 from diffusers_sana.pipelines.pipeline_sana import SanaPipeline
 from diffusers_sana.prompts.encoding import drop_prompts
-from diffusers_sana.quantizers.svdquant.api import quantize
 from diffusers_sana.training.data.batches import Batches, make_loader
 from diffusers_sana.training.data.images import Images
 from diffusers_sana.training.loop import TrainingLoop, make_accelerator
 from diffusers_sana.training.objectives.flow_matching import noisy_batch, timesteps_of, velocity_errors
 from diffusers_sana.training.optimizers import optimizer_of
-from diffusers_sana.training.recipes.lora import quantization_of
+from diffusers_sana.training.recipes.adapter import quantize_base
 from diffusers_sana.training.recipes.sana_options import ImagePromptModelOptions, ImagePromptTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import (
     NUM_SAMPLES,
@@ -170,8 +169,7 @@ def run(config: ImagePromptTrainingConfig, data: CaptionedDataOptions, model: Im
     adapter = SanaIPAdapterModel.from_transformer(
         pipeline.transformer, width, model.features, model.num_tokens, model.token_dim
     )
-    if (quantization := quantization_of(model)) is not None:
-        quantize(pipeline.transformer, quantization)
+    quantize_base(pipeline.transformer, model)
     batches = make_loader(dataset, data.batch_size, config.seed, data.num_workers)
     train(
         config,

@@ -5,60 +5,37 @@ from forgetting the class.
 """
 
 import json
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from diffusers_sana._compat import warn_if_untested
 from diffusers_sana.files import IMAGE_SUFFIXES, atomic_write, model_identity
-from diffusers_sana.loading import find_pipeline_class
-from diffusers_sana.pipelines.pipeline_sana import SanaPipeline
-from diffusers_sana.quantizers.svdquant.api import quantize
-from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.schedulers import trigflow
-from diffusers_sana.training.data.batches import Batches, bucket_sizes, collate, make_loader
+from diffusers_sana.training.data.batches import Batches, bucket_sizes, make_loader
 from diffusers_sana.training.data.images import ImageFolder, Images
-from diffusers_sana.training.loop import TrainingLoop, make_accelerator
-from diffusers_sana.training.objectives.flow_matching import ConditionedTransformer, noisy_batch, velocity_errors
-from diffusers_sana.training.objectives.trigflow_distillation import TrigFlowStudent, weighted_loss
-from diffusers_sana.training.optimizers import optimizer_of
-from diffusers_sana.training.recipes.consistency import guidance_scales, save_consistency_samples, tangent_of
+from diffusers_sana.training.loop import make_accelerator
+from diffusers_sana.training.objectives.flow_matching import noisy_batch, velocity_errors
+from diffusers_sana.training.objectives.trigflow_distillation import weighted_loss
+from diffusers_sana.training.recipes.adapter import check_flow_shift, fit_adapter, load_base, quantize_base
+from diffusers_sana.training.recipes.consistency import guidance_scales, tangent_of
 from diffusers_sana.training.recipes.sana_options import LoraDataOptions, LoraModelOptions, LoraTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import (
     Encoders,
     Prompt,
     SanaInputs,
     bucketed_images,
-    doubled,
-    first_samples,
-    prepare_blocks,
-    save_guided_samples,
-)
-from diffusers_sana.training.recipes.transformer_options import (
-    AdapterTrainingConfig,
-    QuantizableOptions,
-    parse_pattern,
 )
 
-
-warn_if_untested("peft")
 
 RECORD = "diffusers_sana"  # the key under which a class image says what it was made from
-MIX_FFN = ("conv_inverted", "conv_point")  # its two 1x1 convolutions
 
 
 def train(
@@ -93,71 +70,10 @@ def train(
     fit_adapter(config, batches, transformer, terms, vae, samples, options)
 
 
-def fit_adapter(
-    config: Any,
-    batches: Batches,
-    transformer: Any,
-    terms: Callable[[Accelerator, nn.Module, Tensor, Prompt, dict[str, Any]], dict[str, Tensor]],
-    vae: nn.Module | None,
-    samples: dict[str, Tensor] | None,
-    options: tuple[Any, ...],
-) -> None:
-    """The training of an adapter on latents and text vectors, whatever it minimizes.
-
-    Args:
-        config: settings of an adapter's training, an `AdapterTrainingConfig`, by flow matching or consistency.
-        terms: from the accelerator, the prepared model, latents, prompts and the batch to what is logged; `loss` is
-            minimized.
-        the others: as in `train`.
-    """
-    is_sprint = bool(transformer.config.get("guidance_embeds"))
-    accelerator = make_accelerator(config)
-    set_seed(config.seed)
-    add_adapter_of(config, transformer)
-    set_seed(config.seed, device_specific=True)
-    inputs = SanaInputs(config, accelerator.device, Encoders(vae=vae))
-    prepare_blocks(config, transformer)
-    model = (TrigFlowStudent(transformer) if is_sprint else ConditionedTransformer(transformer)).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = optimizer_of(config, trained)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    shown: dict[str, Any] = {}  # what the sample grids show: prompts and noise
-
-    def sample(path: Path) -> None:
-        if vae is not None and is_sprint:
-            save_consistency_samples(path, config, accelerator, model, vae, **shown)
-        elif vae is not None:
-            predict = partial(model, prompt=doubled(shown["prompt"]))
-            save_guided_samples(path, config, accelerator, model, vae, predict, shown["noise"])
-
-    def save(folder: Path) -> None:
-        if accelerator.is_main_process:
-            save_adapter(folder, transformer)
-
-    loop = TrainingLoop(
-        config,
-        accelerator,
-        [model],
-        [optimizer],
-        save=save,
-        sample=sample,
-        keep_frozen=False,  # the base does not change, and may be large
-        options=options,
-    )
-    for batch in loop.run(batches):
-        latents, prompt = inputs.latents(batch), inputs.prompts(batch)
-        shown = shown or first_samples(config, latents, prompt, inputs.prompts(samples) if samples else None)
-        with accelerator.accumulate(model):
-            found = terms(accelerator, model, latents, prompt, batch)
-            loop.backward(found["loss"])
-            loop.update()
-        loop.report(images=len(latents), **found)
-
-
 def check_objective(config: LoraTrainingConfig, is_sprint: bool) -> None:
     """Raise a ValueError for settings that the objective of the transformer cannot use."""
-    if not is_sprint and config.flow_shift is None:
-        raise ValueError("`flow_shift` must be a number in `train`, got None. Pass that of the pipeline's scheduler.")
+    if not is_sprint:
+        check_flow_shift(config)
     if is_sprint and (config.caption_dropout or config.loss_weighting != "none"):
         raise ValueError(
             f"`caption_dropout` must be 0 and `loss_weighting` 'none' for SANA-Sprint, got {config.caption_dropout} "
@@ -191,8 +107,8 @@ def consistency_loss(
 ) -> Tensor:
     """Consistency training of a SANA-Sprint (sCM, arXiv 2410.11081, section 4): the path is that of the images.
 
-    Where distillation follows a teacher, dx_t / dt is here that of the mixture, cos(t) noise - sin(t) z, whose mean
-    over all images that x_t may come from is the path's. So no teacher is needed, and what is learned are the images.
+    Distillation takes dx_t / dt from a teacher. Here it is that of the mixture, cos(t) noise - sin(t) z, whose mean
+    over all images that x_t may come from is that of the path. So no teacher is needed: the student learns the images.
     """
     count, device = len(latents), latents.device
     angles = trigflow.sample_angles(count, config.angle_mean, config.angle_std, config.sigma_data, device)
@@ -220,15 +136,11 @@ def prepare(
     """
     device = make_accelerator(config).device
     set_seed(config.seed)
-    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    dtypes = {"vae": torch.float32, "default": dtype}
-    pipe = find_pipeline_class(model.pretrained).from_pretrained(model.pretrained, dtype=dtypes).to(device)
+    pipe = load_base(config, model.pretrained, device)
     is_sprint = bool(pipe.transformer.config.get("guidance_embeds"))
-    check_objective(replace(config, flow_shift=config.flow_shift or 1.0), is_sprint)
+    check_objective(config, is_sprint)
     if is_sprint:
         config.sigma_data = pipe.scheduler.config.sigma_data
-    elif config.flow_shift is None:
-        config.flow_shift = pipe.scheduler.config.flow_shift
     inputs = SanaInputs(config, device, Encoders.of(pipe))
     cache = Path(data.cache_dir or Path(config.output_dir) / "cache")
     instance = with_prompt(bucketed_images(data, captions="optional"), data.instance_prompt)
@@ -239,18 +151,10 @@ def prepare(
             generate_class_images(pipe, config, data, model, folder)
         prior = captioned_folder(str(folder), bucket_sizes(data.resolution), data.class_prompt)
         dataset = WithPrior(dataset, inputs.cache(prior, str(cache / "class")), data.prior_weight)
-    samples = [{"prompt_embeds": inputs.encode_prompt(prompt).cpu()} for prompt in config.sample_prompts]
-    if (quantization := quantization_of(model)) is not None:
-        quantize(pipe.transformer, quantization)
+    samples = inputs.encode_samples(config.sample_prompts)
+    quantize_base(pipe.transformer, model)
     batches = make_loader(dataset, data.batch_size, config.seed, data.num_workers)
-    return batches, pipe.transformer, pipe.vae, collate(samples) if samples else None
-
-
-def quantization_of(model: QuantizableOptions) -> SVDQuantConfig | None:
-    """How the options quantize a base; None: not."""
-    if model.quantize == "no":
-        return None
-    return SVDQuantConfig(precision=model.quantize, rank=model.quantize_rank)
+    return batches, pipe.transformer, pipe.vae, samples
 
 
 def generate_class_images(
@@ -262,8 +166,8 @@ def generate_class_images(
 ) -> None:
     """Generate images of `data.class_prompt` with the base model until `folder` has `data.num_class_images`.
 
-    Images of this function say in themselves what they were made from. Those of another prompt, size or model are
-    made again or removed; images that somebody else has put into the folder stay, and count.
+    Images of this function record in their metadata what they were made from. Those of another prompt, size or model
+    are made again or removed; images that somebody else has put into the folder stay, and count.
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"prompt": data.class_prompt, "resolution": data.resolution, "dtype": config.mixed_precision}
@@ -293,7 +197,7 @@ def _record(path: Path) -> str | None:
 
 
 class WithPrior(Dataset):
-    """As many items of the class as of the instance, each with its `loss_weight`; the fewer ones are repeated.
+    """As many items of the class as of the instance, each with its `loss_weight`; the smaller set is repeated.
 
     Args:
         instance: items to learn, with `sizes_of_items`.
@@ -333,67 +237,3 @@ def with_prompt(images: Images, prompt: str) -> Images:
         if not images.captions[index]:
             raise ValueError(f"`instance_prompt` must be given for images without a caption, such as {name}, got ''.")
     return images
-
-
-def add_adapter_of(config: AdapterTrainingConfig, transformer: ModelMixin) -> None:
-    """`add_adapter` with the settings of a training."""
-    add_adapter(
-        transformer,
-        target_modules=[*config.target_modules, *(MIX_FFN if config.mix_ffn else ())],
-        r=config.rank,
-        lora_alpha=config.lora_alpha or config.rank,
-        lora_dropout=config.lora_dropout,
-        use_dora=config.use_dora,
-        use_rslora=config.use_rslora,
-        **patterns_of(config),
-    )
-
-
-def patterns_of(config: AdapterTrainingConfig) -> dict[str, dict[str, int]]:
-    """`rank_pattern` and `alpha_pattern` of PEFT's `LoraConfig`.
-
-    Without `lora_alpha` a layer of another rank has that for its alpha, so that all layers have the scale 1.
-    """
-    ranks = parse_pattern("rank_pattern", config.rank_pattern)
-    alphas = parse_pattern("alpha_pattern", config.alpha_pattern)
-    return {"rank_pattern": ranks, "alpha_pattern": ({} if config.lora_alpha else ranks) | alphas}
-
-
-def save_adapter(folder: Path, transformer: Any) -> None:
-    """Write the adapter of a transformer as diffusers loads it, with its rank and alpha."""
-    SanaPipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers=get_peft_model_state_dict(transformer),
-        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
-    )
-
-
-def add_adapter(transformer: ModelMixin, target_modules: Sequence[str], **lora_config: Any) -> None:
-    """Freeze `transformer` and put a LoRA that trains, in fp32, beside its layers.
-
-    Args:
-        transformer: a diffusers model, dense or quantized.
-        target_modules: names of layers, or their ends.
-        **lora_config: further arguments of PEFT's `LoraConfig`.
-
-    Raises:
-        ValueError: a target names no layer.
-    """
-    names = [name for name, _ in transformer.named_modules()]
-    for target in target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            ends = sorted({name.rpartition(".")[2] for name in names if "attn" in name or ".ff." in name})
-            raise ValueError(f"`target_modules` must name layers, got {target!r}. Layers of the blocks: {ends}.")
-    for argument in ("rank_pattern", "alpha_pattern"):
-        for pattern in lora_config.get(argument, ()):
-            if not any(
-                re.fullmatch(rf"(.*\.)?({pattern})", name) and name.endswith(tuple(target_modules)) for name in names
-            ):
-                raise ValueError(
-                    f"`{argument}` must name layers that get an adapter, got {pattern!r}. They end in "
-                    f"{sorted(target_modules)}."
-                )
-    transformer.requires_grad_(False)
-    adapter = LoraConfig(init_lora_weights="gaussian", target_modules=list(target_modules), **lora_config)
-    transformer.add_adapter(adapter)
-    cast_training_params(transformer, torch.float32)  # in bf16 small steps would be rounded away

@@ -1,14 +1,14 @@
 """Post-training of Sana by rewards: a LoRA learns by DiffusionNFT (arXiv 2509.16117) what a judge prefers.
 
 A step generates a group of images for each prompt with the sampling policy, an EMA of the one that trains, compares
-them by the reward, and trains on them. The images may come from a 4-bit copy, which is cheaper, and of large groups
-only the best and the worst are generated again in 16 bits and trained on (Sol-RL, arXiv 2604.06916).
+them by the reward, and trains on them. The images may come from a 4-bit copy, which is cheaper. Then only the best and
+the worst of large groups are generated again in 16 bits and trained on (Sol-RL, arXiv 2604.06916).
 
 Legend: P prompts of a batch, B images of them, C latent channels, h/w latent height and width, L text vectors, D text
 width.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -26,7 +26,6 @@ from diffusers_sana.checks import check_computed, check_size
 from diffusers_sana.evaluation.checks import Check, read_checks
 from diffusers_sana.evaluation.judges import Judge, judged, make_judge, mixed
 from diffusers_sana.files import read_lines
-from diffusers_sana.loading import find_pipeline_class
 from diffusers_sana.quantizers.svdquant.api import quantize
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.training.data.batches import Batches, make_loader
@@ -39,8 +38,20 @@ from diffusers_sana.training.objectives.flow_matching import (
 )
 from diffusers_sana.training.objectives.nft import most_contrastive, nft_losses, old_decay, optimalities
 from diffusers_sana.training.optimizers import optimizer_of
-from diffusers_sana.training.recipes.lora import add_adapter_of, quantization_of, save_adapter
-from diffusers_sana.training.recipes.post_training_options import NftDataOptions, NftModelOptions, NftTrainingConfig
+from diffusers_sana.training.recipes.adapter import (
+    add_adapter_of,
+    check_flow_matching,
+    check_flow_shift,
+    load_base,
+    quantize_base,
+    save_adapter,
+)
+from diffusers_sana.training.recipes.post_training_options import (
+    NftDataOptions,
+    NftModelOptions,
+    NftTrainingConfig,
+    RewardOptions,
+)
 from diffusers_sana.training.recipes.text_to_image import (
     NUM_SAMPLES,
     Encoders,
@@ -148,10 +159,8 @@ def check_parts(config: NftTrainingConfig, transformer: Any, encoders: Encoders,
     """Raise a TypeError or ValueError, as `train` does, for what cannot be trained or trained with."""
     if not callable(reward):
         raise TypeError(f"`reward` must be a function of images and prompts, got {type(reward).__name__}.")
-    if transformer.config.get("guidance_embeds"):
-        raise ValueError("`transformer` must be one of Sana, got one of SANA-Sprint. Train its teacher.")
-    if config.flow_shift is None:
-        raise ValueError("`flow_shift` must be a number in `train`, got None. Pass that of the pipeline's scheduler.")
+    check_flow_matching(transformer)
+    check_flow_shift(config)
     if encoders.vae is None:
         raise ValueError("`encoders` must have a `vae`, which decodes images for the reward, got None. Pass it.")
 
@@ -358,7 +367,7 @@ class Prompts(Dataset):
 
 
 def read_prompts(path: Path) -> tuple[list[str], list[Check]]:
-    """The prompts of a text file, one a line; or those of a .jsonl file of checks, and these.
+    """The prompts of a text file, one per line, or of a .jsonl file of checks, and its checks.
 
     Raises:
         ValueError: there is none, or a line is not a check.
@@ -372,23 +381,23 @@ def read_prompts(path: Path) -> tuple[list[str], list[Check]]:
     return prompts, []
 
 
+def reward_of(model: RewardOptions, checks: Sequence[Check], device: torch.device) -> Judge:
+    """The judge that the options name, or the weighted sum of several."""
+    judges = [make_judge(name, checks, str(device)) for name in model.reward]
+    return mixed(judges, model.reward_weights or (1.0,) * len(judges))
+
+
 def run(config: NftTrainingConfig, data: NftDataOptions, model: NftModelOptions) -> None:
     """Train on the prompts of a file for a pipeline: what `examples/train_sana_nft.py` does."""
     prompts, checks = read_prompts(Path(data.prompts))
     device = make_accelerator(config).device
-    judges = [make_judge(name, checks, str(device)) for name in model.reward]
-    reward = mixed(judges, model.reward_weights or (1.0,) * len(judges))
-    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    dtypes = {"vae": torch.float32, "default": dtype}
-    pipe = find_pipeline_class(model.pretrained).from_pretrained(model.pretrained, dtype=dtypes).to(device)
-    if config.flow_shift is None and not pipe.transformer.config.get("guidance_embeds"):
-        config.flow_shift = pipe.scheduler.config.flow_shift
+    reward = reward_of(model, checks, device)
+    pipe = load_base(config, model.pretrained, device)
     rollout = None
     if model.rollout_quantize != "no":
         rollout = deepcopy(pipe.transformer)
         quantize(rollout, SVDQuantConfig(precision=model.rollout_quantize, rank=model.quantize_rank))
-    if (quantization := quantization_of(model)) is not None:
-        quantize(pipe.transformer, quantization)
+    quantize_base(pipe.transformer, model)
     batches = make_loader(Prompts(prompts), data.batch_size, config.seed, data.num_workers)
     encoders = Encoders.of(pipe)
     train(config, batches, pipe.transformer, encoders, reward, data.resolution, rollout, options=(data, model))

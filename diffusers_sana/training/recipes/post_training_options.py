@@ -19,18 +19,24 @@ JUDGES = ("clip", "hpsv2", "imagereward", "pickscore", "scenes", "vqascore")
 
 
 @dataclass(kw_only=True)
-class NftTrainingConfig(FlowTrainingConfig, PromptTrainingConfig, AdapterTrainingConfig):
-    """Training of a LoRA by rewards, with DiffusionNFT; defaults are its authors' where they give any."""
+class PostTrainingConfig(FlowTrainingConfig, PromptTrainingConfig, AdapterTrainingConfig):
+    """Settings of the training of a LoRA that improves a pipeline."""
 
-    output_dir: str = option("outputs/sana-nft", "folder for checkpoints, samples, log and result", changeable=True)
     max_steps: int = option(1000, "optimizer steps", changeable=True)
-    learning_rate: float = option(3e-4, "peak learning rate", changeable=True)
     weight_decay: float = option(1e-4, "weight decay", changeable=True)
     rank: int = option(32, "rank of the adapter's matrices")
-    lora_alpha: int | None = option(64, "the adapter is scaled by lora_alpha / rank")
     flow_shift: float | None = option(  # type: ignore[assignment]
         None, "timestep shift; default: that of the pipeline's scheduler", changeable=True
     )
+
+
+@dataclass(kw_only=True)
+class NftTrainingConfig(PostTrainingConfig):
+    """Training of a LoRA by rewards, with DiffusionNFT; defaults are its authors' where they give any."""
+
+    output_dir: str = option("outputs/sana-nft", "folder for checkpoints, samples, log and result", changeable=True)
+    learning_rate: float = option(3e-4, "peak learning rate", changeable=True)
+    lora_alpha: int | None = option(64, "the adapter is scaled by lora_alpha / rank")
     group_size: int = option(24, "images per prompt that are generated and compared", changeable=True)
     kept_per_group: int | None = option(
         None, "train on this many of a group, half of them the best, half the worst; default: all", changeable=True
@@ -127,16 +133,10 @@ class NftModelOptions(RewardOptions):
 
 
 @dataclass(kw_only=True)
-class DpoTrainingConfig(FlowTrainingConfig, PromptTrainingConfig, AdapterTrainingConfig):
+class DpoTrainingConfig(PostTrainingConfig):
     """Training of a LoRA on pairs of images, by Diffusion-DPO."""
 
     output_dir: str = option("outputs/sana-dpo", "folder for checkpoints, samples, log and result", changeable=True)
-    max_steps: int = option(1000, "optimizer steps", changeable=True)
-    weight_decay: float = option(1e-4, "weight decay", changeable=True)
-    rank: int = option(32, "rank of the adapter's matrices")
-    flow_shift: float | None = option(  # type: ignore[assignment]
-        None, "timestep shift; default: that of the pipeline's scheduler", changeable=True
-    )
     dpo_beta: float = option(2000.0, "how little the model may depart from the base; smaller: more", changeable=True)
     sft_weight: float = option(0.0, "weight of the flow matching loss on the preferred images", changeable=True)
 

@@ -1,7 +1,7 @@
 """Training of a SANA-Video text-to-video transformer, or of a LoRA for one, by flow matching (arXiv 2509.24695).
 
-A batch holds videos of one number of frames, or images, which are videos of one frame; so a model of videos goes on
-learning from images. With `causal` the frames come in chunks, as LongSANA generates them.
+A batch holds videos of one number of frames, or images, which are videos of one frame. So a video model continues to
+learn from images. With `causal` the frames come in chunks, as LongSANA generates them.
 """
 
 from dataclasses import replace
@@ -23,9 +23,8 @@ from diffusers_sana.pipelines.pipeline_sana_video_long import LongSanaVideoPipel
 from diffusers_sana.pipelines.resolution import VIDEO_ASPECT_RATIO_BINS
 from diffusers_sana.pipelines.video_decoding import compression, decode_videos, encode_videos
 from diffusers_sana.prompts.tokenization import join_instruction
-from diffusers_sana.quantizers.svdquant.api import quantize
 from diffusers_sana.schedulers.scheduling_flow_dpm_solver import FlowDPMSolverScheduler
-from diffusers_sana.training.data.batches import Batches, bucket_sizes, collate, make_loader
+from diffusers_sana.training.data.batches import Batches, bucket_sizes, make_loader
 from diffusers_sana.training.data.images import Images
 from diffusers_sana.training.data.sources import FolderSource, find_source
 from diffusers_sana.training.data.videos import SUFFIXES, Videos
@@ -40,7 +39,7 @@ from diffusers_sana.training.objectives.flow_matching import (
 )
 from diffusers_sana.training.optimizers import optimizer_of
 from diffusers_sana.training.plots import save_image_grid
-from diffusers_sana.training.recipes.lora import add_adapter_of, quantization_of, save_adapter
+from diffusers_sana.training.recipes.adapter import add_adapter_of, quantize_base, save_adapter
 from diffusers_sana.training.recipes.sana import sample_inputs
 from diffusers_sana.training.recipes.sana_video_options import (
     SanaVideoDataOptions,
@@ -221,11 +220,9 @@ def prepare(
     dataset = inputs.cache(videos, data.cache_dir or str(Path(config.output_dir) / "cache"))
     samples = None
     if config.lora:
-        rows = [{"prompt_embeds": inputs.encode_prompt(prompt).cpu()} for prompt in config.sample_prompts]
-        samples = collate(rows) if rows else None
+        samples = inputs.encode_samples(config.sample_prompts)
         encoders = Encoders(vae=pipe.vae)
-        if (quantization := quantization_of(model)) is not None:
-            quantize(pipe.transformer, quantization)
+        quantize_base(pipe.transformer, model)
     batches = make_loader(dataset, data.batch_size, config.seed, data.num_workers)
     return batches, pipe.transformer, encoders, samples, pipe.scheduler
 

@@ -38,8 +38,8 @@ from diffusers_sana.training.objectives.trigflow_distillation import (
     weighted_loss,
 )
 from diffusers_sana.training.optimizers import make_adamw, optimizer_of
+from diffusers_sana.training.recipes.adapter import add_adapter, quantization_of
 from diffusers_sana.training.recipes.consistency import guidance_scales, save_consistency_samples, tangent_of
-from diffusers_sana.training.recipes.lora import add_adapter, quantization_of
 from diffusers_sana.training.recipes.sana_options import SprintDataOptions, SprintTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import (
     Encoders,

@@ -3,7 +3,7 @@
 Legend: B batch, C latent channels, h/w latent height and width, L text vectors, D text width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -19,7 +19,7 @@ from diffusers_sana.prompts.encoding import (
     tokenize_prompts,
 )
 from diffusers_sana.training.config import TrainingConfig
-from diffusers_sana.training.data.batches import bucket_sizes
+from diffusers_sana.training.data.batches import bucket_sizes, collate
 from diffusers_sana.training.data.captions import embeds_name
 from diffusers_sana.training.data.images import Images
 from diffusers_sana.training.data.latent_cache import CachedItems, fill_cache, model_digest, tokenizer_digest
@@ -113,6 +113,11 @@ class SanaInputs:
     def encode_prompt(self, prompt: str) -> Tensor:
         """Text vectors `[L, D]`."""
         return self._encode(self._tokens([prompt]))[0][0]
+
+    def encode_samples(self, prompts: Sequence[str]) -> dict[str, Tensor] | None:
+        """`prompt_embeds` and `prompt_attention_mask` of the prompts of sample grids, on the CPU; None without any."""
+        rows = [{"prompt_embeds": self.encode_prompt(prompt).cpu()} for prompt in prompts]
+        return collate(rows) if rows else None
 
     def cache(self, images: Images | Videos, folder: str, every_caption: bool = False) -> CachedItems:
         """The images, or videos, as cached latents and, unless the text encoder trains, text vectors.
