@@ -142,9 +142,17 @@ def test_serve(pipe):
 
         # The only replica is killed while it waits for more images of a batch: the next one generates what it had.
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            accepted = [pool.submit(post, b'{"prompt": "a cat", "seed": %d}' % seed) for seed in (1, 2)]
-            while metrics()['diffusers_sana_pending_images{model="sana-emoji"}'] < 2:
-                time.sleep(0.02)
+            for _ in range(20):  # on a busy machine the images may be done before the metrics are asked for
+                accepted = [pool.submit(post, b'{"prompt": "a cat", "seed": %d}' % seed) for seed in (1, 2)]
+                while not (waiting := metrics()['diffusers_sana_pending_images{model="sana-emoji"}'] == 2):
+                    if any(future.done() for future in accepted):
+                        break
+                    time.sleep(0.02)
+                if waiting:
+                    break
+                concurrent.futures.wait(accepted)
+            else:
+                pytest.skip("this machine is too busy to see requests wait")
             time.sleep(0.2)
             (name,) = [
                 actor["name"]
