@@ -1,12 +1,12 @@
 """Trains the bundled ControlNet, which follows edges, within a time budget, on a CPU.
 
-    python -m examples.train_emoji.controlnet --latents outputs/sana-emoji/latents.safetensors --minutes 40
+    python -m examples.train_emoji.controlnet --data outputs/emoji-256.zip --minutes 60
 
 A full prompt leaves nothing for edges to add: it says what is where, and an object always looks the same. So prompts
 here name objects, background and style, and edges say how many objects there are, how large and where. Two prompts in
 five are empty: there edges say everything but colors.
 
-The edges of scenes, by the Sobel operator, are encoded once, into `OUT`. Afterwards the edges of images of held-out
+Scenes and their edges, by the Sobel operator, are encoded once, into `OUT`. Afterwards the edges of images of held-out
 scenes are compared with those asked for, with and without the ControlNet: `OUT/evaluation.json`, and the images in
 `OUT/held_out.png`. The same command goes on where it stopped; `--minutes` counts all of the training.
 """
@@ -29,7 +29,7 @@ from diffusers_sana.training.recipes.options import ControlNetTrainingConfig
 from diffusers_sana.training.recipes.text_to_image import Encoders
 
 from .common import device, generate, load_pipeline, make_parser, make_settings, write_report
-from .latents import encode, latent_batches, load_latents, taught_scenes
+from .latents import encode, identity, latent_batches, load_latents, taught_scenes
 from .scenes import Art, Scene, held_out_scenes, render, with_article
 
 
@@ -55,15 +55,13 @@ def edges_of(images: Tensor) -> Tensor:
     return sobel_edges(images).to(images.dtype)
 
 
-def train(
-    art: Art, pipe: SanaPipeline, latents: Path, out: Path, minutes: float, batch_size: int = 48, count: int = SCENES
-) -> Path:
-    """Trains the ControlNet for `pipe` on `count` of the encoded scenes in the file `latents`; returns its folder."""
+def train(art: Art, pipe: SanaPipeline, out: Path, minutes: float, batch_size: int = 48, count: int = SCENES) -> Path:
+    """Trains the ControlNet for `pipe` on `count` scenes; returns its folder."""
     taught, vae = taught_scenes(art.objects), pipe.vae.to(device())
-    rows = random.Random(4).sample(range(len(taught)), min(count, len(taught)))
-    scenes = [taught[row] for row in rows]
-    edges = load_latents(out / "edges.safetensors", vae, art, scenes, edges_of)
-    both = torch.cat([load_latents(latents, vae, art, taught)[rows], edges], dim=1)
+    scenes = random.Random(4).sample(taught, min(count, len(taught)))
+    views = {"scenes": identity, "edges": edges_of}
+    encoded = [load_latents(out / f"{name}.safetensors", vae, art, scenes, view) for name, view in views.items()]
+    both = torch.cat(encoded, dim=1)
 
     def batches(used: int) -> Iterator[dict]:
         """`{"latents": [B, C, h, w], "control_latents": [B, C, h, w], "text": list of B captions}`."""
@@ -124,12 +122,11 @@ def judge(pipe: SanaPipeline, controlnet: SanaControlNetModel, art: Art, out: Pa
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "outputs/sana-emoji-edges", minutes=40, takes_model=True)
-    parser.add_argument("--latents", type=Path, default=Path("outputs/sana-emoji/latents.safetensors"))
+    parser = make_parser(__doc__, "outputs/sana-emoji-edges", minutes=60, takes_model=True)
     parser.add_argument("--controlnet", type=Path, help="folder of a trained one, to judge it only")
     args = parser.parse_args(argv)
     art, pipe = Art(args.data), load_pipeline(args.model)
-    folder = args.controlnet or train(art, pipe, args.latents, args.out, args.minutes)
+    folder = args.controlnet or train(art, pipe, args.out, args.minutes)
     controlnet = SanaControlNetModel.from_pretrained(folder, dtype=torch.float32)
     print(json.dumps(judge(pipe, controlnet, art, args.out), indent=1))
 

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         student = sprint.load_student(teacher, bundle_lora(distilled, run / "bundle"))
         print(json.dumps(sprint.judge(teacher, student, probe, art, run), indent=1))
     if "controlnet" in args.parts:
-        folder = controlnet.train(art, teacher, out / "latents.safetensors", out / "controlnet", minutes["controlnet"])
+        folder = controlnet.train(art, teacher, out / "controlnet", minutes["controlnet"])
         trained_net = SanaControlNetModel.from_pretrained(folder, dtype=torch.float32)
         print(json.dumps(controlnet.judge(teacher, trained_net, art, out / "controlnet"), indent=1))
     if "lora" in args.parts:
