@@ -1,47 +1,89 @@
 """What products make of a quantized weight once and keep, such as an 8-bit copy of 4-bit codes, until it changes."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
+
+@dataclass
+class _Entry:
+    """A value, and what it was made of.
+
+    Attributes:
+        value: anything.
+        version: of the tensors, see `_version`.
+        others: the tensors but for the codes, not kept alive.
+        memory: that of the codes, not kept alive.
+    """
+
+    value: Any
+    version: tuple[Any, ...]
+    others: list[TensorWeakRef]
+    memory: weakref.ref[Any]
 
 
 class Kept:
     """Values by the codes of their weight, which they do not keep alive.
 
-    Attributes:
-        changes: how many values have been dropped or replaced: who has recorded the address of one compares this.
+    A value ends with the memory of the codes, not only with their tensor: offloading gives a tensor other memory.
     """
 
     def __init__(self) -> None:
-        # By the codes: of which tensors, in which version, and the value.
-        self._values: Any = WeakTensorKeyDictionary()
-        self.changes = 0
+        self._entries: Any = WeakTensorKeyDictionary()
+        self._made = 0
         _ALL.append(self)
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self._entries)
 
     def __contains__(self, qweight: Tensor) -> bool:
-        return qweight in self._values
+        return qweight in self._entries
+
+    @property
+    def changes(self) -> int:
+        """How many values have been dropped or replaced: who has recorded the address of one compares this."""
+        return self._made - len(self)
 
     def get(self, make: Callable[..., Any], qweight: Tensor, *others: Tensor | None) -> Any:
         """`make(qweight, *others)` from an earlier call, made again when one of the tensors has changed."""
-        parts = (qweight, *others)
-        # Tensors made under `torch.inference_mode` have no version counter: who changes them in place calls `forget`.
-        version = tuple(
-            (id(part), part.data_ptr(), part.is_inference() or part._version) for part in parts if part is not None
-        )
-        if qweight in self._values and self._values[qweight][0] != version:
-            self.drop(qweight)
-        if qweight not in self._values:
-            self._values[qweight] = version, make(*parts)
-        return self._values[qweight][1]
+        version = _version((qweight, *others))
+        entry = self._entries.get(qweight)
+        if entry is None or entry.version != version:
+            self.drop(qweight)  # first, to have its memory for the new one
+            entry = _Entry(
+                make(qweight, *others),
+                version,
+                [TensorWeakRef(other) for other in others if other is not None],
+                weakref.ref(qweight.untyped_storage(), self._dropping(qweight)),
+            )
+            self._entries[qweight] = entry
+            self._made += 1
+        return entry.value
 
     def drop(self, qweight: Tensor) -> None:
         """Drops the value of a weight, if there is one."""
-        self.changes += self._values.pop(qweight, None) is not None
+        self._entries.pop(qweight, None)
+
+    def drop_stale(self) -> None:
+        """Drops the values of weights that have changed since."""
+        for qweight, entry in list(self._entries.items()):
+            if _version((qweight, *(other() for other in entry.others))) != entry.version:
+                self.drop(qweight)
+
+    def _dropping(self, qweight: Tensor) -> Callable[[Any], None]:
+        """What drops the value of a weight whose memory ends; does not keep the weight alive."""
+        codes = TensorWeakRef(qweight)
+
+        def drop(_memory: Any) -> None:
+            qweight = codes()
+            if qweight is not None:
+                self.drop(qweight)
+
+        return drop
 
 
 _ALL: list[Kept] = []
@@ -54,5 +96,17 @@ def forget(qweight: Tensor) -> None:
 
 
 def kept_changes() -> int:
-    """How many values have been dropped or replaced so far."""
+    """How many values have been dropped or replaced so far; drops those first whose weight was written into."""
+    for kept in _ALL:
+        kept.drop_stale()
     return sum(kept.changes for kept in _ALL)
+
+
+def _version(parts: Sequence[Any]) -> tuple[Any, ...]:
+    """What differs when a tensor is another one, has moved or was written into.
+
+    Tensors made under `torch.inference_mode` do not count their changes: who writes into those calls `forget`.
+    """
+    return tuple(
+        (id(part), part.data_ptr(), part.is_inference() or part._version) for part in parts if part is not None
+    )

@@ -14,6 +14,7 @@ from peft import LoraConfig
 import diffusers_sana
 from diffusers_sana import SVDQuantConfig, quantize, set_compute_mode
 from diffusers_sana.kernels.dispatch import current_kernel_mode, kernel_mode
+from diffusers_sana.kernels.kept import Kept
 from diffusers_sana.models.transformers.attention_sana import SanaLinearAttnProcessor
 from diffusers_sana.pipelines.acceleration import cuda_graphs
 from diffusers_sana.pipelines.acceleration.cuda_graphs import (
@@ -92,6 +93,12 @@ def test_fingerprint_sees_how_layers_compute(pipe):
     set_compute_mode(model, "w4a16")
     seen.append(_fingerprint(model))
     model.set_attention_backend("_native_math")
+    seen.append(_fingerprint(model))
+    layer = model.transformer_blocks[0].attn1.to_q
+    kept = Kept()
+    kept.get(lambda *parts: torch.zeros(1), layer.qweight, layer.wscales)  # as w4a8 keeps an int8 copy on a GPU
+    assert _fingerprint(model) == seen[-1]
+    layer.wscales.mul_(2)
     seen.append(_fingerprint(model))
     assert len(set(seen)) == len(seen)
 
