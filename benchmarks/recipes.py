@@ -30,7 +30,7 @@ from diffusers_sana.evaluation.checks import Check, read_checks
 from diffusers_sana.evaluation.config import PROMPTS
 from diffusers_sana.evaluation.images import generate_missing
 from diffusers_sana.evaluation.judges import SceneJudge
-from diffusers_sana.evaluation.significance import interval_of_mean
+from diffusers_sana.evaluation.significance import interval_of_gains
 from diffusers_sana.files import read_lines
 from diffusers_sana.models.transformers.sprint_student import make_student
 from diffusers_sana.training.objectives.flow_matching import interpolate, timesteps_of, velocity_target
@@ -312,7 +312,7 @@ def measure(recipe: Recipe, bench: Bench) -> dict[str, Any]:
         "before": sum(before) / len(before),
         "after": sum(after) / len(after),
         "gain": sum(gains) / len(gains),
-        "interval": list(interval_of_mean(gains)),
+        "interval": list(interval_of_gains(after, before)),
         "seconds": round(time.perf_counter() - started),
     }
 

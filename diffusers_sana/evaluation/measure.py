@@ -30,6 +30,7 @@ from diffusers_sana.images import read_image
 
 Observe = Callable[[Tensor, Sequence[Check]], list[Observation]]
 """From images `[N, 3, H, W]` in [0, 1] and their N checks to what the images show."""
+LIMITS = {"dpg": (0.0, 100.0)}  # the smallest and largest value of a figure per image, where it has them
 
 
 def batches(paths: Sequence[Path], size: int = 16) -> Iterator[Tensor]:
@@ -97,7 +98,8 @@ def score_images(
 
 def mean_of(name: str, values: Sequence[float]) -> dict[str, Any]:
     """The mean of a figure of all images as `name`, and its interval of 95 % as `..._interval`."""
-    return {name: sum(values) / len(values), f"{name}_interval": list(interval_of_mean(values))}
+    interval = interval_of_mean(values, limits=LIMITS.get(name))
+    return {name: sum(values) / len(values), f"{name}_interval": list(interval)}
 
 
 def ask_questions(paths: Sequence[Path], prompts: Sequence[Questioned], vqa: Vqa) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """Two evaluations of the same prompts: how they differ, and whether that could be chance.
 
-A prompt is easy or hard for both models. So the differences are taken per prompt, and their mean is bootstrapped over
-prompts, which is more precise than to compare the intervals of both figures. Several images of a prompt count as one,
-by their mean.
+A prompt is easy or hard for both models. So the differences are taken per prompt, and the interval is that of their
+mean (`significance.interval_of_gains`), which is more precise than to compare the intervals of both figures. Several
+images of a prompt count as one, by their mean.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusers_sana.evaluation.significance import interval_of_mean
+from diffusers_sana.evaluation.significance import interval_of_gains
 
 
 ByPrompt = dict[str, list[float]]
@@ -45,16 +45,13 @@ def differences(
         prompts = [prompt for prompt in ours[name] if prompt in theirs[name]]
         if not prompts:
             continue
-        pairs = [(_mean(ours[name][prompt]), _mean(theirs[name][prompt])) for prompt in prompts]
-        figure, other = (_mean(column) for column in zip(*pairs, strict=True))
-        gains = [mine - its for mine, its in pairs]
-        interval = list(interval_of_mean(gains, resamples)) if len(gains) > 1 else None
+        mine, its = ([_mean(of[name][prompt]) for prompt in prompts] for of in (ours, theirs))
         found[name] = {
             "prompts": len(prompts),
-            "figure": figure,
-            "other": other,
-            "difference": _mean(gains),
-            "interval": interval,
+            "figure": _mean(mine),
+            "other": _mean(its),
+            "difference": _mean(mine) - _mean(its),
+            "interval": list(interval_of_gains(mine, its, resamples)) if len(prompts) > 1 else None,
         }
     return found
 

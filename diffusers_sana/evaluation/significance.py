@@ -1,9 +1,10 @@
 """How certain a figure is: 95 % confidence intervals from the images at hand.
 
 A mean is resampled with replacement (the bootstrap, Efron 1979). Where all images of a set are right, so are those of
-each resample; so the interval of a share is Wilson's, which has a width there too. FID and KID of a resample with
-replacement are biased, as some images are then compared with themselves. They are computed for parts that are sampled
-without replacement (the delete-d jackknife, Shao and Wu 1989), and only the deviation of these is used.
+each resample. So the interval of a share is Wilson's, which has a width there too, and that of other equal values
+counts with what was not sampled. FID and KID of a resample with replacement are biased, as some images are then
+compared with themselves. They are computed for parts that are sampled without replacement (the delete-d jackknife,
+Shao and Wu 1989), and only the deviation of these is used.
 
 Legend: N images.
 """
@@ -16,22 +17,55 @@ from torch import Tensor
 
 
 NORMAL = 1.959964  # quantile 0.975 of the normal distribution
+FEWEST = 6  # values that a bootstrap needs: five are all above their median, or all below it, in 6 % of the cases
 Interval = tuple[float, float]
 
 
-def interval_of_mean(values: Sequence[float], resamples: int = 1000, seed: int = 0) -> Interval:
+def interval_of_mean(
+    values: Sequence[float], resamples: int = 1000, seed: int = 0, limits: Interval | None = None
+) -> Interval:
     """Bounds of the mean of N values: quantiles 0.025 and 0.975 of the means of `resamples` resamples.
+
+    Of equal values, this has no width, and of fewer than six too little. With `limits`, the bounds then count with
+    what was not sampled: with a confidence of 97.5 %, at least the fraction 0.025^(1/N) of all values are no smaller
+    than the smallest of N (Clopper and Pearson 1934; as a tolerance limit, Wilks 1941), and the others may be as small
+    as they can be. The upper bound is likewise.
+
+    Args:
+        values: a random sample.
+        resamples, seed: of the bootstrap.
+        limits: the smallest and largest value that there can be; None if unknown.
 
     Raises:
         ValueError: there is no value.
     """
     if not values:
         raise ValueError("`values` must have at least one value, got none")
+    low, high = min(values), max(values)
+    if limits is not None and (len(values) < FEWEST or math.isclose(low, high, abs_tol=1e-9)):
+        seen = 0.025 ** (1 / len(values))
+        return seen * low + (1 - seen) * limits[0], seen * high + (1 - seen) * limits[1]
     column, generator = torch.tensor(values, dtype=torch.float64), torch.Generator().manual_seed(seed)
     size = (len(column),)
     means = [column[torch.randint(len(column), size, generator=generator)].mean() for _ in range(resamples)]
     low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def interval_of_gains(
+    values: Sequence[float], others: Sequence[float], resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """`interval_of_mean` of `values - others`, the figures of two models for the same N prompts.
+
+    A gain is limited by the range of the figure: that of all `values`, all `others`, 0 and 1, between which shares
+    are. So fewer than six gains are never significant, as in the sign test.
+
+    Raises:
+        ValueError: there is no value.
+    """
+    reach = max(*values, *others, 0.0, 1.0) - min(*values, *others, 0.0, 1.0)
+    gains = [value - other for value, other in zip(values, others, strict=True)]
+    return interval_of_mean(gains, resamples, seed, (-reach, reach))
 
 
 def interval_of_share(right: int, of: int) -> Interval:

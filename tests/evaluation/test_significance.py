@@ -7,6 +7,7 @@ import torch
 
 from diffusers_sana.evaluation.distributions import frechet_inception_distance
 from diffusers_sana.evaluation.significance import (
+    interval_of_gains,
     interval_of_mean,
     interval_of_parts,
     interval_of_sets,
@@ -34,6 +35,32 @@ def test_means():
     assert interval_of_mean([3.0, 3.0]) == (3.0, 3.0)
     with pytest.raises(ValueError, match="`values` must have at least one value"):
         interval_of_mean([])
+
+
+def test_equal_gains_are_not_certain():
+    """As in the sign test, up to five gains of either sign are not significant, and six equal ones are."""
+    for count in range(1, 6):
+        low, high = interval_of_gains([1.0] * count, [0.0] * count)
+        assert -1 <= low < 0 < 1 == high
+        low, high = interval_of_gains([0.3, 0.31, 0.32, 0.4, 0.5][:count], [0.2] * count)
+        assert low < 0.1 < high
+    low, high = interval_of_gains([0.0] * 6, [1.0] * 6)
+    assert (low, high) == pytest.approx((-1, 1 - 2 * 0.025 ** (1 / 6)))
+    assert high < 0
+    assert interval_of_mean([100.0] * 6, limits=(0, 100)) == pytest.approx((100 * 0.025 ** (1 / 6), 100))
+    nearly = interval_of_gains([0.1 + 0.2] * 3 + [0.3] * 6, [0.0] * 9)  # which differ by rounding only
+    assert nearly == pytest.approx(interval_of_gains([0.3] * 9, [0.0] * 9))
+    gains = torch.randn(50, dtype=torch.float64).tolist()
+    assert interval_of_gains(gains, [0.0] * 50) == interval_of_mean(gains)
+    with pytest.raises(ValueError, match="`values` must have at least one value"):
+        interval_of_gains([], [])
+
+
+def test_few_gains_hold_the_true_one():
+    """Five prompts, of which one in ten is lost and the others are won: the mean gain is 0.8."""
+    wins = torch.rand(400, 5, generator=torch.Generator().manual_seed(0)) < 0.9
+    bounds = [interval_of_gains(row.double().tolist(), (~row).double().tolist()) for row in wins]
+    assert sum(low <= 0.8 <= high for low, high in bounds) >= 0.95 * len(bounds)
 
 
 @pytest.mark.parametrize("part", [20, 50, 80])
