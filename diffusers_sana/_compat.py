@@ -133,6 +133,8 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
     # Read or called by us.
     "_C": (HostName("torch:", QUANTIZED_LORA),),
     "_attn_implementation": (HostName(_CONFIG, VILA_U),),
+    "_backward_hooks": (HostName(_MODULE, "all models", in_source=True),),
+    "_backward_pre_hooks": (HostName(_MODULE, "all models", in_source=True),),
     "_cache_config": (HostName(_CACHES, STEP_CACHES),),
     "_class_to_module": (HostName("diffusers:", "our pipelines for DiffusionPipeline.from_pretrained"),),
     "_buffers": (HostName(_MODULE, PROMPT_PREFIX, in_source=True),),

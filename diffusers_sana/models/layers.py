@@ -58,12 +58,14 @@ class PatchConv3d(nn.Conv3d):
 
 
 def is_plain(*layers: nn.Module) -> bool:
-    """Whether all layers are of this file and unmodified: not replaced, no hooks, no patched `forward`."""
+    """Whether all layers are of this file or stock layer norms, and unmodified: no hooks, no patched `forward`."""
     return all(
-        type(layer) in (Linear, Conv2d, PointwiseConv2d)
-        and "forward" not in layer.__dict__
+        type(layer) in (Linear, Conv2d, PointwiseConv2d, nn.LayerNorm)
+        and not is_patched(layer)
         and not layer._forward_pre_hooks
         and not layer._forward_hooks
+        and not layer._backward_pre_hooks
+        and not layer._backward_hooks
         for layer in layers
     )
 

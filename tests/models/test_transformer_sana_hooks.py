@@ -8,7 +8,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, attention_
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 
 from diffusers_sana.models.transformers.attention_sana import SanaAttnProcessor, SanaLinearAttnProcessor
-from tests.models.sana_transformers import tiny_inputs, tiny_model
+from tests.models import sana_transformers, sana_video_transformers
+from tests.models.sana_transformers import tiny_inputs, tiny_model, upstream_twin
 from tests.numerics import assert_close_fp32, relative_error
 
 
@@ -184,6 +185,47 @@ def test_compile_repeated_blocks():
     model.compile_repeated_blocks(fullgraph=True, backend=backend)
     assert_close_fp32(model(**inputs).sample, expected)
     assert len(graphs) == 1  # one graph serves all blocks
+
+
+@pytest.mark.parametrize("models", [sana_transformers, sana_video_transformers], ids=["image", "video"])
+@torch.no_grad()
+def test_hooks_on_norms_see_what_they_see_in_diffusers(models):
+    model = models.tiny_model(norm_elementwise_affine=True)
+    twin, inputs = models.upstream_twin(model), models.tiny_inputs(model)
+    expected = model(**inputs).sample
+    seen = []
+    for each in (model, twin):
+        block = each.transformer_blocks[1]
+        for norm in (block.norm1, block.norm2, each.norm_out, each.norm_out.norm):
+            norm.register_forward_hook(lambda module, args, output: seen.append((*args, output)))
+    assert_close_fp32(model(**inputs).sample, expected)
+    twin(**inputs)
+    assert len(seen) == 8
+    for ours, theirs in zip(seen[:4], seen[4:], strict=True):
+        for mine, its in zip(ours, theirs, strict=True):
+            assert_close_fp32(mine, its)
+
+
+@torch.no_grad()
+def test_a_module_in_the_place_of_a_norm_is_called_as_in_diffusers():
+    model = tiny_model()
+    twin, inputs = upstream_twin(model), tiny_inputs(model)
+    expected = model(**inputs).sample
+    for each in (model, twin):
+        block = each.transformer_blocks[1]
+        block.norm1, block.norm2 = torch.nn.RMSNorm(32), torch.nn.LayerNorm(32, bias=False)
+        block.norm2.weight.fill_(3.0)
+    sample = model(**inputs).sample
+    assert relative_error(sample, expected) > 0.01
+    assert_close_fp32(sample, twin(**inputs).sample)
+
+
+def test_gradient_hooks_on_norms_are_called():
+    model, gradients = tiny_model(), []
+    model.transformer_blocks[1].norm2.register_full_backward_hook(lambda module, to, of: gradients.append(of[0]))
+    model(**tiny_inputs(model)).sample.sum().backward()
+    assert len(gradients) == 1
+    assert gradients[0].abs().max() > 0
 
 
 def test_classes_named_to_diffusers_exist():

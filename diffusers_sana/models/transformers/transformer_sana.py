@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusers_sana.kernels.gated_residual import gated_residual
-from diffusers_sana.kernels.gated_residual_norm import gated_residual_norm
-from diffusers_sana.kernels.modulated_layer_norm import modulated_layer_norm
 from diffusers_sana.models.layers import (
     Conv2d,
     Linear,
@@ -47,33 +45,10 @@ from diffusers_sana.models.transformers.attention_sana import (
 )
 from diffusers_sana.models.transformers.cache_sana import SanaCacheMixin
 from diffusers_sana.models.transformers.config_sana import check_transformer_config
+from diffusers_sana.models.transformers.modulated_norm import SanaModulatedNorm, modulated_norm, residual_norm
 from diffusers_sana.models.transformers.sequence_parallel import SequenceParallelMixin, split_plan
 from diffusers_sana.models.transformers.tensor_parallel import tensor_plan
 from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTextMixin
-
-
-class SanaModulatedNorm(nn.LayerNorm):
-    """Layer norm followed by the adaLN modulation `x * (1 + scale) + shift` (DiT, arXiv 2212.09748)."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        shift: Tensor,
-        scale: Tensor,
-        branch: Tensor | None = None,
-        gate: Tensor | None = None,
-    ) -> Any:
-        """Maps `[B, N, D]` to the same shape; `shift` and `scale` are `[B or 1, 1, D]`.
-
-        With `branch` `[B, N, D]`, first adds it to the hidden states, times `gate` if that is given, and returns the
-        sum and its norm.
-        """
-        if self.elementwise_affine:
-            shift = torch.addcmul(shift, self.bias, 1 + scale)
-            scale = self.weight * (1 + scale) - 1
-        if branch is None:
-            return modulated_layer_norm(hidden_states, scale, shift, eps=self.eps)
-        return gated_residual_norm(hidden_states, branch, gate, scale, shift, eps=self.eps)
 
 
 class SanaMixFeedForward(nn.Module):
@@ -122,7 +97,7 @@ class SanaTransformerBlock(nn.Module):
         qk_norm: str | None = None,
     ) -> None:
         super().__init__()
-        self.norm1 = SanaModulatedNorm(dim, eps=norm_eps, elementwise_affine=False)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
         self.attn1 = SanaAttention(
             dim,
             num_attention_heads,
@@ -143,7 +118,7 @@ class SanaTransformerBlock(nn.Module):
             qk_norm=qk_norm,
             dropout=dropout,
         )
-        self.norm2 = SanaModulatedNorm(dim, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
         self.ff = self.feed_forward_class(dim, mlp_ratio)
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
@@ -206,9 +181,11 @@ class SanaTransformerBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # [B, 1, D]
 
         if branch is None:
-            norm_hidden_states = self.norm1(hidden_states, shift_msa, scale_msa)
+            norm_hidden_states = modulated_norm(self.norm1, hidden_states, shift_msa, scale_msa)
         else:
-            hidden_states, norm_hidden_states = self.norm1(hidden_states, shift_msa, scale_msa, branch, gate)
+            hidden_states, norm_hidden_states = residual_norm(
+                self.norm1, hidden_states, branch, gate, shift_msa, scale_msa
+            )
         hidden_states = gated_residual(hidden_states, self.attn1(norm_hidden_states), gate_msa)
 
         encoder_hidden_states, encoder_attention_mask, image_states = text
@@ -219,7 +196,9 @@ class SanaTransformerBlock(nn.Module):
         if image_states:  # which other processors do not know
             prompts["image_states"] = image_states
         attn_output = self.attn2(hidden_states, **prompts)
-        hidden_states, norm_hidden_states = self.norm2(hidden_states, shift_mlp, scale_mlp, attn_output)
+        hidden_states, norm_hidden_states = residual_norm(
+            self.norm2, hidden_states, attn_output, None, shift_mlp, scale_mlp
+        )
         # As an image the tokens are channels-last, so this is a view. With sequence parallelism, each process has some
         # of the rows.
         ff_output = self.ff(norm_hidden_states.unflatten(1, (-1, width)).movedim(-1, 1))  # [B, D, h, w]
@@ -499,25 +478,20 @@ class SanaTransformer2DModel(
         conditions = {"guidance": guidance} if self.config["guidance_embeds"] else {}
         modulation, embedded_timestep = self.time_embed(timestep, hidden_dtype=hidden_states.dtype, **conditions)
 
-        # The last modulation uses the timestep embedding itself; the blocks use its projection.
-        table = self.scale_shift_table
-        shift, scale = (table + embedded_timestep[:, None].to(table.device)).chunk(2, dim=1)  # [B, 1, D]
         if controlnet_block_samples is None and are_chained(self.transformer_blocks):
-            hidden_states, *branch = self._chain(hidden_states, text_context, modulation, width)
-            hidden_states = self.norm_out(hidden_states, shift, scale, *branch)[1]
+            hidden_states = self._chain(hidden_states, text_context, modulation, width)
         else:
             context = text_context, modulation, height, width
             hidden_states = self._run_blocks(hidden_states, *context, controlnet_block_samples)
-            hidden_states = self.norm_out(hidden_states, shift, scale)
+        # The last modulation uses the timestep embedding itself; the blocks use its projection.
+        hidden_states = self.norm_out(hidden_states, embedded_timestep, self.scale_shift_table)
         hidden_states = self.proj_out(hidden_states)  # [B, N, p * p * C]
         hidden_states = hidden_states.unflatten(1, (height, width)).unflatten(-1, (p, p, -1))  # [B, h, w, p, p, C]
         sample = hidden_states.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # [B, C, H, W]
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _chain(
-        self, hidden_states: Tensor, text_context: SanaTextContext, modulation: Tensor, width: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """All blocks but the last addition; the norm of each block is one kernel with the addition before it."""
+    def _chain(self, hidden_states: Tensor, text_context: SanaTextContext, modulation: Tensor, width: int) -> Tensor:
+        """All blocks, `[B, N, D]` to the same shape; the norm of each is one kernel with the addition before it."""
         blocks: Any = self.transformer_blocks
         tables = torch.stack([block.scale_shift_table for block in blocks])
         modulations = (tables + modulation.unflatten(-1, (1, 6, -1))).unbind(1)  # [B, 6, D] each
@@ -527,7 +501,7 @@ class SanaTransformer2DModel(
         for block, text, image, own in zip(blocks, text_context.states, images, modulations, strict=True):
             conditions = (text, text_context.attention_mask, image), own, width
             hidden_states, branch, gate = block.residual_branch(hidden_states, branch, gate, *conditions)
-        return hidden_states, branch, gate
+        return gated_residual(hidden_states, branch, gate)
 
     def _run_blocks(
         self,

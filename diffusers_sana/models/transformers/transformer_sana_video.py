@@ -22,6 +22,7 @@ from diffusers_sana.models.loading import SingleFileMixin, StrictModelMixin
 from diffusers_sana.models.transformers.attention_sana import SanaRMSNorm, SanaTextState
 from diffusers_sana.models.transformers.cache_sana import SanaCacheMixin
 from diffusers_sana.models.transformers.config_sana import check_video_transformer_config
+from diffusers_sana.models.transformers.modulated_norm import SanaModulatedNorm, modulated_norm, residual_norm
 from diffusers_sana.models.transformers.sequence_parallel import (
     FRAMES_OF_VIDEO,
     Rows,
@@ -37,7 +38,6 @@ from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTe
 from diffusers_sana.models.transformers.transformer_sana import (
     SanaCombinedTimestepGuidanceEmbeddings,
     SanaMixFeedForward,
-    SanaModulatedNorm,
     SanaTransformerBlock,
     check_conditions,
     check_guidance,
@@ -155,7 +155,7 @@ class SanaVideoTransformerBlock(SanaTransformerBlock):
         def grouped(x: Tensor) -> Tensor:
             return x.reshape(groups, -1, x.shape[-1])
 
-        normed = self.norm1(grouped(hidden_states), shift_msa, scale_msa).view_as(hidden_states)
+        normed = modulated_norm(self.norm1, hidden_states, shift_msa, scale_msa)
         attn_output = self.attn1(normed, rotary_emb=rotary_emb, **stream)
         if state is not None:
             attn_output, attention = attn_output
@@ -164,8 +164,7 @@ class SanaVideoTransformerBlock(SanaTransformerBlock):
         attn_output = self.attn2(
             hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
         )
-        total, normed = self.norm2(grouped(hidden_states), shift_mlp, scale_mlp, grouped(attn_output))
-        hidden_states, normed = total.view_as(hidden_states), normed.view_as(hidden_states)
+        hidden_states, normed = residual_norm(self.norm2, hidden_states, attn_output, None, shift_mlp, scale_mlp)
         # With sequence parallelism, each process has some of the frames.
         ff_output = self.ff(normed.unflatten(1, (-1, height, width)), **stream)
         if state is not None:
@@ -362,11 +361,8 @@ class SanaVideoTransformer3DModel(
                 hidden_states = hidden_states + controlnet_block_samples[index - 1]
 
         # The last modulation uses the timestep embedding itself; the blocks use its projection.
-        table = self.scale_shift_table
-        last_modulation = table + embedded_timestep[:, :, None].to(table.device)  # [B or 1, G, 2, D]
-        shift, scale = last_modulation.flatten(0, 1).chunk(2, dim=1)  # [B * G or 1, 1, D]
-        groups = hidden_states.reshape(batch_size * times.shape[1], -1, hidden_states.shape[-1])
-        hidden_states = self.proj_out(self.norm_out(groups, shift, scale).view_as(hidden_states))
+        hidden_states = self.norm_out(hidden_states, embedded_timestep, self.scale_shift_table)
+        hidden_states = self.proj_out(hidden_states)
         patches = hidden_states.unflatten(1, grid).unflatten(-1, (*self.config["patch_size"], -1))
         sample = patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
         if state is None:

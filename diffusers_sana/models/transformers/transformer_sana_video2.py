@@ -26,6 +26,7 @@ from diffusers_sana.models.transformers.attention_sana import SanaAttnProcessor,
 from diffusers_sana.models.transformers.attention_sana_video2 import SanaVideo2Attention, SanaVideo2TextAttention
 from diffusers_sana.models.transformers.cache_sana import SanaCacheMixin
 from diffusers_sana.models.transformers.config_sana import check_video2_transformer_config
+from diffusers_sana.models.transformers.modulated_norm import modulated_norm
 from diffusers_sana.models.transformers.sequence_parallel import (
     FRAMES_OF_VIDEO,
     Rows,
@@ -34,7 +35,6 @@ from diffusers_sana.models.transformers.sequence_parallel import (
 )
 from diffusers_sana.models.transformers.tensor_parallel import tensor_config_of
 from diffusers_sana.models.transformers.text_sana import SanaTextContext, SanaTextMixin
-from diffusers_sana.models.transformers.transformer_sana import SanaModulatedNorm
 from diffusers_sana.models.transformers.transformer_sana_video import grouped_times, rotary_tables
 
 
@@ -155,10 +155,10 @@ class SanaVideo2Block(nn.Module):
         relu_divisor: bool,
     ) -> None:
         super().__init__()
-        self.norm1 = SanaModulatedNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = SanaVideo2Attention(dim, head_dim, is_linear, relu_divisor)
         self.cross_attn = SanaVideo2TextAttention(dim, num_cross_attention_heads)
-        self.norm2 = SanaModulatedNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.mlp = SanaVideo2FeedForward(dim, int(mlp_ratio * dim))
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
@@ -202,14 +202,14 @@ class SanaVideo2Block(nn.Module):
             return x.reshape(groups, -1, x.shape[-1])  # tokens of a time together, [B * G, N / G, D]
 
         hidden_states = depth("attn_proj", sources, unfinished)
-        normed = self.norm1(grouped(hidden_states), shift_msa, scale_msa).view_as(hidden_states)
+        normed = modulated_norm(self.norm1, hidden_states, shift_msa, scale_msa)
         change = (gate_msa * grouped(self.attn(normed, rotary_emb))).view_as(hidden_states)
         change = change + self.cross_attn(hidden_states + change, encoder_hidden_states, encoder_attention_mask)
         unfinished = change if unfinished is None else unfinished + change
 
         hidden_states = depth("mlp_proj", sources, unfinished)
-        normed = self.norm2(grouped(hidden_states), shift_mlp, scale_mlp)
-        return unfinished + (gate_mlp * self.mlp(normed)).view_as(hidden_states)
+        normed = modulated_norm(self.norm2, hidden_states, shift_mlp, scale_mlp)
+        return unfinished + (gate_mlp * grouped(self.mlp(normed))).view_as(hidden_states)
 
 
 class SanaVideo2FinalLayer(nn.Module):
@@ -222,7 +222,7 @@ class SanaVideo2FinalLayer(nn.Module):
 
     def __init__(self, dim: int, patch_channels: int) -> None:
         super().__init__()
-        self.norm_final = SanaModulatedNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm_final = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.linear = Linear(dim, patch_channels)
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
 
@@ -230,8 +230,7 @@ class SanaVideo2FinalLayer(nn.Module):
         """`[B, N, D]` and `[B or 1, G, D]` to `[B, N, patch_channels]`."""
         modulation = self.scale_shift_table + embedded_timestep.unsqueeze(2)  # [B or 1, G, 2, D]
         shift, scale = modulation.flatten(0, 1).chunk(2, dim=1)
-        groups = hidden_states.reshape(len(hidden_states) * modulation.shape[1], -1, hidden_states.shape[-1])
-        return self.linear(self.norm_final(groups, shift, scale).view_as(hidden_states))
+        return self.linear(modulated_norm(self.norm_final, hidden_states, shift, scale))
 
 
 class SanaVideo2Transformer3DModel(
@@ -274,7 +273,7 @@ class SanaVideo2Transformer3DModel(
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["SanaVideo2Block", "SanaModulatedNorm"]  # type: ignore[assignment]
+    _no_split_modules = ["SanaVideo2Block"]  # type: ignore[assignment]
     _skip_layerwise_casting_patterns = ["x_embedder", "norm", "attn_res"]  # type: ignore[assignment]
     # `encode_text` calls these outside of `forward`, so each must load its own weights onto the device.
     _group_offload_block_modules = ["y_embedder", "attention_y_norm"]
