@@ -116,14 +116,16 @@ class AutomaticGraphs(CudaGraphs):
     recorded when it is met for the second time, so inputs that change from step to step are not. Each shape is
     checked at its first use: the model's output with our kernels against that with PyTorch's operations, and the
     graph's output against the model's, bit by bit. What fails a check is not used again for that shape, and a warning
-    says so.
+    says so. Other values of the weights and other strengths of adapters need another graph, but run the same kernels,
+    which are not checked again.
     """
 
     def __init__(self, model: nn.Module, graph_class: Callable[..., Any] | None = None) -> None:
         super().__init__(model, graph_class)
         self._reason: str | None = None
         self._logged: set[str] = set()
-        # Shapes met so far: whether they may be recorded, and the kernel mode that they run in.
+        self._computation: Hashable = None
+        # By what the model computes and the shape: whether it may be recorded, and the kernel mode that it runs in.
         self._seen: dict[Hashable, _Seen] = {}
 
     @property
@@ -141,8 +143,8 @@ class AutomaticGraphs(CudaGraphs):
         fingerprint = _fingerprint(self.model), current_kernel_mode()
         if fingerprint != self._fingerprint:
             self._graphs.clear()
-            self._seen.clear()
             self._fingerprint, self._attentions = fingerprint, _attentions(self.model)
+            self._computation = _computation(self.model), current_kernel_mode()
 
     def refresh_within_call(self) -> None:
         """As `refresh`. What changes the model once may do so at every step, so the other steps run without graphs."""
@@ -161,13 +163,13 @@ class AutomaticGraphs(CudaGraphs):
         tensors, shape = self._describe(arguments)
         if shape in self._graphs:
             return self._replay(shape, tensors)
-        seen = self._seen.get(shape)
+        seen = self._seen.get((self._computation, shape))
         if seen is None:
             while len(self._seen) >= MAX_SEEN:
                 del self._seen[next(iter(self._seen))]
             output = self.model(**arguments)[0]
-            self._seen[shape] = _Seen(*self._checked_kernels(arguments, output))
-            return output if self._seen[shape].mode is None else self._eager(arguments, "torch")
+            seen = self._seen[self._computation, shape] = _Seen(*self._checked_kernels(arguments, output))
+            return output if seen.mode is None else self._eager(arguments, "torch")
         output = self._eager(arguments, seen.mode)
         if seen.is_recordable:
             seen.is_recordable = self._checked_graph(shape, arguments, tensors, output)
@@ -362,23 +364,33 @@ def unsupported(model: Any) -> str | None:
 
 
 def _fingerprint(model: nn.Module) -> Hashable:
-    """Where the weights and their copies are, what adapters do, and how layers attend and compute."""
+    """What the model computes, where the weights and their copies are, and how strong adapters are."""
     weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
-    layers: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
+    strengths = tuple(tuple(layer.scaling.items()) for layer in _adapted(model))
+    return _computation(model), weights, kept_changes(), strengths
+
+
+def _computation(model: nn.Module) -> Hashable:
+    """Which operations the model consists of: its layers and their tensors, adapters, how they attend and compute."""
+    classes = tuple(type(module) for module in model.modules())
+    tensors = tuple((tensor.shape, tensor.dtype) for tensor in (*model.parameters(), *model.buffers()))
     adapters = tuple(
         (
-            tuple(layer.scaling.items()),
             tuple(layer.active_adapters),
             tuple(layer.merged_adapters),  # fused in place, so the weights stay where they are
             bool(layer.disable_adapters),
         )
-        for layer in layers
+        for layer in _adapted(model)
     )
     processors = tuple(
         (module.processor, getattr(module.processor, "_attention_backend", None)) for module in _attentions(model)
     )
     modes = tuple(mode for module in model.modules() if (mode := getattr(module, "compute_mode", None)) is not None)
-    return weights, kept_changes(), adapters, processors, modes, model.training
+    return classes, tensors, adapters, processors, modes, model.training
+
+
+def _adapted(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
 
 
 def _attentions(model: nn.Module) -> list[Any]:

@@ -401,6 +401,36 @@ def test_wrong_kernels_are_not_used(fake, messages, monkeypatch):
 
 
 @torch.no_grad()
+def test_kernels_are_checked_once_for_all_strengths(pipe, fake, monkeypatch):
+    """Another strength of a LoRA needs another graph, not another check; other layers need both."""
+    model, check, checks = pipe.transformer, AutomaticGraphs._checked_kernels, []
+    monkeypatch.setattr(AutomaticGraphs, "_checked_kernels", lambda *args: checks.append(1) or check(*args))
+    inputs = {"hidden_states": torch.randn(2, tiny.LATENT_CHANNELS, 4, 4), "timestep": torch.tensor([500.0])}
+    inputs |= {"encoder_hidden_states": None, "text_context": text_context(pipe), "return_dict": False}
+    graphs = AutomaticGraphs(model)
+
+    def made():
+        expected = model(**inputs)[0]
+        graphs.refresh()
+        for _ in range(2):
+            assert torch.equal(graphs(**inputs), expected)
+        return fake.made, len(checks)
+
+    lora = LoraConfig(r=2, target_modules=["to_out.0"], init_lora_weights=False)
+    model.add_adapter(lora, "a")
+    assert made() == (1, 1)
+    for number, strength in enumerate((0.5, 0.2), start=2):
+        model.set_adapters(["a"], [strength])
+        assert made() == (number, 1)
+    model.disable_adapters()
+    assert made() == (4, 2)
+    model.enable_adapters()
+    assert made() == (5, 2)
+    model.add_adapter(lora, "b")
+    assert made() == (6, 3)
+
+
+@torch.no_grad()
 def test_shapes_that_change_at_every_step_are_not_recorded(fake, monkeypatch):
     """As callbacks may change them."""
     monkeypatch.setattr(cuda_graphs, "RECORDABLE", (Model,))
