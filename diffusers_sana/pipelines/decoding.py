@@ -15,6 +15,7 @@ from diffusers_sana.checks import check_computed
 from diffusers_sana.locks import exclusive
 from diffusers_sana.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers_sana.models.autoencoders.exact_tiling import tiles_shown_by
+from diffusers_sana.pipelines.acceleration.cuda_graphs import release_graphs
 
 
 logger = logging.get_logger(__name__)
@@ -79,6 +80,8 @@ def encode_images(vae: Any, images: Tensor) -> Tensor:
 def as_memory_allows(vae: Any, size: int, run: Callable[[], Tensor], advice: str) -> Tensor:
     """`run()`, in tiles for images of large `size`; where that does not fit, again in tiles and image by image.
 
+    Before that, it is tried again without the CUDA graphs on the device of the autoencoder, if there are any.
+
     Args:
         vae: whose settings for tiling and slicing are restored afterwards.
         size: longer side in pixels.
@@ -91,6 +94,9 @@ def as_memory_allows(vae: Any, size: int, run: Callable[[], Tensor], advice: str
             return run()
     except torch.OutOfMemoryError as error:
         reason = str(error)  # not the error itself: its traceback keeps the tensors alive
+    if release_graphs(vae.device):
+        logger.warning(f"Out of memory in the autoencoder; trying again without the CUDA graphs. {reason}")
+        return as_memory_allows(vae, size, run, advice)
     logger.warning(f"Out of memory in the autoencoder; trying again image by image and in tiles. {reason}")
     try:
         with exclusive(vae), _tiled(vae, sliced=True):

@@ -12,6 +12,7 @@ it records where nothing prevents that, and says once why it does not.
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from diffusers.utils import logging
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from diffusers_sana.kernels.dispatch import current_kernel_mode, kernel_mode
 from diffusers_sana.kernels.kept import kept_changes
+from diffusers_sana.locks import exclusive
 from diffusers_sana.models.layers import hooks_of, is_patched
 from diffusers_sana.models.transformers.attention_sana import (
     SanaAttnProcessor,
@@ -61,6 +63,7 @@ class CudaGraphs:
         self._graphs: dict[Hashable, Any] = {}
         self._fingerprint: Hashable = None
         self._attentions: list[Any] = []
+        _ALL.add(self)
 
     @property
     def is_active(self) -> bool:
@@ -82,6 +85,14 @@ class CudaGraphs:
     def refresh_within_call(self) -> None:
         """`refresh` after what may have changed the model between two steps, such as a callback."""
         self.refresh()
+
+    def release(self, device: torch.device) -> bool:
+        """Drops all graphs if they are on a device, with their memory; whether there were any."""
+        with exclusive(self.model):
+            if not self._graphs or next(self.model.parameters()).device != device:
+                return False
+            self._graphs.clear()
+        return True
 
     def __call__(self, **arguments: Any) -> Tensor:
         """The first output of `model(**arguments)`, in memory that the next call overwrites."""
@@ -153,6 +164,15 @@ class AutomaticGraphs(CudaGraphs):
         if self._reason is None and self._fingerprint != before:
             self._reason = "a callback has changed the model"
             self._explain(self._reason)
+
+    def release(self, device: torch.device) -> bool:
+        """As in `CudaGraphs`. Shapes met so far are not recorded again, as their graphs would be in the way again."""
+        if not super().release(device):
+            return False
+        for seen in self._seen.values():
+            seen.is_recordable = False
+        self._explain("something else needs their memory")
+        return True
 
     def __call__(self, **arguments: Any) -> Tensor:
         """The first output of `model(**arguments)`, in memory that the next call may overwrite."""
@@ -228,6 +248,14 @@ class AutomaticGraphs(CudaGraphs):
         if reason not in self._logged:
             self._logged.add(reason)
             logger.info(f"{type(self.model).__name__} runs without CUDA graphs: {reason}.")
+
+
+_ALL: WeakSet[CudaGraphs] = WeakSet()
+
+
+def release_graphs(device: torch.device) -> bool:
+    """Drops all graphs on a device, whose memory PyTorch gives to nothing else; whether there were any."""
+    return any([graphs.release(device) for graphs in list(_ALL)])  # a list, to release those of every pipeline
 
 
 @dataclass

@@ -213,7 +213,8 @@ def fake(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "DEVICE_TYPE", "cpu")
     graph_class = type("Fake", (FakeGraph,), {})
     monkeypatch.setattr(cuda_graphs, "_Graph", graph_class)
-    return graph_class
+    yield graph_class
+    cuda_graphs.release_graphs(torch.device("cpu"))  # those of pipelines that are not yet collected
 
 
 @pytest.fixture
@@ -461,6 +462,39 @@ def test_bounds(fake, monkeypatch):
     assert copied.model is not graphs.model
     graphs(hidden_states=torch.ones(1), controlnet_block_samples=lambda states: states)
     assert graphs._logged == {"an argument of the model is a function"}
+
+
+@pytest.mark.parametrize("is_asked_for", [False, True], ids=["default", "asked for"])
+def test_an_autoencoder_without_memory_frees_graphs(pipe, fake, messages, monkeypatch, is_asked_for):
+    """It then needs no tiles. Graphs by default are not recorded again, as they would be in the way again."""
+    monkeypatch.setattr(cuda_graphs, "_check", lambda model: None)
+    pipe.disable_cuda_graphs()
+    expected = images(pipe, steps=3)
+    pipe._uses_automatic_graphs = True
+    if is_asked_for:
+        pipe.enable_cuda_graphs()
+    decode, held = pipe.vae.decode, []
+
+    def decode_beside_graphs(*args, **options):
+        graphs = pipe._cuda_graphs or pipe._automatic_graphs
+        held.append(len(graphs._graphs))
+        if held[-1]:
+            raise torch.OutOfMemoryError("the pool of the graphs is in the way")
+        return decode(*args, **options)
+
+    monkeypatch.setattr(pipe.vae, "decode", decode_beside_graphs)
+    for _ in range(2):
+        assert torch.equal(images(pipe, steps=3), expected)
+    assert held == ([1, 0, 1, 0] if is_asked_for else [1, 0, 0])
+    assert not cuda_graphs.release_graphs(torch.device("cpu"))
+    reason = "SanaTransformer2DModel runs without CUDA graphs: something else needs their memory."
+    assert messages() == ([] if is_asked_for else [reason])
+
+
+def test_graphs_on_another_device_stay(pipe, fake):
+    images(pipe, steps=2)
+    assert not cuda_graphs.release_graphs(torch.device("cuda:0"))
+    assert pipe._automatic_graphs._graphs
 
 
 def test_moving_the_pipeline_frees_graphs(pipe, fake):
