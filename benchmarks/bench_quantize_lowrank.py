@@ -6,6 +6,7 @@ python -m benchmarks.kernel_benchmark quantize_lowrank
 import torch
 
 from benchmarks.kernel_benchmark import Case, KernelBenchmark, Tensors
+from diffusers_sana.kernels.low_bit import reciprocal
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank
 
 
@@ -29,7 +30,7 @@ def case(model: str, tokens: int, features: int, activation_format: str, rank: i
 def forward(hidden_states, smooth_factor, proj_down, activation_format):
     from diffusers_sana.kernels.triton.quantize_lowrank import quantize_lowrank_forward
 
-    quantize_lowrank_forward(hidden_states, smooth_factor, proj_down, activation_format)
+    quantize_lowrank_forward(hidden_states, reciprocal(smooth_factor), proj_down, activation_format)
 
 
 BENCHMARK = KernelBenchmark(

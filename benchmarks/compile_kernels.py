@@ -38,7 +38,14 @@ TARGETS = {
 # Shared memory that one program may take, in KiB (CUDA programming guide, technical specifications; CDNA3 ISA).
 SHARED_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 RESULTS = Path(__file__).parent / "results" / "compile" / "kernels.json"
-RESOURCES = ("kernel", "warps", "registers", "spilled_bytes", "shared_kib")
+RESOURCES = ("kernel", "warps", "registers", "spilled_bytes", "shared_kib", "loops", "unswizzled_operands")
+# Of Triton's intermediate representation, buffers in shared memory whose rows all start in the same bank.
+UNSWIZZLED = re.compile(r"^(#shared\d*) = #ttg\.swizzled_shared<\{.*maxPhase = 1,", re.MULTILINE)
+OPERAND = re.compile(r"ttg\.local_load .*, (#shared\d*), #smem.* -> tensor<.*#ttg\.dot_op<")
+# Of SASS and of AMD's assembly.
+LABEL = re.compile(r"(\.L\w+):")
+INSTRUCTION = re.compile(r"(?:\s*/\*[0-9a-f]+\*/\s+|\t(?=[a-z]))(.+)")
+BRANCH = re.compile(r"(?:BRA|s_branch|s_cbranch\w*)\b.*?(\.L\w+)")
 
 
 class CompileOnlyDriver:
@@ -82,7 +89,8 @@ def compile_all(first_case: bool = False, known: Mapping[str, dict[str, Any]] | 
         source = ASTSource(kernel, signature, constants, attributes)
         name = digest(source, TARGETS[architecture], options)
         if name in known:
-            resources = {column: known[name][column] for column in RESOURCES}
+            # Rows that are older than a column lack it.
+            resources = {column: known[name][column] for column in RESOURCES if column in known[name]}
         else:
             resources = resources_of(compile_it(kernel, key, signature, device, constants, *others), architecture)
         in_memory[key] = resources | {"digest": name}  # what the next launch of it gets
@@ -130,7 +138,7 @@ def _forget_lines(function: JITCallable) -> None:
 
 
 def resources_of(kernel: Any, architecture: str) -> dict[str, Any]:
-    """Name, registers a thread, bytes spilled a thread, and shared memory a program."""
+    """The columns of `RESOURCES`: registers and spilled bytes a thread, shared memory a program; see also below."""
     if "amdgcn" in kernel.asm:
         assembly = kernel.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
@@ -138,8 +146,8 @@ def resources_of(kernel: Any, architecture: str) -> dict[str, Any]:
     else:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(kernel.asm["cubin"])
-            tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-            usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+            usage = _output_of("cuobjdump", "--dump-resource-usage", file.name)
+            assembly = _output_of("nvdisasm", "--print-code", file.name)
         registers = int(re.search(r"REG:(\d+)", usage)[1])
         # What does not fit into registers goes to the stack frame or to local memory.
         spilled = int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1])
@@ -149,7 +157,35 @@ def resources_of(kernel: Any, architecture: str) -> dict[str, Any]:
         "registers": registers,
         "spilled_bytes": spilled,
         "shared_kib": kernel.metadata.shared / 1024,
+        "loops": loop_lengths(assembly),
+        "unswizzled_operands": unswizzled_operands(kernel.asm["ttgir"]),
     }
+
+
+def _output_of(tool: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def loop_lengths(assembly: str) -> list[int]:
+    """Instructions from each label to a branch back to it, but for the endless loop of one after the end of SASS."""
+    places: dict[str, int] = {}
+    count, lengths = 0, []
+    for line in assembly.splitlines():
+        if label := LABEL.match(line):
+            places[label[1]] = count
+        elif instruction := INSTRUCTION.match(line):
+            count += 1
+            branch = BRANCH.search(instruction[1])
+            if branch and branch[1] in places:
+                lengths.append(count - places[branch[1]])
+    return [length for length in lengths if length > 1]
+
+
+def unswizzled_operands(ttgir: str) -> int:
+    """Reads of a matrix product's operands from buffers in shared memory without swizzling."""
+    unswizzled = set(UNSWIZZLED.findall(ttgir))
+    return sum(buffer in unswizzled for buffer in OPERAND.findall(ttgir))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What products make of a quantized weight once and keep, such as an 8-bit copy of 4-bit codes, until it changes."""
+"""What products make of parameters once and keep until they change: an 8-bit copy of 4-bit codes, reciprocals."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -89,10 +89,11 @@ class Kept:
 _ALL: list[Kept] = []
 
 
-def forget(qweight: Tensor) -> None:
-    """Drops all that is kept of a weight."""
+def forget(*weights: Tensor) -> None:
+    """Drops all that is kept of weights."""
     for kept in _ALL:
-        kept.drop(qweight)
+        for weight in weights:
+            kept.drop(weight)
 
 
 def kept_changes() -> int:
@@ -105,8 +106,14 @@ def kept_changes() -> int:
 def _version(parts: Sequence[Any]) -> tuple[Any, ...]:
     """What differs when a tensor is another one, has moved or was written into.
 
-    Tensors made under `torch.inference_mode` do not count their changes: who writes into those calls `forget`.
+    Tensors made under `torch.inference_mode` do not count their changes, also after `.to`: who writes into those calls
+    `forget`.
     """
-    return tuple(
-        (id(part), part.data_ptr(), part.is_inference() or part._version) for part in parts if part is not None
-    )
+    return tuple((id(part), part.data_ptr(), _count_of_changes(part)) for part in parts if part is not None)
+
+
+def _count_of_changes(tensor: Tensor) -> int | None:
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None

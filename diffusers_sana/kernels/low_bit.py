@@ -107,6 +107,12 @@ def nonzero(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
+def reciprocal(scale: Tensor) -> Tensor:
+    """1 / scale in fp32, or 0 for scales so small that it could be infinite: what they scale becomes 0."""
+    scale = scale.float()
+    return torch.where(scale < 1e-37, 0.0, 1 / scale)
+
+
 def weight_scales(weight: Tensor, precision: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Scales by which the largest magnitude of each group, or of each row in int8, is representable.
 

@@ -12,27 +12,33 @@
 In rotated layers `quantize` takes `rotate(x / smooth)`, see `rotation.py`. Triton kernels do not rotate: the rotation
 is an operation before them.
 
+All implementations divide by smoothing factors and scales in the same way: they multiply by `reciprocal`. The scales
+themselves are quotients.
+
 Legend: M tokens, K input features, Kp = K padded to a multiple of 64 with zeros, r rank.
 """
 
 import torch
 from torch import Tensor
 
-from diffusers_sana.kernels.dispatch import triton_operator, use_triton
+from diffusers_sana.kernels.dispatch import operator, use_triton
+from diffusers_sana.kernels.kept import Kept
 from diffusers_sana.kernels.low_bit import (
     E4M3_MAX,
     GROUP_SIZES,
     MAX_CODES,
     encode_e2m1,
-    nonzero,
     pack_nibbles,
     pad_features,
     padded,
+    reciprocal,
 )
 from diffusers_sana.kernels.rotation import rotate
 
 
 FORMATS = ("int4", "nvfp4", "int8")
+
+_RECIPROCALS = Kept()
 
 
 def quantize_lowrank(
@@ -65,9 +71,9 @@ def quantize_lowrank(
     if use_triton("quantize_lowrank", hidden_states, smooth_factor, proj_down, unsupported=reason):
         if rotation is None:
             return _quantize_lowrank_triton(hidden_states, smooth_factor, proj_down, activation_format)
-        rotated = rotate(hidden_states.float() / smooth_factor.float(), rotation)
-        ones, no_branch = rotated.new_ones(rotated.shape[1]), rotated.new_empty(0, rotated.shape[1])
-        codes, scales, _ = _quantize_lowrank_triton(rotated, ones, no_branch, activation_format)
+        rotated = rotate(hidden_states.float() * reciprocal(smooth_factor), rotation)
+        no_branch = rotated.new_empty(0, rotated.shape[1])
+        codes, scales, _ = _quantize_lowrank_triton(rotated, None, no_branch, activation_format)
         return codes, scales, hidden_states.float() @ proj_down.float().t()
     return quantize_lowrank_reference(hidden_states, smooth_factor, proj_down, activation_format, rotation)
 
@@ -82,19 +88,19 @@ def quantize_lowrank_reference(
     """The formulas in PyTorch; defines which code each number gets."""
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     low = hidden_states.to(dtype) @ proj_down.to(dtype).t()
-    smoothed = pad_features(hidden_states.float() / smooth_factor.float())
+    smoothed = pad_features(hidden_states.float() * reciprocal(smooth_factor))
     if rotation is not None:
         smoothed = rotate(smoothed, rotation)
     if activation_format == "int8":
         scales = smoothed.abs().amax(-1, keepdim=True) / 127
-        return (smoothed / nonzero(scales)).round().to(torch.int8), scales, low
+        return (smoothed * reciprocal(scales)).round().to(torch.int8), scales, low
     group_size = GROUP_SIZES[activation_format]
     groups = smoothed.unflatten(-1, (-1, group_size))
     scales = groups.abs().amax(-1) / MAX_CODES[activation_format]
     if activation_format == "int4":
-        return (groups / nonzero(scales)[..., None]).round().flatten(-2).to(torch.int8), scales, low
+        return (groups * reciprocal(scales)[..., None]).round().flatten(-2).to(torch.int8), scales, low
     scales = scales.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
-    nibbles = encode_e2m1((groups / nonzero(scales.float())[..., None]).flatten(-2))
+    nibbles = encode_e2m1((groups * reciprocal(scales)[..., None]).flatten(-2))
     return pack_nibbles(nibbles, group_size), scales, low
 
 
@@ -114,11 +120,23 @@ def empty_outputs(hidden_states: Tensor, rank: int, activation_format: str) -> t
     )
 
 
-@triton_operator(
-    "quantize_lowrank_forward(Tensor hidden_states, Tensor smooth_factor, Tensor proj_down, str activation_format)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-def _quantize_lowrank_triton(
-    hidden_states: Tensor, smooth_factor: Tensor, proj_down: Tensor, activation_format: str
+def _empty_outputs(
+    hidden_states: Tensor, smooth_factor: Tensor | None, proj_down: Tensor, activation_format: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_outputs(hidden_states, proj_down.shape[0], activation_format)
+
+
+@operator(
+    "quantize_lowrank_forward(Tensor hidden_states, Tensor? smooth_factor, Tensor proj_down, str activation_format)"
+    " -> (Tensor, Tensor, Tensor)",
+    _empty_outputs,
+    "CompositeExplicitAutograd",
+)
+def _quantize_lowrank_triton(
+    hidden_states: Tensor, smooth_factor: Tensor | None, proj_down: Tensor, activation_format: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel, with the reciprocals of an earlier call with these factors."""
+    from diffusers_sana.kernels.triton.quantize_lowrank import quantize_lowrank_forward
+
+    reciprocals = None if smooth_factor is None else _RECIPROCALS.get(reciprocal, smooth_factor)
+    return quantize_lowrank_forward(hidden_states, reciprocals, proj_down, activation_format)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from triton.compiler import ASTSource, make_backend
 
-from benchmarks.compile_kernels import RESULTS, SHARED_KIB, TARGETS, digest
+from benchmarks.compile_kernels import RESULTS, SHARED_KIB, TARGETS, digest, loop_lengths
 from benchmarks.kernel_benchmark import load, operations
 
 
@@ -53,6 +53,50 @@ def test_none_is_missing(report):
 def test_the_committed_table_has_the_same_kernels(report):
     committed = json.loads(RESULTS.read_text())["kernels"]
     assert {row["kernel"] for row in committed} == {row["kernel"] for row in report["kernels"]}
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
+def test_quantize_lowrank_has_short_loops(report, architecture):
+    """Each warp passes over 512 elements at a time: for their largest magnitudes, then for codes and projection."""
+    (row,) = (
+        row
+        for row in report["kernels"]
+        if (row["operation"], row["architecture"]) == ("quantize_lowrank", architecture)
+    )
+    assert row["unswizzled_operands"] == 0
+    largest, codes = row["loops"]
+    assert largest <= 115
+    assert codes <= 220
+
+
+SASS = """
+.text.kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0040*/                   EXIT ;
+.L_x_3:
+        /*0050*/                   BRA `(.L_x_3);
+"""
+
+AMD = """
+kernel:                                 ; @kernel
+; %bb.0:
+\ts_load_dword s0, s[0:1], 0x0
+\t.p2align\t8
+.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
+\tv_add_f32_e32 v0, v0, v1
+\ts_cbranch_scc1 .LBB0_1
+\ts_endpgm
+"""
+
+
+@pytest.mark.parametrize(("assembly", "lengths"), [(SASS, [3]), (AMD, [2])])
+def test_loop_lengths(assembly, lengths):
+    assert loop_lengths(assembly) == lengths
 
 
 KERNEL = """import triton.language as tl

@@ -3,15 +3,22 @@
 import pytest
 import torch
 
+from diffusers_sana.kernels import quantize_lowrank as operation
 from diffusers_sana.kernels.dispatch import kernel_mode
-from diffusers_sana.kernels.low_bit import decode_e2m1, padded, unpack_nibbles
+from diffusers_sana.kernels.kept import forget
+from diffusers_sana.kernels.low_bit import decode_e2m1, padded, reciprocal, unpack_nibbles
 from diffusers_sana.kernels.quantize_lowrank import FORMATS, quantize_lowrank, quantize_lowrank_reference
+from diffusers_sana.kernels.triton import quantize_lowrank as kernel
+from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
+from diffusers_sana.quantizers.svdquant.config import LayerConfig
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLinear
 from tests.kernels.kernel_checks import DEVICE, DTYPES, to_device
 from tests.kernels.low_bit_checks import bits, check_compiled
 from tests.numerics import assert_close_fp32
 
 
-MAX_FLIPPED = 1e-3  # of the codes: those on the edge between two, where a last digit decides
+# Of the codes. On a GPU the reciprocals of scales are approximate, which decides on the edge between two codes.
+MAX_FLIPPED = 0 if DEVICE == "cpu" else 1e-3
 
 
 def tensors(tokens, features, rank):
@@ -107,6 +114,39 @@ def test_kernel_of_extreme_inputs(activation_format):
     given["hidden_states"] *= torch.logspace(-40, 6, 9, dtype=torch.float64, device=DEVICE).float()[:, None]
     given["hidden_states"][0] = 0  # what is denormal a GPU may flush
     check_kernel(given, activation_format)
+
+
+@pytest.mark.parametrize("activation_format", FORMATS)
+def test_kernel_with_the_blocks_of_many_tokens(activation_format, monkeypatch):
+    monkeypatch.setattr(kernel, "PROGRAMS", 1)
+    check_kernel(to_device(tensors(37, 100, 5), torch.float16), activation_format)
+
+
+def test_reciprocals_are_kept_until_the_factors_change():
+    given = to_device(tensors(3, 64, 5), torch.float32)
+    smooth = given["smooth_factor"]
+
+    def kept():
+        check_kernel(given, "int8")
+        return operation._RECIPROCALS.get(None, smooth)
+
+    first = kept()
+    assert kept() is first
+    smooth.mul_(3)
+    assert torch.allclose(3 * kept(), first)
+    forget(smooth)
+    assert smooth not in operation._RECIPROCALS
+
+
+@torch.inference_mode()
+def test_a_layer_that_changes_forgets_its_reciprocals():
+    """Tensors of `torch.inference_mode` do not say that they have changed."""
+    (weight,), _ = decompose([torch.randn(8, 64)], LayerConfig("int4", 4, smoothing="none"))
+    layer = SVDQuantLinear(weight)
+    for change in (layer.half, lambda: layer.load_state_dict(layer.state_dict())):
+        operation._RECIPROCALS.get(reciprocal, layer.smooth_factor)
+        change()
+        assert layer.smooth_factor not in operation._RECIPROCALS
 
 
 def test_kernel_with_mixed_dtypes_and_strides():

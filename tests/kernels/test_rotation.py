@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight
-from diffusers_sana.kernels.low_bit import encode_weight, weight_scales
+from diffusers_sana.kernels.low_bit import encode_weight, reciprocal, weight_scales
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank
 from diffusers_sana.kernels.rotation import can_rotate, rotate, rotation_size, rotation_tensor
 from tests.numerics import assert_close_fp32
@@ -42,7 +42,7 @@ def test_quantized_input(activation_format):
     rotation = rotation_tensor()
     codes, scales, low = quantize_lowrank(x, smooth, down, activation_format, rotation)
     plain = quantize_lowrank(
-        rotate(x / smooth, rotation), torch.ones(128), down[:0].new_empty(0, 128), activation_format
+        rotate(x * reciprocal(smooth), rotation), torch.ones(128), down[:0].new_empty(0, 128), activation_format
     )
     assert torch.equal(codes, plain[0])
     assert torch.equal(scales, plain[1])

@@ -24,7 +24,7 @@ from torch import Tensor
 from diffusers_sana._compat import cpu_has_vnni, has_int8_product
 from diffusers_sana.kernels.dispatch import operator
 from diffusers_sana.kernels.kept import Kept
-from diffusers_sana.kernels.low_bit import nonzero, pad_features, requantize_rows
+from diffusers_sana.kernels.low_bit import pad_features, reciprocal, requantize_rows
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank_reference
 from diffusers_sana.kernels.rotation import rotate
 
@@ -129,15 +129,15 @@ def int8_linear(
     """
     weight = _PREPARED.get(prepare, qweight, wscales, wtscale, proj_up, bias)
     tokens, outputs = hidden_states.shape[0], weight.scales.shape[0]
-    smooth, down, up = smooth_factor.float(), proj_down.float().t(), weight.up.t()
+    reciprocals, down, up = reciprocal(smooth_factor), proj_down.float().t(), weight.up.t()
     out = hidden_states.new_empty(tokens, outputs)
     rows = max(BLOCK // outputs, MIN_ROWS)
     for start in range(0, tokens, rows):
         block = hidden_states[start : start + rows].float()
         low = torch.cat([block @ down, block.new_ones(len(block), 1)], dim=1)
-        smoothed = pad_features(block / smooth) if rotation is None else rotate(block / smooth, rotation)
+        smoothed = pad_features(block * reciprocals) if rotation is None else rotate(block * reciprocals, rotation)
         scales = smoothed.abs().amax(-1, keepdim=True) / 127
-        codes = smoothed.div_(nonzero(scales)).round_().add_(ZERO_POINT).to(torch.uint8)
+        codes = smoothed.mul_(reciprocal(scales)).round_().add_(ZERO_POINT).to(torch.uint8)
         product = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, ZERO_POINT, weight.packed, weight.scales, weight.zeros,
             None, 1.0, 0, torch.float32, "none", [], "",

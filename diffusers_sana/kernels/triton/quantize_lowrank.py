@@ -1,11 +1,11 @@
-"""Quantization and down projection: each program reads a few rows once, in blocks along K, for both.
+"""Quantization and down projection: each program reads a few rows, in blocks along K, for both.
 
-One scale per token (int8) needs the largest magnitude of the row first: a second pass over the rows, which are still
-in L2. Per bf16 element: 2 bytes read, 1 or 1/2 written; 2 r FLOPs on tensor cores. Memory-bound at r = 32. Each
-program reads the whole projection from L2.
+One scale per token (int8) needs the largest magnitude of the row first: a pass of its own over the rows, which are in
+L2 afterwards. Per bf16 element: 2 bytes read, 1 or 1/2 written; 2 r FLOPs on tensor cores. Memory-bound at r = 32.
+Each program reads the whole projection from L2.
 
-Smoothing factors and scales are applied as reciprocals. A number exactly half way between two codes may be rounded
-differently than by a division.
+Smoothing factors and scales are applied as reciprocals. Those of scales are approximate on a GPU, to two units
+in the last place: a number half way between two codes may be rounded to the other.
 """
 
 import torch
@@ -20,23 +20,19 @@ from diffusers_sana.kernels.triton.rows import as_rows
 PROGRAMS = 512  # about four for each multiprocessor of the largest GPUs
 
 
-def _launch_config(tokens: int, rank: int, itemsize: int) -> tuple[int, int, int]:
-    """Rows, columns and ranks of a block.
+def _launch_config(tokens: int, rank: int, itemsize: int) -> tuple[int, int, int, int]:
+    """Rows, columns and ranks of a block, and warps.
 
-    As many rows as leave enough programs. A rank that is too large for the registers of one program is shared among
-    several, of which the first quantizes.
+    Twice the rows where that leaves enough programs. A block of the projection has at most 16 KiB. A rank that is too
+    large for the registers of one program is shared among several, of which the first quantizes. Eight warps share a
+    block of twice the rows, and any block where programs are so few that four would leave multiprocessors waiting.
     """
-    block_m = 128 // itemsize
-    while block_m > 16 and triton.cdiv(tokens, block_m) < PROGRAMS:
-        block_m //= 2
+    programs = triton.cdiv(tokens, 16)
     block_r = min(max(16, triton.next_power_of_2(rank)), 256 // itemsize)
-    return block_m, 64 if block_r * itemsize > 128 else 128, block_r
-
-
-@triton.jit
-def _smooth(b_x, smooth_ptr, o_k, features):
-    b_smooth = tl.load(smooth_ptr + o_k, mask=o_k < features, other=1.0).to(tl.float32)
-    return b_x.to(tl.float32) * (1.0 / b_smooth)[None, :]
+    block_k = min(512, 16384 // block_r) // itemsize
+    if programs >= 2 * PROGRAMS:
+        return 32, block_k, block_r, 8
+    return 16, block_k, block_r, 4 if programs >= PROGRAMS // 2 else 8
 
 
 @triton.jit
@@ -76,10 +72,32 @@ def _store_groups(
 
 
 @triton.jit
+def _smooth(b_x, reciprocals_ptr, o_k, features, HAS_SMOOTH: tl.constexpr):
+    b_smoothed = b_x.to(tl.float32)
+    if HAS_SMOOTH:
+        b_smoothed *= tl.load(reciprocals_ptr + o_k, mask=o_k < features, other=0.0)[None, :]
+    return b_smoothed
+
+
+@triton.jit
+def _row_scales(
+    p_x, reciprocals_ptr, o_b, m_m, features,
+    HAS_SMOOTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The largest magnitude of each row / 127. It is reduced at the end: until then each thread has its own."""
+    b_largest = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for start in tl.range(0, features, BLOCK_K, num_stages=4):
+        o_k = start + o_b
+        b_x = tl.load(p_x + start, mask=m_m[:, None] & (o_k < features)[None, :], other=0.0)
+        b_largest = tl.maximum(b_largest, tl.abs(_smooth(b_x, reciprocals_ptr, o_k, features, HAS_SMOOTH)))
+    return tl.div_rn(tl.max(b_largest, axis=1), 127.0)
+
+
+@triton.jit
 def _quantize_lowrank_kernel(
-    x_ptr, smooth_ptr, down_ptr, codes_ptr, scales_ptr, low_ptr,
+    x_ptr, reciprocals_ptr, down_ptr, codes_ptr, scales_ptr, low_ptr,
     tokens, features, padded, rank, stride_x,
-    FORMAT: tl.constexpr, HAS_RANK: tl.constexpr,
+    FORMAT: tl.constexpr, HAS_SMOOTH: tl.constexpr, HAS_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     is_first = tl.program_id(1) == 0
@@ -89,43 +107,43 @@ def _quantize_lowrank_kernel(
     m_m, m_r = o_m < tokens, o_r < rank
     p_x = x_ptr + o_m[:, None] * stride_x + o_b[None, :]
     p_down = down_ptr + o_r[None, :].to(tl.int64) * features + o_b[:, None]
+    b_factors = tl.zeros([BLOCK_M], tl.float32)
+    if FORMAT == "int8" and is_first:
+        b_scales = _row_scales(p_x, reciprocals_ptr, o_b, m_m, features, HAS_SMOOTH, BLOCK_M, BLOCK_K)
+        tl.store(scales_ptr + o_m, b_scales, mask=m_m)
+        b_factors = _reciprocal(b_scales)
     b_low = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    b_largest = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, padded, BLOCK_K):
-        m_k = start + o_b < features
-        b_x = tl.load(p_x + start, mask=m_m[:, None] & m_k[None, :], other=0.0)
+    # The next block is loaded into registers. Loaded where both use it, it would come through a buffer in shared
+    # memory whose rows start in the same bank: the reads of the matrix product would conflict eight ways.
+    b_next = tl.load(p_x, mask=m_m[:, None] & (o_b < features)[None, :], other=0.0)
+    for start in tl.range(0, padded, BLOCK_K, num_stages=3):
+        o_k = start + o_b
+        b_x = b_next
+        b_next = tl.load(p_x + start + BLOCK_K, mask=m_m[:, None] & (o_k + BLOCK_K < features)[None, :], other=0.0)
         if HAS_RANK:
-            b_down = tl.load(p_down + start, mask=m_k[:, None] & m_r[None, :], other=0.0)
+            b_down = tl.load(p_down + start, mask=(o_k < features)[:, None] & m_r[None, :], other=0.0)
             if b_x.dtype == b_down.dtype:
                 b_low = tl.dot(b_x, b_down, b_low, input_precision="ieee")
             else:
                 b_low = tl.dot(b_x.to(tl.float32), b_down.to(tl.float32), b_low, input_precision="ieee")
+        b_smoothed = _smooth(b_x, reciprocals_ptr, o_k, features, HAS_SMOOTH)
         if is_first:
-            b_smoothed = _smooth(b_x, smooth_ptr, start + o_b, features)
             if FORMAT == "int8":
-                b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_smoothed), axis=1))
+                b_codes = round_to_int(b_smoothed * b_factors[:, None]).to(tl.int8)
+                m_codes = m_m[:, None] & (o_k < padded)[None, :]
+                tl.store(codes_ptr + o_m[:, None] * padded + o_k[None, :], b_codes, mask=m_codes)
             elif FORMAT == "int4":
                 _store_groups(b_smoothed, codes_ptr, scales_ptr, o_m, start, m_m, padded, 64, False, BLOCK_M, BLOCK_K)
             else:
                 _store_groups(b_smoothed, codes_ptr, scales_ptr, o_m, start, m_m, padded, 16, True, BLOCK_M, BLOCK_K)
     if HAS_RANK:
         tl.store(low_ptr + o_m[:, None] * rank + o_r[None, :], b_low, mask=m_m[:, None] & m_r[None, :])
-    if FORMAT == "int8" and is_first:
-        b_scales = tl.div_rn(b_largest, 127.0)
-        tl.store(scales_ptr + o_m, b_scales, mask=m_m)
-        b_reciprocals = _reciprocal(b_scales)[:, None]
-        for start in range(0, padded, BLOCK_K):
-            o_k = start + o_b
-            b_x = tl.load(p_x + start, mask=m_m[:, None] & (o_k < features)[None, :], other=0.0)
-            b_codes = round_to_int(_smooth(b_x, smooth_ptr, o_k, features) * b_reciprocals)
-            p_codes = codes_ptr + o_m[:, None] * padded + o_k[None, :]
-            tl.store(p_codes, b_codes.to(tl.int8), mask=m_m[:, None] & (o_k < padded)[None, :])
 
 
 def quantize_lowrank_forward(
-    x: Tensor, smooth: Tensor, down: Tensor, activation_format: str
+    x: Tensor, reciprocals: Tensor | None, down: Tensor, activation_format: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and low, contiguous; see the reference."""
+    """Codes, scales and low, contiguous; see the reference. `reciprocals`: of the smoothing factors, fp32."""
     (tokens, features), rank = x.shape, down.shape[0]
     padded = 64 * triton.cdiv(features, 64)
     is_nvfp4 = activation_format == "nvfp4"
@@ -135,11 +153,11 @@ def quantize_lowrank_forward(
     low = x.new_empty((tokens, rank), dtype=torch.float32)
     x = as_rows(x)
     itemsize = x.itemsize if x.dtype == down.dtype else 4
-    block_m, block_k, block_r = _launch_config(tokens, rank, itemsize)
+    block_m, block_k, block_r, warps = _launch_config(tokens, rank, itemsize)
     _quantize_lowrank_kernel[(triton.cdiv(tokens, block_m), max(1, triton.cdiv(rank, block_r)))](
-        x, smooth.contiguous(), down.contiguous(), codes, scales, low,
+        x, reciprocals, down.contiguous(), codes, scales, low,
         tokens, features, padded, rank, x.stride(0),
-        FORMAT=activation_format, HAS_RANK=rank > 0,
-        BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=4,
+        FORMAT=activation_format, HAS_SMOOTH=reciprocals is not None, HAS_RANK=rank > 0,
+        BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=warps,
     )  # fmt: skip
     return codes, scales.view(torch.float8_e4m3fn) if is_nvfp4 else scales, low

@@ -184,8 +184,8 @@ class SVDQuantLayer(LowRankBranch):
         return self.qweight.shape[0]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """`.to` and the like. It keeps the bits of the scales of nvfp4 and int8, and drops the 8-bit copy."""
-        forget(self.qweight)
+        """`.to` and the like. It keeps the bits of nvfp4 and int8 scales, and forgets what was made of parameters."""
+        forget(self.qweight, self.smooth_factor)
 
         def on_bits(tensor: Tensor) -> Tensor:
             if tensor.dtype == torch.float8_e4m3fn:
@@ -203,7 +203,7 @@ class SVDQuantLayer(LowRankBranch):
         return super()._apply(on_bits, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        forget(self.qweight)
+        forget(self.qweight, self.smooth_factor)
         super()._load_from_state_dict(*args, **kwargs)
 
 
