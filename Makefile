@@ -14,6 +14,9 @@ PY ?= $(BIN)/python
 JOBS ?= 12
 COMFYUI_PYTHON ?= $(BIN)/python
 export COMFYUI_DIR
+# The environment is installed without bytecode. Where Python may not write it either, as in many containers, each of
+# hundreds of processes compiles all that it imports: 16 s of CPU for each that imports diffusers.
+unexport PYTHONDONTWRITEBYTECODE
 RESULTS ?= benchmarks/results
 HUB := $(if $(OWNER),--owner $(OWNER)) $(if $(PUSH),--push)
 CPU_INDEX := "Without an NVIDIA GPU, Linux needs 0.2 instead of 3 GB to download if PyTorch comes from its index for CPUs:" \
