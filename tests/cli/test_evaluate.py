@@ -112,8 +112,10 @@ def test_against_a_report(evaluated, tmp_path, monkeypatch):
     report = evaluate(out, *checks, "--against", str(other))
     found = report["against"][str(other)]["differences"]
     assert found["hpsv2"]["difference"] == pytest.approx(0.1)
-    assert found["hpsv2"]["interval"] == pytest.approx([0.1, 0.1])
-    assert found["correct"]["interval"] == [0, 0]
+    low, high = found["hpsv2"]["interval"]  # of few prompts, so that equal gains prove nothing
+    assert low < 0 < 0.1 < high
+    low, high = found["correct"]["interval"]
+    assert low < 0 < high
     page = (out / "report.md").read_text()
     assert "| measure | figure | other | difference | prompts | significant |" in page
     other.write_text(json.dumps(first | {"images": [{"prompt": "another", "seed": 0, "tag": "any"}]}))

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from diffusers_sana.kernels.cpu import blocked
 from diffusers_sana.kernels.glu_mb_conv import glu_mb_conv
+from diffusers_sana.kernels.precision import arithmetic_dtype
 from tests.numerics import assert_close_fp32, relative_error
 
 
@@ -49,4 +50,6 @@ def test_glu_mb_conv_in_groups_of_channels(monkeypatch, dtype, has_bias):
     hidden = convolve(hidden, depthwise.double(), wide[1], padding=1, groups=2 * features).movedim(1, -1)
     expected = (hidden[..., :features] * F.silu(hidden[..., features:])) @ project.double().t()
     assert out.dtype == dtype
-    assert relative_error(out, expected) < (1e-6 if dtype == torch.float32 else 3e-3)
+    # A processor that computes in bf16 rounds what is between the products, too.
+    rounds_between = arithmetic_dtype(x) == torch.bfloat16
+    assert relative_error(out, expected) < (1e-6 if dtype == torch.float32 else 1e-2 if rounds_between else 3e-3)
