@@ -76,7 +76,7 @@ def test_controlnet(wiring):
         samples = control(controlnet, LATENTS, torch.float32, controlnet_cond=HINT, **text)
         out = transformer(LATENTS, controlnet_block_samples=samples, **text).sample
     error = relative_error(out, SANA.outputs["controlnet"])
-    assert error < 1e-6 if wiring == "nvlabs" else error > 0.1
+    assert error < 5e-6 if wiring == "nvlabs" else error > 0.1
 
 
 VIDEO = Recording("sana_video")
