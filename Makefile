@@ -50,7 +50,7 @@ demo: $(RUNTIME)  ## writes an image of PROMPT from the bundled checkpoint and p
 	$(BIN)/diffusers-sana generate "$(PROMPT)"
 
 test: setup  ## the whole CPU suite
-	$(BIN)/pytest -n 2 --timeout 900 --dist loadfile --no-loadscope-reorder -m "not gpu"
+	$(BIN)/pytest -n 2 --timeout 600 --dist loadfile --no-loadscope-reorder -m "not gpu"
 
 test-lowest: setup  ## import, generate and quantize with the oldest versions of pyproject.toml
 	$(BIN)/python -m tools.test_versions lowest --smoke

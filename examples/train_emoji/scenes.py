@@ -179,6 +179,9 @@ def is_held_out(scene: Scene) -> bool:
     return zlib.crc32(key.encode()) % 16 == 0
 
 
+TRIES = 10_000  # one scene in sixteen is held out
+
+
 class Scenes:
     """Scenes at random. `kinds`: how often each kind comes, in any unit."""
 
@@ -190,8 +193,12 @@ class Scenes:
         self.random = random.Random(seed)
 
     def sample(self, held_out: bool | None = False) -> Scene:
-        """A scene that is or is not held out; None takes either."""
-        while True:
+        """A scene that is or is not held out; None takes either.
+
+        Raises:
+            ValueError: the objects have no such scene.
+        """
+        for _ in range(TRIES):
             kind = self.random.choices(list(self.kinds), list(self.kinds.values()))[0]
             style, color = self.random.choice(STYLES), self.random.choice(list(COLORS))
             known = self._countable if kind == "count" else self.objects
@@ -202,6 +209,8 @@ class Scenes:
             scene = Scene(objects, style, color, position)
             if held_out is None or is_held_out(scene) == held_out:
                 return scene
+        wanted = "held out" if held_out else "not held out"
+        raise ValueError(f"`objects` must have scenes of {list(self.kinds)} that are {wanted}, got {self.objects}.")
 
 
 # How many prompts of each kind the models are judged by; see `held_out_scenes`.

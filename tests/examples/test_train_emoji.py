@@ -394,3 +394,5 @@ def test_the_sheet_numbers_its_images(tmp_path):
 def test_more_held_out_scenes_than_there_are(art):
     with pytest.raises(ValueError, match=r"`kinds` .* 9 of 'object'"):
         held_out_scenes(art.objects, {"object": 9})
+    with pytest.raises(ValueError, match=r"`objects` must have scenes of .* that are held out, got \['cat'\]"):
+        held_out_scenes(["cat"], {"object": 1})  # of its twenty none is

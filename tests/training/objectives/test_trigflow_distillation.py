@@ -8,8 +8,7 @@ from diffusers import SCMScheduler
 from diffusers.models.attention_dispatch import attention_backend
 
 import diffusers_sana
-from diffusers_sana import SanaSprintPipeline, SanaTransformer2DModel
-from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana import SanaSprintPipeline
 from diffusers_sana.kernels.dispatch import kernel_mode
 from diffusers_sana.models.transformers.sprint_student import DENSE_SCALE, make_student
 from diffusers_sana.schedulers.trigflow import (
@@ -102,10 +101,11 @@ def test_angles():
 @pytest.mark.parametrize("scale", [1.0, DENSE_SCALE])
 def test_student_begins_as_the_teacher(scale):
     """Exactly where the teacher's time is dense already; nearly, by the fit in closed form, where it is not."""
-    if scale == 1.0:
-        teacher = SanaTransformer2DModel.from_pretrained(SANA_EMOJI, subfolder="transformer").float().eval()
-    else:
-        teacher = make_teacher(timestep_scale=scale)
+    teacher = make_teacher(timestep_scale=scale)
+    if scale == 1.0:  # made smooth in the noise level, as a trained one is: it sees waves of at least 600 steps only
+        first = teacher.time_embed.emb.timestep_embedder.linear_1.weight.data
+        waves = torch.exp(-math.log(10_000) * torch.arange(first.shape[1] // 2) / (first.shape[1] // 2))
+        first *= (waves < 0.01).repeat(2)
     student = make_student(teacher).eval()
     assert student.config.guidance_embeds
     assert student.config.timestep_scale == DENSE_SCALE
