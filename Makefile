@@ -15,7 +15,7 @@ JOBS ?= 12
 COMFYUI_PYTHON ?= $(BIN)/python
 export COMFYUI_DIR
 # The environment is installed without bytecode. Where Python may not write it either, as in many containers, each of
-# hundreds of processes compiles all that it imports: 16 s of CPU for each that imports diffusers.
+# hundreds of processes compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 RESULTS ?= benchmarks/results
 HUB := $(if $(OWNER),--owner $(OWNER)) $(if $(PUSH),--push)
