@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from benchmarks import vila_u_gpu
-from benchmarks.bench_models import autoencoder_case, measure, picture_case, step_case
+from benchmarks.bench_models import autoencoder_case, measure, image_case, step_case
 from benchmarks.gpu_timing import costs, error, in_fp32, rotating
 from benchmarks.harness import RESULTS, alternate, copy_bandwidth, environment, write_results
 from benchmarks.isolated import run_isolated
@@ -330,7 +330,7 @@ def compiled_decode(scale: Scale, size: int) -> Functions:
 def images(scale: Scale, size: int) -> Functions:
     """Whole images by both pipelines."""
     parts = {"text_encoder": TINY_GEMMA, "autoencoder": TINY_AUTOENCODER} if scale.tiny else {}
-    return picture_case(scale.model("sana-0.6b"), scale.number(size), "bf16", device=scale.device, **parts)
+    return image_case(scale.model("sana-0.6b"), scale.number(size), "bf16", device=scale.device, **parts)
 
 
 def cases(scale: Scale = Scale()) -> Iterator[tuple[str, Callable[[], Report]]]:

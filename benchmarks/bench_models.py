@@ -1,11 +1,12 @@
 """Seconds and memory of the models at their true sizes: ours and diffusers', in turn, in one process.
 
-    python -m benchmarks.bench_models [--only transformer autoencoder picture] [--cases NAME ...] [--rounds 3]
+    python -m benchmarks.bench_models [--only transformer autoencoder video image] [--cases NAME ...]
 
 Random weights; both classes use the same memory for them. The transformer's text is a prompt of 32 tokens of 300 and
 an empty negative prompt; what depends on the text alone is computed before the steps are timed in ours, and in every
-step in diffusers', as in their pipelines. Writes `benchmarks/results/<device>/models.json`, case by case, so that a
-run may be cut off and continued; cases there are measured again only when named.
+step in diffusers', as in their pipelines. Writes `benchmarks/results/<device>/models.json` case by case, so that a run may be
+cut off and continued; cases there are measured again only when named. On a CPU with instructions for bf16 the file is
+named after them, such as `models-avx512_bf16.json`.
 """
 
 import argparse
@@ -21,10 +22,19 @@ from benchmarks.harness import (
     RESULTS,
     alternating_times,
     environment,
+    named_by_processor,
     summary,
     write_results,
 )
-from benchmarks.models import AUTOENCODER, TRANSFORMERS, pipelines, step_inputs, twins
+from benchmarks.models import (
+    AUTOENCODER,
+    SANA_VIDEO,
+    TRANSFORMERS,
+    pipelines,
+    step_inputs,
+    twins,
+    video_step_inputs,
+)
 from diffusers_sana.evaluation.machine import peak_memory, synchronize
 
 
@@ -62,7 +72,21 @@ def autoencoder_case(
     }
 
 
-def picture_case(
+def video_case(
+    height: int, width: int, frames: int, dtype: str, config: dict[str, Any] = SANA_VIDEO, device: str = DEVICE
+) -> dict[str, Any]:
+    """One denoising step of a video, guided, in blocks of true width."""
+    ours, theirs = twins("SanaVideoTransformer3DModel", config, device, DTYPES[dtype])
+    inputs = video_step_inputs(config, height, width, frames, device, DTYPES[dtype])
+    with torch.no_grad():
+        text = ours.encode_text(inputs["encoder_hidden_states"], inputs["encoder_attention_mask"])
+    return {
+        "diffusers": lambda: theirs(**inputs).sample,
+        "diffusers_sana": lambda: ours(inputs["hidden_states"], None, inputs["timestep"], text_context=text).sample,
+    }
+
+
+def image_case(
     model: str, size: int, dtype: str, steps: int = 20, device: str = DEVICE, **parts: dict[str, Any] | None
 ) -> dict[str, Any]:
     """From a new prompt to pixels: text encoder, steps, decoding. The instruction is the same from run to run.
@@ -96,7 +120,9 @@ CASES: dict[str, tuple[str, Callable[..., dict[str, Any]], tuple, int]] = {
     "sana-0.6b step 1024px fp32": ("transformer", step_case, ("sana-0.6b", 1024, "fp32"), 3),
     "dc-ae decode 1024px bf16": ("autoencoder", autoencoder_case, ("decode", 1024, "bf16"), 0),
     "dc-ae decode 1024px fp32": ("autoencoder", autoencoder_case, ("decode", 1024, "fp32"), 1),
-    "sana-0.6b picture 512px bf16": ("picture", picture_case, ("sana-0.6b", 512, "bf16"), 0),
+    "sana-video, 2 blocks, step 480x832, 9 frames fp32": ("video", video_case, (480, 832, 9, "fp32"), 3),
+    "sana-video, 2 blocks, step 256x448, 33 frames fp32": ("video", video_case, (256, 448, 33, "fp32"), 3),
+    "sana-0.6b image 512px bf16": ("image", image_case, ("sana-0.6b", 512, "bf16"), 0),
     "sana-0.6b step 1024px fp32 compiled": ("compiled", step_case, ("sana-0.6b", 1024, "fp32", True), 3),
     "dc-ae decode 512px fp32": ("autoencoder", autoencoder_case, ("decode", 512, "fp32"), 3),
     "dc-ae encode 512px fp32": ("autoencoder", autoencoder_case, ("encode", 512, "fp32"), 3),
@@ -138,7 +164,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
 
-    path = args.results / DEVICE / "models.json"
+    name_of_file = named_by_processor("models")
+    path = args.results / DEVICE / f"{name_of_file}.json"
     report = {**environment(), "cases": {}}
     if path.exists():
         report["cases"] = json.loads(path.read_text(encoding="utf-8"))["cases"]
@@ -150,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
             }
             report["cases"][name] = row
             print(f"{name}: {row['speedup']:.2f}x, memory {row['memory_ratio']:.2f}x, {row['seconds']}")
-            write_results("models", report, args.results)
+            write_results(name_of_file, report, args.results)
 
 
 if __name__ == "__main__":

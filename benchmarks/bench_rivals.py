@@ -6,7 +6,8 @@
 Everyone has the same random weights, with outliers in 1 % of the input channels, and one guided step or one decoding
 to do. All that loaded take turns in one process. Whoever is not installed or fails is named in the results with the
 reason. A method's own way to choose and calibrate is kept: OpenVINO's full INT8 is calibrated on two other inputs, its
-weight compression and the rest see no data. Writes `benchmarks/results/cpu/rivals.json`, case by case.
+weight compression and the rest see no data. Writes `benchmarks/results/cpu/rivals.json`, case by case; on a CPU with
+instructions for bf16 the file is named after them.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import RESULTS, alternating_times, environment, write_results
+from benchmarks.harness import RESULTS, alternating_times, environment, named_by_processor, write_results
 from benchmarks.models import AUTOENCODER, TRANSFORMERS, step_inputs, twins
 from benchmarks.quantized import add_outliers
 from diffusers_sana import quantize
@@ -213,7 +214,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")  # it would compile for minutes
-    path = args.results / "cpu" / "rivals.json"
+    name_of_file = named_by_processor("rivals")
+    path = args.results / "cpu" / f"{name_of_file}.json"
     report: dict[str, Any] = environment()
     report["versions"] |= {name: version_of(name) for name in PACKAGES}
     report["cases"] = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else {}
@@ -221,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in args.cases:
             report["cases"][name] = measure(*CASES[name](), args.rounds)
             print(name, json.dumps(report["cases"][name], indent=1), flush=True)
-            write_results("rivals", report, args.results)
+            write_results(name_of_file, report, args.results)
 
 
 if __name__ == "__main__":

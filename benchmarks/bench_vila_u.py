@@ -1,13 +1,13 @@
 """VILA-U on a CPU at a reduced size: images the official way and ours, text, and the image tokenizer.
 
-    OMP_NUM_THREADS=1 taskset -c 1 python -m benchmarks.bench_vila_u [--only pictures deep text tokenizer]
+    OMP_NUM_THREADS=1 taskset -c 1 python -m benchmarks.bench_vila_u [--only images deep text tokenizer]
 
 Random weights of a small model with the grid, the codes a cell and about the fraction of depth transformer of the
 released one. Both ways run in turn in one process over the same weights; before that, their best codes in fp32 must be
 the same. With `--clock cpu`, seconds are processor time: what this process computed, and not how long it waited for
 others. Writes `benchmarks/results/cpu/vila_u.json`, case by case; cases there are measured again only when named.
 
-    pictures   from ids to pixels, guided: prompts, codes, decoding
+    images   from ids to pixels, guided: prompts, codes, decoding
     deep       the same with 16 codes a cell, as the 384 pixel model has them, and a quarter of the cells
     text       tokens a second after a prompt with an image, one by one from a full cache
     tokenizer  pixels to codes and codes to pixels
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import RESULTS, alternating_times, environment, summary, write_results
-from benchmarks.official_vila_u import official_pictures
-from benchmarks.vila_u import REDUCED, deeper, picture_bytes, prompts, question, vila_u
+from benchmarks.official_vila_u import official_images
+from benchmarks.vila_u import REDUCED, deeper, image_bytes, prompts, question, vila_u
 from diffusers_sana.evaluation.machine import peak_memory
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 
@@ -37,27 +37,27 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 TEXT_TOKENS = 32
 # Name -> kind, dtype, batch, rounds after the first.
 CASES: dict[str, tuple[str, str, int, int]] = {
-    "picture fp32": ("pictures", "fp32", 1, 3),
-    "128px picture, 16 codes a cell fp32": ("deep", "fp32", 1, 3),
+    "image fp32": ("images", "fp32", 1, 3),
+    "128px image, 16 codes a cell fp32": ("deep", "fp32", 1, 3),
     "text fp32": ("text", "fp32", 1, 3),
     "encode fp32": ("tokenizer", "fp32", 1, 3),
     "decode fp32": ("tokenizer", "fp32", 1, 3),
     "text bf16": ("text", "bf16", 1, 3),
     "encode bf16": ("tokenizer", "bf16", 1, 3),
     "decode bf16": ("tokenizer", "bf16", 1, 1),
-    "4 pictures fp32": ("pictures", "fp32", 4, 0),
-    "picture bf16": ("pictures", "bf16", 1, 0),
-    "4 pictures bf16": ("pictures", "bf16", 4, 0),
+    "4 images fp32": ("images", "fp32", 4, 0),
+    "image bf16": ("images", "bf16", 1, 0),
+    "4 images bf16": ("images", "bf16", 4, 0),
 }
 
 
-def our_pictures(model: Any, inputs: dict[str, Tensor], do_sample: bool) -> tuple[Tensor, Tensor]:
+def our_images(model: Any, inputs: dict[str, Tensor], do_sample: bool) -> tuple[Tensor, Tensor]:
     """Codes `[N, T, D]` and pixels of one image for each prompt."""
     codes = model.generate(**inputs, generation_mode="image", do_sample=do_sample)
     return codes, model.decode_image_tokens(codes)
 
 
-def pictures(sizes: dict[str, Any], dtype: str, batch: int, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
+def images(sizes: dict[str, Any], dtype: str, batch: int, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     """Seconds of `batch` images, sampled with the default settings, both ways.
 
     Raises:
@@ -67,13 +67,13 @@ def pictures(sizes: dict[str, Any], dtype: str, batch: int, rounds: int, clock: 
     model, inputs = vila_u(config, "cpu", DTYPES[dtype]), prompts(config, batch, "cpu")
     same = None
     if dtype == "fp32":
-        ours, theirs = (way(model, inputs, do_sample=False)[0] for way in (our_pictures, official_pictures))
+        ours, theirs = (way(model, inputs, do_sample=False)[0] for way in (our_images, official_images))
         if not torch.equal(ours, theirs):
             raise ValueError(f"the two ways agree on {(ours == theirs).float().mean():.1%} of the codes only")
         same = {"codes": ours.numel(), "distinct": ours.unique().numel()}
     functions = {
-        "official way": partial(official_pictures, model, inputs, do_sample=True),
-        "diffusers_sana": partial(our_pictures, model, inputs, do_sample=True),
+        "official way": partial(official_images, model, inputs, do_sample=True),
+        "diffusers_sana": partial(our_images, model, inputs, do_sample=True),
     }
     memory, times = first_calls(functions, clock)
     if rounds:
@@ -85,7 +85,7 @@ def pictures(sizes: dict[str, Any], dtype: str, batch: int, rounds: int, clock: 
         "same_best_codes": same,
         "cells_per_second": {name: cells / seconds for name, seconds in row["seconds"].items()},
         "peak_mib": memory,
-        "bytes_at_least": picture_bytes(model, 2 * batch, inputs["input_ids"].shape[1]),
+        "bytes_at_least": image_bytes(model, 2 * batch, inputs["input_ids"].shape[1]),
     }
 
 
@@ -155,8 +155,8 @@ def measure(name: str, sizes: dict[str, Any], rounds: int | None, clock: Callabl
     """One of `CASES`."""
     kind, dtype, batch, usual_rounds = CASES[name]
     run: dict[str, Callable[..., dict[str, Any]]] = {
-        "pictures": pictures,
-        "deep": lambda sizes, *arguments: pictures(deeper(sizes), *arguments),
+        "images": images,
+        "deep": lambda sizes, *arguments: images(deeper(sizes), *arguments),
         "text": text,
         "tokenizer": partial(tokenizer, half=name.split()[0]),
     }

@@ -85,6 +85,14 @@ def environment() -> dict[str, Any]:
     }
 
 
+def named_by_processor(name: str) -> str:
+    """`name`, and on a CPU with instructions for bf16 the best of these: their results stand beside those without."""
+    if torch.cuda.is_available():
+        return name
+    found = [extension for extension in ("amx_bf16", "avx512_bf16") if extension in device_name("cpu")]
+    return f"{name}-{found[0]}" if found else name
+
+
 def write_results(name: str, report: dict[str, Any], results: Path = RESULTS) -> Path:
     """Writes `results/<device>/<name>.json`."""
     device = torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "cpu"

@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
@@ -34,6 +35,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
         "cross_attention_dim": 64,
     },
 }
+SANA_VIDEO = {"num_layers": 2, "mlp_ratio": 3.0}  # 2B at 480p, which has 20 blocks; the other defaults are its sizes
 AUTOENCODER = {  # f32c32 of Sana
     "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
     "decoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
@@ -68,11 +70,14 @@ PROMPT_TOKENS, MAX_TOKENS, TEXT_WIDTH = 32, 300, 2304
 
 def random_model(make: Callable[[], nn.Module], device: str, dtype: torch.dtype, seed: int = 0) -> Any:
     """A model with normal weights of standard deviation 1 / sqrt(inputs), made on `device` without an fp32 copy."""
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):  # buffers, such as tables of positions, are computed
         model = make()
-    model.to(dtype).to_empty(device=device)
+    buffers = dict(model.to(dtype).named_buffers())
+    model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
@@ -104,6 +109,15 @@ def step_inputs(size: int, device: str, dtype: torch.dtype, batch: int = 1) -> d
     }
 
 
+def video_step_inputs(
+    config: dict[str, Any], height: int, width: int, frames: int, device: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The same of a video, with latents of Wan's autoencoder: four frames and 8 x 8 pixels each."""
+    text = step_inputs(32, device, dtype)
+    size = config.get("in_channels", 16), 1 + (frames - 1) // 4, height // 8, width // 8
+    return text | {"hidden_states": torch.randn(2, *size).to(device, dtype)}
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """The bundled one: it makes 201 tokens of the instruction, much as Gemma's does."""
     return PreTrainedTokenizerFast.from_pretrained(SANA_EMOJI, subfolder="tokenizer")
@@ -120,7 +134,6 @@ def pipelines(
     ours, theirs = twins("SanaTransformer2DModel", transformer, device, dtype)
     our_vae, their_vae = twins("AutoencoderDC", autoencoder or AUTOENCODER, device, dtype)
     encoder = random_model(lambda: Gemma2Model(Gemma2Config(**(text_encoder or GEMMA_2_2B))), device, dtype)
-    encoder.rotary_emb = type(encoder.rotary_emb)(encoder.config).to(device)  # its buffers were made on meta
     scheduler = diffusers_sana.FlowDPMSolverScheduler(flow_shift=3.0)
     their_scheduler = diffusers.DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0

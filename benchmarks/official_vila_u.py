@@ -28,7 +28,7 @@ SCALE, TOP_K, TOP_P, END = 3.0, 900, 0.96, 2
 
 
 @torch.no_grad()
-def official_pictures(model: Any, inputs: dict[str, Tensor], do_sample: bool) -> tuple[Tensor, Tensor]:
+def official_images(model: Any, inputs: dict[str, Tensor], do_sample: bool) -> tuple[Tensor, Tensor]:
     """Codes `[N, T, D]` and pixels `[N, 3, H, W]` of one image for each prompt of `prompts`."""
     tower, project, batch = model.model.vision_tower, model.model.project, len(inputs["input_ids"])
     ids, mask = stacked(**inputs)

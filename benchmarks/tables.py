@@ -101,7 +101,7 @@ def models_cpu() -> str:
         seconds, memory = case["seconds"], case["peak_mib"]
         rows.append(
             [
-                name.replace("picture", "image"),
+                name,
                 f"{seconds['diffusers']:.1f}",
                 f"{seconds['diffusers_sana']:.1f}",
                 f"**{case['speedup']:.2f}x**{spread}",
@@ -283,7 +283,7 @@ def vila_u_table(header: list[str], row: Callable[[dict[str, Any]], list[str]], 
     """A row for each of the cases that were, or were not, also measured the official way."""
     report = results("cpu/vila_u")
     cases = {name: case for name, case in report["cases"].items() if ("speedup" in case) == compared}
-    table = render(["case", *header], [[name.replace("picture", "image"), *row(case)] for name, case in cases.items()])
+    table = render(["case", *header], [[name, *row(case)] for name, case in cases.items()])
     return f"{table}\n\n{timed_provenance(report)}"
 
 

@@ -110,7 +110,7 @@ def question(config: VilaUConfig, batch: int, device: str) -> dict[str, Tensor]:
     }
 
 
-def picture_bytes(model: Any, rows: int, prompt: int) -> dict[str, int]:
+def image_bytes(model: Any, rows: int, prompt: int) -> dict[str, int]:
     """What must be read from memory for the codes of `rows` rows of images, at the least.
 
     Weights do not fit into caches, so they are read for every cell: those of the language model's layers once (the

@@ -13,7 +13,7 @@ import torch
 from transformers import CompileConfig
 
 from benchmarks.harness import alternate, copy_bandwidth
-from benchmarks.vila_u import LAYOUT_384, picture_bytes, prompts, question, vila_u
+from benchmarks.vila_u import LAYOUT_384, image_bytes, prompts, question, vila_u
 from diffusers_sana.evaluation.machine import peak_memory
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 
@@ -28,7 +28,7 @@ COMPILED: Report = STATIC | {"compile_config": CompileConfig(mode="reduce-overhe
 
 
 @torch.no_grad()
-def pictures(
+def images(
     config: VilaUConfig,
     device: str,
     batch: int,
@@ -42,11 +42,11 @@ def pictures(
         warmup: untimed calls of each.
 
     Returns:
-        Seconds per image of each way, of decoding, and of the floor of `picture_bytes` at the bandwidth of a copy; how
+        Seconds per image of each way, of decoding, and of the floor of `image_bytes` at the bandwidth of a copy; how
         many floors each way takes; peak memory beyond the weights.
     """
     model, inputs = vila_u(config, device, torch.bfloat16), prompts(config, batch, device)
-    read = picture_bytes(model, 2 * batch, inputs["input_ids"].shape[1])
+    read = image_bytes(model, 2 * batch, inputs["input_ids"].shape[1])
     bandwidth = copy_bandwidth(device, 2**30 if device == "cuda" else 2**20)
     functions: dict[str, Callable[[], Any]] = {
         name: partial(model.generate, **inputs, generation_mode="image", **options) for name, options in ways.items()
@@ -58,11 +58,11 @@ def pictures(
         decode = alternate({"decode": lambda: model.decode_image_tokens(codes)}, rounds=1)["decode"]
     floor = sum(read.values()) / bandwidth
     return {
-        "seconds_per_picture": {name: value / batch for name, value in seconds.items()},
-        "decode_seconds_per_picture": decode / batch,
+        "seconds_per_image": {name: value / batch for name, value in seconds.items()},
+        "decode_seconds_per_image": decode / batch,
         "bytes_read": read,
         "gigabytes_per_second": bandwidth / 1e9,
-        "floor_seconds_per_picture": floor / batch,
+        "floor_seconds_per_image": floor / batch,
         "times_the_floor": {name: value / floor for name, value in seconds.items()},
         "peak_mib": peak["mib"],
     }
@@ -103,12 +103,12 @@ def cases(
 ) -> Iterator[tuple[str, Callable[[], Report]]]:
     """Name and function of every case, what matters most first; tests give tiny sizes and a CPU."""
     ways = {"dynamic": DYNAMIC, "static": STATIC}
-    yield "vila-u 256px batch 1", lambda: pictures(VilaUConfig(**released), device, 1, ways)
+    yield "vila-u 256px batch 1", lambda: images(VilaUConfig(**released), device, 1, ways)
     yield "vila-u text", lambda: text(VilaUConfig(**released), device)
     for batch in (4, 16):
         yield (
             f"vila-u 256px batch {batch}",
-            lambda batch=batch: pictures(VilaUConfig(**released), device, batch, {"static": STATIC}, warmup=0),
+            lambda batch=batch: images(VilaUConfig(**released), device, batch, {"static": STATIC}, warmup=0),
         )
-    yield "vila-u 384px batch 1", lambda: pictures(VilaUConfig(**layout_384), device, 1, {"static": STATIC}, warmup=0)
-    yield "vila-u 256px batch 1 compiled", lambda: pictures(VilaUConfig(**released), device, 1, {"compiled": COMPILED})
+    yield "vila-u 384px batch 1", lambda: images(VilaUConfig(**layout_384), device, 1, {"static": STATIC}, warmup=0)
+    yield "vila-u 256px batch 1 compiled", lambda: images(VilaUConfig(**released), device, 1, {"compiled": COMPILED})

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import bench_rivals
+from benchmarks.harness import named_by_processor
 from benchmarks.models import TINY_AUTOENCODER
 
 
@@ -27,7 +28,7 @@ def test_every_contender(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_rivals, "rivals", without_compilers)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
     bench_rivals.main(["--cases", "step", "decode", "--rounds", "1", "--results", str(tmp_path)])
-    report = json.loads((tmp_path / "cpu" / "rivals.json").read_text())
+    report = json.loads((tmp_path / "cpu" / f"{named_by_processor('rivals')}.json").read_text())
     assert set(report["versions"]) > set(bench_rivals.PACKAGES)
     step, decode = report["cases"]["step"], report["cases"]["decode"]
     assert step["error"]["diffusers_sana"] < 1e-5

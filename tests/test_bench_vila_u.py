@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks import bench_vila_u, vila_u_gpu
-from benchmarks.official_vila_u import official_pictures
-from benchmarks.vila_u import LAYOUT_384, PROMPT_TOKENS, picture_bytes, prompts, vila_u
+from benchmarks.official_vila_u import official_images
+from benchmarks.vila_u import LAYOUT_384, PROMPT_TOKENS, image_bytes, prompts, vila_u
 from diffusers_sana.models.vila_u.configuration_vila_u import VilaUConfig
 from diffusers_sana.models.vila_u.modeling_vila_u import VilaUForConditionalGeneration
 from tests.models.vila_u.tiny import (
@@ -43,7 +43,7 @@ def on_meta(sizes) -> VilaUForConditionalGeneration:
 )
 def test_bytes_of_the_real_models(sizes, cells, gigabytes_per_cell, depth_share):
     """7 B weights a cell, 0.5 B for each code, half a MiB of keys and values for each position of a row."""
-    parts = picture_bytes(on_meta(sizes), rows=2, prompt=64)
+    parts = image_bytes(on_meta(sizes), rows=2, prompt=64)
     weights = sum(parts.values()) - parts["kv_cache"]
     assert weights / cells / 1e9 == pytest.approx(gigabytes_per_cell, abs=0.06)
     assert parts["depth_transformer"] / weights == pytest.approx(depth_share, abs=0.01)
@@ -53,34 +53,34 @@ def test_bytes_of_the_real_models(sizes, cells, gigabytes_per_cell, depth_share)
 
 def test_bytes_follow_rows_and_storage():
     model = vila_u(VilaUConfig(**TINY), "cpu", torch.float32)
-    one, four = (picture_bytes(model, rows, 10) for rows in (1, 4))
+    one, four = (image_bytes(model, rows, 10) for rows in (1, 4))
     assert four == one | {"kv_cache": 4 * one["kv_cache"]}
-    assert picture_bytes(model, 2, 11)["kv_cache"] > 2 * one["kv_cache"]
-    assert {part: 2 * read for part, read in picture_bytes(model.bfloat16(), 1, 10).items()} == one
+    assert image_bytes(model, 2, 11)["kv_cache"] > 2 * one["kv_cache"]
+    assert {part: 2 * read for part, read in image_bytes(model.bfloat16(), 1, 10).items()} == one
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_official_way_finds_our_codes(batch):
     config = VilaUConfig(**TINY)
     model, inputs = vila_u(config, "cpu", torch.float32), prompts(config, batch, "cpu")
-    codes, pixels = official_pictures(model, inputs, do_sample=False)
-    ours, our_pixels = bench_vila_u.our_pictures(model, inputs, do_sample=False)
+    codes, pixels = official_images(model, inputs, do_sample=False)
+    ours, our_pixels = bench_vila_u.our_images(model, inputs, do_sample=False)
     assert codes.shape == (batch, CELLS, DEPTH)
     assert codes.unique().numel() > 10
     assert torch.equal(codes, ours)
     torch.testing.assert_close(pixels, our_pixels)
-    sampled, _ = official_pictures(model, inputs, do_sample=True)
+    sampled, _ = official_images(model, inputs, do_sample=True)
     assert not torch.equal(sampled, codes)
 
 
 def test_codes_that_differ_are_not_timed(monkeypatch):
     def other(model, inputs, do_sample):
-        codes, pixels = bench_vila_u.our_pictures(model, inputs, do_sample)
+        codes, pixels = bench_vila_u.our_images(model, inputs, do_sample)
         return (codes + 1) % CODES, pixels
 
-    monkeypatch.setattr(bench_vila_u, "official_pictures", other)
+    monkeypatch.setattr(bench_vila_u, "official_images", other)
     with pytest.raises(ValueError, match=r"agree on 0\.0% of the codes"):
-        bench_vila_u.measure("picture fp32", TINY, 0, bench_vila_u.CLOCKS["cpu"])
+        bench_vila_u.measure("image fp32", TINY, 0, bench_vila_u.CLOCKS["cpu"])
 
 
 def test_every_cpu_case(tmp_path, monkeypatch):
@@ -98,8 +98,8 @@ def test_every_cpu_case(tmp_path, monkeypatch):
         kind, dtype, batch, _ = bench_vila_u.CASES[name]
         seconds = case["seconds"]["diffusers_sana"]
         assert seconds > 0
-        if kind in ("pictures", "deep"):
-            cells, depth = (CELLS, DEPTH) if kind == "pictures" else (CELLS // 4, 16)
+        if kind in ("images", "deep"):
+            cells, depth = (CELLS, DEPTH) if kind == "images" else (CELLS // 4, 16)
             assert case["cells_per_second"]["diffusers_sana"] == batch * cells / seconds
             assert (case["same_best_codes"] or {}).get("codes") == (batch * cells * depth if dtype == "fp32" else None)
         elif kind == "text":
@@ -118,7 +118,7 @@ def test_every_gpu_case(monkeypatch):
         if name.endswith("text"):
             assert row["prompt_tokens"] == PROMPT_TOKENS + CELLS
             continue
-        assert row["floor_seconds_per_picture"] > 0
-        for way, seconds in row["seconds_per_picture"].items():
-            assert row["times_the_floor"][way] == pytest.approx(seconds / row["floor_seconds_per_picture"])
+        assert row["floor_seconds_per_image"] > 0
+        for way, seconds in row["seconds_per_image"].items():
+            assert row["times_the_floor"][way] == pytest.approx(seconds / row["floor_seconds_per_image"])
     assert len(cases) == 6

@@ -40,7 +40,7 @@ def upstream():
         {"height": 64, "width": 32},
         {"height": 64, "width": 64, "control_image": torch.zeros(1, 3, 32, 64)},  # generates at the tensor's size
     ],
-    ids=["plain", "scale", "unguided", "batch", "picture", "tensor", "list", "resized", "tensor_size"],
+    ids=["plain", "scale", "unguided", "batch", "image", "tensor", "list", "resized", "tensor_size"],
 )
 def test_equals_diffusers(ours, upstream, kwargs):
     assert_close_fp32(generate(ours, **kwargs), generate(upstream, **kwargs))

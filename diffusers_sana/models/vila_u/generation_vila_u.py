@@ -190,7 +190,7 @@ class VilaUGenerationMixin(GenerationMixin):
     @torch.no_grad()
     def generate_codes(
         self,
-        num_pictures: int,
+        num_images: int,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         negative_input_ids: Tensor | None = None,
@@ -212,10 +212,10 @@ class VilaUGenerationMixin(GenerationMixin):
         callback_on_cell: Callable[[int, Tensor], Any] | None = None,
         progress_bar: bool = False,
     ) -> Tensor:
-        """Generates the codes of `num_pictures` images, one after the other, after each prompt.
+        """Generates the codes of `num_images` images, one after the other, after each prompt.
 
         Args:
-            num_pictures: images per sample; a video is several images with nothing between them.
+            num_images: images per sample; a video is several images with nothing between them.
             input_ids, attention_mask: `[B, P]`, prompts that end with the start token, padded on the left. Without a
                 mask, leading pad tokens are padding.
             negative_input_ids, negative_attention_mask: `[B or 1, P']`, the unconditional prompt: the prompt without
@@ -235,13 +235,13 @@ class VilaUGenerationMixin(GenerationMixin):
             progress_bar: whether to show one.
 
         Returns:
-            Codes `[N, num_pictures, T, D]`, N = B * num_return_sequences.
+            Codes `[N, num_images, T, D]`, N = B * num_return_sequences.
 
         Raises:
             ValueError: naming the argument.
         """
-        if num_pictures < 1 or num_return_sequences < 1:
-            counts = f"{num_pictures} and {num_return_sequences}"
+        if num_images < 1 or num_return_sequences < 1:
+            counts = f"{num_images} and {num_return_sequences}"
             raise ValueError(f"`num_frames` and `num_return_sequences` must be at least 1, got {counts}")
         configs = (generation_config, self.generation_config)
         sampling = VisualSampling.from_options(
@@ -251,7 +251,7 @@ class VilaUGenerationMixin(GenerationMixin):
         interval = visual_option("guidance_interval", guidance_interval, configs, (0, 1))
         vision, depth = self.config.vision_config, self.config.depth_config
         scales = scales_of_samples(guidance_scale, len(input_ids), num_return_sequences)
-        scales_by_token = scales_of_tokens(scales, interval, num_pictures, vision.num_image_tokens)
+        scales_by_token = scales_of_tokens(scales, interval, num_images, vision.num_image_tokens)
         pad, num_samples = self._pad, len(scales)
         if pixel_values is not None:
             mm_encoder_outputs = {"image": self.get_image_features(pixel_values, return_dict=True)}
@@ -290,7 +290,7 @@ class VilaUGenerationMixin(GenerationMixin):
             codes[:, token] = token_codes
             if callback_on_cell is not None:
                 callback_on_cell(token, token_codes)
-        return codes.unflatten(1, (num_pictures, -1))
+        return codes.unflatten(1, (num_images, -1))
 
     def _generate_tokens(
         self,
