@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from benchmarks import vila_u_gpu
-from benchmarks.bench_models import autoencoder_case, measure, image_case, step_case
+from benchmarks.bench_models import autoencoder_case, image_case, measure, step_case
 from benchmarks.gpu_timing import costs, error, in_fp32, rotating
 from benchmarks.harness import RESULTS, alternate, copy_bandwidth, environment, write_results
 from benchmarks.isolated import run_isolated

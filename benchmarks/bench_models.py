@@ -4,9 +4,9 @@
 
 Random weights; both classes use the same memory for them. The transformer's text is a prompt of 32 tokens of 300 and
 an empty negative prompt; what depends on the text alone is computed before the steps are timed in ours, and in every
-step in diffusers', as in their pipelines. Writes `benchmarks/results/<device>/models.json` case by case, so that a run may be
-cut off and continued; cases there are measured again only when named. On a CPU with instructions for bf16 the file is
-named after them, such as `models-avx512_bf16.json`.
+step in diffusers', as in their pipelines. Writes `benchmarks/results/<device>/models.json` case by case, so that a
+run may be cut off and continued; cases there are measured again only when named. On a CPU with instructions for bf16
+the file is named after them, such as `models-avx512_bf16.json`.
 """
 
 import argparse

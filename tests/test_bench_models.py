@@ -22,7 +22,7 @@ def test_a_step_of_a_video(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "device, name",
+    ("device", "name"),
     [
         ("EPYC (2 cores, avx2)", "models"),
         ("EPYC (2 cores, avx2 avx512f avx512_bf16)", "models-avx512_bf16"),
