@@ -129,9 +129,9 @@ class Client:
         return entry | {"outputs": (await self.get(f"/history/{id}"))[id]["outputs"]}
 
     async def images(self, run: dict[str, Any]) -> dict[str, Image.Image]:
-        """The saved images of a run, by the number of their node and place."""
+        """The saved images of a run, by the number of their node and place; in this order, not in that of the run."""
         images = {}
-        for node, output in run["outputs"].items():
+        for node, output in sorted(run["outputs"].items()):
             for i, file in enumerate(output.get("images", [])):
                 data = await self.get("/view", **file)
                 images[f"{node}.{i}"] = Image.open(io.BytesIO(data)).convert("RGB")
@@ -213,12 +213,14 @@ async def check_workflows(client: Client) -> None:
 async def check_interruption(client: Client) -> None:
     """It ends the run at the next step, and the run after it is as one before."""
     workflow = json.loads((PACK / "example_workflows" / "text_to_image.json").read_text(encoding="utf-8"))
-    runs = []
+    runs: list[dict[str, Image.Image]] = []
     for name, changes in (
         ("before interruption", {"seed": 5}),
         ("interrupted", {"seed": 6, "steps": 200}),
         ("after interruption", {"seed": 5}),
     ):
+        if name == "after interruption":  # the default size in figures: an image that is in no cache of ComfyUI's
+            changes |= dict(zip(("width", "height"), next(iter(runs[0].values())).size, strict=True))
         prompt = to_prompt(workflow)
         next(node for node in prompt.values() if node["class_type"] == "SanaSample")["inputs"] |= changes
         run = await client.run(name, prompt, interrupt="steps" in changes)

@@ -16,7 +16,7 @@ from tools.test_comfyui import to_prompt
 
 ROOT = FOLDER.parent
 WORKFLOWS = sorted((FOLDER / "example_workflows").glob("*.json"))
-# Nodes of ComfyUI 0.3.64 in the examples: inputs, outputs.
+# Nodes of ComfyUI 0.33.0 in the examples: inputs, outputs.
 OF_COMFYUI = {
     "MaskComposite": ({"destination": "MASK", "source": "MASK", "x": 0, "y": 0, "operation": ""}, ["MASK"]),
     "PreviewAny": ({"source": "*"}, []),
