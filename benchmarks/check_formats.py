@@ -27,12 +27,12 @@ from diffusers_sana.files import read_json
 from diffusers_sana.kernels.dispatch import kernel_mode
 from diffusers_sana.loaders.nunchaku.layers import read_svdq
 from diffusers_sana.loaders.nunchaku.packing import pack_down, pack_up, pack_vector
-from diffusers_sana.loaders.quantized.comfy_convrot import read_w4a8
+from diffusers_sana.loaders.quantized.comfy_convrot import read_float8, read_w4a8, write
 from diffusers_sana.loaders.quantized.hub import export_quantized, load_quantized
 from diffusers_sana.loaders.quantized.layer import Source, UnpackedLayer
 from diffusers_sana.quantizers.svdquant.api import quantize
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
-from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
+from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer, SVDQuantLinear
 
 
 DTYPE = torch.bfloat16
@@ -195,6 +195,36 @@ def comfy_w4a8() -> float:
     return difference(ours.matrix(), theirs)
 
 
+def comfy_float8() -> float:
+    """comfy-kitchen's `dequantize` of a layer that we read from its own tensors and wrote again."""
+    from comfy_kitchen.tensor.fp8 import TensorCoreFP8Layout as Layout
+
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    codes, params = Layout.quantize(weight)
+    source = Source({"x.weight": codes, "x.weight_scale": params.scale}, "comfy-kitchen")
+    ours = read_float8(source, "x", *weight.shape, {})
+    _, parts = write(ours)
+    assert torch.equal(as_bytes(parts["weight"]), as_bytes(codes)), "other bytes"
+    again = Layout.Params(scale=parts["weight_scale"], orig_dtype=torch.float32, orig_shape=tuple(weight.shape))
+    return difference(Layout.dequantize(parts["weight"], again), ours.matrix())
+
+
+def comfy_float8_product() -> float:
+    """comfy-kitchen's float8 product of its own quantized input, against our layer's in f8a8: one token."""
+    from comfy_kitchen.tensor.base import QuantizedTensor
+    from comfy_kitchen.tensor.fp8 import TensorCoreFP8Layout as Layout
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 512, generator=generator), torch.randn(256, 512, generator=generator)
+    codes, params = Layout.quantize(weight)
+    theirs = torch.nn.functional.linear(
+        QuantizedTensor.from_float(x, "TensorCoreFP8Layout"), QuantizedTensor(codes, "TensorCoreFP8Layout", params)
+    )
+    source = Source({"x.weight": codes, "x.weight_scale": params.scale}, "comfy-kitchen")
+    item = read_float8(source, "x", *weight.shape, {})
+    return difference(theirs, SVDQuantLinear(item.to_quantized_weight(torch.float32), None, "w8a8")(x))
+
+
 def comfy_int4_product() -> float:
     """The output of a layer in w4a4 with comfy-kitchen's product, against that with our reference."""
     layer = layers(quantized("int4"))[NAME]
@@ -303,6 +333,8 @@ CHECKS: dict[str, tuple[str, Callable[[], float]]] = {
     "comfy-convrot: convrot_w4a4": ("comfy-kitchen", lambda: comfy_rotated(4)),
     "comfy-convrot: share of other codes": ("comfy-kitchen", comfy_rotated_codes),
     "comfy: asym_w4a8_int8, read": ("comfy-kitchen", comfy_w4a8),
+    "comfy: float8_e4m3fn, read and written": ("comfy-kitchen", comfy_float8),
+    "comfy: product of float8_e4m3fn": ("comfy-kitchen", comfy_float8_product),
     "mode comfy-kitchen: int4 product in bf16": ("comfy-kitchen", comfy_int4_product),
     "cache-dit: int4": ("cache-dit", lambda: cache_dit("int4", 256)),
     "cache-dit: int4, side 192": ("cache-dit", lambda: cache_dit("int4", 192)),

@@ -177,6 +177,7 @@ ATTRIBUTES: dict[str, tuple[HostName, ...]] = {
     "_resolve_parallel_config": (HostName(_DIFFUSERS_MODEL, TENSOR_PARALLEL),),
     "_reverse_config_mapping": (HostName("transformers.models.auto.modeling_auto:MODEL_MAPPING", VILA_U),),
     "_reset_state": (HostName(_ACCELERATOR, SEVERAL_RUNS),),
+    "_scaled_mm": (HostName("torch:", "products of float8 layers"),),
     "_schema": (HostName("torch._ops:OpOverload", QUANTIZED_LORA, in_source=True),),
     "_shared_state": (HostName(_ACCELERATOR, SEVERAL_RUNS),),
     "_text_preprocessing": (HostName("diffusers.pipelines.sana.pipeline_sana:SanaPipeline", "`clean_caption=True`"),),

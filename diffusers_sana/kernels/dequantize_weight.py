@@ -32,7 +32,7 @@ def dequantize_weight(
     """Combines the parts of a quantized weight.
 
     Args:
-        qweight, wscales, wtscale: the residual, as in `low_bit.py`; `[N, Kp/2]`, `[N, Kp/G]`, `[N]` or None, for int8
+        qweight, wscales, wtscale: the residual, as in `low_bit.py`; `[N, Kp/2]`, `[N, Kp/G]`, `[N]` or None, in 8 bits
             `[N, Kp]`, `[N]`, None.
         smooth_factor: `[K]`.
         proj_down, proj_up: `[r, K]` and `[N, r]`; r may be 0.

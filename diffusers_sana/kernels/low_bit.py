@@ -3,6 +3,8 @@
     int4    codes -7..7 (two's complement), one scale per 64 neighbours along K
     nvfp4   codes of {0, .5, 1, 1.5, 2, 3, 4, 6} and a sign bit, one e4m3 scale per 16 neighbours, one scale per row
     int8    codes -127..127, one fp32 scale per row: its largest magnitude / 127 (LLM.int8(), arXiv 2208.07339)
+    float8  e4m3 numbers (FP8 Formats for Deep Learning, arXiv 2209.05433), kept as bytes, one fp32 scale per row; only
+            read from files, never made here
 
 Two 4-bit values share a byte, planar within their group of G: byte j holds element j in its low half and element j +
 G/2 in its high half, so unpacking gives two contiguous halves without interleaving. K is padded with zero codes to a
@@ -18,17 +20,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-GROUP_SIZES = {"int4": 64, "nvfp4": 16}  # an int8 row has one scale
+GROUP_SIZES = {"int4": 64, "nvfp4": 16}  # a row in 8 bits has one scale
 MAX_CODES = {"int4": 7.0, "nvfp4": 6.0, "int8": 127.0}  # the largest magnitude of a code
 K_MULTIPLE = 64
 E4M3_MAX = 448.0
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def precision_of(wscales: Tensor) -> str:
-    """The format of a layer, known by its scales: int8 has a vector of them, NVFP4 has them in e4m3."""
+def precision_of(wscales: Tensor, qweight: Tensor | None = None) -> str:
+    """The format of a layer: in 8 bits scales are a vector, NVFP4 has them in e4m3, and codes of float8 are bytes.
+
+    Without codes it is the format to which a weight is rounded with such scales.
+    """
     if wscales.dim() == 1:
-        return "int8"
+        return "float8" if qweight is not None and qweight.dtype == torch.uint8 else "int8"
     return "nvfp4" if wscales.dtype == torch.float8_e4m3fn else "int4"
 
 
@@ -84,6 +89,11 @@ def encode_int8(scaled: Tensor) -> Tensor:
     return scaled.round().clamp(-127, 127).to(torch.int8)
 
 
+def decode_float8(codes: Tensor) -> Tensor:
+    """Bytes to numbers in fp32."""
+    return codes.view(torch.float8_e4m3fn).float()
+
+
 # From numbers in units of their scale to codes, and back.
 CODECS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "int4": (encode_int4, decode_int4),
@@ -93,13 +103,13 @@ CODECS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
 
 
 def pack_codes(codes: Tensor, precision: str) -> Tensor:
-    """Codes `[R, Kp]` as they are stored: nibbles in bytes `[R, Kp/2]`, int8 as it is."""
-    return codes if precision == "int8" else pack_nibbles(codes, GROUP_SIZES[precision])
+    """Codes `[R, Kp]` as they are stored: nibbles in bytes `[R, Kp/2]`, those in 8 bits as they are."""
+    return pack_nibbles(codes, GROUP_SIZES[precision]) if precision in GROUP_SIZES else codes
 
 
 def unpack_codes(qweight: Tensor, precision: str) -> Tensor:
     """The inverse of `pack_codes`."""
-    return qweight if precision == "int8" else unpack_nibbles(qweight, GROUP_SIZES[precision])
+    return unpack_nibbles(qweight, GROUP_SIZES[precision]) if precision in GROUP_SIZES else qweight
 
 
 def nonzero(scale: Tensor) -> Tensor:
@@ -138,7 +148,7 @@ def weight_scales(weight: Tensor, precision: str, dtype: torch.dtype) -> tuple[T
 
 
 def group_scales(wscales: Tensor, wtscale: Tensor | None) -> Tensor:
-    """All scales of a weight multiplied, fp32 `[N, Kp/G]` (fp64 where they are), for int8 `[N, 1]`."""
+    """All scales of a weight multiplied, fp32 `[N, Kp/G]` (fp64 where they are), in 8 bits `[N, 1]`."""
     scales = wscales if wscales.dtype == torch.float64 else wscales.float()
     if wscales.dim() == 1:
         return scales[:, None]
@@ -160,9 +170,10 @@ def decode_weight(qweight: Tensor, wscales: Tensor, wtscale: Tensor | None) -> T
 
 def _scaled(qweight: Tensor, wscales: Tensor, scales: Tensor) -> Tensor:
     """The numbers of stored codes times scales of their groups `[N, Kp/G]`, in the dtype of those."""
-    precision = precision_of(wscales)
-    codes = CODECS[precision][1](unpack_codes(qweight, precision)).to(scales.dtype)
-    if precision == "int8":
+    precision = precision_of(wscales, qweight)
+    decode = decode_float8 if precision == "float8" else CODECS[precision][1]
+    codes = decode(unpack_codes(qweight, precision)).to(scales.dtype)
+    if precision not in GROUP_SIZES:
         return codes * scales
     return (codes.unflatten(-1, (-1, GROUP_SIZES[precision])) * scales[..., None]).flatten(-2)
 

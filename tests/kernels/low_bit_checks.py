@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusers_sana.kernels.dispatch import kernel_mode
-from diffusers_sana.kernels.low_bit import encode_weight, pad_features, weight_scales
+from diffusers_sana.kernels.low_bit import E4M3_MAX, encode_weight, nonzero, pad_features, weight_scales
 from tests.kernels.kernel_checks import DEVICE
 
 
@@ -20,8 +20,13 @@ def quantized_weight(outputs: int, features: int, precision: str, dtype: torch.d
     weight[-1] = 0
     weight[0, :64] = 0
     weight = pad_features(weight)
-    wscales, wtscale = weight_scales(weight, precision, dtype)
-    parts = {"qweight": encode_weight(weight, wscales, wtscale), "wscales": wscales, "wtscale": wtscale}
+    if precision == "float8":
+        wscales, wtscale = weight.abs().amax(1) / E4M3_MAX, None
+        qweight = (weight / nonzero(wscales)[:, None]).to(torch.float8_e4m3fn).view(torch.uint8)
+    else:
+        wscales, wtscale = weight_scales(weight, precision, dtype)
+        qweight = encode_weight(weight, wscales, wtscale)
+    parts = {"qweight": qweight, "wscales": wscales, "wtscale": wtscale}
     return {name: None if part is None else part.to(DEVICE) for name, part in parts.items()}
 
 

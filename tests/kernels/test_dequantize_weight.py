@@ -11,6 +11,9 @@ from tests.kernels.low_bit_checks import PRECISIONS, check_compiled, quantized_w
 from tests.numerics import assert_close_fp32, assert_kernel, assert_no_worse
 
 
+ALL = (*PRECISIONS, "float8")
+
+
 def tensors(outputs, features, rank, precision, dtype=torch.float32):
     given = {
         "smooth_factor": torch.rand(features) + 0.5,
@@ -27,7 +30,7 @@ def formula(qweight, wscales, wtscale, smooth_factor, proj_down, proj_up):
 
 
 @pytest.mark.parametrize("rank", [0, 5])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ALL)
 def test_equals_the_formula(precision, rank):
     given = tensors(7, 100, rank, precision)
     assert_close_fp32(dequantize_weight(**given, dtype=torch.float32), formula(**given))
@@ -54,7 +57,7 @@ def check_kernel(given, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(67, 200, 32), (1, 17, 0), (3, 64, 40), (130, 100, 5)], ids=str)
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ALL)
 def test_kernel(precision, sizes, dtype):
     check_kernel(tensors(*sizes, precision, dtype), dtype)
 
@@ -73,6 +76,6 @@ def test_kernel_refuses_float64():
         dequantize_weight(**given, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ALL)
 def test_kernel_is_an_operator(precision):
     check_compiled(dequantize_weight, tensors(5, 100, 4, precision), dtype=torch.float16)

@@ -23,7 +23,7 @@ from diffusers_sana.quantizers.svdquant.targets import as_patterns
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALWAYS_16_BIT = (".lora_down", ".proj_down", ".wzeros", ".svdquant_lora_a", "_proj_down")  # the checkpoint's dtype
-ALWAYS_32_BIT = (".weight_scale",)  # of ComfyUI's int8 layers
+ALWAYS_32_BIT = (".weight_scale",)  # of ComfyUI's 8-bit layers
 
 
 @dataclass
@@ -234,13 +234,13 @@ def fill_model(model: nn.Module, conversion: Conversion, state: Mapping[str, Ten
         model.load_state_dict(state, strict=True, assign=True)
         model.eval()
         return
-    precisions = {name: precision_of(item.wscales) for name, item in conversion.layers.items()}
+    precisions = {name: precision_of(item.wscales, item.qweight) for name, item in conversion.layers.items()}
     modes = {
         name: mode_for(precision, "w4a16" if name in conversion.weight_only else "w4a4")
         for name, precision in precisions.items()
     }
     # The format of the layers with quantized activations, of which 4-bit ones have the first say.
-    first = min(modes, key=lambda name: (modes[name].endswith("a16"), modes[name].startswith("w8")))
+    first = min(modes, key=lambda name: (modes[name].endswith("a16"), not modes[name].startswith("w4")))
     quantized = [item for name, item in conversion.layers.items() if modes[name] == modes[first]]
     config = SVDQuantConfig(
         precision=precisions[first],

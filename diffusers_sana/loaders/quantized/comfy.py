@@ -7,9 +7,9 @@ Sources: comfy-kitchen 0.2.40, ComfyUI `comfy/ops.py` and `comfy/quant_ops.py`, 
     svdquant_w4a4   our int4 layer, in rows or in tiles of 128 rows, under two styles of keys
     nvfp4           our nvfp4 layer without a branch; halves of bytes swapped, scales swizzled, one factor a tensor
     awq_w4a16       4-bit weights `(code - 8) * scale + zero` with 16-bit activations
-    convrot_w4a4, int8_tensorwise, asym_w4a8_int8
-                    our int4 and int8 layers with one scale a row, without smoothing factors and a branch
-    float8_*        8-bit floating-point numbers, one scale a tensor; read as 16-bit weights
+    convrot_w4a4, int8_tensorwise, asym_w4a8_int8, float8_e4m3fn
+                    our int4, int8 and float8 layers with one scale a row, without smoothing factors and a branch
+    float8_e5m2     floating-point numbers of two digits, one scale a tensor; read as 16-bit weights
 
 Legend: N output features, K input features, r rank.
 """
@@ -39,6 +39,7 @@ NAME = "ComfyUI"
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 GROUP = 64
 TILED = "kitchen_tile_packed_w4a4"
+IN_8_BITS = ("int8", "float8")
 # Behind GELU, whose output runtimes may shift to use codes without a sign; for files that do not say.
 BEHIND_GELU = ("img_mlp.net.2", "txt_mlp.net.2", "ff.net.2")
 _BLOCK, _SINGLE = "transformer_blocks.*.", "single_transformer_blocks.*."
@@ -116,8 +117,8 @@ def reading(checkpoint: Checkpoint, class_name: str, base: Mapping[str, Tensor])
             kind = conf.get("format") or comfy_convrot.INT8  # some writers leave it out
             if reader := READERS.get(kind):
                 return reader(source, name, rows, columns, conf)
-            if kind not in FLOAT8:
-                known = sorted({*READERS, *FLOAT8})
+            if kind != FLOAT8_E5M2:
+                known = sorted({*READERS, FLOAT8_E5M2})
                 raise ValueError(
                     f"`comfy_quant.format` of {name!r} in {source.origin} must be one of {known}, got {kind!r}."
                 )
@@ -130,8 +131,8 @@ def reading(checkpoint: Checkpoint, class_name: str, base: Mapping[str, Tensor])
         out = convert_by_names(source, shapes, dtype, scheme, read, may_be_16_bit=True)
         if in_16_bits:
             logger.warning(
-                f"{len(in_16_bits)} layers of {source.origin}, such as {in_16_bits[0]!r}, are in float8, which this "
-                "package's layers do not have; they are 16-bit layers now. `quantize` makes 4-bit layers of them."
+                f"{len(in_16_bits)} layers of {source.origin}, such as {in_16_bits[0]!r}, are in {FLOAT8_E5M2}, which "
+                "this package's layers do not have; they are 16-bit layers now. `quantize` makes 4-bit layers of them."
             )
         return out
 
@@ -228,8 +229,9 @@ READERS: dict[str, Callable[..., UnpackedLayer]] = {
     "convrot_w4a4": comfy_convrot.read_w4a4,
     "asym_w4a8_int8": comfy_convrot.read_w4a8,
     comfy_convrot.INT8: comfy_convrot.read_int8,
+    comfy_convrot.FLOAT8: comfy_convrot.read_float8,
 }
-FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
+FLOAT8_E5M2 = "float8_e5m2"
 
 
 def _untile(weight: Tensor) -> Tensor:
@@ -253,28 +255,28 @@ def _tile_rows(tensor: Tensor) -> Tensor:
 
 
 def write(model: QuantizedModel, requantize: bool = False, tiled: bool = False, **_: Any) -> Written:
-    """The content of a file with `svdquant_w4a4`, `convrot_w4a4`, `nvfp4`, `awq_w4a16` and `int8_tensorwise` layers.
+    """The content of a file with layers in all formats above but `asym_w4a8_int8` and `float8_e5m2`.
 
-    Codes and scales of int4 layers are unchanged, those of nvfp4 layers without a branch, and those of int8 layers
+    Codes and scales of int4 layers are unchanged, those of nvfp4 layers without a branch, and those of 8-bit layers
     with neither branch nor smoothing factors; others have no format there. Rotated int4 layers need one scale a row
     besides. 4-bit layers with 16-bit activations and a branch, and convolutions, are written in 16 bits.
 
     Args:
         model: the content.
-        requantize: round what has no format once more, to int4, or int8 layers to int8.
+        requantize: round what has no format once more, to int4, or 8-bit layers to int8.
         tiled: in tiles of 128 rows and the keys of ComfyUI's own loader, instead of comfy-kitchen's.
 
     Raises:
         ValueError: the format cannot express a layer, which is named.
     """
     scheme = SCHEMES.get(model.class_name, {})
-    in_int8, exact = _int8_layers(model), _row_scaled_layers(model)
+    in_8_bits, exact = _8_bit_layers(model), _row_scaled_layers(model)
     if not requantize:
-        reason = "int8 layers there have neither smoothing factors nor a branch; `requantize` rounds them once more"
-        refuse_layers(model, dict.fromkeys(sorted(in_int8 - exact), reason), NAME)
+        reason = "8-bit layers there have neither smoothing factors nor a branch; `requantize` rounds them once more"
+        refuse_layers(model, dict.fromkeys(sorted(in_8_bits - exact), reason), NAME)
     quantized = []
     for name in model.layers:
-        if not model.is_convolution(name) and name not in in_int8 | exact:
+        if not model.is_convolution(name) and name not in in_8_bits | exact:
             item = model.layer(name)
             if not item.weight_only or (is_plain(item) and fits_awq(item)):
                 quantized.append(name)
@@ -300,11 +302,11 @@ def write(model: QuantizedModel, requantize: bool = False, tiled: bool = False, 
     for name, content in model.in_file(scheme, {*quantized, *exact}.__contains__):
         if not isinstance(content, UnpackedLayer):
             tensors |= {_key(name, leaf): _converted(name, leaf, value, model) for leaf, value in content.items()}
-            if in_int8.issuperset(places[name]):
+            if in_8_bits.issuperset(places[name]):
                 formats[name], parts, errors[name] = _encoded(model, places[name], 8)
                 tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             continue
-        if content.precision == "int8" or content.rotation is not None:
+        if content.precision in IN_8_BITS or content.rotation is not None:
             formats[name], parts = comfy_convrot.write(content)
         elif content.weight_only:
             formats[name], parts = _write_awq(content)
@@ -318,10 +320,10 @@ def write(model: QuantizedModel, requantize: bool = False, tiled: bool = False, 
     return with_markers(tensors, formats)
 
 
-def _int8_layers(model: QuantizedModel) -> set[str]:
-    """Names of the linear int8 layers."""
+def _8_bit_layers(model: QuantizedModel) -> set[str]:
+    """Names of the linear int8 and float8 layers."""
     return {
-        name for name, layer in model.layers.items() if layer.precision == "int8" and not model.is_convolution(name)
+        name for name, layer in model.layers.items() if layer.precision in IN_8_BITS and not model.is_convolution(name)
     }
 
 
@@ -330,7 +332,7 @@ def _row_scaled_layers(model: QuantizedModel) -> set[str]:
     return {
         name
         for name, layer in model.layers.items()
-        if (layer.precision == "int8" or layer.rotation is not None)
+        if (layer.precision in IN_8_BITS or layer.rotation is not None)
         and not model.is_convolution(name)
         and not model.is_refused(name)
         and comfy_convrot.fits(model.layer(name))

@@ -2,6 +2,7 @@
 
     convrot_w4a4      4-bit codes of the rotated weight: our int4 layer, whose groups of a row share a scale
     int8_tensorwise   8-bit codes, rotated or not: our int8 layer; some writers have one scale a tensor
+    float8_e4m3fn     8-bit floating-point numbers, one scale a tensor or a row: our float8 layer
     asym_w4a8_int8    4- or 6-bit codes of levels with scales of groups of 16, which give 8-bit codes: our int8 layer
 
 A rotation multiplies each block of `convrot_groupsize` input features of the weight by a regular Hadamard matrix,
@@ -12,6 +13,7 @@ Legend: N output features, K input features.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -23,7 +25,8 @@ from diffusers_sana.loaders.quantized.layer import Source, UnpackedLayer
 from diffusers_sana.loaders.quantized.rows import pairs, unpairs
 
 
-INT8 = "int8_tensorwise"
+INT8, FLOAT8 = "int8_tensorwise", "float8_e4m3fn"
+NAN = 127  # of e4m3, but for the sign
 GROUP = 256  # features that are rotated together
 LEVELS_GROUP = 16
 PRECISIONS = {4: "int4", 8: "int8"}  # by bits
@@ -56,8 +59,33 @@ def read_int8(source: Source, name: str, rows: int, columns: int, conf: Mapping[
     codes = source.take(f"{name}.weight", (rows, columns))
     if codes.dtype != torch.int8:
         raise ValueError(f"'{name}.weight' of {source.origin} must be int8, got {codes.dtype}.")
-    scales = source.take(f"{name}.weight_scale").float().flatten().expand(rows)
-    return _layer(source, name, codes, scales, {"convrot": False, **conf})
+    return _layer(source, name, codes, _row_scales(source, name, rows), {"convrot": False, **conf})
+
+
+def read_float8(source: Source, name: str, rows: int, columns: int, conf: Mapping[str, Any]) -> UnpackedLayer:
+    """The layer as one of ours, with the same bytes and scales; without a scale it is 1."""
+    weight = source.take(f"{name}.weight", (rows, columns))
+    if weight.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"'{name}.weight' of {source.origin} must be {torch.float8_e4m3fn}, got {weight.dtype}.")
+    codes = weight.view(torch.uint8)
+    if bool((codes & NAN == NAN).any()):
+        raise ValueError(f"'{name}.weight' of {source.origin} must be finite, but has NaN. Download it again.")
+    layer = _layer(source, name, codes, _row_scales(source, name, rows), {**conf, "convrot": False})
+    of_input = source.get(f"{name}.input_scale")
+    return layer if of_input is None else replace(layer, input_scale=of_input.float().item())
+
+
+def _row_scales(source: Source, name: str, rows: int) -> Tensor:
+    """One scale a row, fp32 `[N]`, of a file that may have one a tensor."""
+    scale = source.get(f"{name}.weight_scale")
+    if scale is None:
+        return torch.ones(rows)
+    if scale.numel() not in (1, rows):
+        raise ValueError(
+            f"'{name}.weight_scale' of {source.origin} must be one number or {rows}, one per output feature, got "
+            f"shape {tuple(scale.shape)}."
+        )
+    return scale.float().flatten().expand(rows)
 
 
 def read_w4a4(source: Source, name: str, rows: int, columns: int, conf: Mapping[str, Any]) -> UnpackedLayer:
@@ -117,17 +145,17 @@ def _layer(source: Source, name: str, codes: Tensor, scales: Tensor, conf: Mappi
 def fits(layer: UnpackedLayer) -> bool:
     """Whether `write` takes a layer: one scale a row, without smoothing factors and branch, in whole rotated groups.
 
-    int8 layers need not be rotated, int4 layers must be.
+    int8 layers need not be rotated, int4 layers must be, float8 layers must not be.
     """
     if layer.rotation is None:
-        has_format = layer.precision == "int8"
+        has_format = layer.precision in ("int8", "float8")
     else:
-        has_format = layer.precision != "nvfp4" and layer.codes.shape[1] % layer.rotation == 0
+        has_format = layer.precision in ("int4", "int8") and layer.codes.shape[1] % layer.rotation == 0
     return (
         has_format
         and not layer.has_branch
         and bool((layer.smooth == 1).all())
-        and (layer.precision == "int8" or bool((layer.scales == layer.scales[:, :1]).all()))
+        and (layer.scales.dim() == 1 or bool((layer.scales == layer.scales[:, :1]).all()))
     )
 
 
@@ -138,12 +166,24 @@ def write(layer: UnpackedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
         codes = _reversed_groups(codes, layer.rotation)
     if layer.weight_only:
         conf["full_precision_matrix_mult"] = True
+    if layer.precision == "float8":
+        return conf, _float8_parts(layer)
     return conf, _parts(codes, layer.scales if layer.precision == "int8" else layer.scales[:, 0].float())
+
+
+def _float8_parts(layer: UnpackedLayer) -> dict[str, Tensor]:
+    """With one scale a tensor, as ComfyUI's own, where all rows have the same."""
+    is_same = bool((layer.scales == layer.scales[0]).all())
+    scale = layer.scales[0] if is_same else layer.scales[:, None]
+    parts = {"weight": layer.codes.view(torch.float8_e4m3fn), "weight_scale": scale}
+    return parts if layer.input_scale is None else parts | {"input_scale": torch.tensor(layer.input_scale)}
 
 
 def _conf(precision: str, size: int | None) -> dict[str, Any]:
     if precision == "int4":
         return {"format": "convrot_w4a4", "convrot_groupsize": size, "linear_dtype": "int4", "quant_group_size": 64}
+    if precision == "float8":
+        return {"format": FLOAT8}
     conf = {"format": INT8, "per_row": True, "convrot": size is not None}
     return conf if size is None else conf | {"convrot_groupsize": size}
 

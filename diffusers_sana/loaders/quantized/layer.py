@@ -94,8 +94,8 @@ class UnpackedLayer:
     """A 4- or 8-bit layer in natural order.
 
     Attributes:
-        codes: nibbles in uint8, `[N, K]`; for int8 in int8.
-        scales: `[N, G]`, 16 bit, or e4m3 for NVFP4; for int8 fp32 `[N]`.
+        codes: nibbles in uint8, `[N, K]`; for int8 in int8, for float8 bytes in uint8.
+        scales: `[N, G]`, 16 bit, or e4m3 for NVFP4; for int8 and float8 fp32 `[N]`.
         row_scales: fp32 `[N]` for NVFP4, else None.
         smooth: `[K]`, divides the input of the 4-bit part.
         down, up: `[r, K]` and `[N, r]`, for the raw input.
@@ -129,8 +129,8 @@ class UnpackedLayer:
         cls, weight: QuantizedWeight, bias: Tensor | None, weight_only: bool = False, input_scale: float | None = None
     ) -> "UnpackedLayer":
         """The content of a quantized weight; see the attributes."""
-        precision, features = precision_of(weight.wscales), weight.smooth_factor.shape[0]
-        if precision == "int8":
+        precision, features = precision_of(weight.wscales, weight.qweight), weight.smooth_factor.shape[0]
+        if precision not in GROUP_SIZES:
             scales = weight.wscales
         else:
             scales = bits(weight.wscales)[:, : -(-features // GROUP_SIZES[precision])].view(weight.wscales.dtype)
@@ -149,8 +149,8 @@ class UnpackedLayer:
 
     @property
     def precision(self) -> str:
-        """ "int4", "nvfp4" or "int8"."""
-        return precision_of(self.scales)
+        """ "int4", "nvfp4", "int8" or "float8"."""
+        return precision_of(self.scales, self.codes)
 
     @property
     def group_size(self) -> int:
@@ -220,7 +220,7 @@ class UnpackedLayer:
         Row scales and smoothing factors stay in fp32 if `dtype` would round them.
         """
         rotation = None if self.rotation is None else rotation_tensor(self.rotation, self.codes.device)
-        if self.precision == "int8":
+        if self.precision not in GROUP_SIZES:
             return QuantizedWeight(
                 pad_features(self.codes),
                 self.scales.float(),

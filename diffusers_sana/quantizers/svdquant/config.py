@@ -18,22 +18,23 @@ logger = logging.getLogger(__name__)
 
 # How tensors are stored, see docs/quantization.md; changes with what a reader must know. A model is in the first that
 # has all it needs, so that earlier versions read what they can: the second has rotated layers, the third int8 layers
-# and other sizes of rotated groups.
+# and other sizes of rotated groups, the fourth float8 layers.
 LAYOUT = "diffusers_sana/1"
 ROTATED_LAYOUT = "diffusers_sana/2"
 INT8_LAYOUT = "diffusers_sana/3"
-LAYOUTS = (LAYOUT, ROTATED_LAYOUT, INT8_LAYOUT)
-PRECISIONS = ("int4", "nvfp4", "int8")
+FLOAT8_LAYOUT = "diffusers_sana/4"
+LAYOUTS = (LAYOUT, ROTATED_LAYOUT, INT8_LAYOUT, FLOAT8_LAYOUT)
+PRECISIONS = ("int4", "nvfp4", "int8", "float8")
 COMPUTE_MODES = ("auto", "w4a4", "w4a8", "w4a16", "w8a8", "w8a16")
-# Of a layer: whether it has 4- or 8-bit weights, and whether its activations may be quantized.
-LAYER_MODES = ("w4a4", "w4a16", "w8a8", "w8a16")
-RANKS = {"int4": 32, "nvfp4": 32, "int8": 0}  # of the branch, where the user names none
+# Of a layer: whether it has weights in 4 bits, int8 or float8, and whether its activations may be quantized.
+LAYER_MODES = ("w4a4", "w4a16", "w8a8", "w8a16", "f8a8", "f8a16")
+RANKS = {"int4": 32, "nvfp4": 32, "int8": 0, "float8": 0}  # of the branch, where the user names none
 SMOOTHING = ("search", "none")
 QUALITIES = ("default", "best")
 ROTATIONS = ("none", "auto", "hadamard")
 # The mode in which "auto" computes layers of a format on most of the devices that are fast with it. The result of a
 # quantization does not depend on the device on which it runs.
-USUAL_MODES = {"int4": "w4a8", "nvfp4": "w4a4", "int8": "w8a8"}
+USUAL_MODES = {"int4": "w4a8", "nvfp4": "w4a4", "int8": "w8a8", "float8": "f8a8"}
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -47,10 +48,11 @@ def mode_for(precision: str, mode: str) -> str:
     """The mode in which a layer of a format computes when its model is set to `mode`, which is not "auto".
 
     The bits of the activations count: an int8 layer computes in "w8a16" where 4-bit layers compute in "w4a16", and
-    else in "w8a8"; 4-bit layers compute in "w4a8" where the mode is "w8a8".
+    else in "w8a8", a float8 layer in "f8a16" and "f8a8"; 4-bit layers compute in "w4a8" where the mode is "w8a8".
     """
-    if precision == "int8":
-        return "w8a16" if mode.endswith("a16") else "w8a8"
+    if precision in ("int8", "float8"):
+        weight = "w8" if precision == "int8" else "f8"
+        return weight + ("a16" if mode.endswith("a16") else "a8")
     return f"w4{mode[2:]}"
 
 
@@ -89,7 +91,8 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
 
     Args:
         precision: "int4" (integers, one scale per 64 weights), "nvfp4" (e2m1, one e4m3 scale per 16) or "int8" (8-bit
-            integers, one scale per row).
+            integers, one scale per row). "float8" (e4m3, one scale per row) describes layers read from other runtimes'
+            files, which `modules` names.
         rank: of the 16-bit low-rank branch; 0 for none. None: 32 for 4-bit layers, 0 for int8.
         quality: "default", or "best" for smaller errors in several times the time: finer smoothing, `rotation="auto"`,
             and with calibration prompts also `gptq`.
@@ -110,7 +113,7 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
             nvfp4 and "w8a8" with int8.
         modules: which layers to quantize: patterns of module names to "w4a4" (activations may be quantized), "w4a16"
             (activations stay 16 bit), "w8a8" or "w8a16" (the same with int8 weights). None: chosen by name, see
-            `targets.py`. A saved model lists its layers.
+            `targets.py`. A saved model lists its layers, those with float8 weights as "f8a8" or "f8a16".
         modules_to_not_convert: patterns of module names to leave in 16 bit.
         rotated: patterns of the names of layers that are rotated; written in a saved model. A dictionary of patterns
             to sizes of the rotated groups, where some are not 64.
@@ -165,6 +168,8 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
+        if self.precision == "float8" and self.modules is None:
+            raise ValueError(f"`precision` must be one of {PRECISIONS[:3]} to quantize a model, got 'float8'.")
         for name, least in (("rank", 0), ("refinements", 0), ("seed", 0)):
             value = getattr(self, name)
             if value is None and name == "rank":
@@ -201,8 +206,8 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
     def for_layer(self, mode: str) -> LayerConfig:
         """How a layer of one of `LAYER_MODES` is quantized. 4-bit layers with 16-bit activations are always int4."""
         is_weight_only = mode.endswith("a16")
-        if mode.startswith("w8"):
-            precision = "int8"
+        if not mode.startswith("w4"):
+            precision = "int8" if mode.startswith("w8") else "float8"
         else:
             precision = "nvfp4" if self.precision == "nvfp4" and not is_weight_only else "int4"
         automatic = "auto" if self.quality == "best" else "none"

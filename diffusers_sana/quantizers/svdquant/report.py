@@ -66,7 +66,7 @@ class LayerResult:
             layer=layer,
             shape=shape,
             mode=mode,
-            precision=precision_of(weight.wscales),
+            precision=precision_of(weight.wscales, weight.qweight),
             bytes=size,
             original_bytes=original,
             rank=weight.proj_up.shape[1],

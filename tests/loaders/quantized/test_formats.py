@@ -240,6 +240,33 @@ def test_comfy_int8_of_other_writers():
         comfy_convrot.read_int8(source({"weight": codes.float(), "weight_scale": torch.ones(1)}), "x", N, K, {})
 
 
+def test_comfy_float8():
+    """Bytes and scales are those of the file, which has one scale a tensor, one a row, or none."""
+    weight = torch.randn(N, K).to(torch.float8_e4m3fn)
+    rows = torch.rand(N, 1) + 0.5
+    for scale in (torch.tensor(0.5), torch.tensor([0.5]), rows, rows.flatten(), None):
+        tensors = {"weight": weight} | ({} if scale is None else {"weight_scale": scale})
+        layer = comfy_convrot.read_float8(source(tensors), "x", N, K, {"full_precision_matrix_mult": True})
+        spread = torch.ones(1) if scale is None else scale.reshape(-1, 1)
+        assert torch.equal(layer.matrix(), weight.float() * spread)
+        assert (layer.precision, layer.weight_only, comfy_convrot.fits(layer)) == ("float8", True, True)
+        conf, parts = comfy_convrot.write(layer)
+        assert conf == {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+        assert torch.equal(parts["weight"].view(torch.uint8), weight.view(torch.uint8))
+        assert parts["weight_scale"].shape == ((N, 1) if spread.numel() == N else ())
+    assert not comfy_convrot.fits(replace(layer, smooth=2 * layer.smooth))
+    nan = weight.clone()
+    nan.view(torch.uint8)[3, 5] = 255
+    for change, message in (
+        ({"weight": nan}, r"'x.weight' of a file must be finite, but has NaN"),
+        ({"weight": weight.view(torch.uint8)}, r"'x.weight' of a file must be torch.float8_e4m3fn, got torch.uint8"),
+        ({"weight": weight[:, :64]}, r"'x.weight' must have shape \(256, 192\), got \(256, 64\)"),
+        ({"weight_scale": torch.ones(3)}, r"'x.weight_scale' of a file must be one number or 256, .*got shape \(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            comfy_convrot.read_float8(source({"weight": weight} | change), "x", N, K, {})
+
+
 @pytest.mark.parametrize("kind", ["codebook", "4 bits", "6 bits"])
 def test_comfy_w4a8(kind):
     width = 64 if kind == "6 bits" else 16

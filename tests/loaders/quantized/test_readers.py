@@ -231,24 +231,24 @@ def test_comfy_files(prefix, tmp_path):
         load_quantized(other, base=tmp_path / "base")
 
 
-def test_comfy_float8(tmp_path, caplog):
+def test_comfy_float8_e5m2(tmp_path, caplog):
     """Layers in 16 bits, with a warning, beside those in 4 bits."""
     path = written("comfy", "int4", tmp_path)
     tiny.qwen().save_pretrained(tmp_path / "base")
     metadata = open_checkpoint(path).metadata
     header, tensors = json.loads(metadata["_quantization_metadata"]), load_file(path)
     name = "transformer_blocks.0.attn.to_q"
-    header["layers"][name] = {"format": "float8_e4m3fn"}
+    header["layers"][name] = {"format": "float8_e5m2"}
     rows, columns = tensors[f"{name}.weight_proj_up"].shape[0], tensors[f"{name}.weight_proj_down"].shape[0]
     bias = tensors[f"{name}.bias"]
     tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{name}.")}
-    weight = torch.randn(rows, columns).to(torch.float8_e4m3fn)
+    weight = torch.randn(rows, columns).to(torch.float8_e5m2)
     tensors |= {f"{name}.weight": weight, f"{name}.weight_scale": torch.tensor(0.5), f"{name}.bias": bias}
     save_file(tensors, path, metadata | {"_quantization_metadata": json.dumps(header)})
     loaded = load_quantized(path, base=tmp_path / "base")
     assert torch.equal(loaded.get_submodule(name).weight, (weight.float() / 2).to(torch.bfloat16))
     assert loaded.transformer_blocks[0].attn.to_k.precision == "int4"
-    assert f"1 layers of {path}, such as '{name}', are in float8" in caplog.text
+    assert f"1 layers of {path}, such as '{name}', are in float8_e5m2" in caplog.text
 
 
 def test_comfy_tiles(tmp_path):

@@ -154,6 +154,50 @@ def test_int8(to, rotation, tmp_path, base, caplog):
     assert load_quantized(tmp_path / "second").dtype == torch.bfloat16 if to == "diffusers-sana" else True
 
 
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("family", ["qwen", "flux"])
+def test_float8(family, per_row, tmp_path, caplog):
+    """Bytes, scales and what else the file says stay, in fused layers too; ours has one byte per weight."""
+    model = tiny.float8(tiny.FAMILIES[family](), tmp_path, per_row)
+    assert {layer.precision for layer in tiny.layers(model).values()} == {"float8"}
+    assert {layer.is_weight_only for layer in tiny.layers(model).values()} == {True, False}
+    options = {"model_cls": type(model), "base": tmp_path / "base"}
+    path = export_quantized(model, tmp_path / "first", "comfy")
+    again = load_quantized(path, **options)
+    assert_equal_state(again, model)
+    for name, layer in tiny.layers(model).items():
+        weight = layer.qweight[:, : layer.smooth_factor.shape[0]].view(torch.float8_e4m3fn).float()
+        assert torch.equal(layer.dequantize(torch.float32), weight * layer.wscales[:, None])
+        assert layer.qweight.itemsize == 1
+        if family == "qwen":
+            assert again.get_submodule(name).input_scale == layer.input_scale
+    assert export_quantized(again, tmp_path / "second", "comfy").read_bytes() == path.read_bytes()
+    if family == "qwen":
+        original, written = load_file(tmp_path / "float8.safetensors"), load_file(path)
+        assert original.keys() == written.keys()
+        for key, tensor in original.items():
+            assert tensor.dtype == written[key].dtype
+            assert torch.equal(as_bytes(tensor), as_bytes(written[key])), key
+    assert not any(words in caplog.text for words in ("rounded once more", "16-bit layers now"))
+
+
+def test_float8_in_other_formats(tmp_path, caplog):
+    """Refused, or rounded once more; with a branch ComfyUI has no format for it."""
+    model = tiny.float8(tiny.flux(), tmp_path)
+    with pytest.raises(ValueError, match=r"cannot hold \d+ layers as they are, .* needs int4"):
+        export_quantized(model, tmp_path / "refused", "cache-dit")
+    other = load_quantized(export_quantized(model, tmp_path / "int8", "comfy-convrot"), base=tmp_path / "base")
+    assert "rounded once more, to 8 bits" in caplog.text
+    layer, original = (item.transformer_blocks[0].attn.to_add_out for item in (other, model))
+    assert relative(layer.dequantize(torch.float32), original.dequantize(torch.float32)) < 0.01
+    layer = model.transformer_blocks[0].attn.to_add_out
+    change = torch.randn(len(layer.qweight), 2) @ torch.randn(2, layer.smooth_factor.shape[0])
+    layer.add_to_weight(change.to(layer.proj_up.dtype))
+    with pytest.raises(ValueError, match=r"'transformer_blocks.0.attn.to_add_out': 8-bit layers there have neither"):
+        export_quantized(model, tmp_path / "refused", "comfy")
+    export_quantized(model, tmp_path / "rounded", "comfy", requantize=True)
+
+
 def test_rotated_groups_of_several_sizes_in_our_layout(tmp_path, base):
     """ComfyUI rotates the largest group that fits a layer."""
     path = export_quantized(tiny.quantized("flux", "int8", 8), tmp_path / "comfy", "comfy-convrot")

@@ -1,14 +1,20 @@
 """Tiny models of several families in bf16, quantized by this package."""
 
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from diffusers_sana.loaders.quantized.comfy import with_markers
+from diffusers_sana.loaders.quantized.hub import load_quantized
 from diffusers_sana.loaders.quantized.layer import UnpackedLayer
 from diffusers_sana.quantizers.svdquant.api import quantize
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLayer
+from diffusers_sana.quantizers.svdquant.targets import find_targets
 from tests.loaders.nunchaku import nunchaku_files as files
 from tests.quantizers.tiny_models import SDXL, make
 
@@ -72,6 +78,33 @@ def quantized(family: str, precision: str = "int4", rank: int = 16, excluded: tu
             generator = torch.Generator().manual_seed(0)
             layer.smooth_factor.data.mul_(0.5 + torch.rand(layer.smooth_factor.shape, generator=generator).to(DTYPE))
     return model
+
+
+def float8_tensors(model: torch.nn.Module, per_row: bool) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    """A model as ComfyUI stores it in float8, in the names of diffusers: tensors and formats."""
+    tensors, formats = dict(model.state_dict()), {}
+    for name in find_targets(model, SVDQuantConfig(rank=0)):
+        weight = tensors.pop(f"{name}.weight").float()
+        if weight.dim() != 2:
+            tensors[f"{name}.weight"] = weight.to(DTYPE)
+            continue
+        scale = weight.abs().amax(1, keepdim=True) / 448 if per_row else weight.abs().amax() / 448
+        tensors |= {f"{name}.weight": (weight / scale).to(torch.float8_e4m3fn), f"{name}.weight_scale": scale}
+        formats[name] = {"format": "float8_e4m3fn"}
+        if name.startswith("transformer_blocks"):
+            if "attn." in name or "attn1" in name:
+                tensors[f"{name}.input_scale"] = torch.tensor(0.3)
+            else:
+                formats[name]["full_precision_matrix_mult"] = True
+    return tensors, formats
+
+
+def float8(model: torch.nn.Module, path: Path, per_row: bool = False, **options: Any) -> torch.nn.Module:
+    """The model with float8 layers, read from a file of ComfyUI at `path`, with its original at `path / base`."""
+    model.save_pretrained(path / "base")
+    written = with_markers(*float8_tensors(model, per_row))
+    save_file({key: value.contiguous() for key, value in written.tensors.items()}, path / "float8.safetensors")
+    return load_quantized(path / "float8.safetensors", base=path / "base", **options)
 
 
 def layers(model: torch.nn.Module) -> dict[str, SVDQuantLayer]:

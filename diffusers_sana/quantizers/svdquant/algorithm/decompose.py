@@ -148,8 +148,13 @@ def decompose(
         One `QuantizedWeight` and one `LayerReport` per weight.
 
     Raises:
-        ValueError: NaN or infinity in an argument, or a missing hessian.
+        ValueError: NaN or infinity in an argument, a missing hessian, or float8.
     """
+    if config.precision == "float8":
+        raise ValueError(
+            "`modules` must give layers to quantize a mode with 4-bit or int8 weights, such as 'w8a8': float8 layers "
+            "are only read from files."
+        )
     if config.gptq and hessian is None:
         raise ValueError("`gptq=True` needs calibration data: pass prompts to `quantize`, or set `gptq=False`.")
     arguments = {f"weights[{i}]": weight for i, weight in enumerate(weights)} | {"inputs": inputs, "hessian": hessian}

@@ -16,8 +16,8 @@ class QuantizedWeight:
     """The tensors of a quantized layer, under the names of its state dict.
 
     Attributes:
-        qweight: uint8 `[N, Kp/2]`; for int8 int8 `[N, Kp]`.
-        wscales: `[N, Kp/G]`, 16 bit or e4m3; for int8 fp32 `[N]`.
+        qweight: uint8 `[N, Kp/2]`; for int8 int8 `[N, Kp]`, for float8 uint8 `[N, Kp]`.
+        wscales: `[N, Kp/G]`, 16 bit or e4m3; for int8 and float8 fp32 `[N]`.
         wtscale: `[N]` for nvfp4, else None.
         smooth_factor: `[K]`.
         proj_down: `[r, K]`, for the raw input: already divided by `smooth_factor`.

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from diffusers_sana.checkpoint_files import meta_tensors
 from diffusers_sana.kernels.rotation import GROUP, can_rotate, rotation_tensor
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
-from diffusers_sana.quantizers.svdquant.config import INT8_LAYOUT, LAYOUT, ROTATED_LAYOUT, SVDQuantConfig
+from diffusers_sana.quantizers.svdquant.config import (
+    FLOAT8_LAYOUT,
+    INT8_LAYOUT,
+    LAYOUT,
+    ROTATED_LAYOUT,
+    SVDQuantConfig,
+)
 from diffusers_sana.quantizers.svdquant.layers.linear import (
     SVDQuantLayer,
     empty_weight,
@@ -115,13 +121,19 @@ def recorded_config(
     rotated = as_patterns(sizes, model)
     is_usual = set(sizes.values()) <= {GROUP}
     scales = {name: layer.input_scale for name, layer in layers.items() if layer.input_scale is not None}
-    has_int8 = any(layer.precision == "int8" for layer in layers.values())
+    precisions = {layer.precision for layer in layers.values()}
+    if "float8" in precisions:
+        layout = FLOAT8_LAYOUT
+    elif "int8" in precisions or not is_usual:
+        layout = INT8_LAYOUT
+    else:
+        layout = ROTATED_LAYOUT if rotated else LAYOUT
     first = next(iter(layers.values()), None)
     dtype = config.dtype if first is None else str(first.proj_up.dtype).removeprefix("torch.")
     return replace(
         config,
         modules=modules,
-        layout=INT8_LAYOUT if has_int8 or not is_usual else ROTATED_LAYOUT if rotated else LAYOUT,
+        layout=layout,
         dtype=dtype,
         rotated=list(rotated) if is_usual else rotated,
         input_scales=scales or None,
@@ -185,7 +197,10 @@ def check_layers(model: nn.Module) -> None:
                 f"`proj_down` and `proj_up` of {name!r} must be [rank, {inputs}] and [{outputs}, rank], got {down} "
                 f"and {up}. The file was changed; download or quantize the model again."
             )
-        precision = "int8" if module.qweight.dtype == torch.int8 else "int4" if module.wtscale is None else "nvfp4"
+        if module.wscales.dim() == 1:
+            precision = module.precision
+        else:
+            precision = "int4" if module.wtscale is None else "nvfp4"
         rotation, size = module.rotation, module.rotation_size
         expected = empty_weight(outputs, inputs, down[0], precision, module.proj_up.dtype, rotation=size)
         if rotation is not None and size is not None:

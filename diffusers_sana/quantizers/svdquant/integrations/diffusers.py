@@ -133,7 +133,7 @@ class SVDQuantQuantizer(DiffusersQuantizer):
             # `param_value` may already be cast; the file has the original dtype.
             shape, original = tuple(param_value.shape), state_dict[param_name]
             checkpoint.check_tensor(param_name, getattr(layer, leaf), shape, original.dtype)
-            keeps_dtype = leaf == "wscales" and layer.precision == "int8"
+            keeps_dtype = leaf == "wscales" and layer.wscales.dim() == 1
             value = original if keeps_dtype else param_value
             setattr(layer, leaf, nn.Parameter(value.to(target_device), requires_grad=False))
             return

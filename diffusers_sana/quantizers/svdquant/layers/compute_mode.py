@@ -6,6 +6,7 @@ import torch
 from diffusers.utils import logging
 
 from diffusers_sana._compat import triton_refusal
+from diffusers_sana.kernels import float8_linear
 from diffusers_sana.kernels.cpu import int8_linear
 from diffusers_sana.quantizers.svdquant.config import mode_for
 
@@ -18,7 +19,7 @@ NVFP4_CAPABILITIES = ((10, 0), (10, 3), (12, 0), (12, 1))
 
 @torch.compiler.assume_constant_result  # it asks libraries and drivers, which cannot be traced
 def best_mode(device: torch.device, precision: str) -> str:
-    """The fastest mode that is implemented on a device for a format: "w4a4", "w4a8", "w4a16", "w8a8" or "w8a16"."""
+    """The fastest mode that is implemented on a device for a format: one of `LAYER_MODES` or "w4a8"."""
     return _best_mode(device.type, device.index, precision)[0]
 
 
@@ -29,7 +30,12 @@ def best_mode_reason(device: torch.device, precision: str) -> str:
 
 @cache
 def _best_mode(device_type: str, index: int | None, precision: str) -> tuple[str, str]:
-    if device_type == "cpu":
+    if precision == "float8":
+        has_product = float8_linear.has_product(
+            torch.device(device_type if index is None else f"{device_type}:{index}")
+        )
+        mode, reason = ("f8a8", "float8 tensor cores") if has_product else ("f8a16", "no float8 tensor cores")
+    elif device_type == "cpu":
         mode, reason = ("w4a8", "8-bit products") if int8_linear.is_supported() else ("w4a16", "no 8-bit products")
     elif device_type != "cuda" or triton_refusal() is not None:
         mode, reason = "w4a16", "no Triton kernels there"

@@ -13,7 +13,8 @@ the layer represents. The product of a 4-bit layer is computed in one of three m
     w4a16   activations stay in 16 bit; the weight is converted to 16 bit on the fly
     auto    the fastest of these on the device, see `best_mode`
 
-That of an int8 layer is computed in w8a8, as w4a8 without converting the weight, or in w8a16; see `mode_for`.
+That of an int8 layer is computed in w8a8, as w4a8 without converting the weight, or in w8a16; that of a float8 layer
+in f8a8, with activations in float8 too, or in f8a16; see `mode_for`.
 
 If the input requires a gradient, the layer computes in w4a16, and the gradient flows through to the input.
 
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from diffusers_sana.kernels.cpu import int8_linear
 from diffusers_sana.kernels.cpu.blocked import linear_in_pieces
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight
+from diffusers_sana.kernels.float8_linear import float8_linear
 from diffusers_sana.kernels.kept import forget
 from diffusers_sana.kernels.linear import linear
 from diffusers_sana.kernels.low_bit import GROUP_SIZES, padded, precision_of
@@ -105,7 +107,7 @@ class SVDQuantLayer(LowRankBranch):
         forget(self.qweight)
 
     def mode_on(self, device: torch.device) -> str:
-        """The mode in which the layer computes on a device: "w4a4", "w4a8", "w4a16", "w8a8" or "w8a16"."""
+        """The mode in which the layer computes on a device: one of `LAYER_MODES` or "w4a8"."""
         if self.compute_mode == "auto" and not self.is_weight_only:
             return best_mode(device, self.precision)
         return mode_for(self.precision, "w4a16" if self.is_weight_only else self.compute_mode)
@@ -131,7 +133,12 @@ class SVDQuantLayer(LowRankBranch):
         return self._low_bit_matmul(tokens, self.precision)
 
     def matmul_a8(self, tokens: Tensor) -> Tensor:
-        """`[M, K]` to `[M, N]` with activations in int8."""
+        """`[M, K]` to `[M, N]` with activations in int8, or float8 where the weight is."""
+        if self.precision == "float8":
+            return float8_linear(
+                tokens, self.qweight, self.wscales,
+                self.smooth_factor, self.proj_down, self.proj_up, self.bias, self.rotation,
+            )  # fmt: skip
         if tokens.device.type == "cpu" and int8_linear.is_supported():
             return int8_linear.int8_linear(
                 tokens, self.qweight, self.wscales, self.wtscale,
@@ -170,8 +177,8 @@ class SVDQuantLayer(LowRankBranch):
 
     @property
     def precision(self) -> str:
-        """ "int4", "nvfp4" or "int8"."""
-        return precision_of(self.wscales)
+        """ "int4", "nvfp4", "int8" or "float8"."""
+        return precision_of(self.wscales, self.qweight)
 
     @property
     def rotation_size(self) -> int | None:
@@ -184,13 +191,13 @@ class SVDQuantLayer(LowRankBranch):
         return self.qweight.shape[0]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """`.to` and the like. It keeps the bits of nvfp4 and int8 scales, and forgets what was made of parameters."""
+        """`.to` and the like. It keeps the bits of nvfp4 and 8-bit scales, and forgets what was made of parameters."""
         forget(self.qweight, self.smooth_factor)
 
         def on_bits(tensor: Tensor) -> Tensor:
             if tensor.dtype == torch.float8_e4m3fn:
                 return fn(tensor.view(torch.uint8)).view(torch.float8_e4m3fn)
-            if tensor is self.wscales and self.precision == "int8":
+            if tensor is self.wscales and tensor.dim() == 1:
                 return fn(tensor.view(torch.int32)).view(torch.float32)
             result = fn(tensor)
             if result.is_floating_point() and result.itemsize == 1:
@@ -302,8 +309,9 @@ def empty_weight(
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    if precision == "int8":
-        codes, scales = empty(out_features, features, dtype=torch.int8), empty(out_features, dtype=torch.float32)
+    if precision not in GROUP_SIZES:
+        codes = empty(out_features, features, dtype=torch.int8 if precision == "int8" else torch.uint8)
+        scales = empty(out_features, dtype=torch.float32)
     else:
         codes, groups = empty(out_features, features // 2, dtype=torch.uint8), features // GROUP_SIZES[precision]
         scales = empty(out_features, groups, dtype=torch.float8_e4m3fn if precision == "nvfp4" else dtype)
