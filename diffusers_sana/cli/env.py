@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
     from diffusers_sana import __version__
     from diffusers_sana.kernels.cpu import int8_linear
     from diffusers_sana.kernels.dispatch import ENVIRONMENT_VARIABLE, current_kernel_mode, kernel_mode, use_triton
+    from diffusers_sana.kernels.external import products_described
+    from diffusers_sana.quantizers.svdquant.config import PRECISIONS
     from diffusers_sana.quantizers.svdquant.layers.compute_mode import best_mode, best_mode_reason
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
         except RuntimeError as error:
             why = str(error)
     print(f"{'operations':15} {runs} in mode {mode!r} of {ENVIRONMENT_VARIABLE}: {why}")
-    for precision in ("int4", "nvfp4", "int8"):
+    print(f"{'w4a4 products':15} {products_described(mode)}")
+    for precision in PRECISIONS:
         print(f"{precision + ' layers':15} {best_mode(device, precision)}: {best_mode_reason(device, precision)}")
     for extra, purpose in EXTRAS.items():
         lacks = missing(extra)

@@ -20,6 +20,7 @@ from torch import Tensor
 from diffusers_sana import kernels
 from diffusers_sana.kernels.cpu import int8_linear
 from diffusers_sana.kernels.dispatch import current_kernel_mode, use_triton
+from diffusers_sana.kernels.external import TOLERANCE, external_product
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantLinear
 
 
@@ -35,13 +36,14 @@ class KernelCheck:
         operation: its name.
         shapes: of its tensor arguments.
         dtype: of the first one that is a floating point number.
-        runs: "Triton kernel", "CPU kernel" or "PyTorch reference".
+        runs: "Triton kernel", "CPU kernel", "PyTorch reference" or the name of another package.
         why: the reason, where the reference runs.
         calls: how often it was called.
         error: relative error of the worst output against the reference in float64; of codes and scales in 8 bits the
             share that differs. None where the reference runs.
         reference_error: the same of the reference in the dtype of the arguments.
-        limit: of `error`: twice that of the reference and one unit in the last place.
+        limit: of `error`: twice that of the reference and one unit in the last place; of another package what its
+            first use allows.
     """
 
     operation: str
@@ -112,9 +114,11 @@ class _Watcher:
             return
         elif code is use_triton.__code__ and self.arguments:
             self.arguments[-1]["why"] = None if value else _reason(frame.f_locals)
+        elif code is external_product.__code__ and self.arguments and value is not None:
+            self.arguments[-1]["package"] = frame.f_locals["package"]
         elif code is SVDQuantLinear.matmul_a8.__code__ and value is not None:
             layer, tokens = frame.f_locals["self"], frame.f_locals["tokens"]
-            if tokens.device.type == "cpu" and int8_linear.is_supported():
+            if tokens.device.type == "cpu" and int8_linear.is_supported() and layer.precision != "float8":
                 self._check_int8(layer, tokens, value)
 
     def _entry(self, operation: str, tensors: dict[str, Any], options: Any, runs: str) -> tuple[KernelCheck, bool]:
@@ -131,16 +135,18 @@ class _Watcher:
         return self.seen[key], is_new
 
     def _record(self, name: str, arguments: dict[str, Any], output: Any) -> None:
-        why = arguments.pop("why", None)
+        why, package = arguments.pop("why", None), arguments.pop("package", None)
         tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
         options = {key: value for key, value in arguments.items() if isinstance(value, str | int | float)}
-        check, is_new = self._entry(name, tensors, options, "PyTorch reference" if why else "Triton kernel")
+        runs = package or ("PyTorch reference" if why else "Triton kernel")
+        check, is_new = self._entry(name, tensors, options, runs)
         check.why = why
         if is_new and not why:
             reference = getattr(import_module(f"diffusers_sana.kernels.{name}"), f"{name}_reference")
             # What only concerns how the kernel goes about it is no argument of the reference.
             arguments = {key: arguments[key] for key in inspect.signature(reference).parameters if key in arguments}
             _compare(check, output, reference(**arguments), _in_float64(reference, arguments))
+            check.limit = TOLERANCE if package else check.limit
 
     def _check_int8(self, layer: SVDQuantLinear, tokens: Tensor, output: Tensor) -> None:
         tensors = {"tokens": tokens, "qweight": layer.qweight}

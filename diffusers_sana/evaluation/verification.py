@@ -28,6 +28,8 @@ from diffusers_sana.evaluation.kernel_checks import checked_kernels, relative_er
 from diffusers_sana.evaluation.machine import device_name, peak_memory, synchronize, versions
 from diffusers_sana.evaluation.report import table
 from diffusers_sana.evaluation.similarity import psnr
+from diffusers_sana.kernels.dispatch import current_kernel_mode
+from diffusers_sana.kernels.external import products_described
 from diffusers_sana.loading import checkpoint_path, find_pipeline_class, pipeline_class_name, sprint_components
 from diffusers_sana.quantizers.svdquant.layers.compute_mode import best_mode
 
@@ -162,6 +164,8 @@ def verify(
         },
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "kernel_mode": current_kernel_mode(),
+        "w4a4_products": products_described(current_kernel_mode()),
         "versions": versions(),
         "diffusers": theirs.figures(),
         "diffusers_sana": ours.figures(),
@@ -329,7 +333,9 @@ def summary(report: dict[str, Any]) -> str:
     parts = [
         f"{settings['model']} ({settings['pipeline']}), {pixels} px, {settings['steps']} steps, {settings['dtype']}, "
         f"{settings['seeds']} images\n"
-        f"{report['device']}; " + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+        f"{report['device']}; "
+        + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+        + f"\nkernel mode {report['kernel_mode']!r}; products in w4a4: {report['w4a4_products']}"
     ]
     rows = [
         ["seconds per step", *(f"{side['seconds_per_step']:.4g}" for side in (theirs, ours))],

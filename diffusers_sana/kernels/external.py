@@ -13,9 +13,11 @@ Legend: M tokens, Kp = K padded, N output features, r rank.
 """
 
 import logging
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -88,7 +90,25 @@ PRODUCTS: dict[tuple[str, str], Callable[..., Tensor]] = {
     ("comfy-kitchen", "nvfp4"): _nvfp4_by_comfy_kitchen,
     ("flashinfer", "nvfp4"): _nvfp4_by_flashinfer,
 }
+INSTALL = {"comfy-kitchen": "comfy-kitchen", "flashinfer": "flashinfer-python"}  # names for pip
 _REFUSALS: dict[Any, str | None] = {}  # by signature: why the package is not used, None where it is
+
+
+def is_found(package: str) -> bool:
+    """Whether a package, a key of `PACKAGES`, is there to be imported; it may still fail."""
+    return PACKAGES[package] in sys.modules or find_spec(PACKAGES[package]) is not None
+
+
+def products_described(mode: str) -> str:
+    """Whose products layers in w4a4 try first in a kernel mode, and whether the packages for that are found."""
+    found = {package: is_found(package) for package in PACKAGES}
+    if mode not in PACKAGES:
+        others = ", ".join(f"{package} is {'' if there else 'not '}found" for package, there in found.items())
+        return f"ours; {others}"
+    if not found[mode]:
+        return f"ours, as {mode} is not found: pip install {INSTALL[mode]}"
+    formats = " and ".join(sorted(kind for package, kind in PRODUCTS if package == mode))
+    return f"{mode}, which is found, for {formats} where its first result is right, else ours"
 
 
 def external_product(

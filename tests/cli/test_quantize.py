@@ -1,6 +1,7 @@
 """`diffusers-sana quantize` and `env`."""
 
 import json
+import sys
 import tomllib
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from diffusers_sana import SanaPipeline, cli
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.cli import env
+from diffusers_sana.kernels import external
 from diffusers_sana.kernels.dispatch import kernel_mode
 from diffusers_sana.quantizers.svdquant.layers.linear import quantized_layers
 from diffusers_sana.quantizers.svdquant.unfinished_run import UnfinishedRun
@@ -75,14 +77,36 @@ def test_errors(arguments, message, tmp_path):
 def test_env(capsys):
     cli.main(["env"])
     lines = capsys.readouterr().out.splitlines()
-    assert 10 <= len(lines) - len(env.EXTRAS) <= 14
+    assert 12 <= len(lines) - len(env.EXTRAS) <= 16
     described = {line.split()[0]: line for line in lines}
     assert torch.__version__ in described["torch"]
     assert described["int4"].split(":")[0].endswith(("w4a4", "w4a8", "w4a16"))
     assert described["int8"].split(":")[0].endswith(("w8a8", "w8a16"))
+    assert described["float8"].split(":")[0].endswith(("f8a8", "f8a16"))
     with kernel_mode("torch"):
         cli.main(["env"])
     assert "PyTorch in mode 'torch'" in capsys.readouterr().out
+
+
+def test_env_names_the_package_of_a_kernel_mode(capsys, monkeypatch):
+    monkeypatch.setattr(external, "find_spec", lambda module: None)
+    for name in external.PACKAGES.values():
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    cli.main(["env"])
+    assert "w4a4 products   ours; comfy-kitchen is not found, flashinfer is not found\n" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", object())
+    for mode, said in (
+        (
+            "comfy-kitchen",
+            "comfy-kitchen, which is found, for int4 and nvfp4 where its first result is right, else ours",
+        ),
+        ("flashinfer", "ours, as flashinfer is not found: pip install flashinfer-python"),
+    ):
+        with kernel_mode(mode):
+            cli.main(["env"])
+        printed = capsys.readouterr().out
+        assert f"in mode {mode!r} of DIFFUSERS_SANA_KERNELS" in printed
+        assert f"w4a4 products   {said}\n" in printed
 
 
 def test_env_says_what_to_install(capsys, monkeypatch):

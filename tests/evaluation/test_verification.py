@@ -42,6 +42,8 @@ def test_equal_packages_pass(folder):
     assert why["rms_norm"] == why["relu_linear_attention"] == "the tensors are on the CPU"
     assert why["multiscale_projection"] == "groups of 2 channels, not one of (16, 32, 64)"
     assert "No kernel ran here, only PyTorch references." in summary(report)
+    assert report["kernel_mode"] == "auto"
+    assert f"kernel mode 'auto'; products in w4a4: {report['w4a4_products']}\n" in summary(report)
 
 
 def test_half_precision_is_measured_by_fp32(folder):

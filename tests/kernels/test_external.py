@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from diffusers_sana.evaluation.kernel_checks import checked_kernels
 from diffusers_sana.kernels import external
 from diffusers_sana.kernels.dispatch import kernel_mode
 from diffusers_sana.kernels.low_bit import decode_e2m1, decode_int4
@@ -98,6 +99,20 @@ def given(precision, dtype=torch.bfloat16, tokens=M, with_bias=True):
 def run(chosen, arguments, mode=None):
     with kernel_mode(mode or chosen.name):
         return lowbit_linear(*arguments, activation_format=chosen.precision)
+
+
+def test_checks_of_kernels_name_the_package(chosen):
+    """`diffusers-sana verify` says what ran, and holds it to what the first use allows."""
+    arguments = given(chosen.precision)
+    with checked_kernels() as checks, torch.no_grad():
+        run(chosen, arguments)
+        chosen.package.factor = 1.1
+        run(chosen, arguments)
+        run(chosen, given(chosen.precision, tokens=M + 1))  # the first result of these shapes, which is wrong
+    ours, reference = checks
+    assert (ours.operation, ours.runs, ours.calls, ours.passed) == ("lowbit_linear", chosen.name, 2, True)
+    assert ours.limit == external.TOLERANCE
+    assert (reference.runs, reference.why) == ("PyTorch reference", "the tensors are on the CPU")
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
