@@ -3,8 +3,8 @@
     python -m examples.train_moving_emoji.run --data outputs/emoji-256.zip --minutes 40
 
 The clips and captions are encoded once. Under OUT/run are log, samples and checkpoints; stop at any time, the same
-command goes on. At the end OUT has the transformer and the scheduler in bf16, videos of held-out prompts, and
-`evaluation.json`: how many of them move as asked, by the rule of `rule.py`. `--minutes 0` only judges again.
+command goes on. At the end OUT/model is the pipeline in bf16, `held_out.webp` shows videos of held-out prompts, and
+`evaluation.json` says how many of them move as asked, by the rule of `rule.py`. `--minutes 0` only judges again.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.harness import environment
 from diffusers_sana import (
     FlowDPMSolverScheduler,
     SanaPipeline,
@@ -30,7 +31,7 @@ from diffusers_sana.training.data.batches import collate
 from diffusers_sana.training.recipes.options import SanaVideoTrainingConfig
 from diffusers_sana.training.recipes.sana_video import SanaVideoInputs, train
 from diffusers_sana.training.recipes.text_to_image import Encoders
-from examples.train_emoji.common import device, make_settings
+from examples.train_emoji.common import device, make_settings, write_report
 from examples.train_emoji.scenes import Art
 
 from .motions import FPS, FRAMES, RESOLUTION, Clip, all_clips, held_out_clips, render, taught_clips
@@ -109,13 +110,14 @@ def train_for(minutes: float, art: Art, parts: dict[str, Any], out: Path, **chan
     return run / "model" / "transformer"
 
 
-def load_video_pipeline(parts: dict[str, Any], folder: Path) -> SanaVideoPipeline:
-    """The pipeline with the transformer in `folder` and the other components of an image pipeline."""
-    transformer = SanaVideoTransformer3DModel.from_pretrained(folder, dtype=torch.float32)
-    scheduler = FlowDPMSolverScheduler(flow_shift=FLOW_SHIFT)
-    pipe = SanaVideoPipeline(**parts | {"transformer": transformer, "scheduler": scheduler})
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device())
+def save_video_pipeline(image_model: str, trained: Path, out: Path) -> None:
+    """Writes a pipeline in bf16: the transformer in the folder `trained`, and the other parts of an image pipeline."""
+    changed = {
+        "transformer": SanaVideoTransformer3DModel.from_pretrained(trained, dtype=torch.bfloat16),
+        "scheduler": FlowDPMSolverScheduler(flow_shift=FLOW_SHIFT),
+    }
+    parts = SanaPipeline.from_pretrained(image_model, dtype=torch.bfloat16).components
+    SanaVideoPipeline(**parts | changed).save_pretrained(out)
 
 
 def generate(pipe: SanaVideoPipeline, prompts: list[str], batch_size: int = 10, **settings: Any) -> Tensor:
@@ -147,15 +149,14 @@ def judge(art: Art, pipe: SanaVideoPipeline, out: Path, **settings: Any) -> dict
     again = torch.cat(
         [decode_videos(pipe.vae, each[None], compression(pipe.vae)[1]) for each in encode_clips(pipe.vae, art, every)]
     )
-    report = {
+    report = environment() | {
         "generated": accuracy(videos, clips),
         "true renders": accuracy(render(art, every), every),
         "true renders, encoded and decoded": accuracy(again, every),
         "parameters": sum(parameter.numel() for parameter in pipe.transformer.parameters()),
     }
     save_sheet(videos[:24], out / "held_out.webp")
-    (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return report
+    return write_report(report, out)
 
 
 def save_sheet(videos: Tensor, path: Path, columns: int = 8) -> None:
@@ -178,13 +179,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=40, help="time budget of the training in all; 0 only judges")
     args = parser.parse_args(argv)
     art = Art(args.data)
-    parts = SanaPipeline.from_pretrained(args.model, dtype=torch.float32).to(device()).components
-    folder = args.out / "transformer"
+    folder = args.out / "model"
     if args.minutes:
-        trained = train_for(args.minutes, art, parts, args.out)
-        SanaVideoTransformer3DModel.from_pretrained(trained, dtype=torch.bfloat16).save_pretrained(folder)
-        FlowDPMSolverScheduler(flow_shift=FLOW_SHIFT).save_pretrained(args.out / "scheduler")
-    report = judge(art, load_video_pipeline(parts, folder), args.out)
+        parts = SanaPipeline.from_pretrained(args.model, dtype=torch.float32).to(device()).components
+        save_video_pipeline(args.model, train_for(args.minutes, art, parts, args.out), folder)
+    pipe = SanaVideoPipeline.from_pretrained(folder, dtype=torch.float32).to(device())
+    pipe.set_progress_bar_config(disable=True)
+    report = judge(art, pipe, args.out)
     print(json.dumps(report, indent=1))
 
 

@@ -164,7 +164,7 @@ def test_trained_resumed_and_judged(tmp_path, pack, art, monkeypatch):
     monkeypatch.setitem(run.SETTINGS, "max_steps", 3)
     run.main(["--data", str(pack), "--model", str(model), "--out", str(out), "--minutes", "60"])
     assert [row["step"] for row in read_log(out / "run")][-1] == 3
-    weights = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+    weights = load_file(out / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
     report = json.loads((out / "evaluation.json").read_text())
     assert report["generated"]["videos"] == 4
