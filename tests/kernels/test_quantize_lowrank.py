@@ -6,7 +6,7 @@ import torch
 from diffusers_sana.kernels import quantize_lowrank as operation
 from diffusers_sana.kernels.dispatch import kernel_mode
 from diffusers_sana.kernels.kept import forget
-from diffusers_sana.kernels.low_bit import decode_e2m1, padded, reciprocal, unpack_nibbles
+from diffusers_sana.kernels.low_bit import MAX_CODES, decode_e2m1, padded, reciprocal, unpack_nibbles
 from diffusers_sana.kernels.quantize_lowrank import FORMATS, quantize_lowrank, quantize_lowrank_reference
 from diffusers_sana.kernels.triton import quantize_lowrank as kernel
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import decompose
@@ -136,6 +136,33 @@ def test_reciprocals_are_kept_until_the_factors_change():
     assert torch.allclose(3 * kept(), first)
     forget(smooth)
     assert smooth not in operation._RECIPROCALS
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("activation_format", "smooth", "x", "by_reciprocal", "by_division"),
+    [
+        ("int4", 0.9962565898895264, 3.4868979454040527, 4, 3),
+        ("int8", 0.9962565898895264, 3.4868979454040527, 4, 3),
+        ("nvfp4", 0.8790896534919739, 0.6593171954154968, 1.0, 0.5),
+    ],
+)
+def test_smoothing_multiplies_by_the_reciprocal(activation_format, smooth, x, by_reciprocal, by_division, mode):
+    """By which some numbers between two codes get another one than by a division. The scale of the group is 1."""
+    given = to_device(tensors(1, 64, 0), torch.float32)
+    given["hidden_states"].zero_()[0, :2] = torch.tensor([x, MAX_CODES[activation_format]])
+    given["smooth_factor"].fill_(1)[0] = smooth
+
+    def first():
+        with kernel_mode(mode):
+            codes, scales, _ = quantize_lowrank(**given, activation_format=activation_format)
+        assert scales.flatten()[0] == 1
+        return numbers(codes, activation_format)[0, 0].item()
+
+    assert first() == by_reciprocal
+    given["hidden_states"][0, 0] = (given["hidden_states"] / given["smooth_factor"])[0, 0]
+    given["smooth_factor"].fill_(1)
+    assert first() == by_division
 
 
 @torch.inference_mode()
