@@ -188,7 +188,7 @@ def sprint_components(pipeline_class: type[Any], dtype: Any) -> dict[str, Any]:
     """
     from diffusers import SCMScheduler
 
-    from diffusers_sana.models.transformers.sprint_student import load_student
+    from diffusers_sana.loaders.lora.student import load_student
 
     library = import_module(pipeline_class.__module__.partition(".")[0])
     options = {"subfolder": "transformer", "dtype": dtype}

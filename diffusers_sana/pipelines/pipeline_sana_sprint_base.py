@@ -15,7 +15,8 @@ from diffusers.schedulers.scheduling_scm import SCMScheduler
 from torch import Tensor
 
 from diffusers_sana.checks import check_number
-from diffusers_sana.models.transformers.sprint_student import TRAIN_TIMESTEPS, load_student
+from diffusers_sana.loaders.lora.student import load_student
+from diffusers_sana.models.transformers.sprint_student import TRAIN_TIMESTEPS
 from diffusers_sana.pipelines.call import Call
 from diffusers_sana.pipelines.controlnet_conditioning import Residuals
 from diffusers_sana.pipelines.image_prompts import ImagePromptPipeline
@@ -38,7 +39,7 @@ class SanaSprintPipelineBase(ImagePromptPipeline):
         Args:
             teacher: pipeline of the Sana that the student was distilled from. It shares its other components.
             lora: what `recipes.sprint` saved: folder or Hub repository with the LoRA and the scheduler.
-            kwargs: other arguments of diffusers' `load_lora_adapter`, such as `revision`.
+            kwargs: other arguments of `read_lora` of `loaders/lora/files.py`, such as `revision`.
         """
         student = load_student(teacher.transformer, lora, **kwargs)
         hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}

@@ -1,6 +1,7 @@
 """Distilling at tiny size: on cached latents, on folders, resumed, and for the emoji checkpoint."""
 
 import json
+import sys
 
 import diffusers
 import pytest
@@ -10,9 +11,10 @@ from safetensors.torch import load_file
 
 import diffusers_sana
 from diffusers_sana import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel, SVDQuantConfig
-from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.checkpoints import SANA_EMOJI, SANA_EMOJI_SPRINT
 from diffusers_sana.evaluation.emoji_probe import EmojiProbe
-from diffusers_sana.models.transformers.sprint_student import load_student, make_student
+from diffusers_sana.loaders.lora.student import load_student
+from diffusers_sana.models.transformers.sprint_student import make_student
 from diffusers_sana.training.recipes.options import SprintTrainingConfig
 from diffusers_sana.training.recipes.sprint import train
 from examples.train_emoji import sprint as emoji
@@ -174,3 +176,15 @@ def test_emoji(art, tmp_path):
     assert all(0 <= report[row]["object"] <= 1 for row in rows)
     assert (tmp_path / "evaluation.json").read_text() == json.dumps(report, indent=1) + "\n"  # with its NaN
     assert Image.open(tmp_path / "held_out.png").size == (2 * 256, 6 * 256)
+
+
+def test_the_bundled_student_needs_no_peft(monkeypatch):
+    """The weights are those that PEFT's fusion gives, to the bit."""
+    teacher = SanaTransformer2DModel.from_pretrained(SANA_EMOJI, subfolder="transformer", dtype=torch.float32)
+    fused = make_student(teacher)
+    fused.load_lora_adapter(SANA_EMOJI_SPRINT, prefix="transformer", weight_name=LORA)
+    fused.fuse_lora()
+    fused.unload_lora()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    student = load_student(teacher, SANA_EMOJI_SPRINT).state_dict()
+    assert all(torch.equal(value, student[name]) for name, value in fused.state_dict().items())

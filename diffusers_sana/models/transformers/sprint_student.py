@@ -1,11 +1,9 @@
 """The transformer of a SANA-Sprint, made of its teacher's weights (arXiv 2503.09641, section 3.2)."""
 
-import os
 from copy import deepcopy
 from typing import Any, cast
 
 import torch
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from torch import Tensor, nn
 
@@ -57,26 +55,6 @@ def make_student(teacher: Any) -> Any:
     nn.init.zeros_(embedding.guidance_embedder.linear_2.weight)
     nn.init.zeros_(embedding.guidance_embedder.linear_2.bias)
     return nn.Module.to(student, teacher.device, teacher.dtype)  # diffusers' own `to` warns of the dtype
-
-
-def load_student(teacher: Any, lora: str | os.PathLike, **kwargs: Any) -> Any:
-    """The student that was distilled as a LoRA of `teacher`, an ordinary transformer: the LoRA is fused.
-
-    Args:
-        teacher: a SanaTransformer2DModel, diffusers' or ours, with the weights that the student was distilled from.
-        lora: folder or Hub repository of the LoRA.
-        kwargs: other arguments of diffusers' `load_lora_adapter`, such as `subfolder` and `revision`.
-
-    Returns:
-        A new one of the same class, device and dtype.
-    """
-    student = make_student(teacher)
-    dtype = student.dtype
-    nn.Module.to(student, torch.float32)  # rounded once, after the sum
-    student.load_lora_adapter(lora, prefix="transformer", **{"weight_name": LORA_WEIGHT_NAME_SAFE} | kwargs)
-    student.fuse_lora()
-    student.unload_lora()
-    return nn.Module.to(student, dtype)
 
 
 @torch.no_grad()
