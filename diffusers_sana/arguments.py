@@ -86,7 +86,8 @@ def check_file(name: str, place: str | Path) -> None:
     if Path(place).is_dir():
         raise UsageError(f"{name} must be a file, but {place} is a folder")
     if not Path(place).is_file():
-        raise UsageError(f"{name} must be a file, but there is no file {place}")
+        what = f"{place} is a device or a pipe" if Path(place).exists() else f"there is no file {place}"
+        raise UsageError(f"{name} must be a file, but {what}")
 
 
 def read_prompts(name: str, file: Path) -> list[str]:

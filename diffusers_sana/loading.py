@@ -96,10 +96,14 @@ def load_on(
         dtype: "float32", "bfloat16" or "float16"; by default `default_dtype`.
         revision, variant: of the Hub repository, and of the weights.
         components: in place of the checkpoint's.
+
+    Raises:
+        ValueError: `revision` of a folder, or `variant` of one without such weights.
     """
     import torch
 
     place = checkpoint_path(model)
+    check_version(model, revision, variant)
     hub = {name: value for name, value in (("revision", revision), ("variant", variant)) if value is not None}
     if not Path(place).is_dir() and dtype is None and read_config(model, "model_index.json", revision) is not None:
         place = pipeline_class.download(place, **hub)
@@ -112,6 +116,15 @@ def load_on(
         place = SANA_EMOJI
     pipe = pipeline_class.from_pretrained(place, dtype=torch_dtype, **hub, **components)
     return pipe.to(device, silence_dtype_warnings=True)  # diffusers says that float16 fails there, which ours does not
+
+
+def check_version(model: str, revision: str | None, variant: str | None) -> None:
+    """Raises ValueError for `revision` of a folder, and for `variant` of one without such weights."""
+    folder = Path(checkpoint_path(model))
+    if revision is not None and folder.is_dir():
+        raise ValueError(f"`revision` must be left out for a folder, which has no commits; {model} is one.")
+    if variant is not None and folder.is_dir() and not any(f".{variant}" in file.name for file in folder.rglob("*")):
+        raise ValueError(f"`variant` must be one of the weights' in {model}, which has no {variant!r}; leave it out.")
 
 
 def default_dtype(place: str, device: str, variant: str | None = None) -> str:

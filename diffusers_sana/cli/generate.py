@@ -49,7 +49,7 @@ from diffusers_sana.cli.pipelines import (
 from diffusers_sana.cli.record import LoRA, make_record
 from diffusers_sana.cli.words import unknown_words
 from diffusers_sana.files import safetensors_header
-from diffusers_sana.loading import checkpoint_path, read_config
+from diffusers_sana.loading import check_version, checkpoint_path, read_config
 
 
 logger = logging.getLogger(__name__)
@@ -243,6 +243,7 @@ def _check_model(args: argparse.Namespace) -> str:
     """The kind of the model, which the other options must fit."""
     try:
         name, kind = kind_of(args.model, args.revision)
+        check_version(args.model, args.revision, args.variant)
     except FileNotFoundError as error:
         raise UsageError(f"--model: {error}") from None
     if kind is None:

@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from diffusers_sana.arguments import DTYPES, check_writable, device, file_path, integer
+from diffusers_sana.arguments import DTYPES, UsageError, check_writable, device, file_path, integer
 from diffusers_sana.files import atomic_write
 from diffusers_sana.loading import pipeline_class_name
 
@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
 
     Prints tables and writes a JSON file to attach to a report. Exits with 1 if a result is not as exact as it must be.
     """
+    if args.out.is_dir():
+        raise UsageError(f"--out must be a file, but {args.out} is a folder")
     check_writable("--out", args.out.parent)
     pipeline_class_name(args.model)  # an error at once if there is no such model
 

@@ -81,7 +81,8 @@ def read_checks(path: Path) -> list[Check]:
         try:
             checks.append(_read_check(json.loads(line), number - 1))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"line {number} of {path} must be a check, see docs/evaluation.md: {error!r}") from error
+            why = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"line {number} of {path} must be a check, see docs/evaluation.md: {why}") from error
     if not checks:
         raise ValueError(f"{path} must have at least one check, see docs/evaluation.md; it is empty")
     return checks

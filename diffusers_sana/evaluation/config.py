@@ -13,7 +13,7 @@ from diffusers_sana.evaluation.dpg import Questioned, read_questions
 from diffusers_sana.evaluation.optional import check_installed
 from diffusers_sana.evaluation.report import read_report
 from diffusers_sana.files import IMAGE_SUFFIXES
-from diffusers_sana.loading import checkpoint_path, pipeline_class_name
+from diffusers_sana.loading import check_version, checkpoint_path, pipeline_class_name
 
 
 JUDGES = ("pickscore", "hpsv2", "imagereward", "vqascore")
@@ -104,6 +104,7 @@ class EvaluationConfig:
         self.tasks, self.others, self.other_report  # noqa: B018, read now: a damaged file is an error at once
         self._check_measures()
         pipeline_class_name(self.model, self.revision)
+        check_version(self.model, self.revision, self.variant)
         if self.reference_model:
             pipeline_class_name(self.reference_model)
 
@@ -153,6 +154,7 @@ class EvaluationConfig:
         """`checks`, or all that the other arguments allow."""
         if self.checks is not None:
             return tuple(self.checks)
+        is_set = len(self.tasks) > 1
         is_possible = {
             "scenes": self.of_emoji or (self.detector and not self._has_questions),
             "clip": self.clip,
@@ -160,8 +162,8 @@ class EvaluationConfig:
             "dpg": self.vqa and self._has_questions,
             "psnr": self.reference_model,
             "ssim": self.reference_model,
-            "fid": self.of_emoji or (self.features and (self.reference_model or self.others)),
-            "kid": self.of_emoji or (self.features and self.others),
+            "fid": is_set and (self.of_emoji or (self.features and (self.reference_model or self.others))),
+            "kid": is_set and (self.of_emoji or (self.features and self.others)),
         }
         return tuple(name for name in MEASURES if is_possible.get(name))
 
@@ -187,6 +189,10 @@ class EvaluationConfig:
                     f"`against` must be a folder of as many images as there are prompts, {len(self.tasks)}, in their "
                     f"order, for `checks` {' '.join(OF_PAIRS)}; {self.against} has {len(self.others)}"
                 )
+        if measures & set(OF_SETS) and len(self.tasks) < 2:
+            raise ValueError(
+                f"`checks` {' '.join(OF_SETS)} need two images or more, but there is one prompt; raise `limit`"
+            )
         if "fid" in measures and not (self.of_emoji or self.reference_model or self.others):
             raise ValueError("`checks` fid needs `reference_model` or `against` with images")
         if "kid" in measures and not (self.of_emoji or self.others):

@@ -216,7 +216,8 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    # PyTorch's reader first advises to read without safety.
+    return str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0] or type(error).__name__
 
 
 def weight_sets(content: Any) -> list[str]:
