@@ -183,12 +183,13 @@ class AutomaticGraphs(CudaGraphs):
         tensors, shape = self._describe(arguments)
         if shape in self._graphs:
             return self._replay(shape, tensors)
-        seen = self._seen.get((self._computation, shape))
+        computed = self._computation, self._describe(_without_strength(arguments))[1]
+        seen = self._seen.get(computed)
         if seen is None:
             while len(self._seen) >= MAX_SEEN:
                 del self._seen[next(iter(self._seen))]
             output = self.model(**arguments)[0]
-            seen = self._seen[self._computation, shape] = _Seen(*self._checked_kernels(arguments, output))
+            seen = self._seen[computed] = _Seen(*self._checked_kernels(arguments, output))
             return output if seen.mode is None else self._eager(arguments, "torch")
         output = self._eager(arguments, seen.mode)
         if seen.is_recordable:
@@ -358,6 +359,12 @@ def _unrecordable(value: Any) -> str | None:
     else:
         return f"an argument of the model is a {type(value).__name__}"
     return next((reason for reason in map(_unrecordable, parts) if reason is not None), None)
+
+
+def _without_strength(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a step without the strength of adapters, which chooses no other kernels."""
+    options = arguments.get("attention_kwargs") or {}
+    return arguments | {"attention_kwargs": {name: value for name, value in options.items() if name != "scale"}}
 
 
 def _shapes(arguments: dict[str, Any]) -> str:

@@ -423,12 +423,16 @@ def test_kernels_are_checked_once_for_all_strengths(pipe, fake, monkeypatch):
     for number, strength in enumerate((0.5, 0.2), start=2):
         model.set_adapters(["a"], [strength])
         assert made() == (number, 1)
+    for number, strength in enumerate((0.4, 0.3), start=4):
+        inputs["attention_kwargs"] = {"scale": strength}
+        assert made() == (number, 1)
+    inputs["attention_kwargs"] = None
     model.disable_adapters()
-    assert made() == (4, 2)
+    assert made() == (6, 2)
     model.enable_adapters()
-    assert made() == (5, 2)
+    assert made() == (7, 2)
     model.add_adapter(lora, "b")
-    assert made() == (6, 3)
+    assert made() == (8, 3)
 
 
 @torch.no_grad()
