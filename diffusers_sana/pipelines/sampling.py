@@ -13,15 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffusers_sana.checks import check_computed
 from diffusers_sana.locks import exclusive
 from diffusers_sana.models.transformers.text_sana import ImageStates, num_image_rows, repeated_rows
+from diffusers_sana.pipelines.acceleration.cuda_graphs import release_graphs
 from diffusers_sana.pipelines.acceleration.step_caches import StepCache
 from diffusers_sana.pipelines.call import Call
 from diffusers_sana.prompts.encoding import pad_text
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +62,20 @@ class Denoiser:
     step_index: int = 0
 
     def __call__(self, **arguments: Any) -> Tensor:
-        """The first output of the transformer."""
+        """The first output of the transformer; out of memory, once more without the CUDA graphs on its device.
+
+        Not with a step cache, whose state may be that of a part of the step already.
+        """
+        try:
+            return self._predict(arguments)
+        except torch.OutOfMemoryError as error:
+            if self.cache.is_enabled or not release_graphs(self.transformer.device):
+                raise
+            reason = str(error)  # not the error itself: its traceback keeps the tensors alive
+        logger.warning(f"Out of memory in a step; trying again without the CUDA graphs. {reason}")
+        return self._predict(arguments)
+
+    def _predict(self, arguments: dict[str, Any]) -> Tensor:
         with exclusive(self.transformer), self.cache.at(self.step_index):
             if self.call.graphs is not None and self.call.graphs.is_active:
                 return self.call.graphs(**arguments).clone()  # another call overwrites the memory of a graph

@@ -33,6 +33,11 @@ class StepCache:
         self.num_train_timesteps = num_train_timesteps
         self._states: list[tuple[Any, str, Any]] = []  # hook, name of the attribute, state
 
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the transformer has a step cache."""
+        return getattr(self.transformer, "is_cache_enabled", False)
+
     def restart(self, num_texts: int) -> None:
         """Forgets everything. Call it before the first step, and where the text or the size of the batch has changed.
 
@@ -42,7 +47,7 @@ class StepCache:
         Raises:
             ValueError: a cache that cannot work with these steps, or with this batch.
         """
-        if not getattr(self.transformer, "is_cache_enabled", False):
+        if not self.is_enabled:
             return
         _check_config(self.transformer, len(self.timesteps), num_texts)
         hooks = [hook for module in self.transformer.modules() for hook in hooks_of(module).values()]

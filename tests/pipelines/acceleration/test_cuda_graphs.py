@@ -16,6 +16,7 @@ from diffusers_sana import SVDQuantConfig, quantize, set_compute_mode
 from diffusers_sana.kernels.dispatch import current_kernel_mode, kernel_mode
 from diffusers_sana.kernels.kept import Kept
 from diffusers_sana.models.transformers.attention_sana import SanaLinearAttnProcessor
+from diffusers_sana.pipelines import sampling
 from diffusers_sana.pipelines.acceleration import cuda_graphs
 from diffusers_sana.pipelines.acceleration.cuda_graphs import (
     AutomaticGraphs,
@@ -493,6 +494,56 @@ def test_an_autoencoder_without_memory_frees_graphs(pipe, fake, messages, monkey
     assert not cuda_graphs.release_graphs(torch.device("cpu"))
     reason = "SanaTransformer2DModel runs without CUDA graphs: something else needs their memory."
     assert messages() == ([] if is_asked_for else [reason])
+
+
+def test_a_step_without_memory_frees_graphs(pipe, fake, caplog, monkeypatch):
+    """Once more without the graphs of other shapes, which are not recorded again; without graphs it is an error."""
+    pipe.disable_cuda_graphs()
+    expected, larger = images(pipe, steps=3), images(pipe, steps=3, num_images_per_prompt=2)
+    pipe._uses_automatic_graphs = True
+    images(pipe, steps=3)
+    assert pipe._automatic_graphs._graphs
+    transformer_class = type(pipe.transformer)
+    forward, held = transformer_class.forward, []
+
+    def forward_beside_graphs(self, hidden_states, *args, **options):
+        if len(hidden_states) == 4:
+            held.append(len(pipe._automatic_graphs._graphs))
+            if held == [1]:
+                raise torch.OutOfMemoryError("the pool of the graphs is in the way")
+        return forward(self, hidden_states, *args, **options)
+
+    monkeypatch.setattr(transformer_class, "forward", forward_beside_graphs)
+    assert torch.equal(images(pipe, steps=3, num_images_per_prompt=2), larger)
+    assert held[:2] == [1, 0]
+    assert "Out of memory in a step; trying again without the CUDA graphs. the pool of" in caplog.text
+    made = fake.made
+    assert torch.equal(images(pipe, steps=3), expected)
+    assert fake.made == made
+    pipe._automatic_graphs.release(torch.device("cpu"))
+
+    def without_memory(self, *args, **options):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(transformer_class, "forward", without_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        images(pipe, steps=3)
+
+
+def test_a_step_with_a_cache_is_not_run_again(pipe, monkeypatch):
+    """What ran of it may be in the cache already."""
+    monkeypatch.setattr(sampling, "release_graphs", lambda device: True)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    calls = []
+
+    def without_memory(*args):
+        calls.append(1)
+        raise torch.OutOfMemoryError("full")
+
+    pipe.transformer.proj_out.register_forward_pre_hook(without_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        images(pipe, steps=6)
+    assert len(calls) == 1
 
 
 def test_graphs_on_another_device_stay(pipe, fake):
