@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.harness import RESULTS, environment, write_results
 from diffusers_sana import SanaControlNetModel, SanaPipeline, SanaSprintPipeline, sobel_edges
-from diffusers_sana.checkpoints import SANA_EMOJI
+from diffusers_sana.checkpoints import SANA_EMOJI, VILA_U_EMOJI
 from diffusers_sana.evaluation.checks import Check, read_checks
 from diffusers_sana.evaluation.config import PROMPTS
 from diffusers_sana.evaluation.images import generate_missing
@@ -34,14 +34,17 @@ from diffusers_sana.evaluation.significance import interval_of_gains
 from diffusers_sana.files import read_lines
 from diffusers_sana.models.transformers.sprint_student import make_student
 from diffusers_sana.training.objectives.flow_matching import interpolate, timesteps_of, velocity_target
-from diffusers_sana.training.recipes import controlnet, dpo, lora, nft, sprint
+from diffusers_sana.training.recipes import controlnet, dpo, image_prompt, lora, nft, sprint
 from diffusers_sana.training.recipes.options import (
+    CaptionedDataOptions,
     ControlNetDataOptions,
     ControlNetModelOptions,
     ControlNetTrainingConfig,
     DpoDataOptions,
     DpoModelOptions,
     DpoTrainingConfig,
+    ImagePromptModelOptions,
+    ImagePromptTrainingConfig,
     LoraDataOptions,
     LoraModelOptions,
     LoraTrainingConfig,
@@ -279,6 +282,24 @@ def gain_of_dpo(bench: Bench) -> tuple[Scores, Scores]:
     return before.tolist(), colorfulness(bench.generate(pipe, bench.prompts, **options), bench.prompts).tolist()
 
 
+def gain_of_image_prompt(bench: Bench) -> tuple[Scores, Scores]:
+    """`train_sana_image_prompt.py` by the features of the bundled VILA-U: images from an image alone, without text."""
+    config = ImagePromptTrainingConfig(**bench.settings("image_prompt", learning_rate=2e-3, caption_dropout=0.8))
+    data = CaptionedDataOptions(data=str(bench.data), resolution=bench.resolution, batch_size=BATCH, num_workers=0)
+    model = ImagePromptModelOptions(pretrained=bench.model, image_encoder=VILA_U_EMOJI)
+    image_prompt.run(config, data, model)
+    pipe, judge = bench.pipeline(), SceneJudge(bench.measured)
+    shown = bench.generate(pipe, bench.prompts, num_inference_steps=bench.steps)
+    options = {"num_inference_steps": bench.steps, "guidance_scale": 2.0}
+    before = judge(bench.generate(pipe, [""] * len(shown), seed=2000, **options), bench.prompts)
+    pipe.load_ip_adapter(bench.out / "image_prompt" / "model", image_encoder_folder=VILA_U_EMOJI)
+    images = [
+        bench.generate(pipe, [""], seed=2000 + number, ip_adapter_image=image, **options)
+        for number, image in enumerate(shown)
+    ]
+    return before.tolist(), judge(torch.cat(images), bench.prompts).tolist()
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A recipe and the figure that it is to raise.
@@ -295,6 +316,7 @@ class Recipe:
 RECIPES = {
     "lora": Recipe("grayness of images, after training on gray ones: minus the range of their colors", gain_of_lora),
     "controlnet": Recipe("minus the error of the velocity, given the edges of the image", gain_of_controlnet),
+    "image_prompt": Recipe("share right of what an image shows, from that image without text", gain_of_image_prompt),
     "sprint": Recipe("share right of what the prompt asks for, in two steps", gain_of_sprint),
     "nft": Recipe("share right of what the prompt asks for, without guidance, in half the steps", gain_of_nft),
     "dpo": Recipe("colorfulness of images, after preferring colorful ones", gain_of_dpo),
