@@ -52,6 +52,11 @@ def test_whole_file(file):
     assert pipe.get_active_adapters() == ["default_0"]
 
 
+def test_without_tensors(file, load):
+    save_file({}, file)
+    load(ValueError, r"must have the tensors of an adapter, but is empty")
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_not_finite(file, load, value):
     edit(file, lambda tensors: tensors[KEY][0].fill_(value))

@@ -34,7 +34,7 @@ def read_lora(
         hub: `FILE_ARGUMENTS`.
 
     Raises:
-        ValueError: NaN or infinite numbers.
+        ValueError: NaN or infinite numbers, or no tensors.
         OSError: there is no such file.
     """
     from diffusers_sana._compat import fetch_state_dict  # here, so that a missing one costs LoRA files only
@@ -52,6 +52,8 @@ def read_lora(
         allow_pickle=use_safetensors is None,
         **options,
     )
+    if not state_dict:
+        raise ValueError(f"{source} must have the tensors of an adapter, but is empty. Download it again.")
     if metadata is None and not isinstance(source, dict) and next(iter(state_dict), "").startswith(PEFT_PREFIX):
         metadata = _peft_config(Path(source), options)
     _check_finite(state_dict, metadata)
