@@ -1,17 +1,19 @@
 """How far 4-bit images are from 16-bit ones: the parts of SVDQuant one by one, its modes, and other quantizers.
 
-    python -m benchmarks.study_quantization [--prompts 64]
+    python -m benchmarks.study_quantization [--prompts 64] [--study parts|budgets]
 
 The bundled checkpoint generates images of held-out prompts with the same seeds in bf16 and in each variant.
 Calibration, where a variant has it, sees 16 other prompts. Other quantizers run if they are installed
-(`pip install --no-deps sdnq optimum-quanto torchao`). Writes `benchmarks/results/<device>/quantization_quality.json`,
-variant by variant so that it may be cut off and continued, and the figure of docs/quantization.md.
+(`pip install --no-deps sdnq optimum-quanto torchao`). Writes `benchmarks/results/<device>/quantization_quality.json`
+variant by variant, and the figure of docs/quantization.md. `--study budgets` measures int8 and byte budgets in their
+place, and writes `quantization_budgets.json`.
 """
 
 import argparse
 import copy
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from benchmarks.quantized import ABLATIONS, PEERS, config_for, tensor_bytes, wit
 from diffusers_sana import SanaPipeline, quantize
 from diffusers_sana.checkpoints import SANA_EMOJI
 from diffusers_sana.quantizers.svdquant.api import set_compute_mode
+from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.training.objectives.perceptual import PerceptualLoss
 from examples.train_emoji.common import captioned_grid
 from examples.train_emoji.scenes import OBJECTS, Scenes, held_out_scenes
@@ -33,6 +36,7 @@ from examples.train_emoji.scenes import OBJECTS, Scenes, held_out_scenes
 FIGURE = Path(__file__).parent.parent / "docs" / "images" / "quantization.webp"
 MODES = ("w4a4", "w4a8", "w4a16")
 CALIBRATION_PROMPTS = 16
+BUDGETS = ("0.40x", "0.50x", "0.57x", "0.65x")  # int4 with rank 32 takes 0.57 of this small model
 BATCH = 16
 
 
@@ -64,8 +68,8 @@ def compare(images: Tensor, reference: Tensor) -> dict[str, float]:
     return {"psnr_db": psnr.mean().item(), "ssim": float(np.mean(ssim)), "perceptual": distance.item()}
 
 
-def variants() -> dict[str, dict[str, Any]]:
-    """Name -> configuration and whether it is calibrated; all modes of each are measured."""
+def parts() -> dict[str, dict[str, Any]]:
+    """Name -> configuration, and whether it is calibrated; all `MODES` of each are measured."""
     table = {f"int4 {name}": {"config": config_for(name), "calibrated": name != "naive"} for name in ABLATIONS}
     table |= {
         f"nvfp4 {name}": {"config": config_for(name, "nvfp4"), "calibrated": name != "naive"}
@@ -76,9 +80,20 @@ def variants() -> dict[str, dict[str, Any]]:
     return table
 
 
+def budgets() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same for int8 and for budgets, each with the modes to measure: a budget in that for which it is chosen."""
+    yield "int8", {"config": SVDQuantConfig(precision="int8"), "calibrated": True, "modes": ("w8a8", "w8a16")}
+    yield "int4 rank 32", {"config": SVDQuantConfig(), "calibrated": True, "modes": ("w4a4", "w4a8")}
+    for mode in ("w4a8", "w4a4"):
+        for budget in BUDGETS:
+            config = SVDQuantConfig(budget=budget, compute_mode=mode)
+            yield f"int4 budget {budget}", {"config": config, "calibrated": True, "modes": (mode,)}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--study", choices=("parts", "budgets"), default="parts")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
 
@@ -98,17 +113,19 @@ def main(argv: list[str] | None = None) -> None:
         if name in ("int4 naive w4a4", "int4 svdquant w4a4", "int4 svdquant w4a8", "nvfp4 svdquant w4a4"):
             shown[name] = images[:8]
         print(name, rows[name], flush=True)
-        write_results("quantization_quality", report, args.results)
+        write_results(f"quantization_{'quality' if args.study == 'parts' else 'budgets'}", report, args.results)
 
-    for name, variant in variants().items():
+    for name, variant in parts().items() if args.study == "parts" else budgets():
         pipe.transformer = copy.deepcopy(original)
         start = time.perf_counter()
         given = calibration_prompts() if variant["calibrated"] else None
         quantize(pipe, variant["config"], prompts=given, progress=False)
         seconds = time.perf_counter() - start
-        for mode in MODES:
+        for mode in variant.get("modes", MODES):
             set_compute_mode(pipe.transformer, mode)
             record(f"{name} {mode}", quantize_seconds=seconds)
+    if args.study == "budgets":
+        return
     inputs = {
         "hidden_states": torch.randn(2, 32, 8, 8, device=device, dtype=torch.bfloat16),
         "encoder_hidden_states": torch.randn(2, 9, 192, device=device, dtype=torch.bfloat16),
