@@ -135,7 +135,17 @@ def kernels_compiled() -> str:
 
 def quantization_quality() -> str:
     """How far 4-bit images of the bundled checkpoint are from 16-bit ones."""
-    report = results("cpu/quantization_quality")
+    return distances_from_bf16("quantization_quality")
+
+
+def quantization_budgets() -> str:
+    """The same of int8, and of budgets of bytes."""
+    return distances_from_bf16("quantization_budgets")
+
+
+def distances_from_bf16(name: str) -> str:
+    """The table of a result file of `study_quantization`."""
+    report = results(f"cpu/{name}")
     rows = [
         [name, f"{row['psnr_db']:.1f}", f"{row['ssim']:.3f}", f"{row['perceptual']:.3f}", f"{row['bytes'] / 1e6:.1f}"]
         if "failed" not in row
@@ -449,6 +459,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "models_cpu": models_cpu,
     "kernels_compiled": kernels_compiled,
     "quantization_quality": quantization_quality,
+    "quantization_budgets": quantization_budgets,
     "quantized_errors": quantized_errors,
     "svdquant_layers": svdquant_layers,
     "quantized_formats": quantized_formats,

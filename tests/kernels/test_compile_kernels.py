@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from triton.compiler import ASTSource, make_backend
 
-from benchmarks.compile_kernels import RESULTS, SHARED_KIB, TARGETS, digest, loop_lengths
+from benchmarks.compile_kernels import RESULTS, SHARED_KIB, TARGETS, as_json, digest, loop_lengths
 from benchmarks.kernel_benchmark import load, operations
 
 
@@ -29,6 +29,12 @@ def report(tmp_path_factory):
     command = [sys.executable, "-m", "benchmarks.compile_kernels", "--first-case", "--reuse", RESULTS, "--out", out]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     return json.loads(out.read_text())
+
+
+def test_the_committed_table_has_a_line_per_kernel():
+    text = RESULTS.read_text(encoding="utf-8")
+    assert text == as_json(json.loads(text))
+    assert sum('"operation": ' in line for line in text.splitlines()) == len(json.loads(text)["kernels"])
 
 
 def test_all_kernels_fit_all_architectures(report):
