@@ -1,6 +1,7 @@
 """The report in JSON, as a plot and as a model card."""
 
 import json
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -52,6 +53,15 @@ def test_summary(report):
         "largest: 0.200 in transformer.blocks.1.to_q, 0.100 in transformer.blocks.0.to_q, "
         "0.050 in transformer.norm1.linear",
     ]
+
+
+def test_summary_says_where_int8_is_smaller(report):
+    """64 x 128 weights of a byte, and scales of 64 rows and 128 columns."""
+    large = [replace(each, bytes=9000) for each in LAYERS]
+    hinted = QuantizationReport(SVDQuantConfig(rank=32), large)
+    assert hinted.sizes == "48 KiB before, 26.37 KiB after; precision='int8' would take 25.12 KiB"
+    assert "int8" not in QuantizationReport(SVDQuantConfig(precision="int8"), large).sizes
+    assert "int8" not in report.sizes
 
 
 def test_files(report, tmp_path):
