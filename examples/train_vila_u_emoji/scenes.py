@@ -19,22 +19,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from examples.train_emoji.scenes import COLORS as SANA_COLORS
+
 
 STYLES = ("3d", "flat")
-COLORS = {
-    "red": (214, 48, 49),
-    "orange": (245, 146, 50),
-    "yellow": (250, 216, 70),
-    "green": (64, 160, 74),
-    "teal": (60, 180, 175),
-    "blue": (58, 110, 214),
-    "purple": (130, 76, 180),
-    "pink": (247, 160, 190),
-    "brown": (128, 84, 56),
-    "gray": (140, 140, 144),
-    "black": (24, 24, 28),
-    "white": (250, 250, 250),
-}
+# The colors of the bundled Sana, so that its images can be asked about, and two more, in the order by which triples of
+# object, style and color were held out.
+NAMES = "red orange yellow green teal blue purple pink brown gray black white"
+COLORS = {name: (SANA_COLORS | {"teal": (112, 200, 196), "brown": (158, 116, 86)})[name] for name in NAMES.split()}
 # Words of the caption -> center of the object, in units of half the image from its center (x right, y down).
 POSITIONS = {
     "": (0.0, 0.0),
