@@ -123,8 +123,8 @@ def reading(checkpoint: Checkpoint, class_name: str, base: Mapping[str, Tensor])
                     f"`comfy_quant.format` of {name!r} in {source.origin} must be one of {known}, got {kind!r}."
                 )
             in_16_bits.append(name)
-            weight, scale = source.take(f"{name}.weight", (rows, columns)), source.get(f"{name}.weight_scale")
-            weight = weight.float() * (1.0 if scale is None else scale.float())
+            scales = comfy_convrot.float8_scales(source, name, rows)
+            weight = source.take(f"{name}.weight", (rows, columns)).float() * scales[:, None]
             bias = source.get(f"{name}.bias", (rows,))
             return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
@@ -190,16 +190,16 @@ def _svdquant(source: Source, name: str, rows: int, columns: int, conf: Mapping[
 def _nvfp4(source: Source, name: str, rows: int, columns: int, conf: Mapping[str, Any]) -> UnpackedLayer:
     packed = source.take(f"{name}.weight", (rows, columns // 2))
     scales = source.take(f"{name}.weight_scale")
-    factor, of_input = source.get(f"{name}.pre_quant_scale", (columns,)), source.get(f"{name}.input_scale")
+    factor = source.get(f"{name}.pre_quant_scale", (columns,))
     return UnpackedLayer(
         unpairs((packed >> 4) | (packed << 4)),
         unswizzled(scales, rows, columns // 16),
-        source.take(f"{name}.weight_scale_2").float().reshape(1).expand(rows),
+        source.numbers(f"{name}.weight_scale_2", rows),
         torch.ones(columns) if factor is None else 1 / factor.float(),
         torch.zeros(0, columns),
         torch.zeros(rows, 0),
         source.get(f"{name}.bias", (rows,)),
-        input_scale=None if of_input is None else of_input.float().item(),
+        input_scale=source.number(f"{name}.input_scale"),
     )
 
 

@@ -59,7 +59,7 @@ def read_int8(source: Source, name: str, rows: int, columns: int, conf: Mapping[
     codes = source.take(f"{name}.weight", (rows, columns))
     if codes.dtype != torch.int8:
         raise ValueError(f"'{name}.weight' of {source.origin} must be int8, got {codes.dtype}.")
-    return _layer(source, name, codes, _row_scales(source, name, rows), {"convrot": False, **conf})
+    return _layer(source, name, codes, source.numbers(f"{name}.weight_scale", rows), {"convrot": False, **conf})
 
 
 def read_float8(source: Source, name: str, rows: int, columns: int, conf: Mapping[str, Any]) -> UnpackedLayer:
@@ -70,30 +70,21 @@ def read_float8(source: Source, name: str, rows: int, columns: int, conf: Mappin
     codes = weight.view(torch.uint8)
     if bool((codes & NAN == NAN).any()):
         raise ValueError(f"'{name}.weight' of {source.origin} must be finite, but has NaN. Download it again.")
-    layer = _layer(source, name, codes, _row_scales(source, name, rows), {**conf, "convrot": False})
-    of_input = source.get(f"{name}.input_scale")
-    return layer if of_input is None else replace(layer, input_scale=of_input.float().item())
+    layer = _layer(source, name, codes, float8_scales(source, name, rows), {**conf, "convrot": False})
+    return replace(layer, input_scale=source.number(f"{name}.input_scale"))
 
 
-def _row_scales(source: Source, name: str, rows: int) -> Tensor:
-    """One scale a row, fp32 `[N]`, of a file that may have one a tensor."""
-    scale = source.get(f"{name}.weight_scale")
-    if scale is None:
-        return torch.ones(rows)
-    if scale.numel() not in (1, rows):
-        raise ValueError(
-            f"'{name}.weight_scale' of {source.origin} must be one number or {rows}, one per output feature, got "
-            f"shape {tuple(scale.shape)}."
-        )
-    return scale.float().flatten().expand(rows)
+def float8_scales(source: Source, name: str, rows: int) -> Tensor:
+    """One scale a row, fp32 `[N]`; 1 if the file has none."""
+    key = f"{name}.weight_scale"
+    return source.numbers(key, rows) if key in source else torch.ones(rows)
 
 
 def read_w4a4(source: Source, name: str, rows: int, columns: int, conf: Mapping[str, Any]) -> UnpackedLayer:
     """Our groups of a row all have its scale."""
     codes = unpairs(source.take(f"{name}.weight", (rows, columns // 2)))
-    scales = (
-        source.take(f"{name}.weight_scale").float().reshape(rows, 1).expand(rows, -(-columns // GROUP_SIZES["int4"]))
-    )
+    groups = -(-columns // GROUP_SIZES["int4"])
+    scales = source.numbers(f"{name}.weight_scale", rows)[:, None].expand(rows, groups)
     return _layer(source, name, codes, scales, conf)
 
 
@@ -113,8 +104,7 @@ def read_w4a8(source: Source, name: str, rows: int, columns: int, conf: Mapping[
     levels = (codes - zero).float() if codebook is None else codebook.float()[codes.long()]
     relative = source.take(f"{name}.weight_s_rel", (rows, columns // LEVELS_GROUP)).float()
     scaled = encode_int8((levels.unflatten(1, (-1, LEVELS_GROUP)) * relative[..., None]).flatten(1))
-    scales = source.take(f"{name}.weight_s_channel").float().reshape(rows)
-    return _layer(source, name, scaled, scales, conf)
+    return _layer(source, name, scaled, source.numbers(f"{name}.weight_s_channel", rows), conf)
 
 
 def _layer(source: Source, name: str, codes: Tensor, scales: Tensor, conf: Mapping[str, Any]) -> UnpackedLayer:

@@ -75,6 +75,25 @@ class Source:
             )
         return tensor
 
+    def numbers(self, key: str, count: int) -> Tensor:
+        """A required tensor of finite numbers, fp32 `[count]`; the file may have one for all.
+
+        Raises:
+            ValueError: it is missing, has another size, NaN or infinity.
+        """
+        tensor = self.take(key)
+        if tensor.numel() not in (1, count):
+            wanted = "one number" if count == 1 else f"one number or {count}"
+            raise ValueError(f"{key!r} of {self.origin} must be {wanted}, got shape {tuple(tensor.shape)}.")
+        numbers = tensor.float().flatten()
+        if not bool(numbers.isfinite().all()):
+            raise ValueError(f"{key!r} of {self.origin} must be finite, but has NaN or infinity. Download it again.")
+        return numbers.expand(count)
+
+    def number(self, key: str) -> float | None:
+        """A tensor of one finite number, or None if there is none."""
+        return self.numbers(key, 1).item() if key in self else None
+
     def check_all_read(self, ignored: Sequence[str]) -> None:
         """Checks that all tensors were read, except keys that end in one of `ignored`.
 

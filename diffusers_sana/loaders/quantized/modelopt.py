@@ -48,16 +48,15 @@ def _layer(source: Source, name: str, rows: int, columns: int) -> UnpackedLayer:
     rank = source.take(f"{name}.svdquant_lora_a").shape[0]
     factor = source.get(f"{name}.pre_quant_scale", (columns,))
     factor = torch.ones(columns) if factor is None else factor.float()
-    scale = source.get(f"{name}.input_scale")
     return UnpackedLayer(
         unpairs(source.take(f"{name}.weight", (rows, columns // 2))),
         source.take(f"{name}.weight_scale", (rows, columns // GROUP)),
-        source.take(f"{name}.weight_scale_2").float().reshape(1).expand(rows),
+        source.numbers(f"{name}.weight_scale_2", rows),
         1 / factor,
         source.take(f"{name}.svdquant_lora_a", (rank, columns)).float() * factor,
         source.take(f"{name}.svdquant_lora_b", (rows, rank)),
         source.get(f"{name}.bias", (rows,)),
-        input_scale=None if scale is None else scale.float().item(),
+        input_scale=source.number(f"{name}.input_scale"),
     )
 
 

@@ -238,6 +238,8 @@ def test_comfy_int8_of_other_writers():
         comfy_convrot.rotate(rotated, 32)
     with pytest.raises(ValueError, match=r"'x.weight' of a file must be int8, got torch.float32"):
         comfy_convrot.read_int8(source({"weight": codes.float(), "weight_scale": torch.ones(1)}), "x", N, K, {})
+    with pytest.raises(ValueError, match=r"a file must have 'x.weight_scale', but lacks it"):
+        comfy_convrot.read_int8(source({"weight": codes}), "x", N, K, {})
 
 
 def test_comfy_float8():
@@ -255,13 +257,18 @@ def test_comfy_float8():
         assert torch.equal(parts["weight"].view(torch.uint8), weight.view(torch.uint8))
         assert parts["weight_scale"].shape == ((N, 1) if spread.numel() == N else ())
     assert not comfy_convrot.fits(replace(layer, smooth=2 * layer.smooth))
+    silent = source({"weight": weight, "weight_scale": torch.zeros(N)})
+    assert not comfy_convrot.read_float8(silent, "x", N, K, {}).matrix().any()
     nan = weight.clone()
     nan.view(torch.uint8)[3, 5] = 255
     for change, message in (
         ({"weight": nan}, r"'x.weight' of a file must be finite, but has NaN"),
         ({"weight": weight.view(torch.uint8)}, r"'x.weight' of a file must be torch.float8_e4m3fn, got torch.uint8"),
         ({"weight": weight[:, :64]}, r"'x.weight' must have shape \(256, 192\), got \(256, 64\)"),
-        ({"weight_scale": torch.ones(3)}, r"'x.weight_scale' of a file must be one number or 256, .*got shape \(3,\)"),
+        ({"weight_scale": torch.ones(3)}, r"'x.weight_scale' of a file must be one number or 256, got shape \(3,\)"),
+        ({"weight_scale": torch.tensor(torch.nan)}, r"'x.weight_scale' of a file must be finite, but has NaN or inf"),
+        ({"input_scale": torch.ones(2)}, r"'x.input_scale' of a file must be one number, got shape \(2,\)"),
+        ({"input_scale": torch.tensor(torch.inf)}, r"'x.input_scale' of a file must be finite, but has NaN or inf"),
     ):
         with pytest.raises(ValueError, match=message):
             comfy_convrot.read_float8(source({"weight": weight} | change), "x", N, K, {})

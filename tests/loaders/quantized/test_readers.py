@@ -242,11 +242,11 @@ def test_comfy_float8_e5m2(tmp_path, caplog):
     rows, columns = tensors[f"{name}.weight_proj_up"].shape[0], tensors[f"{name}.weight_proj_down"].shape[0]
     bias = tensors[f"{name}.bias"]
     tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{name}.")}
-    weight = torch.randn(rows, columns).to(torch.float8_e5m2)
-    tensors |= {f"{name}.weight": weight, f"{name}.weight_scale": torch.tensor(0.5), f"{name}.bias": bias}
+    weight, scales = torch.randn(rows, columns).to(torch.float8_e5m2), torch.rand(rows)
+    tensors |= {f"{name}.weight": weight, f"{name}.weight_scale": scales, f"{name}.bias": bias}
     save_file(tensors, path, metadata | {"_quantization_metadata": json.dumps(header)})
     loaded = load_quantized(path, base=tmp_path / "base")
-    assert torch.equal(loaded.get_submodule(name).weight, (weight.float() / 2).to(torch.bfloat16))
+    assert torch.equal(loaded.get_submodule(name).weight, (weight.float() * scales[:, None]).to(torch.bfloat16))
     assert loaded.transformer_blocks[0].attn.to_k.precision == "int4"
     assert f"1 layers of {path}, such as '{name}', are in float8_e5m2" in caplog.text
 
