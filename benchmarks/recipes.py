@@ -24,17 +24,15 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.harness import RESULTS, environment, write_results
-from diffusers_sana import SanaControlNetModel, SanaPipeline, SanaSprintPipeline, sobel_edges
+from diffusers_sana import SanaControlNetModel, SanaPipeline, sobel_edges
 from diffusers_sana.checkpoints import SANA_EMOJI, VILA_U_EMOJI
 from diffusers_sana.evaluation.checks import Check, read_checks
 from diffusers_sana.evaluation.config import PROMPTS
 from diffusers_sana.evaluation.images import generate_missing
 from diffusers_sana.evaluation.judges import SceneJudge
 from diffusers_sana.evaluation.significance import interval_of_gains
-from diffusers_sana.files import read_lines
-from diffusers_sana.models.transformers.sprint_student import make_student
 from diffusers_sana.training.objectives.flow_matching import interpolate, timesteps_of, velocity_target
-from diffusers_sana.training.recipes import controlnet, dpo, image_prompt, lora, nft, sprint
+from diffusers_sana.training.recipes import controlnet, dpo, image_prompt, lora, nft
 from diffusers_sana.training.recipes.options import (
     CaptionedDataOptions,
     ControlNetDataOptions,
@@ -51,9 +49,6 @@ from diffusers_sana.training.recipes.options import (
     NftDataOptions,
     NftModelOptions,
     NftTrainingConfig,
-    QuantizableOptions,
-    SprintDataOptions,
-    SprintTrainingConfig,
 )
 from diffusers_sana.training.recipes.text_to_image import encode_images
 
@@ -151,14 +146,6 @@ class Bench:
         path.write_text("\n".join(check.prompt for check in self.taught) + "\n", encoding="utf-8")
         return path
 
-    @cached_property
-    def checks_file(self) -> Path:
-        """The lines of the taught prompts in the bundled file of checks."""
-        path = self.out / "checks.jsonl"
-        lines = [line for _, line in read_lines(PROMPTS["emoji"])]
-        path.write_text("\n".join(lines[::2][: len(self.taught)]) + "\n", encoding="utf-8")
-        return path
-
 
 def colorfulness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """How far the colors of images `[N, 3, H, W]` in [0, 1] are from gray, `[N]`; a reward that needs no weights."""
@@ -186,7 +173,8 @@ def gain_of_controlnet(bench: Bench) -> tuple[Scores, Scores]:
     """`train_sana_controlnet.py`, by the edges of the images."""
     pipe = bench.pipeline()
     layers = max(1, pipe.transformer.config.num_layers // 2)
-    config = ControlNetTrainingConfig(**bench.settings("controlnet", learning_rate=1e-3, warmup_steps=20))
+    settings = {"learning_rate": 1e-3, "warmup_steps": 20, "caption_dropout": 0.8}
+    config = ControlNetTrainingConfig(**bench.settings("controlnet", **settings))
     data = ControlNetDataOptions(data=str(bench.data), resolution=bench.resolution, batch_size=BATCH, num_workers=0)
     controlnet.run(config, data, ControlNetModelOptions(pretrained=bench.model, num_layers=layers))
     net = SanaControlNetModel.from_pretrained(bench.out / "controlnet" / "model", dtype=torch.float32).eval()
@@ -194,22 +182,22 @@ def gain_of_controlnet(bench: Bench) -> tuple[Scores, Scores]:
     figures = []
     for branch in (None, net):
         errors = []
-        for index, prompt in enumerate(bench.prompts):
+        for index in range(len(images)):
             image = images[index : index + 1]
             control = encode_images(pipe.vae, sobel_edges(image))
-            errors.append(velocity_error(pipe, encode_images(pipe.vae, image), control, prompt, branch, seed=index))
+            errors.append(velocity_error(pipe, encode_images(pipe.vae, image), control, branch, seed=index))
         figures.append([-error for error in errors])
     return figures[0], figures[1]
 
 
 @torch.no_grad()
-def velocity_error(pipe: Any, latents: Tensor, control: Tensor, prompt: str, branch: Any, seed: int) -> float:
-    """The mean squared error of the velocity of one image `[1, C, h, w]`, at some noise levels."""
+def velocity_error(pipe: Any, latents: Tensor, control: Tensor, branch: Any, seed: int) -> float:
+    """The mean squared error of the velocity of one image `[1, C, h, w]` without a caption, at some noise levels."""
     levels = torch.tensor(LEVELS)
     shape = len(levels), *latents.shape[1:]
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     clean, embeds, mask = (
-        each.expand(len(levels), *each.shape[1:]) for each in (latents, *pipe.encode_prompt(prompt)[:2])
+        each.expand(len(levels), *each.shape[1:]) for each in (latents, *pipe.encode_prompt("")[:2])
     )
     noisy, times = interpolate(clean, noise, levels), timesteps_of(levels)
     text = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, "return_dict": False}
@@ -223,31 +211,8 @@ def velocity_error(pipe: Any, latents: Tensor, control: Tensor, prompt: str, bra
     return float((velocity - velocity_target(clean, noise)).square().mean())
 
 
-def gain_of_sprint(bench: Bench) -> tuple[Scores, Scores]:
-    """`train_sana_sprint.py` with a LoRA."""
-    config = SprintTrainingConfig(
-        **bench.settings("sprint", lora_rank=16, learning_rate=6e-4, tangent_warmup_steps=100),
-        adversarial_weight=0.0,
-    )
-    data = SprintDataOptions(
-        data=str(bench.data), cache_dir=str(bench.out / "cache"), resolution=bench.resolution, batch_size=BATCH
-    )
-    sprint.run(config, data, QuantizableOptions(pretrained=bench.model))
-    teacher = bench.pipeline()
-    student = SanaSprintPipeline.from_teacher(teacher, bench.out / "sprint" / "model")
-    untrained = SanaSprintPipeline.from_pipe(
-        teacher, transformer=make_student(teacher.transformer), scheduler=student.scheduler
-    )
-    judge, figures = SceneJudge(bench.measured), []
-    for pipe in (untrained, student):
-        pipe.set_progress_bar_config(disable=True)
-        images = bench.generate(pipe, bench.prompts, num_inference_steps=2)
-        figures.append(judge(images, bench.prompts).tolist())
-    return figures[0], figures[1]
-
-
 def gain_of_nft(bench: Bench) -> tuple[Scores, Scores]:
-    """`train_sana_nft.py`, judged by what prompts ask for."""
+    """`train_sana_nft.py`, with colorfulness as the reward: the checkpoint is right about the prompts."""
     steps = max(1, bench.steps // 2)
     config = NftTrainingConfig(
         **bench.settings("nft", rank=16, learning_rate=1e-3, lr_schedule="constant"),
@@ -255,13 +220,12 @@ def gain_of_nft(bench: Bench) -> tuple[Scores, Scores]:
         rollout_steps=steps,
         levels_per_image=2,
     )
-    data = NftDataOptions(prompts=str(bench.checks_file), resolution=bench.resolution, batch_size=2)
-    nft.run(config, data, NftModelOptions(pretrained=bench.model, reward=("scenes",)))
-    pipe, judge = bench.pipeline(), SceneJudge(bench.measured)
-    options = {"num_inference_steps": steps, "guidance_scale": 1.0}
-    before = judge(bench.generate(pipe, bench.prompts, **options), bench.prompts)
+    data = NftDataOptions(prompts=str(bench.prompts_file), resolution=bench.resolution, batch_size=2)
+    nft.run(config, data, NftModelOptions(pretrained=bench.model, reward=("benchmarks.recipes:colorfulness",)))
+    pipe, options = bench.pipeline(), {"num_inference_steps": steps, "guidance_scale": 1.0}
+    before = colorfulness(bench.generate(pipe, bench.prompts, **options), bench.prompts)
     pipe.load_lora_weights(bench.out / "nft" / "model")
-    return before.tolist(), judge(bench.generate(pipe, bench.prompts, **options), bench.prompts).tolist()
+    return before.tolist(), colorfulness(bench.generate(pipe, bench.prompts, **options), bench.prompts).tolist()
 
 
 def gain_of_dpo(bench: Bench) -> tuple[Scores, Scores]:
@@ -315,10 +279,11 @@ class Recipe:
 
 RECIPES = {
     "lora": Recipe("grayness of images, after training on gray ones: minus the range of their colors", gain_of_lora),
-    "controlnet": Recipe("minus the error of the velocity, given the edges of the image", gain_of_controlnet),
+    "controlnet": Recipe(
+        "minus the error of the velocity without a caption, given the edges of the image", gain_of_controlnet
+    ),
     "image_prompt": Recipe("share right of what an image shows, from that image without text", gain_of_image_prompt),
-    "sprint": Recipe("share right of what the prompt asks for, in two steps", gain_of_sprint),
-    "nft": Recipe("share right of what the prompt asks for, without guidance, in half the steps", gain_of_nft),
+    "nft": Recipe("colorfulness of images without guidance, after rewarding it", gain_of_nft),
     "dpo": Recipe("colorfulness of images, after preferring colorful ones", gain_of_dpo),
 }
 

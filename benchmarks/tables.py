@@ -29,20 +29,18 @@ PAGES = (
     DOCS / "video.md",
     DOCS / "checkpoints.md",
     DOCS / "evaluation.md",
+    DOCS / "training.md",
 )
 
 
 def headline() -> str:
     """The most important figures, one per row, each with the file that it comes from."""
-    names = ("pipeline", "quantized", "quantization_quality", "emoji_sprint")
-    pipeline, quantized, quality, sprint = (results(f"cpu/{name}") for name in names)
+    names = ("pipeline", "quantized", "quantization_quality")
+    pipeline, quantized, quality = (results(f"cpu/{name}") for name in names)
     models = results("cpu/models")["cases"]
 
     def seconds(case: dict[str, float], ours: str = "diffusers_sana", theirs: str = "diffusers") -> list[str]:
         return [f"{case[ours]:.2f} s", f"{theirs} {case[theirs]:.2f} s"]
-
-    def right(name: str) -> str:
-        return emoji_tables.percent(sprint[name]["object"])
 
     step, decode = models["sana-0.6b step 1024px fp32"], models["dc-ae decode 512px fp32"]
     blocks, sizes = quantized["steps"]["512px"]["seconds"], quantized["whole"]
@@ -79,12 +77,6 @@ def headline() -> str:
             peers,
             "quantization_quality",
         ],
-        [
-            "object recognized, 40 held-out prompts of a single object, bundled Sprint, 1 step",
-            right("student_1_steps"),
-            f"its teacher, 4 steps: {right('teacher_4_steps')}, 20 steps: {right('teacher_20_steps')}",
-            "emoji_sprint",
-        ],
     ]
     for row in rows:
         row[-1] = f"[{row[-1]}.json](benchmarks/results/cpu/{row[-1]}.json)"
@@ -112,6 +104,21 @@ def models_cpu() -> str:
         )
     table = render(["case", "diffusers s", "ours s", "faster", "diffusers MiB", "ours MiB", "outputs differ by"], rows)
     return f"{table}\n\n{provenance(report)}"
+
+
+def recipes() -> str:
+    """What each recipe of training gains within minutes."""
+    report = results("cpu/recipes")
+
+    def row(name: str, found: dict[str, Any]) -> list[str]:
+        low, high = found["interval"]
+        gain = f"**{found['gain']:+.3f}** ({low:+.3f} to {high:+.3f})"
+        return [name, found["figure"], f"{found['before']:.3f}", f"{found['after']:.3f}", gain]
+
+    rows = [row(name, found) for name, found in report["recipes"].items()]
+    table = render(["recipe", "figure", "before", "after", "gain, with its 95 % interval"], rows)
+    size = f"{report['minutes']:g} minutes each, {report['train_images']} images to train on"
+    return f"{table}\n\n{size}. {provenance(report)}"
 
 
 def kernels_compiled() -> str:
@@ -457,6 +464,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "published_models": published_models,
     "headline": headline,
     "models_cpu": models_cpu,
+    "recipes": recipes,
     "kernels_compiled": kernels_compiled,
     "quantization_quality": quantization_quality,
     "quantization_budgets": quantization_budgets,

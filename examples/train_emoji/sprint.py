@@ -3,9 +3,9 @@
     python -m examples.train_emoji.sprint --data outputs/emoji-256.zip --latents outputs/sana-emoji/latents.safetensors
 
 The student is a LoRA of its teacher, a tenth of the bytes. Afterwards the student at 1, 2 and 4 steps is judged on
-held-out prompts beside its teacher at 2, 4 and 20: `OUT/evaluation.json`, and a row of images each in
-`OUT/held_out.png`. `OUT/bundle` has the LoRA in bf16. The same command goes on where it stopped; `--minutes` counts
-all of the training.
+held-out prompts beside itself before training, and beside its teacher at 2, 4 and 20: `OUT/evaluation.json`, and a row
+of images each in `OUT/held_out.png`. `OUT/bundle` has the LoRA in bf16. The same command goes on where it stopped;
+`--minutes` counts all of the training.
 """
 
 import json
@@ -20,6 +20,7 @@ from benchmarks.harness import environment
 from diffusers_sana import SanaPipeline, SanaSprintPipeline
 from diffusers_sana.checkpoints import EMOJI_PROBE
 from diffusers_sana.evaluation.emoji_probe import EmojiProbe
+from diffusers_sana.models.transformers.sprint_student import make_student
 from diffusers_sana.schedulers.trigflow import STEP_ANGLES
 from diffusers_sana.training.plots import save_image_grid
 from diffusers_sana.training.recipes import sprint
@@ -71,12 +72,15 @@ def load_student(teacher: SanaPipeline, lora: Path) -> SanaSprintPipeline:
 
 @torch.no_grad()
 def judge(teacher: SanaPipeline, student: SanaSprintPipeline, probe: EmojiProbe, art: Art, out: Path) -> dict:
-    """Accuracy on the held-out prompts, at each number of steps of the student and of the teacher."""
+    """Accuracy on the held-out prompts by steps: of the teacher, and of the student before and after training."""
     scenes = held_out_scenes(art.objects)
     prompts = [scene.prompt for scene in scenes]
     images = {f"teacher_{steps}_steps": generate(teacher, prompts, num_inference_steps=steps) for steps in (2, 4, 20)}
-    for steps, angles in STEP_ANGLES.items():
-        images[f"student_{steps}_steps"] = generate(student, prompts, timesteps=angles)
+    untrained = SanaSprintPipeline(**student.components | {"transformer": make_student(teacher.transformer)})
+    untrained.set_progress_bar_config(disable=True)
+    for name, pipe in (("untrained", untrained), ("student", student)):
+        for steps, angles in STEP_ANGLES.items():
+            images[f"{name}_{steps}_steps"] = generate(pipe, prompts, timesteps=angles)
     out.mkdir(parents=True, exist_ok=True)
     shown = slice(None, None, max(1, len(scenes) // 12))
     columns = len(scenes[shown])

@@ -171,11 +171,11 @@ def test_emoji(art, tmp_path):
         probe = EmojiProbe(art.objects, list(COLORS), list(STYLES), max_objects=3)
         report = emoji.judge(teacher, student, probe, art, tmp_path)
     rows = ["teacher_2_steps", "teacher_4_steps", "teacher_20_steps"]
-    rows += ["student_1_steps", "student_2_steps", "student_4_steps"]
+    rows += [f"{name}_{steps}_steps" for name in ("untrained", "student") for steps in (1, 2, 4)]
     assert report["rows"] == rows
     assert all(0 <= report[row]["object"] <= 1 for row in rows)
     assert (tmp_path / "evaluation.json").read_text() == json.dumps(report, indent=1) + "\n"  # with its NaN
-    assert Image.open(tmp_path / "held_out.png").size == (2 * 256, 6 * 256)
+    assert Image.open(tmp_path / "held_out.png").size == (2 * 256, 9 * 256)
 
 
 def test_the_bundled_student_needs_no_peft(monkeypatch):
