@@ -112,12 +112,15 @@ def test_lora_and_offload(name, precision, lora_file):
 
 @pytest.mark.parametrize(("name", "precision"), product(PIPELINES, ("fp32", "int4")))
 def test_group_offload(name, precision, lora_file):
-    """Its hooks keep layers from being computed together, which rounds differently: near, not equal."""
+    """Its hooks keep layers from being computed together, which rounds differently: near, not equal.
+
+    With quantized activations, another code of an activation grows over the steps: 1.1e-2 was seen on one processor.
+    """
     pipe, cpu = make(name, precision), torch.device("cpu")
     pipe.load_lora_weights(lora_file)
     expected = generate(pipe, name)
     pipe.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
-    assert relative_error(generate(pipe, name), expected) < (1e-5 if precision == "fp32" else 1e-2)
+    assert relative_error(generate(pipe, name), expected) < (1e-5 if precision == "fp32" else 3e-2)
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -90,7 +90,8 @@ def test_fused_is_the_same_and_goes_back(models, files, mode):
     model.fuse_lora()
     assert model.transformer_blocks[0].attn1.to_q.base_layer.rank == 4 + 3 + 2
     assert model.transformer_blocks[0].ff.conv_point.base_layer.rank == 4 + 3
-    assert_close_fp32(run(model, inputs), beside)
+    # Sums of another order may round an activation to the next code, on some processors: 1.4e-4 was seen.
+    assert relative_error(run(model, inputs), beside) < (1e-5 if mode == "w4a16" else 1e-3)
     model.unfuse_lora()
     assert torch.equal(run(model, inputs), beside)
     assert same_bits(bits(model), before)
