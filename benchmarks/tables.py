@@ -84,8 +84,18 @@ def headline() -> str:
 
 
 def models_cpu() -> str:
-    """Seconds, speed-up and memory of the models on the CPU."""
-    report = results("cpu/models")
+    """Seconds, speed-up and memory of the models on a CPU without instructions for bf16."""
+    return models("cpu/models")
+
+
+def models_cpu_bf16() -> str:
+    """The same on one with such instructions."""
+    return models("cpu/models-avx512_bf16")
+
+
+def models(name: str) -> str:
+    """The table of a result file of `bench_models`."""
+    report = results(name)
     rows = []
     for name, case in report["cases"].items():
         low, high = case["speedup_range"]
@@ -464,6 +474,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "published_models": published_models,
     "headline": headline,
     "models_cpu": models_cpu,
+    "models_cpu_bf16": models_cpu_bf16,
     "recipes": recipes,
     "kernels_compiled": kernels_compiled,
     "quantization_quality": quantization_quality,
