@@ -16,6 +16,11 @@ from diffusers_sana.loading import checkpoint_path
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Of `SVDQuantConfig`. They are here because its module imports torch.
+TARGET_PRECISIONS = ("int4", "nvfp4", "int8")  # to which weights can be quantized
+COMPUTE_MODES = ("auto", "w4a4", "w4a8", "w4a16", "w8a8", "w8a16")
+QUALITIES = ("default", "best")
+ROTATIONS = ("none", "auto", "hadamard")
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 

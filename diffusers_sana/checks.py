@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 LARGEST = 2**20  # far above any width, size or number of steps that is meant
 
 
+class NotFiniteError(ValueError):
+    """A model has computed NaN or infinite values: its weights are damaged, or something overflows."""
+
+
 def check_integer(name: str, value: Any, at_least: int = 1, at_most: int = LARGEST) -> None:
     """Raises TypeError where `value` is not an integer, ValueError where it is out of range."""
     if not isinstance(value, Integral) or isinstance(value, bool):
@@ -81,7 +85,7 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_computed(part: str, what: str, values: "torch.Tensor", dtype: "torch.dtype", advice: str = "") -> None:
-    """Raises where a model has computed NaN or infinite values. Reads the device: once a stage, never in a loop.
+    """Raises NotFiniteError where values are NaN or infinite. Reads the device: once a stage, never in a loop.
 
     Args:
         part: name of the component, `part`.
@@ -93,7 +97,7 @@ def check_computed(part: str, what: str, values: "torch.Tensor", dtype: "torch.d
         return
     if str(dtype) == "torch.float16":
         advice = f"float16 overflows; load it in bfloat16, or call `pipe.{part}.to(torch.bfloat16)`."
-    raise ValueError(
+    raise NotFiniteError(
         f"`{part}` gave NaN or infinite {what} in {dtype}. {advice or 'Its weights are damaged; load them again.'}"
     )
 

@@ -123,8 +123,10 @@ def check_version(model: str, revision: str | None, variant: str | None) -> None
     folder = Path(checkpoint_path(model))
     if revision is not None and folder.is_dir():
         raise ValueError(f"`revision` must be left out for a folder, which has no commits; {model} is one.")
-    if variant is not None and folder.is_dir() and not any(f".{variant}" in file.name for file in folder.rglob("*")):
-        raise ValueError(f"`variant` must be one of the weights' in {model}, which has no {variant!r}; leave it out.")
+    if variant is None or not folder.is_dir():
+        return
+    if not any(f".{variant}{end}" in file.name for file in folder.rglob("*") for end in ".-"):  # - before a shard
+        raise ValueError(f"`variant` must be one that weights in {model} have, got {variant!r}. Leave it out.")
 
 
 def default_dtype(place: str, device: str, variant: str | None = None) -> str:

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{'python':15} {platform.python_version()} on {platform.platform()}")
 
     cpu = torch.backends.cpu.get_cpu_capability() + (" with VNNI" if int8_linear.levels() == 127 else "")
-    print(f"{'processor':15} {cpu}, {torch.get_num_threads()} threads{_memory()}")
+    print(f"{'processor':15} {cpu}, threads: {torch.get_num_threads()}{_memory()}")
     if device.type == "cuda":
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
         capability = ".".join(map(str, torch.cuda.get_device_capability()))

@@ -4,6 +4,7 @@ import argparse
 import re
 
 from diffusers_sana.arguments import UsageError, one_line
+from diffusers_sana.checks import NotFiniteError
 from diffusers_sana.files import UserError
 
 
@@ -29,7 +30,8 @@ def explain(error: Exception, command: argparse.ArgumentParser) -> tuple[str, in
     if isinstance(error, MemoryError) or "OutOfMemoryError" in type(error).__name__:
         return f"out of memory: {one_line(message, 200)} {OUT_OF_MEMORY}", 1
     named = with_options(message, command)
-    is_of_use = isinstance(error, OF_USE) or (isinstance(error, ValueError | TypeError) and named != message)
+    names_option = isinstance(error, ValueError | TypeError) and named != message
+    is_of_use = isinstance(error, OF_USE) or (names_option and not isinstance(error, NotFiniteError))
     return one_line(named).rstrip("."), 2 if is_of_use else 1
 
 

@@ -4,7 +4,16 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from diffusers_sana.arguments import UsageError, add_device, add_hub, check_writable, file_path, integer, number
+from diffusers_sana.arguments import (
+    TARGET_PRECISIONS,
+    UsageError,
+    add_device,
+    add_hub,
+    check_writable,
+    file_path,
+    integer,
+    number,
+)
 from diffusers_sana.evaluation.config import FEATURES, MEASURES, EvaluationConfig
 
 
@@ -28,7 +37,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "default: emoji for bundled models, else coco",
     )
     command.add_argument("--limit", type=integer(), metavar="N", help="use only N of the prompts, evenly spread")
-    command.add_argument("--quantize", choices=("int4", "nvfp4", "int8"), help="quantize the model first")
+    command.add_argument("--quantize", choices=TARGET_PRECISIONS, help="quantize the model first")
     command.add_argument("--steps", type=integer(at_most=1000), help="denoising steps; default: the pipeline's")
     command.add_argument("--guidance-scale", type=number(), help="default: the pipeline's")
     command.add_argument("--batch-size", type=integer(), default=8, help="images generated at a time; default: 8")

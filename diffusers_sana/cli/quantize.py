@@ -3,6 +3,10 @@
 import argparse
 
 from diffusers_sana.arguments import (
+    COMPUTE_MODES,
+    QUALITIES,
+    ROTATIONS,
+    TARGET_PRECISIONS,
     UsageError,
     add_device,
     add_hub,
@@ -24,7 +28,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "-o", "--out", type=file_path, required=True, metavar="DIR", help="new or empty folder to write"
     )
-    command.add_argument("--precision", default="int4", choices=("int4", "nvfp4", "int8"), help="default: int4")
+    command.add_argument("--precision", default="int4", choices=TARGET_PRECISIONS, help="default: int4")
     command.add_argument(
         "--rank", type=integer(at_least=0), help="of the low-rank branch, 0 for none; default: 32, 0 for int8"
     )
@@ -33,20 +37,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--prompts", type=file_path, metavar="FILE", help="calibration prompts, one per line")
     command.add_argument(
-        "--quality", default="default", choices=("default", "best"), help="best: smaller errors, several times slower"
+        "--quality", default="default", choices=QUALITIES, help="best: smaller errors, several times slower"
     )
     command.add_argument(
         "--gptq", action="store_true", help="error compensation where it lowers the error; needs --prompts"
     )
     command.add_argument(
         "--rotation",
-        choices=("none", "auto", "hadamard"),
+        choices=ROTATIONS,
         help="round in a rotated basis; auto: where it lowers the error; default: none, auto for --quality best",
     )
     command.add_argument(
         "--compute-mode",
         default="auto",
-        choices=("auto", "w4a4", "w4a8", "w4a16", "w8a8", "w8a16"),
+        choices=COMPUTE_MODES,
         help="the mode in which the layers will compute, and for which they are fitted; default: auto",
     )
     command.add_argument(

@@ -6,9 +6,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from diffusers_sana.arguments import DTYPES, UsageError, check_writable, device, file_path, integer
+from diffusers_sana.arguments import DTYPES, TARGET_PRECISIONS, UsageError, check_writable, device, file_path, integer
 from diffusers_sana.files import atomic_write
-from diffusers_sana.loading import pipeline_class_name
+from diffusers_sana.loading import check_version, pipeline_class_name
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--quantize",
         nargs="?",
         const="int4",
-        choices=("int4", "nvfp4", "int8"),
+        choices=TARGET_PRECISIONS,
         help="also compare 4 or 8 bits; default: int4",
     )
     command.add_argument(
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(f"--out must be a file, but {args.out} is a folder")
     check_writable("--out", args.out.parent)
     pipeline_class_name(args.model)  # an error at once if there is no such model
+    check_version(args.model, None, args.variant)
 
     from diffusers_sana.evaluation.verification import summary, verify
 

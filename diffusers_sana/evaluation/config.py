@@ -189,10 +189,9 @@ class EvaluationConfig:
                     f"`against` must be a folder of as many images as there are prompts, {len(self.tasks)}, in their "
                     f"order, for `checks` {' '.join(OF_PAIRS)}; {self.against} has {len(self.others)}"
                 )
-        if measures & set(OF_SETS) and len(self.tasks) < 2:
-            raise ValueError(
-                f"`checks` {' '.join(OF_SETS)} need two images or more, but there is one prompt; raise `limit`"
-            )
+        if (of_sets := [name for name in OF_SETS if name in measures]) and len(self.tasks) < 2:
+            advice = "give more `prompts`" if self.limit is None else "raise `limit`"
+            raise ValueError(f"`checks` {' '.join(of_sets)} must be of two prompts or more, got one; {advice}")
         if "fid" in measures and not (self.of_emoji or self.reference_model or self.others):
             raise ValueError("`checks` fid needs `reference_model` or `against` with images")
         if "kid" in measures and not (self.of_emoji or self.others):

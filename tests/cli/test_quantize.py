@@ -93,7 +93,9 @@ def test_env_names_the_package_of_a_kernel_mode(capsys, monkeypatch):
     for name in external.PACKAGES.values():
         monkeypatch.delitem(sys.modules, name, raising=False)
     cli.main(["env"])
-    assert "w4a4 products   ours; comfy-kitchen is not found, flashinfer is not found\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "w4a4 products   ours; comfy-kitchen is not found, flashinfer is not found\n" in out
+    assert f", threads: {torch.get_num_threads()}" in out
     monkeypatch.setitem(sys.modules, "comfy_kitchen", object())
     for mode, said in (
         (

@@ -9,10 +9,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import diffusers_sana
-from diffusers_sana import SVDQuantConfig
+from diffusers_sana import SVDQuantConfig, quantize
 from diffusers_sana.quantizers.svdquant import report as module
 from diffusers_sana.quantizers.svdquant.model_card import model_card, save_card
 from diffusers_sana.quantizers.svdquant.report import LayerResult, QuantizationReport
+from tests.quantizers import tiny_models
 
 
 def layer(name, mode, exponents, error, naive_error):
@@ -56,12 +57,18 @@ def test_summary(report):
 
 
 def test_summary_says_where_int8_is_smaller(report):
-    """64 x 128 weights of a byte, and scales of 64 rows and 128 columns."""
+    """64 x 128 weights of a byte, 64 scales in fp32 and 128 factors in 16 bits."""
     large = [replace(each, bytes=9000) for each in LAYERS]
     hinted = QuantizationReport(SVDQuantConfig(rank=32), large)
-    assert hinted.sizes == "48 KiB before, 26.37 KiB after; precision='int8' would take 25.12 KiB"
+    assert hinted.sizes == "48 KiB before, 26.37 KiB after; precision='int8' would take 25.5 KiB"
     assert "int8" not in QuantizationReport(SVDQuantConfig(precision="int8"), large).sizes
     assert "int8" not in report.sizes
+
+
+def test_size_in_int8_is_that_of_int8_layers():
+    model, _ = tiny_models.sana()
+    layers = quantize(model, SVDQuantConfig(precision="int8"), progress=False).layers
+    assert [layer.int8_bytes for layer in layers] == [layer.bytes for layer in layers]
 
 
 def test_files(report, tmp_path):

@@ -35,16 +35,14 @@ class _Layout(NamedTuple):
 
     def pack(self, matrix: Tensor) -> Tensor:
         """`[R, C]`, multiples of the tile, to a vector of R C elements."""
-        return matrix.reshape(-1, *self.rows, self._tiles(matrix), *self.columns).permute(self.order).flatten()
+        rows, columns = len(matrix) // prod(self.rows), matrix.shape[1] // prod(self.columns)
+        return matrix.reshape(rows, *self.rows, columns, *self.columns).permute(self.order).flatten()
 
     def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
         """R C elements in any shape to `[R, C]`."""
         axes = (rows // prod(self.rows), *self.rows, columns // prod(self.columns), *self.columns)
         inverse = [self.order.index(axis) for axis in range(len(axes))]
         return packed.reshape([axes[axis] for axis in self.order]).permute(inverse).reshape(rows, columns)
-
-    def _tiles(self, matrix: Tensor) -> int:
-        return matrix.shape[1] // prod(self.columns)
 
 
 _CODES = _Layout((8, 2, 8), (2, 4, 8), (0, 4, 1, 3, 6, 2, 5, 7))

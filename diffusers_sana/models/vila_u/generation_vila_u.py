@@ -19,6 +19,7 @@ from transformers.generation import CompileConfig, GenerateDecoderOnlyOutput, Ge
 from transformers.utils import logging
 
 from diffusers_sana._compat import private
+from diffusers_sana.checks import NotFiniteError
 from diffusers_sana.models.vila_u.batching_vila_u import (
     CandidatesWithoutPlaceholder,
     LogitsProcessorsWithoutPlaceholder,
@@ -337,7 +338,7 @@ class VilaUGenerationMixin(GenerationMixin):
                 codes, inputs = read_and_generate(inputs, current_mask, position, cache, token_noise, scales, sampling)
             yield codes
         if not bool(inputs.isfinite().all()):
-            raise ValueError(
+            raise NotFiniteError(
                 f"the model produced NaN or infinite logits in {inputs.dtype}. If that is float16, load it in "
                 "bfloat16; otherwise its weights are damaged, or `guidance_scale` is too large."
             )

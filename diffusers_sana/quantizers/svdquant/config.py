@@ -11,6 +11,7 @@ from typing import Any
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin as DiffusersConfigMixin
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
+from diffusers_sana.arguments import COMPUTE_MODES, QUALITIES, ROTATIONS, TARGET_PRECISIONS
 from diffusers_sana.kernels.rotation import GROUP
 
 
@@ -24,14 +25,11 @@ ROTATED_LAYOUT = "diffusers_sana/2"
 INT8_LAYOUT = "diffusers_sana/3"
 FLOAT8_LAYOUT = "diffusers_sana/4"
 LAYOUTS = (LAYOUT, ROTATED_LAYOUT, INT8_LAYOUT, FLOAT8_LAYOUT)
-PRECISIONS = ("int4", "nvfp4", "int8", "float8")
-COMPUTE_MODES = ("auto", "w4a4", "w4a8", "w4a16", "w8a8", "w8a16")
+PRECISIONS = (*TARGET_PRECISIONS, "float8")
 # Of a layer: whether it has weights in 4 bits, int8 or float8, and whether its activations may be quantized.
 LAYER_MODES = ("w4a4", "w4a16", "w8a8", "w8a16", "f8a8", "f8a16")
 RANKS = {"int4": 32, "nvfp4": 32, "int8": 0, "float8": 0}  # of the branch, where the user names none
 SMOOTHING = ("search", "none")
-QUALITIES = ("default", "best")
-ROTATIONS = ("none", "auto", "hadamard")
 # The mode in which "auto" computes layers of a format on most of the devices that are fast with it. The result of a
 # quantization does not depend on the device on which it runs.
 USUAL_MODES = {"int4": "w4a8", "nvfp4": "w4a4", "int8": "w8a8", "float8": "f8a8"}
@@ -169,7 +167,7 @@ class SVDQuantConfig(DiffusersConfigMixin, TransformersConfigMixin):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
         if self.precision == "float8" and self.modules is None:
-            raise ValueError(f"`precision` must be one of {PRECISIONS[:3]} to quantize a model, got 'float8'.")
+            raise ValueError(f"`precision` must be one of {TARGET_PRECISIONS} to quantize a model, got 'float8'.")
         for name, least in (("rank", 0), ("refinements", 0), ("seed", 0)):
             value = getattr(self, name)
             if value is None and name == "rank":

@@ -9,7 +9,7 @@ from statistics import median
 
 from diffusers.utils import logging
 
-from diffusers_sana.kernels.low_bit import precision_of
+from diffusers_sana.kernels.low_bit import padded, precision_of
 from diffusers_sana.quantizers.svdquant.algorithm.decompose import LayerReport
 from diffusers_sana.quantizers.svdquant.algorithm.quantized_weight import QuantizedWeight
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
@@ -58,9 +58,9 @@ class LayerResult:
 
     @property
     def int8_bytes(self) -> int:
-        """What the layer would take in int8 without a branch: weights, and scales of rows and columns in 16 bits."""
+        """What the layer would take in int8 without a branch: codes, an fp32 scale per row, and a factor per input."""
         rows, columns = self.shape
-        return rows * columns + 2 * (rows + columns)
+        return rows * padded(columns) + 4 * rows + self.original_bytes // rows
 
     @classmethod
     def of(cls, layer: str, mode: str, weight: QuantizedWeight, report: LayerReport) -> "LayerResult":

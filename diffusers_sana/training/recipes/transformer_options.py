@@ -6,6 +6,7 @@ Nothing here imports torch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from diffusers_sana.arguments import TARGET_PRECISIONS
 from diffusers_sana.training.config import (
     ImageDataOptions,
     Options,
@@ -18,7 +19,7 @@ from diffusers_sana.training.config import (
 
 LOSS_WEIGHTINGS = ("none", "min_snr", "cosmap")
 BUCKETS = ("pipelines", "authors")
-QUANTIZED = ("no", "int4", "nvfp4", "int8")
+QUANTIZED = ("no", *TARGET_PRECISIONS)
 
 
 @dataclass(kw_only=True)

@@ -235,6 +235,18 @@ def test_int8_with_what_the_format_lacks(tmp_path, base, caplog):
                 assert error < (0.15 if to == "cache-dit" else 0.015)
 
 
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+def test_cache_dit_without_a_branch(precision, tmp_path, base):
+    """Its header says rank 0, and its projections are empty."""
+    model = tiny.FAMILIES["flux"]()
+    quantize(model, SVDQuantConfig(precision=precision, rank=0), progress=False)
+    again = load_quantized(export_quantized(model, tmp_path, "cache-dit"), base=base("flux"))
+    layers = {name: layer for name, layer in tiny.layers(model).items() if not layer.is_weight_only}
+    for name, layer in layers.items():
+        assert again.get_submodule(name).rank == 0
+        assert torch.equal(again.get_submodule(name).dequantize(torch.float32), layer.dequantize(torch.float32))
+
+
 def relative(actual, expected):
     return (actual - expected).norm() / expected.norm()
 

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_sana.arguments import COMPUTE_MODES
 from diffusers_sana.kernels.cpu import int8_linear
 from diffusers_sana.kernels.cpu.blocked import linear_in_pieces
 from diffusers_sana.kernels.dequantize_weight import dequantize_weight
@@ -42,7 +43,7 @@ from diffusers_sana.kernels.precision import arithmetic_dtype
 from diffusers_sana.kernels.quantize_lowrank import quantize_lowrank
 from diffusers_sana.kernels.rotation import rotation_size, rotation_tensor
 from diffusers_sana.quantizers.svdquant.algorithm.quantized_weight import QuantizedWeight
-from diffusers_sana.quantizers.svdquant.config import COMPUTE_MODES, mode_for
+from diffusers_sana.quantizers.svdquant.config import mode_for
 from diffusers_sana.quantizers.svdquant.layers.compute_mode import best_mode
 from diffusers_sana.quantizers.svdquant.layers.lora import LowRankBranch, PlainConvolutions, lazy_weight
 
