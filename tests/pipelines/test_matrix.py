@@ -14,6 +14,7 @@ from peft import LoraConfig
 
 import diffusers_sana
 from diffusers_sana import SVDQuantConfig, quantize
+from diffusers_sana.quantizers.svdquant.api import set_compute_mode
 from tests import tiny
 from tests.numerics import relative_error
 from tests.pipelines.controlnet_cases import controlnet
@@ -24,6 +25,8 @@ WIDER = {"num_attention_heads": 8, "num_cross_attention_heads": 8, "cross_attent
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 MASK = (torch.arange(32) < 16).float().expand(1, 1, 32, 32)
 EDGES = (IMAGE > 0.5).float()
+
+OFFLOADED_PRECISIONS = (("fp32", ""), ("int4", "w4a16"), ("int4", "w4a8"))
 
 WEAKLY = {"controlnet_conditioning_scale": 0.05}  # random branches would drown everything else
 
@@ -110,17 +113,22 @@ def test_lora_and_offload(name, precision, lora_file):
     assert torch.equal(generate(pipe, name), plain)
 
 
-@pytest.mark.parametrize(("name", "precision"), product(PIPELINES, ("fp32", "int4")))
-def test_group_offload(name, precision, lora_file):
-    """Its hooks keep layers from being computed together, which rounds differently: near, not equal.
+@pytest.mark.parametrize(
+    ("name", "precision", "mode"), [(name, *how) for name in PIPELINES for how in OFFLOADED_PRECISIONS]
+)
+def test_group_offload(name, precision, mode, lora_file):
+    """Its hooks keep products from being computed together, which rounds differently: near, not equal.
 
-    With quantized activations, another code of an activation grows over the steps: 1.1e-2 was seen on one processor.
+    With 8-bit activations (w4a8), that may give one of them another code, which grows over layers and steps: by how
+    much depends on the processor, and 1.1e-2 was seen. In w4a16 nothing is rounded to codes.
     """
     pipe, cpu = make(name, precision), torch.device("cpu")
+    if precision == "int4":
+        set_compute_mode(pipe.transformer, mode)
     pipe.load_lora_weights(lora_file)
     expected = generate(pipe, name)
     pipe.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
-    assert relative_error(generate(pipe, name), expected) < (1e-5 if precision == "fp32" else 3e-2)
+    assert relative_error(generate(pipe, name), expected) < (3e-2 if mode == "w4a8" else 1e-5)
 
 
 @pytest.mark.parametrize("name", PIPELINES)

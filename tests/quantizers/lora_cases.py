@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from diffusers_sana.quantizers.svdquant.api import quantize
 from diffusers_sana.quantizers.svdquant.config import SVDQuantConfig
 from diffusers_sana.quantizers.svdquant.layers.linear import SVDQuantConv2d, quantized_layers
+from tests.numerics import assert_close_fp32, relative_error
 
 
 RANK = 4
@@ -75,3 +76,21 @@ def same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return actual.keys() == expected.keys() and all(
         torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8)) for name, tensor in actual.items()
     )
+
+
+def check_lora_beside_and_fused(model: nn.Module, inputs: dict, bound: float) -> None:
+    """A LoRA on 8-bit layers: nearer than `bound` to that of the dense twin, the same when fused, then gone."""
+    base, before = run(model, inputs), bits(model)
+    twin, file = dense_twin(model), lora_file(model, 1)
+    for each in (model, twin):
+        each.load_lora_adapter(file, prefix=None, adapter_name="one")
+    beside = run(model, inputs)
+    assert relative_error(beside, base) > 0.05
+    assert relative_error(beside, run(twin, inputs)) < bound
+    model.fuse_lora()
+    assert model.transformer_blocks[0].attn1.to_q.base_layer.rank == 3
+    assert_close_fp32(run(model, inputs), beside)
+    model.unfuse_lora()
+    model.unload_lora()
+    assert same_bits(bits(model), before)
+    assert torch.equal(run(model, inputs), base)

@@ -15,7 +15,7 @@ from tests.loaders.quantized.tiny_models import float8
 from tests.numerics import assert_close_fp32
 from tests.numerics import relative_error as distance
 from tests.quantizers import tiny_models
-from tests.quantizers.lora_cases import bits, dense_twin, lora_file, run, same_bits
+from tests.quantizers.lora_cases import bits, check_lora_beside_and_fused, run, same_bits
 
 
 CPU = torch.device("cpu")
@@ -91,20 +91,7 @@ def sana(tmp_path):
 def test_lora_beside_and_fused(compute_mode, sana):
     model, inputs = sana
     set_compute_mode(model, compute_mode)
-    base, before = run(model, inputs), bits(model)
-    twin, file = dense_twin(model), lora_file(model, 1)
-    for each in (model, twin):
-        each.load_lora_adapter(file, prefix=None, adapter_name="one")
-    beside = run(model, inputs)
-    assert distance(beside, base) > 0.05
-    assert distance(beside, run(twin, inputs)) < (1e-5 if compute_mode == "w8a16" else 0.05)
-    model.fuse_lora()
-    assert model.transformer_blocks[0].attn1.to_q.base_layer.rank == 3
-    assert_close_fp32(run(model, inputs), beside)
-    model.unfuse_lora()
-    model.unload_lora()
-    assert same_bits(bits(model), before)
-    assert torch.equal(run(model, inputs), base)
+    check_lora_beside_and_fused(model, inputs, 1e-5 if compute_mode == "w8a16" else 0.05)
 
 
 def test_saved_in_our_layout(sana, tmp_path):

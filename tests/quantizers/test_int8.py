@@ -16,7 +16,7 @@ from tests import tiny
 from tests.numerics import assert_close_fp32
 from tests.numerics import relative_error as distance
 from tests.quantizers import tiny_models
-from tests.quantizers.lora_cases import bits, dense_twin, lora_file, run, same_bits
+from tests.quantizers.lora_cases import bits, check_lora_beside_and_fused, same_bits
 
 
 INT8 = SVDQuantConfig(precision="int8")
@@ -158,20 +158,7 @@ def test_text_encoder(tmp_path):
 def test_lora_beside_and_fused(compute_mode):
     model, inputs = tiny_models.sana()
     quantize(model, SVDQuantConfig(precision="int8", compute_mode=compute_mode), progress=False)
-    base, before = run(model, inputs), bits(model)
-    twin, file = dense_twin(model), lora_file(model, 1)
-    for each in (model, twin):
-        each.load_lora_adapter(file, prefix=None, adapter_name="one")
-    beside = run(model, inputs)
-    assert distance(beside, base) > 0.05
-    assert distance(beside, run(twin, inputs)) < (1e-5 if compute_mode == "w8a16" else 0.02)
-    model.fuse_lora()
-    assert model.transformer_blocks[0].attn1.to_q.base_layer.rank == 3
-    assert_close_fp32(run(model, inputs), beside)
-    model.unfuse_lora()
-    model.unload_lora()
-    assert same_bits(bits(model), before)
-    assert torch.equal(run(model, inputs), base)
+    check_lora_beside_and_fused(model, inputs, 1e-5 if compute_mode == "w8a16" else 0.02)
 
 
 def test_gradient_reaches_the_input():

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from peft import BOFTConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 
@@ -43,6 +44,24 @@ def files(original):
 
 def load(model, file, name, **kwargs):
     model.load_lora_adapter(dict(file), prefix=None, adapter_name=name, **kwargs)
+
+
+def calls_of_adapted_layers(model, inputs):
+    """Of a run: layers with adapters, their inputs and outputs.
+
+    For equal inputs, layers quantize to equal codes. In a whole model the inputs of later layers differ by rounding,
+    and may get the next code: how far the output is off then depends on the processor.
+    """
+    calls, layers = [], [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    hooks = [
+        layer.register_forward_hook(lambda layer, given, output: calls.append((layer, given[0], output)))
+        for layer in layers
+    ]
+    run(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    assert {id(layer) for layer, _, _ in calls} == {id(layer) for layer in layers}
+    return calls
 
 
 def assert_alike(models):
@@ -87,11 +106,14 @@ def test_fused_is_the_same_and_goes_back(models, files, mode):
     load(model, files[1], "second")
     model.set_adapters(["first", "second"], [0.3, -0.7])
     before, beside = bits(model), run(model, inputs)
+    calls = calls_of_adapted_layers(model, inputs)
     model.fuse_lora()
     assert model.transformer_blocks[0].attn1.to_q.base_layer.rank == 4 + 3 + 2
     assert model.transformer_blocks[0].ff.conv_point.base_layer.rank == 4 + 3
-    # Sums of another order may round an activation to the next code, on some processors: 1.4e-4 was seen.
-    assert relative_error(run(model, inputs), beside) < (1e-5 if mode == "w4a16" else 1e-3)
+    for layer, given, expected in calls:
+        assert_close_fp32(layer(given), expected)
+    if mode == "w4a16":
+        assert_close_fp32(run(model, inputs), beside)
     model.unfuse_lora()
     assert torch.equal(run(model, inputs), beside)
     assert same_bits(bits(model), before)
